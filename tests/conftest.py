@@ -1,0 +1,3 @@
+from f2l_vllm import torch_shims
+
+torch_shims.install()
