@@ -1,0 +1,182 @@
+"""A LoRA adapter for one base model: its factors, its PEFT files, and how it acts on a transformers model.
+
+Shape suffixes: B batch, L text layers, R rank, I/O in/out features of a target linear.
+
+The adapted linear is y = W x + s * B^T (A x); source: Frames2LoRA (arXiv 2606.04351), section 3.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from f2l_vllm.hypernetwork.base_model import module_path, name_of, target_linear, text_layers_of
+from f2l_vllm.hypernetwork.files import atomic_directory
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model.model.text_model.layers"
+
+
+@dataclass
+class Adapter:
+    """LoRA factors for every text layer.
+
+    Attributes:
+        factors: module -> (A [L, R, I], B [L, R, O]), in the dtype they were generated in.
+        scale: factor s on the adapter's output, not folded into the factors.
+        info: how the adapter came to be (frames, durations ...); not saved.
+
+    Raises:
+        ValueError: factors whose shapes contradict each other.
+    """
+
+    factors: Factors
+    scale: float
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.factors:
+            raise ValueError("An adapter needs factors for at least one module.")
+        first = next(iter(self.factors.values()))[0]
+        for name, (a, b) in self.factors.items():
+            if a.ndim != 3 or b.ndim != 3 or a.shape[:2] != first.shape[:2] or b.shape[:2] != first.shape[:2]:
+                raise ValueError(
+                    f"Factors of {name} have shapes {list(a.shape)} and {list(b.shape)}; expected [L, R, d_in] and "
+                    f"[L, R, d_out] with the same L and R in every module."
+                )
+
+    @property
+    def num_layers(self) -> int:
+        return next(iter(self.factors.values()))[0].shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Total rank: (K + 1) R for K chunks, the bias included."""
+        return next(iter(self.factors.values()))[0].shape[1]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(a.numel() + b.numel() for a, b in self.factors.values())
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
+        """The same adapter on another device or in another dtype."""
+        factors = {name: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in self.factors.items()}
+        return Adapter(factors, self.scale, dict(self.info))
+
+    def tensors(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+        """PEFT's tensors: `lora_A` [R, I] and `lora_B` [O, R] per layer, the scale folded into B.
+
+        Raises:
+            ValueError: a factor is not finite, or not in `dtype`.
+        """
+        tensors = {}
+        for name, (a_LRI, b_LRO) in self.factors.items():
+            a_cpu = a_LRI.detach().to("cpu", dtype)
+            b_cpu = (b_LRO.detach().to("cpu", torch.float32) * self.scale).to(dtype)
+            for letter, factor in (("A", a_cpu), ("B", b_cpu)):
+                broken = (~factor.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+                if broken:
+                    raise ValueError(
+                        f"The adapter is not finite (factor {letter} of {name}, layers {broken[:8]}) and was not "
+                        "saved; it would break every answer. Check the video and the hypernetwork's weights."
+                    )
+            for layer in range(self.num_layers):
+                key = f"{KEY_PREFIX}.{layer}.{module_path(name)}"
+                tensors[f"{key}.lora_A.weight"] = a_cpu[layer].contiguous()
+                tensors[f"{key}.lora_B.weight"] = b_cpu[layer].T.contiguous()
+        return tensors
+
+    def save(self, directory: str | Path, base_model: str, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write a PEFT adapter that vLLM and `peft` load as it is, both files or neither.
+
+        Args:
+            directory: must not exist, or be empty.
+            base_model: name recorded for whoever loads the adapter.
+            dtype: dtype of the tensors.
+
+        Raises:
+            FileExistsError: the directory holds something.
+            ValueError: a factor is not finite.
+        """
+        tensors = self.tensors(dtype)
+        config = peft_config(self.rank, sorted(self.factors), base_model)
+        with atomic_directory(directory) as staging:
+            (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def peft_config(rank: int, modules: list[str], base_model: str) -> dict[str, Any]:
+    """`adapter_config.json`. lora_alpha equals r, so that a loader's alpha / r is 1 and it need not touch B."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": modules,
+        "exclude_modules": ".*vision_model.*",
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_dora": False,
+        "use_rslora": False,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+@contextmanager
+def apply_adapter(model: nn.Module, adapter: Adapter) -> Iterator[None]:
+    """Within the block, a transformers SmolVLM computes with the adapter. Raises as `apply_factors` does."""
+    with apply_factors(model, adapter.factors, adapter.scale):
+        yield
+
+
+@contextmanager
+def apply_factors(model: nn.Module, factors: Factors, scale: float) -> Iterator[None]:
+    """Within the block, add s * B^T (A x) to every target linear; differentiable in the factors.
+
+    Args:
+        model: a transformers SmolVLM.
+        factors: module -> (A [L, R, I], B [L, R, O]), or with a batch axis in front: one adapter per batch row.
+        scale: factor s.
+
+    Raises:
+        ValueError: the factors have other sizes than the model.
+    """
+    layers = text_layers_of(model)
+    with ExitStack() as hooks:
+        for name, (a, b) in factors.items():
+            linears = [target_linear(layer, name) for layer in layers]
+            found = (len(linears), linears[0].in_features, linears[0].out_features)
+            if (a.shape[-3], a.shape[-1], b.shape[-1]) != found:
+                raise ValueError(
+                    f"The adapter's {name} is for (layers, d_in, d_out) = {(a.shape[-3], a.shape[-1], b.shape[-1])}, "
+                    f"but {name_of(model)!r} has {found}: it was made for another model."
+                )
+            for index, linear in enumerate(linears):
+                hook = _lora_hook(a.select(-3, index), b.select(-3, index), scale)
+                hooks.callback(linear.register_forward_hook(hook).remove)
+        yield
+
+
+def _lora_hook(a_RI: Tensor, b_RO: Tensor, scale: float) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def add_lora(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0].to(a_RI.dtype)
+        return output + ((x @ a_RI.mT * scale) @ b_RO).to(output.dtype)
+
+    return add_lora

@@ -1,0 +1,114 @@
+"""Shape of a hypernetwork: what it reads, what it writes, how large it is inside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class HypernetworkConfig:
+    """Everything needed to build a hypernetwork, and nothing about its weights.
+
+    Args:
+        base_model: name or path of the vision-language model whose features are read and whose layers are adapted.
+        num_layers: text layers L of the base model; each gets its own A and B.
+        feature_size: hidden size D of the text model.
+        modules: target linear -> (d_in, d_out), kept in alphabetical order.
+        rank: LoRA rank R that one video (chunk) contributes.
+        latent_size: width d of the latents.
+        num_latents: learned queries N of the Perceiver's encoder.
+        num_blocks: cross-attention layers of the encoder.
+        num_self_attn_per_block: self-attention layers after each cross-attention layer.
+        num_pre_head_layers: residual MLPs between the Perceiver and the head.
+        num_heads, num_kv_heads, head_dim: attention shape inside the Perceiver.
+        scale: factor s on the adapter's output; 2 * rank ** 1.5 when None.
+
+    Raises:
+        ValueError: a size that cannot be built.
+
+    Source: Frames2LoRA (arXiv 2606.04351), section 3.
+    """
+
+    base_model: str
+    num_layers: int
+    feature_size: int
+    modules: dict[str, tuple[int, int]]
+    rank: int
+    latent_size: int
+    num_latents: int = 8
+    num_blocks: int = 9
+    num_self_attn_per_block: int = 0
+    num_pre_head_layers: int = 1
+    num_heads: int = 16
+    num_kv_heads: int = 4
+    head_dim: int = 128
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        positive = ("num_layers", "feature_size", "rank", "latent_size", "num_latents", "num_blocks")
+        for name in (*positive, "num_heads", "num_kv_heads", "head_dim"):
+            _require_int(name, getattr(self, name), least=1)
+        for name in ("num_self_attn_per_block", "num_pre_head_layers"):
+            _require_int(name, getattr(self, name), least=0)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}), "
+                "because each key/value head serves an equal group of query heads."
+            )
+        object.__setattr__(self, "modules", _checked_modules(self.modules))
+        scale = 2 * self.rank**1.5 if self.scale is None else float(self.scale)
+        if not math.isfinite(scale) or scale <= 0:
+            raise ValueError(f"scale must be a positive number, got {self.scale!r}.")
+        object.__setattr__(self, "scale", scale)
+
+    @property
+    def head_size(self) -> int:
+        """Entries the head writes per rank and module: the largest d_in + d_out."""
+        return max(d_in + d_out for d_in, d_out in self.modules.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, the inverse of `from_dict`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"modules": {name: list(sizes) for name, sizes in self.modules.items()}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HypernetworkConfig:
+        """Build from JSON types.
+
+        Raises:
+            ValueError: a key is unknown (named in the message) or a required one is missing.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"Unknown hypernetwork config key(s) {unknown}; known keys are {known}.")
+        missing = [name for name in known[: known.index("num_latents")] if name not in values]
+        if missing:
+            raise ValueError(f"The hypernetwork config lacks the required key(s) {missing}.")
+        return cls(**values)
+
+
+def _require_int(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+
+
+def _checked_modules(modules: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    if not isinstance(modules, Mapping) or not modules:
+        raise ValueError("modules must name at least one target linear, e.g. {'down_proj': (2560, 960)}.")
+    checked = {}
+    for name, sizes in sorted(modules.items()):
+        if name not in ATTENTION_MODULES + MLP_MODULES:
+            raise ValueError(f"Unknown target module {name!r}; choose from {[*ATTENTION_MODULES, *MLP_MODULES]}.")
+        if not isinstance(sizes, (tuple, list)) or len(sizes) != 2:
+            raise ValueError(f"modules[{name!r}] must be (d_in, d_out), got {sizes!r}.")
+        for size in sizes:
+            _require_int(f"modules[{name!r}]", size, least=1)
+        checked[name] = (sizes[0], sizes[1])
+    return checked

@@ -1,0 +1,61 @@
+"""Directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_directory(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a fresh directory beside `target`; on success make it durable and rename it to `target`.
+
+    On an exception nothing remains and `target` is untouched.
+
+    Raises:
+        FileExistsError: `target` is a file, or a directory that is not empty and `overwrite` is False.
+    """
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file; name a directory that does not exist yet.")
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise FileExistsError(f"{target} exists and is not empty; remove it or choose another directory.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+    staging.mkdir()
+    try:
+        yield staging
+        for path in staging.iterdir():
+            _fsync(path)
+        _fsync(staging)
+        _move_into_place(staging, target, overwrite)
+        _fsync(target.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _move_into_place(staging: Path, target: Path, overwrite: bool) -> None:
+    try:
+        os.rename(staging, target)  # replaces an empty directory
+    except OSError:
+        if not target.is_dir():
+            raise
+        if not overwrite:
+            raise FileExistsError(f"{target} was written by someone else meanwhile.") from None
+        replaced = staging.with_suffix(".replaced")
+        os.rename(target, replaced)
+        os.rename(staging, target)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
