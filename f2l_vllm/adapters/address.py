@@ -1,0 +1,63 @@
+"""Content addresses: an adapter's name says what it was made from, so a name never stands for other weights.
+
+vLLM's prefix cache and LoRA registry know an adapter by its name; a name used twice for different weights answers
+from another video's cache. The name is therefore a hash over everything that shapes the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+ADAPTER_PREFIX = "f2l-"
+_SAMPLE = 1 << 20
+_WEIGHTS = {".safetensors", ".pt", ".bin"}
+_TEXTS = {".json", ".jinja", ".txt", ".model"}
+
+
+def fingerprint(path: Path) -> str:
+    """A short content hash of a model or hypernetwork: one file, or a directory's configuration and weight files.
+
+    Configuration files are hashed whole; of a weight file, its length and the first, middle and last MiB, so that
+    gigabytes are told apart in milliseconds wherever they lie and whenever they were copied.
+
+    Raises:
+        FileNotFoundError: nothing at `path`, or a directory without configuration or weights.
+    """
+    if path.is_file():
+        files = [path]
+    else:
+        files = sorted(p for p in path.glob("*") if p.is_file() and p.suffix in _WEIGHTS | _TEXTS)
+    if not files:
+        raise FileNotFoundError(f"{path} holds no model: expected config.json and *.safetensors, or a checkpoint file")
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            if file.suffix in _TEXTS or size <= 3 * _SAMPLE:
+                digest.update(stream.read())
+                continue
+            for offset in (0, size // 2, size - _SAMPLE):
+                stream.seek(offset)
+                digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()[:16]
+
+
+def adapter_name(
+    *, video_sha256: str, sampling: Mapping[str, Any], base_revision: str, hypernetwork_revision: str
+) -> str:
+    """The adapter's name: `f2l-` and 32 hex digits over video bytes, sampling, both revisions and the file format."""
+    record = {
+        "format": FORMAT_VERSION,
+        "video": video_sha256,
+        "sampling": dict(sampling),
+        "base": base_revision,
+        "hypernetwork": hypernetwork_revision,
+    }
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    return ADAPTER_PREFIX + hashlib.sha256(text.encode()).hexdigest()[:32]

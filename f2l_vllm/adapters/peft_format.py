@@ -1,0 +1,105 @@
+"""Reading PEFT adapter directories and checking them against the base model they claim to fit.
+
+vLLM loads an adapter whose keys miss one `model.` without an error and attaches it to nothing: every answer then
+comes silently from the base model. So keys, shapes, rank and scale are checked here, before an adapter is published.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from f2l_vllm.hypernetwork.adapter import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
+from f2l_vllm.hypernetwork.base_model import module_path
+
+
+class AdapterError(ValueError):
+    """An adapter directory that must not be served, and why."""
+
+
+@dataclass(frozen=True)
+class BaseShapes:
+    """The text model's linears: `layers`, and per module `(d_in, d_out)`."""
+
+    layers: int
+    modules: dict[str, tuple[int, int]]
+
+    @classmethod
+    def read(cls, model_dir: Path) -> BaseShapes:
+        """From a model directory's `config.json` (SmolVLM layout: a Llama-like `text_config`)."""
+        text = json.loads((model_dir / "config.json").read_text())["text_config"]
+        hidden, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
+        head_dim = text.get("head_dim") or hidden // heads
+        q, kv = heads * head_dim, text.get("num_key_value_heads", heads) * head_dim
+        modules = {
+            "q_proj": (hidden, q),
+            "k_proj": (hidden, kv),
+            "v_proj": (hidden, kv),
+            "o_proj": (q, hidden),
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+        return cls(text["num_hidden_layers"], modules)
+
+    def key(self, layer: int, module: str, factor: str) -> str:
+        """The tensor's name in PEFT files: `factor` is `A` ([rank, d_in]) or `B` ([d_out, rank])."""
+        return f"{KEY_PREFIX}.{layer}.{module_path(module)}.lora_{factor}.weight"
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What a checked adapter directory holds."""
+
+    rank: int
+    modules: tuple[str, ...]
+    bytes: int
+
+
+def validate_adapter(directory: Path, shapes: BaseShapes, *, max_rank: int | None = None) -> AdapterFiles:
+    """Check one adapter directory; return its rank, target modules and size in bytes.
+
+    Raises:
+        AdapterError: a missing or unreadable file, a key that would attach to nothing, a wrong shape or dtype, a rank
+            or scale that the tensors contradict, a rank above `max_rank`, or a value that is not finite.
+    """
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text())
+        rank, alpha, modules = int(config["r"]), config["lora_alpha"], tuple(sorted(config["target_modules"]))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{CONFIG_FILE} cannot be read: {error}") from error
+    if alpha != rank:
+        raise AdapterError(f"lora_alpha is {alpha} but r is {rank}: the scale must be folded into B")
+    if max_rank is not None and rank > max_rank:
+        raise AdapterError(f"rank {rank} is above the server's {max_rank}: start it with --max-lora-rank {rank} or more")
+    unknown = sorted(set(modules) - set(shapes.modules))
+    if unknown or not modules:
+        raise AdapterError(f"target modules {unknown or '(none)'} are not linears of this base model")
+    expected: dict[str, tuple[int, int]] = {}
+    for layer in range(shapes.layers):
+        for module in modules:
+            d_in, d_out = shapes.modules[module]
+            expected[shapes.key(layer, module, "A")] = (rank, d_in)
+            expected[shapes.key(layer, module, "B")] = (d_out, rank)
+    path = directory / WEIGHTS_FILE
+    try:
+        with safe_open(path, "pt") as weights:
+            names = set(weights.keys())
+            if names != set(expected):
+                extra, missing = sorted(names - set(expected)), sorted(set(expected) - names)
+                raise AdapterError(f"unexpected keys {extra[:3]}, missing keys {missing[:3]}")
+            for name, shape in expected.items():
+                tensor = weights.get_tensor(name)
+                if tuple(tensor.shape) != shape:
+                    raise AdapterError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+                if tensor.dtype is not torch.bfloat16:
+                    raise AdapterError(f"{name} is {tensor.dtype}; published adapters are bfloat16")
+                if not bool(torch.isfinite(tensor).all()):
+                    raise AdapterError(f"{name} holds a value that is not finite")
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{WEIGHTS_FILE} cannot be read: {error}") from error
+    return AdapterFiles(rank, modules, path.stat().st_size)

@@ -1,0 +1,46 @@
+"""The life of a video as one explicit state machine; every transition in the project is checked here."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class VideoState(StrEnum):
+    """Where a video stands. `uploaded` waits for a worker; the next three are a worker's stages; the rest are ends."""
+
+    UPLOADED = "uploaded"
+    DECODING = "decoding"
+    ENCODING = "encoding"
+    PUBLISHING = "publishing"
+    PROCESSED = "processed"
+    ERROR = "error"
+    EXPIRED = "expired"
+    DELETED = "deleted"
+
+
+_S = VideoState
+IN_WORK = frozenset({_S.UPLOADED, _S.DECODING, _S.ENCODING, _S.PUBLISHING})
+_ENDS = {_S.ERROR, _S.EXPIRED, _S.DELETED}
+# A worker's stage falls back to `uploaded` when the worker dies; any state in work may jump to `processed`, because
+# another file with the same bytes may have paid for the adapter already. `processed` falls back to `uploaded` only
+# when the adapter is found missing or damaged and is made again.
+TRANSITIONS: dict[VideoState, frozenset[VideoState]] = {
+    _S.UPLOADED: frozenset({_S.DECODING, _S.PROCESSED, *_ENDS}),
+    _S.DECODING: frozenset({_S.ENCODING, _S.UPLOADED, _S.PROCESSED, *_ENDS}),
+    _S.ENCODING: frozenset({_S.PUBLISHING, _S.UPLOADED, _S.PROCESSED, *_ENDS}),
+    _S.PUBLISHING: frozenset({_S.PROCESSED, _S.UPLOADED, *_ENDS}),
+    _S.PROCESSED: frozenset({_S.UPLOADED, _S.EXPIRED, _S.DELETED}),
+    _S.ERROR: frozenset({_S.EXPIRED, _S.DELETED}),
+    _S.EXPIRED: frozenset({_S.DELETED}),
+    _S.DELETED: frozenset(),
+}
+
+
+class IllegalTransition(RuntimeError):
+    """A transition the state machine does not have: a bug in the caller, never a user's mistake."""
+
+
+def check_transition(current: VideoState, new: VideoState) -> None:
+    """Raise `IllegalTransition` unless `current -> new` is an edge of the state machine."""
+    if new not in TRANSITIONS[current]:
+        raise IllegalTransition(f"a video cannot go from {current} to {new}")

@@ -1,0 +1,70 @@
+"""The models shipped with the package, and how a name given by a user becomes a directory or file on disk."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from f2l_vllm.hypernetwork.locate import locate
+
+DEFAULT_MODEL = "f2l-tiny"
+_HERE = Path(__file__).parent
+HYPERNETWORK_FOLDER = "hypernetwork"
+# The released hypernetworks (Frames2LoRA, MIT) and the base models they were trained for.
+RELEASED_HYPERNETWORKS = "MananSuri27/Frames2LoRA-SmolVLM-ckpts"
+RELEASED_FOR = ("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "HuggingFaceTB/SmolVLM2-2.2B-Instruct")
+
+
+def shipped() -> list[str]:
+    """Names of the models shipped with the package."""
+    return sorted(p.parent.name for p in _HERE.glob("*/config.json"))
+
+
+def resolve(reference: str) -> Path:
+    """A model directory on disk: a shipped name, a path, or a hub repository (downloaded once).
+
+    Raises:
+        ValueError: none of these; the message lists what would work.
+    """
+    if (_HERE / reference / "config.json").is_file():
+        return _HERE / reference
+    path = Path(reference).expanduser()
+    if (path / "config.json").is_file():
+        return path.resolve()
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", reference) and not path.exists():
+        return _download(reference)
+    raise ValueError(
+        f"no model at {reference!r}: give a directory with a config.json, a hub id (owner/repository), or one of the "
+        f"shipped models: {', '.join(shipped()) or 'none'}"
+    )
+
+
+def resolve_hypernetwork(model_reference: str, reference: str | None) -> Path:
+    """The hypernetwork to use with a model: the one asked for, the model directory's own, or the released one.
+
+    Raises:
+        ValueError: there is none to be found; the message says how to name one.
+    """
+    if reference is None:
+        own = resolve(model_reference) / HYPERNETWORK_FOLDER
+        if own.is_dir():
+            return own
+        if model_reference not in RELEASED_FOR:
+            raise ValueError(
+                f"no hypernetwork is known for {model_reference!r}: name one with --hypernetwork (a directory made by "
+                "'f2l-vllm convert' or 'f2l-vllm train', a released .pt file, or a hub id)"
+            )
+        reference = RELEASED_HYPERNETWORKS
+    return locate(reference, base_model=model_reference)
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, ignore_patterns=["onnx/*", "*.gguf", "*.onnx"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{repository!r} is neither a local directory nor a hub repository that can be reached: {error}"
+        ) from error

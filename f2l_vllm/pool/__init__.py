@@ -1,0 +1,1 @@
+"""The pool: Ray actors that turn videos into published adapters, and the threads that keep them busy."""

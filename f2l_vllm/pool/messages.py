@@ -1,0 +1,60 @@
+"""What crosses the process boundary between the pool and a worker: small frozen records, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from f2l_vllm.adapters.states import VideoState
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a worker loads at start. Paths are on a file system that server and workers share."""
+
+    model: Path
+    hypernetwork: Path
+    home: Path
+    base_name: str
+    max_rank: int
+    max_seconds: float
+    max_pixels: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """A live worker, as it describes itself."""
+
+    pid: int
+    node: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The worker has reached `state`; `fraction` is 0..1 within it."""
+
+    state: VideoState
+    fraction: float
+
+
+@dataclass(frozen=True)
+class Published:
+    """The adapter is in the store."""
+
+    rank: int
+    bytes: int
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The video itself is at fault; trying again would fail again."""
+
+    code: str
+    message: str
+
+
+Event = Progress | Published | Failed

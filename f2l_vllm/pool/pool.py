@@ -1,0 +1,220 @@
+"""The pool: N Ray actors, and one lane (a thread) for each that feeds it jobs from the catalog.
+
+A lane claims a job, runs it on its actor, writes what happens into the catalog, and takes the next. A job stays in
+the catalog until it ends, so nothing is lost with an actor: when one dies, its lane puts the job back and starts a new
+actor. Only one pool serves a data folder at a time (a file lock); whoever holds it may call leftovers back to work.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from filelock import FileLock, Timeout
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from f2l_vllm.adapters.catalog import Catalog
+from f2l_vllm.adapters.store import Store
+from f2l_vllm.adapters.tables import Job
+from f2l_vllm.pool.messages import Event, Failed, Progress, Published, WorkerInfo, WorkerSpec
+from f2l_vllm.pool.worker import HypernetworkWorker
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "f2l"
+_IDLE_SECONDS = 0.05
+_START_SECONDS = 600.0
+_RESTART_SECONDS = 2.0
+_OBJECT_STORE_BYTES = 100 * 2**20  # only small events pass through it
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """How many workers, and what Ray reserves for each."""
+
+    workers: int
+    cpus: float
+    gpus: float
+    ray_address: str | None
+    job_attempts: int
+    job_seconds: float
+
+
+class Pool:
+    """Runs the workers of one data folder. `on_event` is called from lane threads with (name, value) for metrics."""
+
+    def __init__(
+        self,
+        config: PoolConfig,
+        spec: WorkerSpec,
+        catalog: Catalog,
+        store: Store,
+        on_event: Callable[[Event], None] = lambda _event: None,
+    ) -> None:
+        self._config = config
+        self._spec = spec
+        self._catalog = catalog
+        self._store = store
+        self._on_event = on_event
+        self._stopping = threading.Event()
+        self._lock = FileLock(spec.home / "pool.lock")
+        self._lanes = [_Lane(index, self) for index in range(config.workers)]
+
+    def start(self) -> bool:
+        """Take the data folder and start the lanes; False when another pool has it (its workers do the jobs)."""
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("another process runs the hypernetwork workers of %s", self._spec.home)
+            return False
+        self._store.sweep()
+        if released := self._catalog.release_all_jobs():
+            logger.info("%d interrupted jobs wait again", released)
+        self._connect()
+        for lane in self._lanes:
+            lane.start()
+        return True
+
+    def workers(self) -> list[WorkerInfo]:
+        """The workers that are loaded and alive."""
+        return [lane.info for lane in self._lanes if lane.info is not None]
+
+    def stop(self) -> None:
+        """Stop lanes and actors, and the private Ray; jobs in work wait for the next start."""
+        if not self._lock.is_locked:
+            return
+        self._stopping.set()
+        for lane in self._lanes:
+            lane.kill()
+        for lane in self._lanes:
+            lane.join(timeout=10)
+        self._catalog.release_all_jobs()
+        ray.shutdown()
+        self._lock.release()
+
+    def _connect(self) -> None:
+        config = self._config
+        options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "configure_logging": False}
+        if config.ray_address is None:
+            # A private Ray offers what the workers ask for, even when they are more than this machine's cores.
+            cpus = max(1, -(-config.workers * config.cpus // 1))
+            options |= {
+                "address": "local",
+                "num_cpus": int(cpus),
+                "include_dashboard": False,
+                "object_store_memory": _OBJECT_STORE_BYTES,
+            }
+        else:
+            options["address"] = config.ray_address
+        ray.init(**options)
+
+    def _new_actor(self) -> ActorHandle:
+        actor = ray.remote(HypernetworkWorker)
+        return actor.options(num_cpus=self._config.cpus, num_gpus=self._config.gpus, max_restarts=0).remote(self._spec)
+
+
+class _Lane(threading.Thread):
+    """One worker's feeder. `info` is set while its actor is loaded and alive."""
+
+    def __init__(self, index: int, pool: Pool) -> None:
+        super().__init__(name=f"f2l-lane-{index}", daemon=True)
+        self._pool = pool
+        self._actor: ActorHandle | None = None
+        self.info: WorkerInfo | None = None
+
+    def kill(self) -> None:
+        """End the actor at once, whatever it does."""
+        if self._actor is not None:
+            ray.kill(self._actor)
+
+    def run(self) -> None:
+        while not self._stopping():
+            try:
+                self._ensure_actor()
+                job = self._pool._catalog.claim_job()
+                if job is None:
+                    self._pool._stopping.wait(_IDLE_SECONDS)
+                else:
+                    self._run(job)
+            except Exception:
+                # A lane outlives whatever goes wrong around a job: the database away, Ray restarting.
+                if not self._stopping():
+                    logger.exception("a hypernetwork lane failed and goes on")
+                    self._pool._stopping.wait(_RESTART_SECONDS)
+
+    def _stopping(self) -> bool:
+        return self._pool._stopping.is_set()
+
+    def _ensure_actor(self) -> None:
+        """A live actor, so that a worker that died while idle costs no job an attempt."""
+        if self._actor is not None:
+            try:
+                ray.get(self._actor.info.remote(), timeout=30)
+                return
+            except (RayActorError, GetTimeoutError):
+                self._lose_actor("died while idle")
+        self._actor = self._pool._new_actor()
+        try:
+            self.info = ray.get(self._actor.info.remote(), timeout=_START_SECONDS)
+        except BaseException:
+            self._lose_actor("did not start")
+            raise
+        logger.info("hypernetwork worker ready: pid %d on %s, %s", self.info.pid, self.info.node, self.info.device)
+
+    def _lose_actor(self, what: str) -> None:
+        if not self._stopping():
+            logger.warning("hypernetwork worker %s %s", self.info.pid if self.info else "", what)
+        self.info = None
+        if self._actor is not None:
+            ray.kill(self._actor)
+            self._actor = None
+
+    def _run(self, job: Job) -> None:
+        catalog, limit = self._pool._catalog, self._pool._config.job_attempts
+        try:
+            outcome = self._outcome(job)
+        except RayError as error:
+            if self._stopping():
+                return
+            if isinstance(error, RayActorError):
+                self._lose_actor(f"died over {job.adapter_name} (attempt {job.attempts} of {limit})")
+            elif isinstance(error, GetTimeoutError):
+                self._lose_actor(f"took too long over {job.adapter_name} (attempt {job.attempts} of {limit})")
+            else:
+                logger.exception("attempt %d of %d at %s failed", job.attempts, limit, job.adapter_name)
+            if job.attempts < limit:
+                catalog.release_job(job.adapter_name)
+                return
+            cause = getattr(error, "cause", None) or error
+            outcome = Failed(
+                "internalization_failed",
+                f"the video could not be internalized in {limit} attempts; the last one ended with "
+                f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}",
+            )
+        self._pool._on_event(outcome)
+        if isinstance(outcome, Failed):
+            catalog.fail_job(job.adapter_name, outcome.code, outcome.message)
+        elif catalog.finish_job(job.adapter_name, rank=outcome.rank, size=outcome.bytes, info=outcome.info) is None:
+            self._pool._store.remove_adapter(job.adapter_name)  # every file was deleted meanwhile
+
+    def _outcome(self, job: Job) -> Published | Failed:
+        """Run the job on the actor, passing progress on; its last event."""
+        assert self._actor is not None
+        deadline = time.monotonic() + self._pool._config.job_seconds
+        method = self._actor.internalize.options(num_returns="streaming")
+        events = method.remote(job.adapter_name, job.sha256)
+        while True:
+            ready, _ = ray.wait([events], timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise GetTimeoutError(f"no result within {self._pool._config.job_seconds:.0f} s")
+            event: Event = ray.get(next(events))
+            if not isinstance(event, Progress):
+                return event
+            self._pool._on_event(event)
+            self._pool._catalog.advance(job.adapter_name, event.state, event.fraction)

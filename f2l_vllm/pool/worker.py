@@ -1,0 +1,103 @@
+"""One hypernetwork worker: a process that loads the frozen encoder and the hypernetwork once and makes adapters."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from f2l_vllm.adapters.peft_format import AdapterError, BaseShapes, validate_adapter
+from f2l_vllm.adapters.states import VideoState
+from f2l_vllm.adapters.store import Store
+from f2l_vllm.pool.messages import Event, Failed, Progress, Published, WorkerInfo, WorkerSpec
+
+if TYPE_CHECKING:
+    from f2l_vllm.hypernetwork.adapter import Adapter
+
+# The internalizer's stages as the catalog's states.
+_STATES = {"decode": VideoState.DECODING, "encode": VideoState.ENCODING, "generate": VideoState.ENCODING}
+
+
+class HypernetworkWorker:
+    """Runs as a Ray actor, one process each; every method is called by one lane of the pool at a time."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        import torch
+
+        from f2l_vllm.hypernetwork.internalizer import Internalizer
+        from f2l_vllm.video.probe import Limits
+
+        torch.set_num_threads(max(1, spec.threads))
+        self._spec = spec
+        self._store = Store(spec.home)
+        self._shapes = BaseShapes.read(spec.model)
+        limits = Limits(max_duration_s=spec.max_seconds, max_pixels=spec.max_pixels)
+        self._internalizer = Internalizer.load(spec.model, spec.hypernetwork, limits=limits)
+
+    def info(self) -> WorkerInfo:
+        """Who this worker is; also how the pool learns that it has loaded and is alive."""
+        return WorkerInfo(os.getpid(), os.uname().nodename, str(self._internalizer.device))
+
+    def internalize(self, adapter_name: str, sha256: str) -> Iterator[Event]:
+        """Decode, encode, generate, compose, check and publish; yields events, the last one `Published` or `Failed`.
+
+        A Ray streaming generator: each event reaches the pool as it happens. Errors that are not the video's fault
+        are raised, and the pool tries the job again.
+        """
+        from f2l_vllm.video.errors import VideoError
+
+        started = time.perf_counter()
+        path = self._store.video_path(sha256)
+        try:
+            yield Progress(VideoState.DECODING, 0.0)
+            adapter = yield from _events_of(lambda report: self._internalizer.internalize(path, on_progress=report))
+            yield Progress(VideoState.PUBLISHING, 0.0)
+            info = {**adapter.info, "internalize_seconds": time.perf_counter() - started}
+            yield self._publish(adapter_name, adapter, info)
+        except VideoError as error:
+            yield Failed(error.code, str(error))
+        except AdapterError as error:
+            yield Failed("adapter_rejected", f"the generated adapter failed its checks: {error}")
+
+    def _publish(self, name: str, adapter: Adapter, info: dict[str, object]) -> Published:
+        spec = self._spec
+
+        def write(directory: Path) -> None:
+            adapter.save(directory, base_model=spec.base_name)
+            validate_adapter(directory, self._shapes, max_rank=spec.max_rank)
+
+        directory = self._store.publish_adapter(name, write, {"base_model": spec.base_name, "info": info})
+        files = validate_adapter(directory, self._shapes, max_rank=spec.max_rank)
+        return Published(files.rank, files.bytes, dict(info))
+
+
+def _events_of(run: Callable[[Callable[[str, float], None]], Adapter]) -> Generator[Progress, None, Adapter]:
+    """Run a function that reports progress by callback as a generator of `Progress`; its result is the return value."""
+    events: queue.SimpleQueue[Progress | None] = queue.SimpleQueue()
+    outcome: list[Adapter] = []
+    failure: list[BaseException] = []
+
+    def report(stage: str, fraction: float) -> None:
+        if stage in _STATES:
+            events.put(Progress(_STATES[stage], fraction))
+
+    def body() -> None:
+        try:
+            outcome.append(run(report))
+        except BaseException as error:  # handed to the caller's thread below
+            failure.append(error)
+        finally:
+            events.put(None)
+
+    thread = threading.Thread(target=body, name="internalize")
+    thread.start()
+    while (event := events.get()) is not None:
+        yield event
+    thread.join()
+    if failure:
+        raise failure[0]
+    return outcome[0]

@@ -1,0 +1,43 @@
+"""What an operator sets, from `F2L_*` environment variables; the `serve` command's own flags end up here too.
+
+The environment is the one channel that reaches the API server, its engine and every Ray worker alike, so that plain
+`vllm serve` with the plugins named in `VLLM_PLUGINS` gives the same server.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Operator settings; each field is the environment variable `F2L_<FIELD>`."""
+
+    model_config = SettingsConfigDict(env_prefix="F2L_", extra="ignore", frozen=True)
+
+    home: Path = Field(Path("~/.f2l"), description="Data folder: videos, adapters, catalog.")
+    catalog_url: str | None = Field(None, description="SQLAlchemy URL of the catalog; default: SQLite in `home`.")
+    hypernetwork: str | None = Field(None, description="Hypernetwork: directory, released .pt file, or hub id.")
+    hypernetwork_workers: int = Field(1, ge=0, description="Ray actors that internalize videos; 0: none here.")
+    worker_cpus: float = Field(1.0, ge=0, description="CPUs that Ray reserves for each worker.")
+    worker_gpus: float = Field(0.0, ge=0, description="GPUs, or a fraction of one, that Ray reserves for each worker.")
+    ray_address: str | None = Field(None, description="A running Ray cluster; default: a private one, started here.")
+    queue_limit: int = Field(256, ge=1, description="Videos that may wait for a worker before `queue_full`.")
+    job_attempts: int = Field(3, ge=1, description="Workers a video may cost before it is marked `error`.")
+    job_seconds: float = Field(600.0, gt=0, description="Longest a worker may take over one video, seconds.")
+    wait_seconds: float = Field(30.0, ge=0, description="How long a question waits for a video in work, seconds.")
+    max_upload_bytes: int = Field(1 << 30, ge=1, description="Largest upload, bytes.")
+    max_video_seconds: float = Field(4 * 3600.0, gt=0, description="Longest video, seconds.")
+    max_video_pixels: int = Field(8192 * 4320, ge=1, description="Largest frame, pixels.")
+
+    @property
+    def data_folder(self) -> Path:
+        """`home` with `~` expanded, absolute."""
+        return self.home.expanduser().absolute()
+
+    @property
+    def database_url(self) -> str:
+        """The catalog's SQLAlchemy URL."""
+        return self.catalog_url or f"sqlite:///{self.data_folder / 'catalog.sqlite3'}"
