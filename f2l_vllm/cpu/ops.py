@@ -1,0 +1,103 @@
+"""Plain PyTorch for the compiled operators that vLLM's CPU worker, sampler and block table call by name.
+
+B requests, V vocabulary, T tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+PAD_SLOT = -1  # vLLM's mark for a token that has no place in the KV cache
+_keep_alive: list[torch.library.Library] = []  # a Library drops its operators when it is collected
+
+
+def install() -> None:
+    """Register the operators of this module under `torch.ops._C`, except those already there. Idempotent."""
+    if _keep_alive:
+        return
+    library = torch.library.Library("_C", "FRAGMENT")
+    for schema, function in _OPERATORS.items():
+        name = schema.partition("(")[0]
+        if not hasattr(torch.ops._C, name):
+            library.define(schema)
+            library.impl(name, function, "CompositeExplicitAutograd")
+    _keep_alive.append(library)
+
+
+def init_cpu_memory_env(nodes: Sequence[int]) -> None:
+    """Do nothing: the compiled operator binds memory to NUMA nodes, which the operating system does well enough."""
+
+
+def greedy_argmax(logits_BV: torch.Tensor) -> torch.Tensor:
+    """Most likely token of each row, `[B]` int64."""
+    return logits_BV.argmax(dim=-1)
+
+
+def fused_gumbel_argmax(logits_BV: torch.Tensor, seeds_B: torch.Tensor) -> torch.Tensor:
+    """Sample one token per row by the Gumbel-max trick, `[B]` int64; a row's draw depends on its own seed only."""
+    noise_BV = torch.empty_like(logits_BV)
+    for row, seed in zip(noise_BV, seeds_B.tolist(), strict=True):
+        row.exponential_(generator=torch.Generator().manual_seed(seed))
+    return (logits_BV - noise_BV.log_()).argmax(dim=-1)
+
+
+def compute_slot_mapping(
+    query_start_loc: torch.Tensor,
+    positions_T: torch.Tensor,
+    block_table: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_size: int,
+) -> None:
+    """Write into `slot_mapping` the KV-cache slot of every scheduled token; the rest becomes `PAD_SLOT`.
+
+    Args:
+        query_start_loc: `[B + 1]`, first token of each request in the batch, then the number of tokens.
+        positions_T: position of each token in its request.
+        block_table: `[>= B, blocks]`, physical block of each logical block of a request.
+        slot_mapping: int64, `[>= T]`, written in place.
+        block_size: tokens per block.
+    """
+    bounds = query_start_loc.to(torch.long)
+    num_tokens = int(bounds[-1])
+    request_T = torch.repeat_interleave(bounds[1:] - bounds[:-1], output_size=num_tokens)
+    position_T = positions_T[:num_tokens].to(torch.long)
+    block_T = block_table[request_T, position_T // block_size].to(torch.long)
+    slot_mapping[:num_tokens] = block_T * block_size + position_T % block_size
+    slot_mapping[num_tokens:] = PAD_SLOT
+
+
+def slot_mapping_override(kernel: Callable[..., Any]) -> Callable[..., None]:
+    """`compute_slot_mapping` behind the launch arguments of vLLM's Triton kernel, bound by name.
+
+    Raises:
+        RuntimeError: the kernel lacks an argument that this needs, so this vLLM is not the one supported.
+    """
+    names = getattr(kernel, "arg_names", None) or tuple(inspect.signature(kernel).parameters)
+    needed = ("query_start_loc_ptr", "positions_ptr", "block_table_ptr", "slot_mapping_ptr", "KV_CACHE_BLOCK_SIZE")
+    if missing := [name for name in needed if name not in names]:
+        raise RuntimeError(
+            f"vLLM's slot-mapping kernel has no argument {', '.join(missing)} (it has {', '.join(names)}): "
+            "install the vLLM version that f2l-vllm asks for."
+        )
+
+    def launch(**arguments: Any) -> None:
+        assert arguments.get("TOTAL_CP_WORLD_SIZE", 1) == 1, "context parallelism does not exist on this platform"
+        compute_slot_mapping(*(arguments[name] for name in needed))
+
+    # The dispatcher passes arguments by name only to a function whose parameters are the kernel's.
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    launch.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return launch
+
+
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "init_cpu_memory_env(int[] nodes) -> ()": init_cpu_memory_env,
+    "greedy_argmax(Tensor logits) -> Tensor": greedy_argmax,
+    "fused_gumbel_argmax(Tensor logits, Tensor seeds) -> Tensor": fused_gumbel_argmax,
+    "compute_slot_mapping_kernel_impl(Tensor query_start_loc, Tensor positions, Tensor block_table, "
+    "Tensor(a!) slot_mapping, SymInt block_size) -> ()": compute_slot_mapping,
+}

@@ -1,0 +1,59 @@
+"""Entry point `vllm.platform_plugins`: whether this process runs vLLM on the CPU platform of this package."""
+
+from __future__ import annotations
+
+import os
+
+from f2l_vllm import torch_shims
+
+PLATFORM = "f2l_vllm.cpu.platform.TorchCpuPlatform"
+MODE_VARIABLE = "F2L_CPU_PLATFORM"
+_MODES = ("auto", "0", "1")
+
+
+def register() -> str | None:
+    """Return the platform's class path, or None to leave vLLM alone.
+
+    `F2L_CPU_PLATFORM` decides: `auto` (the default) takes over only where no other platform recognises the machine,
+    `1` always, `0` never. vLLM calls this more than once per process and hides exceptions raised here, so a bad value
+    selects the platform, whose constructor raises the error.
+    """
+    mode = os.environ.get(MODE_VARIABLE, "auto")
+    if mode == "0" or (mode == "auto" and _other_platform() is not None):
+        return None
+    _prepare_process()
+    return PLATFORM
+
+
+def check_mode() -> None:
+    """Raise ValueError when `F2L_CPU_PLATFORM` is set to something that has no meaning."""
+    mode = os.environ.get(MODE_VARIABLE, "auto")
+    if mode not in _MODES:
+        raise ValueError(f"{MODE_VARIABLE}={mode!r} is not valid: use one of {', '.join(_MODES)}.")
+
+
+def _other_platform() -> str | None:
+    """Class path of the platform vLLM would use without this plugin, or None when the machine has none."""
+    from vllm.platforms import builtin_platform_plugins
+    from vllm.plugins import PLATFORM_PLUGINS_GROUP, load_plugins_by_group
+
+    others = [p for p in load_plugins_by_group(PLATFORM_PLUGINS_GROUP).values() if p is not register]
+    for probe in (*builtin_platform_plugins.values(), *others):
+        try:
+            found = probe()
+        except Exception:  # a probe that fails has not found its device; vLLM reads it the same way
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+def _prepare_process() -> None:
+    """Set what must hold in this process and, through the environment, in the engine processes it spawns."""
+    # OpenMP threads that spin while they wait take the cores from the API server and the engine loop. Read when
+    # libgomp loads, so it reaches spawned processes; a launcher sets it for its own.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # vLLM turns Triton off when no GPU driver is active, but skips that check when this variable is empty, as Ray
+    # leaves it in actors without a GPU. "-1" hides every GPU and keeps the check.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    torch_shims.install()

@@ -1,0 +1,50 @@
+"""Worker and model runner: vLLM's own for the CPU, with per-request random generators that a CPU has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import vllm.v1.worker.cpu_worker as cpu_worker
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+
+class TorchCPUModelRunner(CPUModelRunner):
+    """Keeps the generator of a seeded request where it was while only a part of its prompt has been read.
+
+    The runner samples for every row and drops the draw of such a request, then rewinds its generator by
+    `set_offset`, which generators of a CPU do not have. Hidden from both steps, the generator is never advanced.
+    """
+
+    @contextmanager
+    def _partial_prefills_unseeded(self) -> Iterator[None]:
+        generators: dict[int, torch.Generator] = self.input_batch.generators
+        dropped = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0].tolist()
+        hidden = {row: generators.pop(row) for row in dropped if row in generators}
+        try:
+            yield
+        finally:
+            generators.update(hidden)
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        with self._partial_prefills_unseeded():
+            return super()._sample(*args, **kwargs)
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        with self._partial_prefills_unseeded():
+            return super()._bookkeeping_sync(*args, **kwargs)
+
+
+class TorchCPUWorker(cpu_worker.CPUWorker):
+    """vLLM's CPU worker with `TorchCPUModelRunner`."""
+
+    def init_device(self) -> None:
+        # The worker names its runner's class in its module and offers no other way to choose it.
+        original = cpu_worker.CPUModelRunner
+        cpu_worker.CPUModelRunner = TorchCPUModelRunner
+        try:
+            super().init_device()
+        finally:
+            cpu_worker.CPUModelRunner = original
