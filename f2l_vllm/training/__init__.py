@@ -1,0 +1,21 @@
+"""Training of the default model: a synthetic world, a tiny SmolVLM that sees it, and the hypernetwork on top."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "build_checkpoint": "f2l_vllm.training.checkpoint",
+    "make_model": "f2l_vllm.training.recipe",
+    "sample_scenes": "f2l_vllm.training.world",
+    "score_model": "f2l_vllm.training.score",
+    "write_mp4": "f2l_vllm.training.render",
+}
+__all__ = [*_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'f2l_vllm.training' has no attribute {name!r}")

@@ -1,0 +1,75 @@
+"""Muon for the matrices, AdamW for everything else, behind one schedule.
+
+Muon is `torch.optim.Muon`, which takes 2-D parameters. Stacked weights [L, in, out] are given to it as L matrices
+that share the parameter's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+_NOT_MATRICES = ("embed", "lm_head", "patch_embedding", "scaler", "bias", "latents")
+
+
+class MuonAdamW:
+    """One optimizer over named parameters.
+
+    Args:
+        muon_lr, adamw_lr: learning rates before the schedule's factor.
+        clip: limit of the gradient's norm, over all parameters.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        *,
+        muon_lr: float,
+        adamw_lr: float,
+        weight_decay: float = 0.01,
+        clip: float = 1.0,
+    ) -> None:
+        self.parameters: list[nn.Parameter] = []
+        self._slices: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in named_parameters:
+            if not parameter.requires_grad:
+                continue
+            self.parameters.append(parameter)
+            if any(word in name for word in _NOT_MATRICES) or parameter.ndim not in (2, 3):
+                others.append(parameter)
+            elif parameter.ndim == 2:
+                matrices.append(parameter)
+            else:
+                views = [nn.Parameter(view) for view in parameter.data]
+                self._slices.append((parameter, views))
+                matrices += views
+        self.clip = clip
+        self._rates = (muon_lr, adamw_lr)
+        self._muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay)
+        self._adamw = torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)
+
+    def step(self, loss: Tensor, factor: float) -> float:
+        """Back-propagate, clip, update with the learning rates times `factor`; returns the gradient's norm."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        for parameter, views in self._slices:
+            for index, view in enumerate(views):
+                view.grad = None if parameter.grad is None else parameter.grad[index]
+        for optimizer, rate in zip((self._muon, self._adamw), self._rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+            optimizer.step()
+        return float(norm)
+
+
+def warm_constant_linear(step: int, steps: int, *, warmup: int = 60, decay_from: float = 0.5) -> float:
+    """The schedule's factor: linear warm-up, constant, then linear to 2 % from `decay_from` of the steps on."""
+    done = step / max(1, steps)
+    decay = 1.0 if done < decay_from else max(0.02, 1 - (done - decay_from) / (1 - decay_from))
+    return min(1.0, (step + 1) / max(1, warmup)) * decay

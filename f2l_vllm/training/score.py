@@ -1,0 +1,275 @@
+"""How well a trained model answers, beside the controls that give the figure its meaning.
+
+Arms: `adapter` (the question alone, under the video's adapter), `in context` (the frames in the prompt), `neither`
+(the question alone: what guessing gives), `wrong video` (under the adapter of another video). Every video is asked one
+question of each type, so the mean over questions is the macro mean over types. Exact match, greedy.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from f2l_vllm.hypernetwork.adapter import Factors, apply_factors
+from f2l_vllm.hypernetwork.model import Hypernetwork
+from f2l_vllm.training import phrases, stages
+from f2l_vllm.training.hypernetwork_stage import adapted_hidden, cut_in_time, encode, pairs, text_only_batch
+from f2l_vllm.training.packing import exact_matches, pack
+from f2l_vllm.training.prompts import Prompts, Turn, times_of
+from f2l_vllm.training.render import write_mp4
+from f2l_vllm.training.world import Scene, sample_scenes
+
+ADAPTER, IN_CONTEXT, NEITHER, WRONG_VIDEO = ARMS = ("adapter", "in context", "neither", "wrong video")
+Question = tuple[str, str, str]  # text, true answer, type
+_BATCH = 32
+_MP4_SECONDS = (2.5, 4.0, 6.0, 8.0, 10.0)
+_MP4_FPS = (10, 24, 30)
+
+
+@dataclass
+class Tally:
+    """Right and wrong answers of one arm: kind of question -> one bool per video."""
+
+    answers: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
+
+    def summary(self) -> dict[str, Any]:
+        """Macro exact match over question types with a 95 % interval over videos, by type, and of the captions."""
+        kinds = [kind for kind in self.answers if kind != phrases.CAPTION]
+        per_video = torch.tensor([self.answers[kind] for kind in kinds]).float().mean(0)
+        half = 1.96 * per_video.std().item() / len(per_video) ** 0.5 if len(per_video) > 1 else 1.0
+        by_type = {kind: round(sum(answers) / len(answers), 4) for kind, answers in self.answers.items()}
+        caption = by_type.pop(phrases.CAPTION, None)
+        return {
+            "exact_match": round(per_video.mean().item(), 4),
+            "interval_95": round(half, 4),
+            "videos": len(per_video),
+            "caption_exact_match": caption,
+            "by_type": by_type,
+        }
+
+
+class Scorer:
+    """A model, its hypernetwork and its prompts, ready to answer."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Load what `make_model` wrote, in fp32."""
+        directory = Path(directory)
+        self.processor = AutoProcessor.from_pretrained(directory)
+        self.model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+        self.hypernetwork = Hypernetwork.load(directory / "hypernetwork").float().eval()
+        self.prompts = Prompts(self.processor)
+
+    def questions(self, scenes: Sequence[Scene], seed: int, *, unseen: bool = False) -> list[list[Question]]:
+        """Per scene one question of each type and the request for a caption: (question, answer, type)."""
+        rng = random.Random(f"questions:{seed}")
+        kinds = (*phrases.QUESTION_TYPES, phrases.CAPTION)
+        return [[phrases.ask(scene, kind, rng, unseen=unseen) for kind in kinds] for scene in scenes]
+
+    @torch.no_grad()
+    def score_tensors(
+        self,
+        scenes: Sequence[Scene],
+        *,
+        seed: int,
+        num_frames: int = 8,
+        unseen_phrasing: bool = False,
+        arms: Sequence[str] = ARMS,
+    ) -> dict[str, Tally]:
+        """Every arm on frames drawn as the processor would give them, without a file in between."""
+        tallies = {arm: Tally() for arm in arms}
+        rng = random.Random(f"clips:{seed}")
+        for first in range(0, len(scenes), _BATCH):
+            some = scenes[first : first + _BATCH]
+            clips = [self.prompts.draw_clip(num_frames, rng) for _ in some]
+            randomness = stages.Randomness.of("score", seed + first)
+            size = stages.draw_size(rng)
+            pixels = stages.film(some, times_of(clips), size, self.processor.video_processor, randomness)
+            asked = self.questions(some, seed + first, unseen=unseen_phrasing)
+            factors = self.hypernetwork.combine([self.hypernetwork(encode(self.model, self.prompts, clips, pixels))])
+            for arm, tally in tallies.items():
+                if arm == IN_CONTEXT:
+                    prefixes = [self.prompts.video_prefix(clip) for clip in clips]
+                    self._count_in_context(tally, asked, prefixes, pixels)
+                else:
+                    self._count_text_only(tally, asked, _factors_of(arm, factors))
+        return tallies
+
+    @torch.no_grad()
+    def score_composed(self, *, videos: int, seed: int, split: str = "held-out") -> dict[str, Tally]:
+        """Adapters composed in rank space: two videos with a shape each; one video in two and in four pieces."""
+        tallies = {"two videos": Tally(), "one video in 2 pieces": Tally(), "one video in 4 pieces": Tally()}
+        rng = random.Random(f"composed:{seed}")
+        for first in range(0, videos, _BATCH):
+            lessons = (
+                pairs(self.prompts, rng, _BATCH, 8, split),
+                cut_in_time(self.prompts, rng, 2, 8, _BATCH, split),
+                cut_in_time(self.prompts, rng, 4, 4, _BATCH, split),
+            )
+            randomness = stages.Randomness.of("composed", seed + first)
+            for tally, (scenes, pieces) in zip(tallies.values(), lessons, strict=True):
+                chunks = []
+                for piece_scenes, clips in pieces:
+                    pixels = stages.film(
+                        piece_scenes, times_of(clips), (320, 240), self.processor.video_processor, randomness
+                    )
+                    chunks.append(self.hypernetwork(encode(self.model, self.prompts, clips, pixels)))
+                self._count_text_only(tally, self.questions(scenes, seed + first), self.hypernetwork.combine(chunks))
+        return tallies
+
+    @torch.no_grad()
+    def score_mp4(
+        self, scenes: Sequence[Scene], folder: Path, *, seed: int, on_progress: stages.Progress | None = None
+    ) -> dict[str, Tally]:
+        """Every arm on real mp4 files, decoded and sampled as the server does, answers generated token by token."""
+        tallies = {arm: Tally() for arm in ARMS}
+        asked = self.questions(scenes, seed)
+        previous: Factors | None = None
+        for number, (scene, questions) in enumerate(zip(scenes, asked, strict=True)):
+            path = write_mp4(
+                scene,
+                folder / f"{number}.mp4",
+                size=stages.FRAME_SIZES[number % len(stages.FRAME_SIZES)],
+                fps=_MP4_FPS[number % len(_MP4_FPS)],
+                seconds=_MP4_SECONDS[number % len(_MP4_SECONDS)],
+            )
+            factors, video = self.internalize(path)
+            previous = previous if previous is not None else self.internalize_other(scene, folder)
+            texts = [question for question, _, _ in questions]
+            replies = {
+                ADAPTER: self.answer(texts, factors=factors),
+                IN_CONTEXT: self.answer(texts, video=video),
+                NEITHER: self.answer(texts),
+                WRONG_VIDEO: self.answer(texts, factors=previous),
+            }
+            previous = factors
+            for arm, answers in replies.items():
+                for (_, truth, kind), answer in zip(questions, answers, strict=True):
+                    tallies[arm].answers[kind].append(answer == truth)
+            if on_progress:
+                on_progress("score", number + 1, len(scenes), {})
+        return tallies
+
+    def internalize(self, path: Path) -> tuple[Factors, dict[str, Any]]:
+        """An mp4's composed factors without a batch axis, and its frames and metadata for the arm in context."""
+        from f2l_vllm.video.sample import sample_video
+
+        sampled = sample_video(path, self.processor)
+        video = {"videos": [[sampled.frames]], "video_metadata": [[sampled.metadata]]}
+        inputs = self._inputs([phrases.INTERNALIZE], video, generation=False)
+        output = self.model.model(**inputs, output_hidden_states=True, use_cache=False)
+        features_LTD = torch.stack(output.hidden_states[:-1], dim=1)[0]
+        return self.hypernetwork.combine([self.hypernetwork.generate(features_LTD)]), video
+
+    def internalize_other(self, scene: Scene, folder: Path) -> Factors:
+        """Factors of a video that shows something else than `scene`."""
+        other = next(other for other in sample_scenes(8, 0) if other.key != scene.key)
+        return self.internalize(write_mp4(other, folder / "other.mp4"))[0]
+
+    @torch.no_grad()
+    def answer(
+        self, questions: Sequence[str], *, factors: Factors | None = None, video: dict[str, Any] | None = None
+    ) -> list[str]:
+        """Greedy answers to questions, each on its own, without the space in front."""
+        inputs = self._inputs(questions, video, generation=True)
+        with apply_factors(self.model, factors or {}, self.hypernetwork.scale):
+            output = self.model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        new = output[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    def _inputs(self, questions: Sequence[str], video: dict[str, Any] | None, *, generation: bool) -> dict[str, Tensor]:
+        def prompt(question: str) -> str:
+            parts = [{"type": "video"}] if video else []
+            message = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+            template = self.processor.chat_template
+            return self.processor.tokenizer.apply_chat_template(
+                [message], chat_template=template, tokenize=False, add_generation_prompt=generation
+            )
+
+        texts = [prompt(question) for question in questions]
+        if video is None:
+            return dict(self.processor.tokenizer(texts, return_tensors="pt", padding=True))
+        many = {key: value * len(texts) for key, value in video.items()}
+        return dict(self.processor(text=texts, **many, do_sample_frames=False, return_tensors="pt", padding=True))
+
+    def _turns(self, asked: list[list[Question]], *, with_video: bool) -> list[list[Turn]]:
+        return [[self.prompts.turn(*question, with_video=with_video) for question in row] for row in asked]
+
+    def _count_in_context(
+        self, tally: Tally, asked: list[list[Question]], prefixes: list[list[int]], pixels: Tensor
+    ) -> None:
+        pad = self.model.config.text_config.pad_token_id
+        batch = pack(prefixes, self._turns(asked, with_video=True), shared=0, pad_token_id=pad)
+        output = self.model.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+            pixel_values=pixels,
+            use_cache=False,
+        )
+        _count(tally, asked, exact_matches(output.last_hidden_state, batch, self.model.lm_head))
+
+    def _count_text_only(self, tally: Tally, asked: list[list[Question]], factors: Factors) -> None:
+        batch = text_only_batch(self.prompts, self._turns(asked, with_video=False), self.model)
+        hidden = adapted_hidden(self.model, batch, factors, self.hypernetwork.scale)
+        _count(tally, asked, exact_matches(hidden, batch, self.model.lm_head))
+
+
+def _factors_of(arm: str, factors: Factors) -> Factors:
+    if arm == NEITHER:
+        return {}
+    if arm == WRONG_VIDEO:
+        return {name: (a.roll(1, 0), b.roll(1, 0)) for name, (a, b) in factors.items()}
+    return factors
+
+
+def _count(tally: Tally, asked: list[list[Question]], matches: list[list[bool]]) -> None:
+    for questions, right in zip(asked, matches, strict=True):
+        for (_, _, kind), match in zip(questions, right, strict=True):
+            tally.answers[kind].append(match)
+
+
+def score_model(
+    directory: str | Path,
+    *,
+    scenes: int = 512,
+    videos: int = 64,
+    seed: int = 1000,
+    on_progress: stages.Progress | None = None,
+) -> dict[str, Any]:
+    """Score a model directory on scenes it was not trained on.
+
+    Args:
+        scenes: fresh scenes per split scored from drawn frames.
+        videos: held-out scenes scored through mp4 files.
+
+    Returns:
+        Part -> arm -> {exact_match, interval_95, videos, caption_exact_match, by_type}.
+    """
+    scorer = Scorer(directory)
+    held_out, known = sample_scenes(scenes, seed, "held-out"), sample_scenes(scenes, seed, "train")
+    parts = {
+        "held-out scenes": scorer.score_tensors(held_out, seed=seed),
+        "held-out, unseen phrasing": scorer.score_tensors(held_out[:256], seed=seed, unseen_phrasing=True),
+        "fresh scenes of the training distribution": scorer.score_tensors(known, seed=seed),
+        "held-out, composed adapters": scorer.score_composed(videos=256, seed=seed),
+    }
+    new_triples = [scene for scene in held_out if scene.has_unseen_triple]
+    parts["held-out, unseen triples only"] = scorer.score_tensors(new_triples, seed=seed)
+    for frames in (4, 16):
+        parts[f"held-out, {frames} frames"] = scorer.score_tensors(
+            held_out[:128], seed=seed, num_frames=frames, arms=(ADAPTER, IN_CONTEXT)
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        parts["held-out mp4 files"] = scorer.score_mp4(
+            sample_scenes(videos, seed + 1, "held-out"), Path(folder), seed=seed, on_progress=on_progress
+        )
+    return {part: {arm: tally.summary() for arm, tally in tallies.items()} for part, tallies in parts.items()}

@@ -1,0 +1,54 @@
+"""What every training stage shares: progress reports, random sources, batches of filmed scenes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
+
+from f2l_vllm.training.render import pixel_values
+from f2l_vllm.training.world import Scene
+
+# Called with the stage's name, steps done, steps in all, and figures such as {"loss": 0.3}.
+Progress = Callable[[str, int, int, dict[str, float]], None]
+
+REPORT_EVERY = 25
+# (width, height): what cameras, phones and screens make
+FRAME_SIZES = ((320, 240), (640, 360), (240, 240), (270, 480), (240, 320))
+_SIZE_WEIGHTS = (4, 3, 2, 1, 1)
+
+
+@dataclass(slots=True)
+class Randomness:
+    """The two random sources of a stage, from one seed."""
+
+    rng: random.Random
+    torch_rng: torch.Generator
+
+    @classmethod
+    def of(cls, stage: str, seed: int) -> Randomness:
+        rng = random.Random(f"{stage}:{seed}")
+        return cls(rng, torch.Generator().manual_seed(rng.randrange(1 << 31)))
+
+
+def draw_size(rng: random.Random) -> tuple[int, int]:
+    return rng.choices(FRAME_SIZES, _SIZE_WEIGHTS)[0]
+
+
+def film(
+    scenes: Sequence[Scene],
+    times_BT: Tensor,
+    size: tuple[int, int],
+    processor: SmolVLMVideoProcessor,
+    randomness: Randomness,
+) -> Tensor:
+    """Pixel values [B, T, 3, Y, X] with the small variations of real footage."""
+    return pixel_values(scenes, times_BT, size, processor, randomness.torch_rng)
+
+
+def smoothed(average: float | None, value: float) -> float:
+    return value if average is None else 0.95 * average + 0.05 * value
