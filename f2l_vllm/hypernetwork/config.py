@@ -28,6 +28,8 @@ class HypernetworkConfig:
         num_pre_head_layers: residual MLPs between the Perceiver and the head.
         num_heads, num_kv_heads, head_dim: attention shape inside the Perceiver.
         scale: factor s on the adapter's output; 2 * rank ** 1.5 when None.
+        max_frames, longest_edge: how videos were sampled in training, the default when one is internalized; None
+            leaves it to the base model's processor.
 
     Raises:
         ValueError: a size that cannot be built.
@@ -49,6 +51,8 @@ class HypernetworkConfig:
     num_kv_heads: int = 4
     head_dim: int = 128
     scale: float | None = None
+    max_frames: int | None = None
+    longest_edge: int | None = None
 
     def __post_init__(self) -> None:
         positive = ("num_layers", "feature_size", "rank", "latent_size", "num_latents", "num_blocks")
@@ -61,6 +65,9 @@ class HypernetworkConfig:
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}), "
                 "because each key/value head serves an equal group of query heads."
             )
+        for name in ("max_frames", "longest_edge"):
+            if getattr(self, name) is not None:
+                _require_int(name, getattr(self, name), least=1)
         object.__setattr__(self, "modules", _checked_modules(self.modules))
         scale = 2 * self.rank**1.5 if self.scale is None else float(self.scale)
         if not math.isfinite(scale) or scale <= 0:
