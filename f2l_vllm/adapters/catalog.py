@@ -134,6 +134,12 @@ class Catalog:
             rows = connection.execute(select(files.c.id, files.c.state).where(files.c.id.in_(file_ids)))
             return {row.id: VideoState(row.state) for row in rows}
 
+    def has_video(self, sha256: str) -> bool:
+        """Whether any live file has these bytes."""
+        with self._read() as connection:
+            query = select(files.c.id).where(files.c.sha256 == sha256, files.c.state.in_(_LIVE)).limit(1)
+            return connection.scalar(query) is not None
+
     def remove_file(self, file_id: str, tenant: str) -> Removal | None:
         """Delete a file id; None when there is no such file. Its queued job goes too if nobody else waits for it."""
         with self._write() as connection:
@@ -216,10 +222,10 @@ class Catalog:
             _release(connection, names)
             return len(names)
 
-    def job_wanted(self, adapter_name: str) -> bool:
-        """Whether any file still waits for this job."""
+    def wanted(self, adapter_name: str) -> bool:
+        """Whether any file waits for this adapter or answers from it."""
         with self._read() as connection:
-            return any(record.state in IN_WORK for record in _files_of(connection, adapter_name))
+            return any(record.state is not VideoState.ERROR for record in _files_of(connection, adapter_name))
 
     def counts(self) -> tuple[dict[str, int], int, int]:
         """Files by state, jobs waiting, jobs running."""

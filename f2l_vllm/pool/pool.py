@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "f2l"
 _IDLE_SECONDS = 0.05
+_CHECK_SECONDS = 1.0
 _START_SECONDS = 600.0
 _RESTART_SECONDS = 2.0
 _OBJECT_STORE_BYTES = 100 * 2**20  # only small events pass through it
@@ -47,7 +48,7 @@ class PoolConfig:
 
 
 class Pool:
-    """Runs the workers of one data folder. `on_event` is called from lane threads with (name, value) for metrics."""
+    """Runs the workers of one data folder. `on_event` is called from lane threads with every event of a job."""
 
     def __init__(
         self,
@@ -80,6 +81,11 @@ class Pool:
         for lane in self._lanes:
             lane.start()
         return True
+
+    @property
+    def is_running(self) -> bool:
+        """Whether this process runs the workers of its data folder."""
+        return bool(self._lock.is_locked)
 
     def workers(self) -> list[WorkerInfo]:
         """The workers that are loaded and alive."""
@@ -126,6 +132,7 @@ class _Lane(threading.Thread):
         super().__init__(name=f"f2l-lane-{index}", daemon=True)
         self._pool = pool
         self._actor: ActorHandle | None = None
+        self._checked = 0.0
         self.info: WorkerInfo | None = None
 
     def kill(self) -> None:
@@ -135,6 +142,7 @@ class _Lane(threading.Thread):
 
     def run(self) -> None:
         while not self._stopping():
+            job: Job | None = None
             try:
                 self._ensure_actor()
                 job = self._pool._catalog.claim_job()
@@ -143,19 +151,30 @@ class _Lane(threading.Thread):
                 else:
                     self._run(job)
             except Exception:
-                # A lane outlives whatever goes wrong around a job: the database away, Ray restarting.
+                # A lane outlives whatever goes wrong around a job: a full disk, the database away, Ray restarting.
                 if not self._stopping():
                     logger.exception("a hypernetwork lane failed and goes on")
+                    self._give_back(job)
                     self._pool._stopping.wait(_RESTART_SECONDS)
+
+    def _give_back(self, job: Job | None) -> None:
+        if job is not None:
+            try:
+                self._pool._catalog.release_job(job.adapter_name)
+            except Exception:
+                logger.exception("%s waits until the pool starts again", job.adapter_name)
 
     def _stopping(self) -> bool:
         return self._pool._stopping.is_set()
 
     def _ensure_actor(self) -> None:
         """A live actor, so that a worker that died while idle costs no job an attempt."""
+        if self._actor is not None and time.monotonic() - self._checked < _CHECK_SECONDS:
+            return
         if self._actor is not None:
             try:
                 ray.get(self._actor.info.remote(), timeout=30)
+                self._checked = time.monotonic()
                 return
             except (RayActorError, GetTimeoutError):
                 self._lose_actor("died while idle")
@@ -165,6 +184,7 @@ class _Lane(threading.Thread):
         except BaseException:
             self._lose_actor("did not start")
             raise
+        self._checked = time.monotonic()
         logger.info("hypernetwork worker ready: pid %d on %s, %s", self.info.pid, self.info.node, self.info.device)
 
     def _lose_actor(self, what: str) -> None:

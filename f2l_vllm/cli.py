@@ -1,0 +1,161 @@
+"""The command line, `f2l-vllm`. Heavy libraries are imported by the command that needs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from f2l_vllm import __version__
+
+app = typer.Typer(
+    name="f2l-vllm",
+    help="Video answered at text cost: a hypernetwork turns each video into a LoRA adapter that vLLM serves.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+
+DEFAULT_MODEL = "f2l-tiny"
+Model = Annotated[str, typer.Option("--model", help="Shipped model, directory, or hub id.")]
+Hypernetwork = Annotated[
+    str | None, typer.Option("--hypernetwork", help="Directory, released .pt file, or hub id; default: the model's own.")
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"f2l-vllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Watch a video once; answer about it for ever, at text-only cost."""
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Shipped model, directory, or hub id.")] = DEFAULT_MODEL,
+    hypernetwork: Hypernetwork = None,
+    hypernetwork_workers: Annotated[int | None, typer.Option(min=0, help="Ray actors that internalize videos.")] = None,
+    worker_cpus: Annotated[float | None, typer.Option(min=0, help="CPUs Ray reserves for each worker.")] = None,
+    worker_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs, or a fraction, for each worker.")] = None,
+    queue_limit: Annotated[int | None, typer.Option(min=1, help="Videos that may wait before queue_full.")] = None,
+    home: Annotated[Path | None, typer.Option(help="Data folder (F2L_HOME).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the vllm command and stop.")] = False,
+) -> None:
+    """Start Ray, the hypernetwork workers and vLLM's OpenAI server. Any other flag goes to `vllm serve`."""
+    import shlex
+
+    from f2l_vllm.commands.serve import plan
+    from f2l_vllm.commands.serve import serve as become_server
+
+    given = {
+        "F2L_HYPERNETWORK_WORKERS": hypernetwork_workers,
+        "F2L_WORKER_CPUS": worker_cpus,
+        "F2L_WORKER_GPUS": worker_gpus,
+        "F2L_QUEUE_LIMIT": queue_limit,
+        "F2L_HOME": home,
+    }
+    extra = list(context.args)
+    if model.startswith("-"):  # no model named: what stands in its place is a flag for vLLM
+        extra.insert(0, model)
+        model = DEFAULT_MODEL
+    try:
+        launch = plan(model, hypernetwork, {k: str(v) for k, v in given.items() if v is not None}, extra)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if dry_run:
+        typer.echo(" ".join([*(f"{k}={shlex.quote(v)}" for k, v in launch.env.items()), shlex.join(launch.argv)]))
+        return
+    become_server(launch)
+
+
+@app.command()
+def internalize(
+    video: Annotated[Path, typer.Argument(help="Video file.", exists=True, dir_okay=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the PEFT adapter; must not exist.")],
+    model: Model = DEFAULT_MODEL,
+    hypernetwork: Hypernetwork = None,
+) -> None:
+    """Read a video once and write its LoRA adapter, without a server."""
+    from f2l_vllm.commands.local import internalize as run
+
+    run(video, output, model, hypernetwork)
+
+
+@app.command()
+def ask(
+    video: Annotated[Path, typer.Argument(help="Video file.", exists=True, dir_okay=False)],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    model: Model = DEFAULT_MODEL,
+    hypernetwork: Hypernetwork = None,
+    url: Annotated[str | None, typer.Option(help="Ask a running server instead, e.g. http://127.0.0.1:8000/v1.")] = None,
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Its API key.")] = "none",
+    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Answer one question about one video from its adapter, with zero visual tokens."""
+    from f2l_vllm.commands import local
+
+    if url is not None:
+        local.ask_server(video, question, url, api_key, max_tokens)
+    else:
+        local.ask(video, question, model, hypernetwork, max_tokens)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[str, typer.Argument(help="Released .pt file, directory, or hub id.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write; must not exist.")],
+    base_model: Annotated[str | None, typer.Option(help="Base model, where the reference holds several.")] = None,
+) -> None:
+    """Write a hypernetwork in the safe format: config.json and model.safetensors."""
+    from f2l_vllm.commands.local import convert as run
+
+    run(checkpoint, output, base_model)
+
+
+@app.command()
+def train(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for model and hypernetwork.")],
+    seed: Annotated[int, typer.Option(help="Seed of data and weights.")] = 0,
+    scale: Annotated[float, typer.Option(min=0.001, help="Fraction of the full number of steps.")] = 1.0,
+) -> None:
+    """Build the synthetic world, the default model and its hypernetwork from nothing. Resumes where it stopped."""
+    from f2l_vllm.commands.local import train as run
+
+    run(output, seed, scale)
+
+
+@app.command()
+def demo(
+    video: Annotated[Path | None, typer.Argument(help="Your own mp4; default: one is made.")] = None,
+    model: Model = DEFAULT_MODEL,
+    hypernetwork: Hypernetwork = None,
+    port: Annotated[int | None, typer.Option(help="Port to serve on; default: a free one.")] = None,
+) -> None:
+    """The whole way: make a video, serve, upload it with the openai client, ask, compare with frames in context."""
+    from f2l_vllm.commands.demo import demo as run
+
+    run(video, model, hypernetwork, port)
+
+
+@app.command()
+def doctor(model: Model = DEFAULT_MODEL, hypernetwork: Hypernetwork = None) -> None:
+    """Say what is installed, which device there is, and what `serve` would use."""
+    from f2l_vllm.commands.doctor import doctor as run
+
+    run(model, hypernetwork)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Commands that need no server of their own: internalize, ask, convert, train."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from f2l_vllm import models, torch_shims
+
+console = Console()
+_STAGES = ("decode", "encode", "generate")
+
+
+def _bar() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True)
+
+
+def _internalizer(model: str, hypernetwork: str | None):  # type: ignore[no-untyped-def]  # heavy type, imported late
+    torch_shims.install()
+    from f2l_vllm.hypernetwork.internalizer import Internalizer
+
+    try:
+        directory, weights = models.resolve(model), models.resolve_hypernetwork(model, hypernetwork)
+        with console.status("loading model and hypernetwork"):
+            return Internalizer.load(directory, weights), directory
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _read(internalizer, video: Path):  # type: ignore[no-untyped-def]
+    from f2l_vllm.video.errors import VideoError
+
+    with _bar() as bar:
+        task = bar.add_task("decode", total=len(_STAGES))
+
+        def report(stage: str, fraction: float) -> None:
+            if stage in _STAGES:
+                bar.update(task, description=stage, completed=_STAGES.index(stage) + fraction)
+
+        try:
+            return internalizer.internalize(video, on_progress=report)
+        except VideoError as error:
+            console.print(f"[red]{error.code}[/]: {error}")
+            raise typer.Exit(1) from error
+
+
+def internalize(video: Path, output: Path, model: str, hypernetwork: str | None) -> None:
+    """Write a video's PEFT adapter to `output`."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise typer.BadParameter(f"{output} exists already; name a new directory")
+    internalizer, directory = _internalizer(model, hypernetwork)
+    started = time.perf_counter()
+    adapter = _read(internalizer, video)
+    adapter.save(output, base_model=str(directory))
+    info = adapter.info
+    console.print(
+        f"rank {adapter.rank} adapter from {info['frames']} frames ({info['visual_tokens']} visual tokens) "
+        f"in {time.perf_counter() - started:.2f} s: {output}"
+    )
+
+
+def ask(video: Path, question: str, model: str, hypernetwork: str | None, max_tokens: int) -> None:
+    """Answer from the adapter with transformers, here and now."""
+    internalizer, _ = _internalizer(model, hypernetwork)
+    adapter = _read(internalizer, video)
+    console.print(internalizer.answer(adapter, question, max_new_tokens=max_tokens))
+
+
+def ask_server(video: Path, question: str, url: str, api_key: str, max_tokens: int) -> None:
+    """Upload to a running server and ask there; the same bytes are internalized once."""
+    from openai import APIError, OpenAI
+
+    try:
+        client = OpenAI(base_url=url, api_key=api_key)
+        with console.status("uploading and internalizing"):
+            file = client.files.create(file=video, purpose="vision")
+            file = client.files.wait_for_processing(file.id, poll_interval=0.2)
+        message = [{"role": "user", "content": question}]
+        answer = client.chat.completions.create(
+            model=file.id,
+            messages=message,  # type: ignore[arg-type]
+            max_completion_tokens=max_tokens,
+            temperature=0,
+        )
+    except APIError as error:
+        console.print(f"[red]{error.code or type(error).__name__}[/]: {error.message}")
+        raise typer.Exit(1) from error
+    console.print(answer.choices[0].message.content)
+
+
+def convert(checkpoint: str, output: Path, base_model: str | None) -> None:
+    """Read a hypernetwork through the safe reader and write the safe format."""
+    torch_shims.install()
+    from f2l_vllm.hypernetwork.model import Hypernetwork
+
+    try:
+        with console.status("reading the checkpoint"):
+            hypernetwork = Hypernetwork.load(checkpoint, base_model=base_model)
+            hypernetwork.save(output)
+    except (ValueError, FileExistsError) as error:
+        raise typer.BadParameter(str(error)) from error
+    config = hypernetwork.config
+    console.print(f"{output}: rank {config.rank}, {', '.join(config.modules)}, for {config.base_model}")
+
+
+def train(output: Path, seed: int, scale: float) -> None:
+    """Make model and hypernetwork from nothing."""
+    torch_shims.install()
+    from f2l_vllm.training import make_model
+
+    with _bar() as bar:
+        task = bar.add_task("starting", total=1.0)
+
+        def report(stage: str, fraction: float) -> None:
+            bar.update(task, description=stage, completed=fraction)
+
+        summary = make_model(output, seed=seed, scale=scale, on_progress=report)
+    console.print_json(data=summary)

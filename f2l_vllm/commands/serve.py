@@ -1,0 +1,84 @@
+"""`f2l-vllm serve`: vLLM's own server with the flags and environment that videos need.
+
+It replaces this process by `vllm serve`, so that the environment is in place before any library reads it and signals
+go to vLLM directly; the endpoint plugin starts and stops Ray and the pool.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from f2l_vllm import models
+from f2l_vllm.hypernetwork.model import read_config
+
+PLUGINS = ("f2l", "f2l_files", "f2l_cpu")
+# Ranks vLLM has kernels for; an adapter is computed at the largest, so the smallest that fits is chosen.
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Slots are memory and launch cost on a GPU (32 to 64 is a sane start). Requests for adapters beyond the slots wait,
+# so there are as many slots as sequences: no video starves.
+SLOTS = 32
+HOST_SLOTS = 256
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command line and the environment variables to add."""
+
+    argv: list[str]
+    env: dict[str, str]
+
+
+def plan(model: str, hypernetwork: str | None, settings: dict[str, str], vllm_flags: list[str]) -> Launch:
+    """The `vllm serve` command for a model. Flags given by the user win over the defaults here.
+
+    Raises:
+        ValueError: no such model or hypernetwork, or a hypernetwork whose adapters no server could take.
+    """
+    directory = models.resolve(model)
+    weights = models.resolve_hypernetwork(model, hypernetwork)
+    rank, modules = _adapter_shape(weights)
+    allowed = [size for size in LORA_RANKS if size >= rank]
+    if not allowed:
+        raise ValueError(f"the hypernetwork writes adapters of rank {rank}, above vLLM's largest {LORA_RANKS[-1]}")
+    defaults = {
+        "--host": ["127.0.0.1"],
+        "--served-model-name": [model if not Path(model).exists() else directory.name],
+        "--enable-lora": [],
+        "--max-lora-rank": [str(allowed[0])],
+        "--lora-target-modules": modules,
+        "--max-loras": [str(SLOTS)],
+        "--max-cpu-loras": [str(HOST_SLOTS)],
+        "--max-num-seqs": [str(SLOTS)],
+    }
+    given = {flag.split("=")[0].replace("_", "-") for flag in vllm_flags if flag.startswith("--")}
+    argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory), *vllm_flags]
+    for flag, values in defaults.items():
+        if flag not in given:
+            argv += [flag, *values]
+    plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    env = {
+        **settings,
+        "F2L_HYPERNETWORK": str(weights),
+        "VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, *PLUGINS])),
+        # Media fetched for a question must not follow redirects into private networks, nor retry for minutes.
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        "VLLM_MEDIA_FETCH_MAX_RETRIES": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Spinning OpenMP threads starve the API server and the engine's loop on small machines; read at load time.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+    }
+    return Launch(argv, env)
+
+
+def serve(launch: Launch) -> None:
+    """Become the server."""
+    os.execvpe(launch.argv[0], launch.argv, {**os.environ, **launch.env})
+
+
+def _adapter_shape(weights: Path) -> tuple[int, list[str]]:
+    """Total rank of one video's adapter, and its target modules."""
+    config = read_config(weights)
+    return 2 * config.rank, sorted(config.modules)

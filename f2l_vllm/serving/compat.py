@@ -1,0 +1,129 @@
+"""Every place where this project leans on vLLM's internals outside `cpu`, for vLLM 0.32.
+
+Each function names what it relies on; `tests/serving/test_compat.py` holds a contract test for each, so that another
+vLLM version fails there first, with a sentence, and not in production.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, MutableMapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import State
+from vllm.lora.request import LoRARequest
+
+SUPPORTED_VLLM = "0.32"
+# What the client asked for, while its request is set up: responses carry it instead of an adapter's name.
+asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What the engine was started with. `host_slots`: adapters kept in host memory."""
+
+    max_rank: int
+    host_slots: int
+    target_modules: frozenset[str] | None
+
+
+def check_environment(args: Any) -> None:
+    """Refuse settings under which plugins are bypassed or adapters can be changed from outside.
+
+    Raises:
+        ValueError: one of them is set; the message says which and why.
+    """
+    if os.environ.get("VLLM_USE_RUST_FRONTEND") == "1":
+        raise ValueError("VLLM_USE_RUST_FRONTEND=1 bypasses Python plugins, so videos would not be served: unset it")
+    if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true"):
+        raise ValueError(
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING lets any client load any path on this machine as an adapter: unset it; "
+            "f2l-vllm publishes adapters by itself"
+        )
+    if getattr(args, "specialize_active_lora", False):
+        raise ValueError("--specialize-active-lora is not supported: mixed base and adapter batches may lose adapters")
+
+
+def engine_limits(engine_client: Any) -> EngineLimits:
+    """Read from `engine_client.vllm_config.lora_config`.
+
+    Raises:
+        ValueError: the engine runs without LoRA.
+    """
+    config = engine_client.vllm_config.lora_config
+    if config is None:
+        raise ValueError("the engine runs without LoRA: start it with --enable-lora (f2l-vllm serve does)")
+    modules = getattr(config, "target_modules", None)
+    slots = config.max_cpu_loras or config.max_loras
+    return EngineLimits(config.max_lora_rank, slots, frozenset(modules) if modules else None)
+
+
+def lora_registry(state: State) -> MutableMapping[str, LoRARequest]:
+    """vLLM's dynamic registry, `state.openai_serving_models.lora_requests`: name -> `LoRARequest`."""
+    registry: MutableMapping[str, LoRARequest] = state.openai_serving_models.lora_requests
+    return registry
+
+
+def new_lora_request(name: str, int_id: int, path: str, base_model: str) -> LoRARequest:
+    """A request that never reloads in place: with `load_inplace` the engine reads the file again at every step."""
+    return LoRARequest(lora_name=name, lora_int_id=int_id, lora_path=path, base_model_name=base_model)
+
+
+def base_model_names(state: State) -> list[str]:
+    """The names under which the base model is served."""
+    return [model.name for model in state.openai_serving_models.base_model_paths]
+
+
+async def base_model_cards(state: State) -> list[dict[str, Any]]:
+    """The base model's entries of `/v1/models`, without adapters."""
+    models = await state.openai_serving_models.registry.show_available_models()
+    return [card.model_dump() for card in models.data]
+
+
+def wrap_servings(state: State, wrap_chat: Callable[[Any], Any], wrap_completion: Callable[[Any], Any]) -> None:
+    """Put our handlers in front of `state.openai_serving_chat` and `state.openai_serving_completion`.
+
+    vLLM's own routes look their handler up in `state` at every request, so they keep their cancellation, keep-alive
+    and load accounting. `model_name` of the models object decides the `model` field of a response; it is overridden
+    to return what the client asked for.
+    """
+    models = state.openai_serving_models
+    original = models.model_name
+
+    def model_name(lora_request: LoRARequest | None = None) -> str:
+        name: str = asked_model.get() or original(lora_request)
+        return name
+
+    models.model_name = model_name
+    if state.openai_serving_chat is not None:
+        state.openai_serving_chat = wrap_chat(state.openai_serving_chat)
+    if state.openai_serving_completion is not None:
+        state.openai_serving_completion = wrap_completion(state.openai_serving_completion)
+
+
+def guard_other_servings(state: State, guard: Callable[[Any], Any]) -> None:
+    """Put `guard` around the generate handlers that do not know videos: they must not answer for one by accident."""
+    for name in ("openai_serving_responses", "openai_serving_chat_batch", "anthropic_serving_messages"):
+        if getattr(state, name, None) is not None:
+            setattr(state, name, guard(getattr(state, name)))
+
+
+def error_status(response: Any) -> int | None:
+    """The HTTP status of vLLM's `ErrorResponse`, or None for any other result."""
+    error = getattr(response, "error", None)
+    return int(error.code) if error is not None and hasattr(error, "code") else None
+
+
+async def engine_is_healthy(engine_client: Any) -> bool:
+    """Whether the engine answers."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        await engine_client.check_health()
+    except EngineDeadError:
+        return False
+    return True
+
+

@@ -1,0 +1,140 @@
+"""The endpoint plugin: vLLM's API server calls it once to attach routes and once, with the engine up, to start.
+
+Named `f2l_files` in `VLLM_PLUGINS`; settings come from the environment (`f2l_vllm.settings`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from argparse import Namespace
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+
+from f2l_vllm import torch_shims
+
+torch_shims.install()
+
+from f2l_vllm import models  # noqa: E402  (torchvision must be importable first)
+from f2l_vllm.adapters.address import fingerprint  # noqa: E402
+from f2l_vllm.adapters.catalog import Catalog  # noqa: E402
+from f2l_vllm.adapters.store import Store  # noqa: E402
+from f2l_vllm.pool.messages import WorkerSpec  # noqa: E402
+from f2l_vllm.pool.pool import Pool, PoolConfig  # noqa: E402
+from f2l_vllm.serving import compat, errors  # noqa: E402
+from f2l_vllm.serving.files import router  # noqa: E402
+from f2l_vllm.serving.handlers import ChatHandler, CompletionHandler, Guard  # noqa: E402
+from f2l_vllm.serving.registry import Registry  # noqa: E402
+from f2l_vllm.serving.service import Revisions, VideoService, count_event  # noqa: E402
+from f2l_vllm.settings import Settings  # noqa: E402
+
+logger = logging.getLogger("vllm.f2l")
+
+
+class F2LEndpointPlugin:
+    """vLLM's `EndpointPlugin`: videos as files, answered from adapters."""
+
+    name = "f2l_files"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._service: VideoService | None = None
+        self._maintenance: asyncio.Task[None] | None = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes, the error envelope, and the shutdown of what `init_state` starts."""
+        app.include_router(router)
+        app.add_exception_handler(errors.APIError, errors.answer)
+        inner = app.router.lifespan_context
+
+        @asynccontextmanager
+        async def lifespan(application: FastAPI) -> AsyncIterator[Any]:
+            async with inner(application) as state:
+                try:
+                    yield state
+                finally:
+                    await self._stop()
+
+        app.router.lifespan_context = lifespan
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """Open catalog and store, start the pool, and put the handlers in front of vLLM's.
+
+        Raises:
+            ValueError: settings, model and hypernetwork that cannot work together; the server does not start then.
+        """
+        compat.check_environment(args)
+        settings = Settings()
+        limits = compat.engine_limits(engine_client)
+        base_names = compat.base_model_names(state)
+        model = models.resolve(args.model)
+        hypernetwork = models.resolve_hypernetwork(args.model, settings.hypernetwork)
+        home = settings.data_folder
+        store = Store(home)
+        catalog = Catalog(settings.database_url)
+        registry = Registry(
+            compat.lora_registry(state),
+            engine_client,
+            store,
+            base_model=base_names[0],
+            host_slots=limits.host_slots,
+            wanted=catalog.wanted,
+        )
+        pool = Pool(
+            pool_config(settings), worker_spec(settings, model, hypernetwork, limits.max_rank), catalog, store, count_event
+        )
+        # How frames are taken is part of the model's own processor files, which the base revision covers.
+        revisions = Revisions(fingerprint(model), fingerprint(hypernetwork), sampling={})
+        self._service = VideoService(settings, revisions, catalog, store, registry, pool)
+        if settings.hypernetwork_workers:
+            await asyncio.to_thread(pool.start)
+        state.f2l = self._service
+        self._maintenance = asyncio.create_task(self._service.maintain())
+        compat.wrap_servings(
+            state,
+            lambda inner: ChatHandler(inner, state.f2l, base_names),
+            lambda inner: CompletionHandler(inner, state.f2l, base_names),
+        )
+        compat.guard_other_servings(state, lambda inner: Guard(inner, state.f2l))
+        logger.info("f2l: model %s, hypernetwork %s, data in %s", base_names[0], hypernetwork, home)
+
+    async def _stop(self) -> None:
+        if self._maintenance is not None:
+            self._maintenance.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._maintenance
+        if self._service is not None:
+            await asyncio.to_thread(self._service.pool.stop)
+            self._service.catalog.close()
+
+
+def pool_config(settings: Settings) -> PoolConfig:
+    """The pool's part of the settings."""
+    return PoolConfig(
+        workers=settings.hypernetwork_workers,
+        cpus=settings.worker_cpus,
+        gpus=settings.worker_gpus,
+        ray_address=settings.ray_address,
+        job_attempts=settings.job_attempts,
+        job_seconds=settings.job_seconds,
+    )
+
+
+def worker_spec(settings: Settings, model: Path, hypernetwork: Path, max_rank: int) -> WorkerSpec:
+    """What each worker loads."""
+    return WorkerSpec(
+        model=model,
+        hypernetwork=hypernetwork,
+        home=settings.data_folder,
+        base_name=model.name,
+        max_rank=max_rank,
+        max_seconds=settings.max_video_seconds,
+        max_pixels=settings.max_video_pixels,
+        threads=max(1, int(settings.worker_cpus)),
+    )

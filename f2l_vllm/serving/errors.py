@@ -1,0 +1,65 @@
+"""Errors as OpenAI clients expect them: an envelope with a message for people and a code for programs."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+
+from f2l_vllm.serving import metrics
+
+
+class APIError(Exception):
+    """A request that cannot be answered. `code` is stable; `message` says what to do next."""
+
+    def __init__(
+        self,
+        status: HTTPStatus,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.param = status, code, message, param
+        self.headers = headers or {}
+
+
+def bad_request(code: str, message: str, param: str | None = None) -> APIError:
+    """400: the request itself is at fault."""
+    return APIError(HTTPStatus.BAD_REQUEST, code, message, param=param)
+
+
+def video_not_found(file_id: str, param: str | None = None) -> APIError:
+    """404: unknown, deleted, expired, or not the caller's: they look the same from outside."""
+    message = f"No video with the id '{file_id}' exists. Upload it with POST /v1/files and use the id it returns."
+    return APIError(HTTPStatus.NOT_FOUND, "video_not_found", message, param=param)
+
+
+def video_not_ready(file_id: str, state: str, waited: float) -> APIError:
+    """409: still in work after the time the caller would wait. Clients are told not to retry by themselves, because
+    the wait is theirs to set."""
+    message = (
+        f"Video '{file_id}' is still being internalized (stage '{state}') after waiting {waited:g} s. Ask again later, "
+        "poll GET /v1/files/{id} until its status is 'processed', or allow a longer wait with the X-F2L-Wait header."
+    )
+    headers = {"Retry-After": "5", "X-Should-Retry": "false"}
+    return APIError(HTTPStatus.CONFLICT, "video_not_ready", message, headers=headers)
+
+
+def video_failed(file_id: str, code: str | None, message: str | None) -> APIError:
+    """422: the video could not be internalized; asking again will not help."""
+    text = f"Video '{file_id}' could not be internalized ({code}): {message} Delete it and upload another file."
+    return APIError(HTTPStatus.UNPROCESSABLE_ENTITY, "video_failed", text)
+
+
+async def answer(_request: Request, error: Exception) -> JSONResponse:
+    """The exception handler: `APIError` as an OpenAI error envelope."""
+    assert isinstance(error, APIError)
+    metrics.ERRORS.labels(error.code).inc()
+    kinds = {HTTPStatus.NOT_FOUND: "not_found_error", HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error"}
+    kind = kinds.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
+    body = {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    return JSONResponse(body, status_code=error.status, headers=error.headers)

@@ -1,0 +1,198 @@
+"""The routes under `/v1/files`, `/v1/models` and `/ready`, in OpenAI's shapes.
+
+Source: OpenAI API reference, Files. The object `f2l` inside a file holds what this server adds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import tarfile
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+
+from f2l_vllm.adapters.states import IN_WORK, VideoState
+from f2l_vllm.adapters.store import MANIFEST_FILE
+from f2l_vllm.adapters.tables import FileRecord
+from f2l_vllm.serving import compat
+from f2l_vllm.serving.errors import bad_request
+from f2l_vllm.serving.service import TENANT, VideoService
+from f2l_vllm.serving.uploads import inspect, receive
+
+router = APIRouter()
+_EVENT_SECONDS = 0.1
+
+
+def service(request: Request) -> VideoService:
+    """The video service of this server."""
+    found: VideoService = request.app.state.f2l
+    return found
+
+
+@router.post("/v1/files")
+async def create_file(request: Request) -> JSONResponse:
+    """Accept a video; internalization goes on behind."""
+    videos = service(request)
+    temporary = videos.store.temporary()
+    try:
+        upload = await receive(request, temporary, videos.settings)
+        await inspect(temporary, videos.settings)
+        record = await videos.enter(
+            temporary,
+            sha256=upload.sha256,
+            size=upload.bytes,
+            filename=upload.filename,
+            purpose=upload.purpose,
+            expires_at=upload.expires_at,
+        )
+    finally:
+        temporary.unlink(missing_ok=True)
+    return JSONResponse(file_object(videos, record))
+
+
+@router.get("/v1/files")
+async def list_files(
+    request: Request,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=10000)] = 10000,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: str | None = None,
+) -> JSONResponse:
+    """The caller's files, newest first, a page at a time."""
+    videos = service(request)
+    try:
+        page, more = await asyncio.to_thread(
+            videos.catalog.files, TENANT, after=after, limit=limit, descending=order == "desc", purpose=purpose
+        )
+    except KeyError as error:
+        raise bad_request("invalid_cursor", f"'after' names no file of yours: {after!r}.", "after") from error
+    data = [file_object(videos, record) for record in page]
+    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+    return JSONResponse({"object": "list", "data": data, **ends, "has_more": more})
+
+
+@router.get("/v1/files/{file_id}")
+async def retrieve_file(file_id: str, request: Request) -> JSONResponse:
+    """One file."""
+    videos = service(request)
+    return JSONResponse(file_object(videos, videos.file(file_id)))
+
+
+@router.delete("/v1/files/{file_id}")
+async def delete_file(file_id: str, request: Request) -> JSONResponse:
+    """Delete a file; its adapter and bytes go when no other file shares them and no answer is being written."""
+    await service(request).remove(file_id)
+    return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+
+
+@router.get("/v1/files/{file_id}/content")
+async def file_content(file_id: str, request: Request) -> FileResponse:
+    """The bytes as uploaded."""
+    videos = service(request)
+    record = videos.file(file_id)
+    path = videos.store.video_path(record.sha256)
+    return FileResponse(path, media_type="application/octet-stream", filename=record.filename)
+
+
+@router.get("/v1/files/{file_id}/events")
+async def file_events(file_id: str, request: Request) -> StreamingResponse:
+    """Server-sent events with the file object whenever it changes, until it is processed, failed or gone."""
+    videos = service(request)
+    videos.file(file_id)
+
+    async def events() -> AsyncIterator[str]:
+        last = None
+        while (record := videos.catalog.file(file_id, TENANT)) is not None:
+            if (record.state, record.progress) != last:
+                last = (record.state, record.progress)
+                yield f"data: {json.dumps(file_object(videos, record))}\n\n"
+            if record.state not in IN_WORK:
+                break
+            await asyncio.sleep(_EVENT_SECONDS)
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
+@router.get("/v1/files/{file_id}/adapter")
+async def file_adapter(file_id: str, request: Request) -> Response:
+    """The PEFT adapter as a tar archive; plain vLLM and peft load what it holds."""
+    videos = service(request)
+    record = await videos.ready(file_id, wait=0.0)
+    directory = videos.store.adapter_path(record.adapter_name)
+    archive = await asyncio.to_thread(_tar, directory)
+    disposition = f'attachment; filename="{record.adapter_name}.tar"'
+    return Response(archive, media_type="application/x-tar", headers={"Content-Disposition": disposition})
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> JSONResponse:
+    """The base model, and every ready video of the caller as a model of its own."""
+    videos = service(request)
+    base = await compat.base_model_cards(request.app.state)
+    records, _ = await asyncio.to_thread(videos.catalog.files, TENANT, after=None, limit=1 << 20, descending=False)
+    ready = [record for record in records if record.state is VideoState.PROCESSED]
+    return JSONResponse({"object": "list", "data": base + [_model_card(base[0], record) for record in ready]})
+
+
+@router.get("/v1/models/{model:path}")
+async def retrieve_model(model: str, request: Request) -> JSONResponse:
+    """One model: the base model's name, or a ready video's file id."""
+    base = await compat.base_model_cards(request.app.state)
+    for card in base:
+        if card["id"] == model:
+            return JSONResponse(card)
+    return JSONResponse(_model_card(base[0], await service(request).ready(model, wait=0.0)))
+
+
+@router.get("/ready")
+async def ready(request: Request) -> JSONResponse:
+    """200 when the engine answers and a hypernetwork worker is loaded, else 503 with what is missing."""
+    parts = {
+        "engine": await compat.engine_is_healthy(request.app.state.engine_client),
+        "workers": service(request).is_ready(),
+    }
+    status = HTTPStatus.OK if all(parts.values()) else HTTPStatus.SERVICE_UNAVAILABLE
+    return JSONResponse({"ready": all(parts.values()), **parts}, status_code=status)
+
+
+def file_object(videos: VideoService, record: FileRecord) -> dict[str, Any]:
+    """A file as the OpenAI API shows it; `f2l` holds stage, progress, and what is known of the adapter."""
+    shown = {VideoState.PROCESSED: "processed", VideoState.ERROR: "error"}.get(record.state, "uploaded")
+    details: dict[str, Any] = {"stage": record.state.value, "progress": round(record.progress, 3)}
+    if record.state is VideoState.PROCESSED and (adapter := videos.catalog.adapter(record.adapter_name)) is not None:
+        details |= {"adapter": adapter.name, "rank": adapter.rank, "adapter_bytes": adapter.bytes, **adapter.info}
+    if record.state is VideoState.ERROR:
+        details["error"] = {"code": record.error_code, "message": record.error_message}
+    return {
+        "id": record.id,
+        "object": "file",
+        "bytes": record.bytes,
+        "created_at": int(record.created_at),
+        "expires_at": None if record.expires_at is None else int(record.expires_at),
+        "filename": record.filename,
+        "purpose": record.purpose,
+        "status": shown,
+        "status_details": record.error_message,
+        "f2l": details,
+    }
+
+
+def _model_card(base: dict[str, Any], record: FileRecord) -> dict[str, Any]:
+    own = {"id": record.id, "created": int(record.created_at), "root": base["id"], "parent": base["id"]}
+    return {**base, **own, "owned_by": "f2l-vllm"}
+
+
+def _tar(directory: Path) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for path in sorted(directory.iterdir()):
+            if path.name != MANIFEST_FILE:
+                archive.add(path, arcname=f"{directory.name}/{path.name}")
+    return buffer.getvalue()

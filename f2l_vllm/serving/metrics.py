@@ -1,0 +1,21 @@
+"""Prometheus metrics `f2l_*`, on vLLM's own `/metrics` page. Labels are bounded: no file, adapter or tenant names."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+VIDEOS = Gauge("f2l_videos", "Files in the catalog by state.", ["state"], multiprocess_mode="mostrecent")
+JOBS = Gauge("f2l_jobs", "Internalization jobs, waiting or running.", ["state"], multiprocess_mode="mostrecent")
+WORKERS = Gauge("f2l_workers", "Hypernetwork workers loaded and alive.", multiprocess_mode="mostrecent")
+RESIDENT = Gauge("f2l_adapters_resident", "Adapters registered with the engine.", multiprocess_mode="livesum")
+LEASES = Gauge("f2l_adapter_leases", "Questions that hold an adapter now.", multiprocess_mode="livesum")
+UPLOADS = Counter("f2l_uploads", "Videos accepted, by whether their adapter existed already.", ["reused"])
+UPLOAD_BYTES = Counter("f2l_upload_bytes", "Bytes of video accepted.")
+INTERNALIZED = Counter("f2l_internalized", "Internalization jobs ended, by outcome.", ["outcome"])
+STAGE_SECONDS = Histogram("f2l_stage_seconds", "Seconds per stage of an internalization.", ["stage"], buckets=_SECONDS)
+QUESTIONS = Counter("f2l_questions", "Questions about videos, by mode and outcome.", ["mode", "outcome"])
+WAIT_SECONDS = Histogram("f2l_question_wait_seconds", "Time questions waited for their video.", buckets=_SECONDS)
+TOKENS_AVOIDED = Counter("f2l_visual_tokens_avoided", "Visual tokens that questions did not have to carry.")
+ERRORS = Counter("f2l_errors", "Requests answered with an error of this server's own, by code.", ["code"])

@@ -1,0 +1,196 @@
+"""The video service of one API server: uploads, readiness, leases and removal, over catalog, store, pool and engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from f2l_vllm.adapters.address import adapter_name
+from f2l_vllm.adapters.catalog import Catalog, QueueFull, Removal
+from f2l_vllm.adapters.states import IN_WORK, VideoState
+from f2l_vllm.adapters.store import Store
+from f2l_vllm.adapters.tables import FileRecord
+from f2l_vllm.pool.messages import Event, Failed, Published
+from f2l_vllm.pool.pool import Pool
+from f2l_vllm.serving import metrics
+from f2l_vllm.serving.errors import APIError, HTTPStatus, video_failed, video_not_found, video_not_ready
+from f2l_vllm.serving.registry import AdapterLost, Lease, Registry
+from f2l_vllm.serving.watcher import Watcher
+from f2l_vllm.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# One tenant until keys tell callers apart; the catalog keeps tenants separate already.
+TENANT = "default"
+_MAINTENANCE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Revisions:
+    """What an adapter's name is made of besides the video: content hashes of both models, and how frames are taken."""
+
+    base: str
+    hypernetwork: str
+    sampling: dict[str, Any]
+
+    def name(self, sha256: str) -> str:
+        """The adapter's content-addressed name for a video with these bytes."""
+        return adapter_name(
+            video_sha256=sha256,
+            sampling=self.sampling,
+            base_revision=self.base,
+            hypernetwork_revision=self.hypernetwork,
+        )
+
+
+class VideoService:
+    """Everything the routes and the chat handler ask for. Lives on the API server's event loop."""
+
+    def __init__(
+        self, settings: Settings, revisions: Revisions, catalog: Catalog, store: Store, registry: Registry, pool: Pool
+    ) -> None:
+        self.settings = settings
+        self.catalog = catalog
+        self.store = store
+        self.registry = registry
+        self.pool = pool
+        self._revisions = revisions
+        self._watcher = Watcher(catalog)
+        self._entering: dict[str, asyncio.Lock] = {}
+
+    async def enter(
+        self, temporary: Path, *, sha256: str, size: int, filename: str, purpose: str, expires_at: float | None
+    ) -> FileRecord:
+        """Keep an uploaded and inspected video and enter it in the catalog.
+
+        Raises:
+            APIError: `queue_full`, with `Retry-After`; nothing is kept then.
+        """
+        lock = self._entering.setdefault(sha256, asyncio.Lock())
+        async with lock:
+            await asyncio.to_thread(self.store.keep_video, temporary, sha256)
+            try:
+                record = await asyncio.to_thread(
+                    self.catalog.add_file,
+                    tenant=TENANT,
+                    filename=filename,
+                    purpose=purpose,
+                    size=size,
+                    sha256=sha256,
+                    adapter_name=self._revisions.name(sha256),
+                    expires_at=expires_at,
+                    queue_limit=self.settings.queue_limit,
+                )
+            except QueueFull as error:
+                if not self.catalog.has_video(sha256):
+                    await asyncio.to_thread(self.store.remove_video, sha256)
+                message = f"{error}. Try again in about {error.retry_after} s."
+                headers = {"Retry-After": str(error.retry_after)}
+                raise APIError(HTTPStatus.TOO_MANY_REQUESTS, "queue_full", message, headers=headers) from error
+        if not lock.locked():
+            self._entering.pop(sha256, None)
+        metrics.UPLOADS.labels(str(record.state is VideoState.PROCESSED).lower()).inc()
+        metrics.UPLOAD_BYTES.inc(size)
+        return record
+
+    def file(self, file_id: str, param: str | None = None) -> FileRecord:
+        """The caller's file.
+
+        Raises:
+            APIError: `video_not_found`.
+        """
+        record = self.catalog.file(file_id, TENANT)
+        if record is None:
+            raise video_not_found(file_id, param)
+        return record
+
+    async def ready(self, file_id: str, wait: float, param: str | None = None) -> FileRecord:
+        """The file once it is processed, waiting up to `wait` seconds.
+
+        Raises:
+            APIError: `video_not_found`, `video_failed`, or `video_not_ready` when the time is over.
+        """
+        started = time.monotonic()
+        record = self.file(file_id, param)
+        if record.state in IN_WORK and wait > 0:
+            await self._watcher.wait(file_id, wait)
+            metrics.WAIT_SECONDS.observe(time.monotonic() - started)
+            record = self.file(file_id, param)
+        if record.state is VideoState.ERROR:
+            raise video_failed(file_id, record.error_code, record.error_message)
+        if record.state in IN_WORK:
+            raise video_not_ready(file_id, record.state, wait)
+        return record
+
+    async def lease(self, file_id: str, wait: float, param: str | None = None) -> Lease:
+        """The video's adapter, resident and held for one question; made again first if its files were damaged.
+
+        Raises:
+            APIError: as `ready`.
+        """
+        deadline = time.monotonic() + wait
+        while True:
+            record = await self.ready(file_id, max(0.0, deadline - time.monotonic()), param)
+            adapter = self.catalog.adapter(record.adapter_name)
+            if adapter is None:
+                raise video_not_found(file_id, param)  # deleted between the two look-ups
+            try:
+                return await self.registry.acquire(adapter)
+            except AdapterLost as error:
+                logger.warning("making an adapter again: %s", error)
+                await self.registry.remove(adapter)
+                await asyncio.to_thread(self.catalog.forget_adapter, adapter.name, queue_limit=1 << 30)
+
+    async def remove(self, file_id: str) -> None:
+        """Delete a file: catalog first, then whatever nobody else refers to.
+
+        Raises:
+            APIError: `video_not_found`.
+        """
+        removal = await asyncio.to_thread(self.catalog.remove_file, file_id, TENANT)
+        if removal is None:
+            raise video_not_found(file_id)
+        await self._clean(removal)
+
+    def is_ready(self) -> bool:
+        """Whether uploads get internalized: a worker is alive here, or another process runs the workers."""
+        return not self.settings.hypernetwork_workers or not self.pool.is_running or bool(self.pool.workers())
+
+    async def maintain(self) -> None:
+        """Expire files and refresh gauges, until cancelled."""
+        while True:
+            try:
+                for removal in await asyncio.to_thread(self.catalog.expire_files, time.time()):
+                    await self._clean(removal)
+                states, queued, running = await asyncio.to_thread(self.catalog.counts)
+                for state in VideoState:
+                    metrics.VIDEOS.labels(state.value).set(states.get(state.value, 0))
+                metrics.JOBS.labels("queued").set(queued)
+                metrics.JOBS.labels("running").set(running)
+                metrics.WORKERS.set(len(self.pool.workers()))
+            except Exception:
+                logger.exception("maintenance failed and goes on")
+            await asyncio.sleep(_MAINTENANCE_SECONDS)
+
+    async def _clean(self, removal: Removal) -> None:
+        if removal.orphaned_video:
+            async with self._entering.setdefault(removal.file.sha256, asyncio.Lock()):
+                if not self.catalog.has_video(removal.file.sha256):
+                    await asyncio.to_thread(self.store.remove_video, removal.file.sha256)
+            self._entering.pop(removal.file.sha256, None)
+        if removal.orphaned_adapter is not None:
+            await self.registry.remove(removal.orphaned_adapter)
+
+
+def count_event(event: Event) -> None:
+    """The pool's events as metrics."""
+    if isinstance(event, Published):
+        metrics.INTERNALIZED.labels("published").inc()
+        for stage, seconds in event.info.get("seconds", {}).items():
+            metrics.STAGE_SECONDS.labels(stage).observe(seconds)
+    elif isinstance(event, Failed):
+        metrics.INTERNALIZED.labels("failed").inc()
