@@ -234,8 +234,8 @@ class Hypernetwork(nn.Module):
 
         Args:
             ref: path, `owner/repository`, or `owner/repository/file.pt`.
-            base_model: replaces the name recorded in the checkpoint, and chooses among several `.pt` files of a
-                repository by the model size in their names.
+            base_model: the model it is wanted for; chooses among several `.pt` files of a repository by the model
+                size in their names.
             dtype: dtype to compute in; the file's own may be narrower.
 
         Raises:
@@ -250,20 +250,17 @@ class Hypernetwork(nn.Module):
             from f2l_vllm.hypernetwork.checkpoint import read_checkpoint
 
             config, tensors = read_checkpoint(path)
-        return cls.from_tensors(config, tensors, base_model=base_model, dtype=dtype, source=str(path))
+        return cls.from_tensors(config, tensors, dtype=dtype, source=str(path))
 
     @classmethod
     def from_tensors(
         cls,
         config: HypernetworkConfig,
         tensors: dict[str, Tensor],
-        base_model: str | None = None,
         dtype: torch.dtype = torch.float32,
         source: str = "the checkpoint",
     ) -> Hypernetwork:
         """Build from named tensors; every one must be used and none may be missing or have another shape."""
-        if base_model is not None:
-            config = HypernetworkConfig.from_dict(config.to_dict() | {"base_model": base_model})
         with torch.device("meta"):
             hyper = cls(config)
         expected = {name: tensor.shape for name, tensor in hyper.state_dict().items()}
