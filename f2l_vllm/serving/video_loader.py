@@ -1,0 +1,67 @@
+"""vLLM's video loader that decodes as internalization does, so both read the very same frames.
+
+vLLM picks this loader for every model whose video processor is one of `VIDEO_PROCESSORS`; nothing need be configured.
+`--media-io-kwargs '{"video": {"max_frames": 32, "fps": 1}}'` samples differently from the model's own configuration.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
+
+from f2l_vllm.video.errors import VideoError
+from f2l_vllm.video.sample import Sampling, sample_video
+
+NAME = "f2l"
+VIDEO_PROCESSORS = ("SmolVLMVideoProcessor",)
+
+
+@VIDEO_LOADER_REGISTRY.register(NAME, video_processor=VIDEO_PROCESSORS)
+class SampledVideoLoader(VideoLoader):
+    """Frames that the served model's own sampler chooses.
+
+    The sampler is the model's processor, which vLLM does not hand to loaders: the model's multi-modal processor, which
+    exists in the API server before any request, leaves it here through `use_processor`.
+    """
+
+    _processor: ClassVar[Callable[[], Any] | None] = None
+
+    @classmethod
+    def use_processor(cls, get_processor: Callable[[], Any]) -> None:
+        """Sample as the processor that `get_processor` returns; the last call in a process holds."""
+        cls._processor = get_processor
+
+    @classmethod
+    def load_bytes(
+        cls, data: bytes, *, max_frames: int | None = None, fps: float | None = None, **kwargs: Any
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Decode a video file.
+
+        Args:
+            data: the file's bytes.
+            max_frames: at most this many frames; the model's own number when None.
+            fps: frames per second of video; the model's own rate when None.
+            kwargs: what vLLM passes to every loader, such as `num_frames`, whose default is not the model's.
+
+        Returns:
+            uint8 frames `[N, H, W, 3]` and the fields of transformers' VideoMetadata.
+
+        Raises:
+            ValueError: the video cannot be used, or the served model takes no video; the message says what to do.
+        """
+        if cls._processor is None:
+            raise ValueError("This server's model does not take videos: serve a SmolVLM model.")
+        with tempfile.NamedTemporaryFile(prefix="f2l-video-") as file:
+            file.write(data)
+            file.flush()
+            try:
+                video = sample_video(file.name, cls._processor(), sampling=Sampling(max_frames=max_frames, fps=fps))
+            except VideoError as error:
+                raise ValueError(error.message) from error
+        metadata = dict(video.metadata)
+        metadata["frames_indices"] = [int(index) for index in video.metadata.frames_indices]
+        return video.frames, {**metadata, "do_sample_frames": False}
