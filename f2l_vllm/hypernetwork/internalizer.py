@@ -93,6 +93,11 @@ class Internalizer:
             raise ValueError(f"The base model {str(model_ref)!r} cannot be loaded: {error}") from error
         return cls(model.to(device), hyper, processor, sampling, limits)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model and the hypernetwork compute."""
+        return self.hyper.head.weight.device
+
     def internalize(self, path: str | Path, on_progress: Progress | None = None) -> Adapter:
         """Turn a video file into an adapter.
 
@@ -126,7 +131,7 @@ class Internalizer:
         report("encode", 0.0)
         start = perf_counter()
         inputs = self.encoder.prepare(sampled)
-        mask_1T = inputs["attention_mask"].to(self.hyper.head.weight.device).bool()
+        mask_1T = inputs["attention_mask"].to(self.device).bool()
         num_layers = self.hyper.config.num_layers
         latents: list[Tensor] = []
         perceiving = 0.0
@@ -171,8 +176,8 @@ class Internalizer:
 
     def _synchronize(self) -> None:
         """Wait for the GPU, so that each stage is charged its own seconds."""
-        if self.hyper.head.weight.is_cuda:
-            torch.cuda.synchronize(self.hyper.head.weight.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def _no_progress(stage: str, fraction: float) -> None:
