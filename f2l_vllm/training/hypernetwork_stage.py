@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import SmolVLMForConditionalGeneration, SmolVLMProcessor
+from transformers import BatchFeature, SmolVLMForConditionalGeneration, SmolVLMProcessor
 
 from f2l_vllm.hypernetwork.adapter import Factors, apply_factors
 from f2l_vllm.hypernetwork.base_model import module_sizes
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
+from f2l_vllm.hypernetwork.encoder import INSTRUCTION, VideoEncoder
 from f2l_vllm.hypernetwork.model import Hypernetwork
-from f2l_vllm.training import phrases, stages
+from f2l_vllm.training import stages
 from f2l_vllm.training.optimizer import MuonAdamW, warm_constant_linear
 from f2l_vllm.training.packing import PackedBatch, answer_loss, pack
 from f2l_vllm.training.prompts import Clip, Prompts, Turn, times_of
@@ -92,8 +93,7 @@ def train_hypernetwork(
         loss = answer_loss(hidden, batch.labels, model.lm_head)
         optimizer.step(loss, warm_constant_linear(step, steps))
         average = stages.smoothed(average, loss.item())
-        if on_progress and (step % stages.REPORT_EVERY == 0 or step == steps - 1):
-            on_progress(NAME, step + 1, steps, {"loss": average})
+        stages.report(on_progress, NAME, step, steps, {"loss": average})
     hypernetwork.eval()
     return {"loss": average or 0.0}
 
@@ -103,9 +103,9 @@ def encode(
     model: SmolVLMForConditionalGeneration, prompts: Prompts, clips: Sequence[Clip], pixel_values: Tensor
 ) -> Tensor:
     """What enters each text layer while the model reads the internalization message: [B, L, T, D]."""
-    ids = torch.tensor([prompts.internalization(clip, phrases.INTERNALIZE) for clip in clips])
-    output = model.model(input_ids=ids, pixel_values=pixel_values, output_hidden_states=True, use_cache=False)
-    return torch.stack(output.hidden_states[:-1], dim=1)
+    ids = torch.tensor([prompts.internalization(clip, INSTRUCTION) for clip in clips])
+    inputs = BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixel_values})
+    return VideoEncoder(model, prompts.processor).features(inputs)[0]
 
 
 def text_only_batch(

@@ -91,8 +91,7 @@ def exact_matches(hidden: Tensor, batch: PackedBatch, lm_head: nn.Module) -> lis
     Teacher forcing decides that exactly: the greedy answer is right if and only if every token of the true answer is
     the likeliest one after the true tokens before it.
     """
-    predicted = lm_head(hidden).argmax(-1)
-    return [
-        [bool((predicted[row, a:b] == batch.labels[row, a:b]).all()) for a, b in spans]
-        for row, spans in enumerate(batch.spans)
-    ]
+    wanted = batch.labels != IGNORED
+    right = torch.ones_like(wanted)
+    right[wanted] = lm_head(hidden[wanted]).argmax(-1) == batch.labels[wanted]
+    return [[bool(right[row, a:b].all()) for a, b in spans] for row, spans in enumerate(batch.spans)]

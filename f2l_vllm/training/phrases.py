@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from f2l_vllm.training.world import MovingShape, Scene
 
 CAPTION = "caption"
-INTERNALIZE = "Internalize this video for later captioning."
+INTERNALIZE = "Internalize this video for later captioning."  # by which a hypernetwork reads a video
 
 # {it} is a reference to one shape of the scene, {x} the thing whose presence is asked.
 PHRASINGS: dict[str, tuple[str, ...]] = {

@@ -38,7 +38,7 @@ def make_model(
     *,
     seed: int = 0,
     minutes: float | None = None,
-    steps_scale: float = 1.0,
+    scale: float = 1.0,
     score_videos: int = 64,
     on_progress: stages.Progress | None = None,
 ) -> dict[str, Any]:
@@ -46,10 +46,10 @@ def make_model(
 
     Args:
         output_dir: becomes a model directory with a `hypernetwork` folder; an unfinished run in it is continued.
-        minutes: about how long training may take on a quiet core; None for the full recipe. Replaces `steps_scale`.
-        steps_scale: factor on every stage's steps.
+        minutes: about how long training may take on a quiet core; None for the full recipe. Replaces `scale`.
+        scale: factor on every stage's steps.
         score_videos: mp4 files written, internalized and asked about in the end; 0 leaves the scores out.
-        on_progress: called with (stage, steps done, steps in all, figures).
+        on_progress: called with a stage's name and how much of it is done, from 0 to 1.
 
     Returns:
         Steps, CPU seconds and last loss of every stage, sizes in bytes, and the scores of `score_model`; the same is
@@ -58,9 +58,9 @@ def make_model(
     Raises:
         ValueError: a budget that leaves no step to train.
     """
-    scale = steps_scale if minutes is None else minutes / FULL_MINUTES
+    scale = scale if minutes is None else minutes / FULL_MINUTES
     if not scale > 0:
-        raise ValueError("training needs a positive number of minutes (or steps_scale)")
+        raise ValueError("training needs a positive number of minutes (or scale)")
     steps = {name: max(1, round(count * scale)) for name, count in STEPS.items()}
     output_dir = Path(output_dir)
     results: dict[str, dict[str, float]] = {}

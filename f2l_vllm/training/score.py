@@ -11,6 +11,7 @@ import random
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from f2l_vllm.hypernetwork.adapter import Factors, apply_factors
+from f2l_vllm.hypernetwork.adapter import Adapter, Factors, apply_adapter
+from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.training import phrases, stages
 from f2l_vllm.training.hypernetwork_stage import adapted_hidden, cut_in_time, encode, pairs, text_only_batch
@@ -27,6 +29,7 @@ from f2l_vllm.training.packing import exact_matches, pack
 from f2l_vllm.training.prompts import Prompts, Turn, times_of
 from f2l_vllm.training.render import write_mp4
 from f2l_vllm.training.world import Scene, sample_scenes
+from f2l_vllm.video.sample import SampledVideo, sample_video
 
 ADAPTER, IN_CONTEXT, NEITHER, WRONG_VIDEO = ARMS = ("adapter", "in context", "neither", "wrong video")
 Question = tuple[str, str, str]  # text, true answer, type
@@ -66,6 +69,7 @@ class Scorer:
         self.processor = AutoProcessor.from_pretrained(directory)
         self.model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
         self.hypernetwork = Hypernetwork.load(directory / "hypernetwork").float().eval()
+        self.internalizer = Internalizer(self.model, self.hypernetwork, self.processor)
         self.prompts = Prompts(self.processor)
 
     def questions(self, scenes: Sequence[Scene], seed: int, *, unseen: bool = False) -> list[list[Question]]:
@@ -132,7 +136,7 @@ class Scorer:
         """Every arm on real mp4 files, decoded and sampled as the server does, answers generated token by token."""
         tallies = {arm: Tally() for arm in ARMS}
         asked = self.questions(scenes, seed)
-        previous: Factors | None = None
+        other: Adapter | None = None
         for number, (scene, questions) in enumerate(zip(scenes, asked, strict=True)):
             path = write_mp4(
                 scene,
@@ -141,64 +145,50 @@ class Scorer:
                 fps=_MP4_FPS[number % len(_MP4_FPS)],
                 seconds=_MP4_SECONDS[number % len(_MP4_SECONDS)],
             )
-            factors, video = self.internalize(path)
-            previous = previous if previous is not None else self.internalize_other(scene, folder)
+            sampled = sample_video(path, self.processor)
+            adapter = self.internalizer.internalize_frames(sampled)
+            other = other or self.internalizer.internalize(write_mp4(_unlike(scene), folder / "other.mp4"))
             texts = [question for question, _, _ in questions]
             replies = {
-                ADAPTER: self.answer(texts, factors=factors),
-                IN_CONTEXT: self.answer(texts, video=video),
+                ADAPTER: self.answer(texts, adapter=adapter),
+                IN_CONTEXT: self.answer(texts, video=sampled),
                 NEITHER: self.answer(texts),
-                WRONG_VIDEO: self.answer(texts, factors=previous),
+                WRONG_VIDEO: self.answer(texts, adapter=other),
             }
-            previous = factors
+            other = adapter
             for arm, answers in replies.items():
                 for (_, truth, kind), answer in zip(questions, answers, strict=True):
                     tallies[arm].answers[kind].append(answer == truth)
             if on_progress:
-                on_progress("score", number + 1, len(scenes), {})
+                on_progress("score", (number + 1) / len(scenes))
         return tallies
-
-    def internalize(self, path: Path) -> tuple[Factors, dict[str, Any]]:
-        """An mp4's composed factors without a batch axis, and its frames and metadata for the arm in context."""
-        from f2l_vllm.video.sample import sample_video
-
-        sampled = sample_video(path, self.processor)
-        video = {"videos": [[sampled.frames]], "video_metadata": [[sampled.metadata]]}
-        inputs = self._inputs([phrases.INTERNALIZE], video, generation=False)
-        output = self.model.model(**inputs, output_hidden_states=True, use_cache=False)
-        features_LTD = torch.stack(output.hidden_states[:-1], dim=1)[0]
-        return self.hypernetwork.combine([self.hypernetwork.generate(features_LTD)]), video
-
-    def internalize_other(self, scene: Scene, folder: Path) -> Factors:
-        """Factors of a video that shows something else than `scene`."""
-        other = next(other for other in sample_scenes(8, 0) if other.key != scene.key)
-        return self.internalize(write_mp4(other, folder / "other.mp4"))[0]
 
     @torch.no_grad()
     def answer(
-        self, questions: Sequence[str], *, factors: Factors | None = None, video: dict[str, Any] | None = None
+        self, questions: Sequence[str], *, adapter: Adapter | None = None, video: SampledVideo | None = None
     ) -> list[str]:
         """Greedy answers to questions, each on its own, without the space in front."""
-        inputs = self._inputs(questions, video, generation=True)
-        with apply_factors(self.model, factors or {}, self.hypernetwork.scale):
+        texts = [self._prompt(question, video) for question in questions]
+        if video is None:
+            inputs = self.processor.tokenizer(texts, return_tensors="pt", padding=True)
+        else:
+            inputs = self.processor(
+                text=texts,
+                videos=[[video.frames]] * len(texts),
+                video_metadata=[[video.metadata]] * len(texts),
+                do_sample_frames=False,
+                return_tensors="pt",
+                padding=True,
+            )
+        with apply_adapter(self.model, adapter) if adapter else nullcontext():
             output = self.model.generate(**inputs, max_new_tokens=40, do_sample=False)
         new = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
-    def _inputs(self, questions: Sequence[str], video: dict[str, Any] | None, *, generation: bool) -> dict[str, Tensor]:
-        def prompt(question: str) -> str:
-            parts = [{"type": "video"}] if video else []
-            message = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
-            template = self.processor.chat_template
-            return self.processor.tokenizer.apply_chat_template(
-                [message], chat_template=template, tokenize=False, add_generation_prompt=generation
-            )
-
-        texts = [prompt(question) for question in questions]
-        if video is None:
-            return dict(self.processor.tokenizer(texts, return_tensors="pt", padding=True))
-        many = {key: value * len(texts) for key, value in video.items()}
-        return dict(self.processor(text=texts, **many, do_sample_frames=False, return_tensors="pt", padding=True))
+    def _prompt(self, question: str, video: SampledVideo | None) -> str:
+        parts = [{"type": "video"}] if video else []
+        message = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+        return self.processor.apply_chat_template([message], add_generation_prompt=True)
 
     def _turns(self, asked: list[list[Question]], *, with_video: bool) -> list[list[Turn]]:
         return [[self.prompts.turn(*question, with_video=with_video) for question in row] for row in asked]
@@ -221,6 +211,10 @@ class Scorer:
         batch = text_only_batch(self.prompts, self._turns(asked, with_video=False), self.model)
         hidden = adapted_hidden(self.model, batch, factors, self.hypernetwork.scale)
         _count(tally, asked, exact_matches(hidden, batch, self.model.lm_head))
+
+
+def _unlike(scene: Scene) -> Scene:
+    return next(other for other in sample_scenes(8, 0) if other.key != scene.key)
 
 
 def _factors_of(arm: str, factors: Factors) -> Factors:
@@ -255,19 +249,18 @@ def score_model(
         Part -> arm -> {exact_match, interval_95, videos, caption_exact_match, by_type}.
     """
     scorer = Scorer(directory)
-    held_out, known = sample_scenes(scenes, seed, "held-out"), sample_scenes(scenes, seed, "train")
+    held_out, known = sample_scenes(scenes, seed, "held-out"), sample_scenes(scenes // 2, seed, "train")
+    new_triples = [scene for scene in held_out if scene.has_unseen_triple]
+    short = (ADAPTER, IN_CONTEXT)
     parts = {
         "held-out scenes": scorer.score_tensors(held_out, seed=seed),
-        "held-out, unseen phrasing": scorer.score_tensors(held_out[:256], seed=seed, unseen_phrasing=True),
-        "fresh scenes of the training distribution": scorer.score_tensors(known, seed=seed),
-        "held-out, composed adapters": scorer.score_composed(videos=256, seed=seed),
+        "held-out, unseen triples only": scorer.score_tensors(new_triples, seed=seed, arms=short),
+        "held-out, unseen phrasing": scorer.score_tensors(held_out[: scenes // 2], seed=seed, unseen_phrasing=True),
+        "fresh scenes of the training distribution": scorer.score_tensors(known, seed=seed, arms=short),
+        "held-out, 4 frames": scorer.score_tensors(held_out[: scenes // 4], seed=seed, num_frames=4, arms=short),
+        "held-out, 16 frames": scorer.score_tensors(held_out[: scenes // 4], seed=seed, num_frames=16, arms=short),
+        "held-out, composed adapters": scorer.score_composed(videos=scenes // 4, seed=seed),
     }
-    new_triples = [scene for scene in held_out if scene.has_unseen_triple]
-    parts["held-out, unseen triples only"] = scorer.score_tensors(new_triples, seed=seed)
-    for frames in (4, 16):
-        parts[f"held-out, {frames} frames"] = scorer.score_tensors(
-            held_out[:128], seed=seed, num_frames=frames, arms=(ADAPTER, IN_CONTEXT)
-        )
     with tempfile.TemporaryDirectory() as folder:
         parts["held-out mp4 files"] = scorer.score_mp4(
             sample_scenes(videos, seed + 1, "held-out"), Path(folder), seed=seed, on_progress=on_progress

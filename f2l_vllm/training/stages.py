@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoPro
 from f2l_vllm.training.render import pixel_values
 from f2l_vllm.training.world import Scene
 
-# Called with the stage's name, steps done, steps in all, and figures such as {"loss": 0.3}.
-Progress = Callable[[str, int, int, dict[str, float]], None]
+# Called with the stage's name and how much of it is done, from 0 to 1.
+Progress = Callable[[str, float], None]
 
-REPORT_EVERY = 25
+_LOG_EVERY = 25
+_log = logging.getLogger(__name__)
 # (width, height): what cameras, phones and screens make
 FRAME_SIZES = ((320, 240), (640, 360), (240, 240), (270, 480), (240, 320))
 _SIZE_WEIGHTS = (4, 3, 2, 1, 1)
@@ -48,6 +50,14 @@ def film(
 ) -> Tensor:
     """Pixel values [B, T, 3, Y, X] with the small variations of real footage."""
     return pixel_values(scenes, times_BT, size, processor, randomness.torch_rng)
+
+
+def report(on_progress: Progress | None, stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
+    """Say that step `step` (from 0) is done; every now and then log the figures too."""
+    if on_progress:
+        on_progress(stage, (step + 1) / steps)
+    if step % _LOG_EVERY == 0 or step == steps - 1:
+        _log.info("%s %d/%d %s", stage, step + 1, steps, {name: round(value, 4) for name, value in figures.items()})
 
 
 def smoothed(average: float | None, value: float) -> float:

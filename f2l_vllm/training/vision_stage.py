@@ -46,6 +46,5 @@ def train_vision(
         loss, parts = head.loss(features, patch_targets(scenes, times_BT, size))
         optimizer.step(loss, warm_constant_linear(step, steps, warmup=30))
         average = stages.smoothed(average, loss.item())
-        if on_progress and (step % stages.REPORT_EVERY == 0 or step == steps - 1):
-            on_progress(NAME, step + 1, steps, {"loss": average, **parts})
+        stages.report(on_progress, NAME, step, steps, {"loss": average, **parts})
     return {"loss": average or 0.0}

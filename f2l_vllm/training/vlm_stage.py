@@ -81,9 +81,8 @@ def train_vlm(
         moved = velocity_head.loss(last_input, targets)
         optimizer.step(answers + 0.2 * seen + 0.5 * moved, warm_constant_linear(step, steps))
         average = stages.smoothed(average, answers.item())
-        if on_progress and (step % stages.REPORT_EVERY == 0 or step == steps - 1):
-            figures = {"loss": average, "seen": seen.item(), "moved": moved.item()}
-            on_progress(NAME, step + 1, steps, figures)
+        figures = {"loss": average, "seen": seen.item(), "moved": moved.item()}
+        stages.report(on_progress, NAME, step, steps, figures)
     model.eval()
     return {"loss": average or 0.0}
 
