@@ -19,7 +19,8 @@ app = typer.Typer(
 DEFAULT_MODEL = "f2l-tiny"
 Model = Annotated[str, typer.Option("--model", help="Shipped model, directory, or hub id.")]
 Hypernetwork = Annotated[
-    str | None, typer.Option("--hypernetwork", help="Directory, released .pt file, or hub id; default: the model's own.")
+    str | None,
+    typer.Option("--hypernetwork", help="Directory, released .pt file, or hub id; default: the model's own."),
 ]
 
 
@@ -31,7 +32,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Watch a video once; answer about it for ever, at text-only cost."""
 
@@ -94,7 +97,9 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     model: Model = DEFAULT_MODEL,
     hypernetwork: Hypernetwork = None,
-    url: Annotated[str | None, typer.Option(help="Ask a running server instead, e.g. http://127.0.0.1:8000/v1.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Ask a running server instead, e.g. http://127.0.0.1:8000/v1.")
+    ] = None,
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Its API key.")] = "none",
     max_tokens: Annotated[int, typer.Option(min=1)] = 64,
 ) -> None:

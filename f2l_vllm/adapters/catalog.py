@@ -82,8 +82,9 @@ class Catalog:
             ready = connection.scalar(select(adapters.c.id).where(adapters.c.name == adapter_name)) is not None
             if not ready:
                 _ensure_job(connection, adapter_name, sha256, queue_limit)
+            file_id = f"file-{secrets.token_hex(12)}"
             values = {
-                "id": f"file-{secrets.token_hex(12)}",
+                "id": file_id,
                 "tenant": tenant,
                 "filename": filename,
                 "purpose": purpose,
@@ -96,7 +97,9 @@ class Catalog:
                 "expires_at": expires_at,
             }
             connection.execute(insert(files).values(values))
-            return _file(connection, values["id"], tenant)  # type: ignore[return-value]
+            record = _file(connection, file_id, tenant)
+            assert record is not None
+            return record
 
     def file(self, file_id: str, tenant: str) -> FileRecord | None:
         """The file, or None: unknown, deleted, expired or another tenant's."""
@@ -231,8 +234,9 @@ class Catalog:
         """Files by state, jobs waiting, jobs running."""
         with self._read() as connection:
             by_state = select(files.c.state, func.count()).where(files.c.state.in_(_LIVE)).group_by(files.c.state)
-            states = {state: count for state, count in connection.execute(by_state).all()}
-            running = dict(connection.execute(select(jobs.c.running, func.count()).group_by(jobs.c.running)).all())
+            states = {row[0]: row[1] for row in connection.execute(by_state)}
+            by_running = select(jobs.c.running, func.count()).group_by(jobs.c.running)
+            running = {row[0]: row[1] for row in connection.execute(by_running)}
         return states, running.get(0, 0), running.get(1, 0)
 
 

@@ -75,7 +75,9 @@ def validate_adapter(directory: Path, shapes: BaseShapes, *, max_rank: int | Non
     if alpha != rank:
         raise AdapterError(f"lora_alpha is {alpha} but r is {rank}: the scale must be folded into B")
     if max_rank is not None and rank > max_rank:
-        raise AdapterError(f"rank {rank} is above the server's {max_rank}: start it with --max-lora-rank {rank} or more")
+        raise AdapterError(
+            f"rank {rank} is above the server's {max_rank}: start it with --max-lora-rank {rank} or more"
+        )
     unknown = sorted(set(modules) - set(shapes.modules))
     if unknown or not modules:
         raise AdapterError(f"target modules {unknown or '(none)'} are not linears of this base model")

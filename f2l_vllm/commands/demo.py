@@ -79,7 +79,17 @@ def server(model: str, hypernetwork: str | None, port: int | None, folder: Path)
     """`f2l-vllm serve` as a process of its own, from ready to stopped; yields its base URL."""
     port = port or _free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "f2l_vllm.cli", "serve", model, "--port", str(port), "--home", str(folder / "home")]
+    command = [
+        sys.executable,
+        "-m",
+        "f2l_vllm.cli",
+        "serve",
+        model,
+        "--port",
+        str(port),
+        "--home",
+        str(folder / "home"),
+    ]
     if hypernetwork is not None:
         command += ["--hypernetwork", hypernetwork]
     log = folder / "server.log"

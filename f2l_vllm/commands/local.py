@@ -64,10 +64,20 @@ def internalize(video: Path, output: Path, model: str, hypernetwork: str | None)
 
 
 def ask(video: Path, question: str, model: str, hypernetwork: str | None, max_tokens: int) -> None:
-    """Answer from the adapter with transformers, here and now."""
+    """Answer from the adapter with transformers, here and now: a plain text prompt, no visual token."""
     internalizer, _ = _internalizer(model, hypernetwork)
     adapter = _read(internalizer, video)
-    console.print(internalizer.answer(adapter, question, max_new_tokens=max_tokens))
+    from f2l_vllm.hypernetwork.adapter import apply_adapter
+
+    processor, base = internalizer.processor, internalizer.model
+    message = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+    inputs = processor.apply_chat_template(
+        message, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(base.device)
+    with console.status("answering"), apply_adapter(base, adapter):
+        output = base.generate(**inputs, do_sample=False, max_new_tokens=max_tokens)
+    answer = output[0, inputs["input_ids"].shape[1] :]
+    console.print(processor.decode(answer, skip_special_tokens=True).strip())
 
 
 def ask_server(video: Path, question: str, url: str, api_key: str, max_tokens: int) -> None:

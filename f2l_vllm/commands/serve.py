@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from f2l_vllm import models
-from f2l_vllm.hypernetwork.model import read_config
 
 PLUGINS = ("f2l", "f2l_files", "f2l_cpu")
 # Ranks vLLM has kernels for; an adapter is computed at the largest, so the smallest that fits is chosen.
@@ -80,5 +79,7 @@ def serve(launch: Launch) -> None:
 
 def _adapter_shape(weights: Path) -> tuple[int, list[str]]:
     """Total rank of one video's adapter, and its target modules."""
-    config = read_config(weights)
+    from f2l_vllm.hypernetwork.model import Hypernetwork
+
+    config = Hypernetwork.load(weights).config
     return 2 * config.rank, sorted(config.modules)

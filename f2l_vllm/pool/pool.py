@@ -16,7 +16,6 @@ from typing import Any
 
 import ray
 from filelock import FileLock, Timeout
-from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from f2l_vllm.adapters.catalog import Catalog
@@ -64,7 +63,7 @@ class Pool:
         self._store = store
         self._on_event = on_event
         self._stopping = threading.Event()
-        self._lock = FileLock(spec.home / "pool.lock")
+        self._lock = FileLock(spec.home / "pool.lock", thread_local=False)
         self._lanes = [_Lane(index, self) for index in range(config.workers)]
 
     def start(self) -> bool:
@@ -120,8 +119,8 @@ class Pool:
             options["address"] = config.ray_address
         ray.init(**options)
 
-    def _new_actor(self) -> ActorHandle:
-        actor = ray.remote(HypernetworkWorker)
+    def _new_actor(self) -> Any:
+        actor: Any = ray.remote(HypernetworkWorker)
         return actor.options(num_cpus=self._config.cpus, num_gpus=self._config.gpus, max_restarts=0).remote(self._spec)
 
 
@@ -131,7 +130,7 @@ class _Lane(threading.Thread):
     def __init__(self, index: int, pool: Pool) -> None:
         super().__init__(name=f"f2l-lane-{index}", daemon=True)
         self._pool = pool
-        self._actor: ActorHandle | None = None
+        self._actor: Any = None  # a Ray actor handle
         self._checked = 0.0
         self.info: WorkerInfo | None = None
 

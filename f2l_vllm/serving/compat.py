@@ -6,6 +6,7 @@ vLLM version fails there first, with a sentence, and not in production.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, MutableMapping
 from contextvars import ContextVar
@@ -27,6 +28,14 @@ class EngineLimits:
     max_rank: int
     host_slots: int
     target_modules: frozenset[str] | None
+
+
+def log_like_vllm(name: str) -> None:
+    """Send the records of our logger where the `vllm` logger's go, at its level and in its format."""
+    ours, theirs = logging.getLogger(name), logging.getLogger("vllm")
+    ours.setLevel(theirs.level or logging.INFO)
+    ours.handlers = list(theirs.handlers)
+    ours.propagate = not ours.handlers
 
 
 def check_environment(args: Any) -> None:
@@ -125,5 +134,3 @@ async def engine_is_healthy(engine_client: Any) -> bool:
     except EngineDeadError:
         return False
     return True
-
-

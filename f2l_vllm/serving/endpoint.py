@@ -34,7 +34,7 @@ from f2l_vllm.serving.registry import Registry  # noqa: E402
 from f2l_vllm.serving.service import Revisions, VideoService, count_event  # noqa: E402
 from f2l_vllm.settings import Settings  # noqa: E402
 
-logger = logging.getLogger("vllm.f2l")
+logger = logging.getLogger(__name__)
 
 
 class F2LEndpointPlugin:
@@ -69,6 +69,7 @@ class F2LEndpointPlugin:
         Raises:
             ValueError: settings, model and hypernetwork that cannot work together; the server does not start then.
         """
+        compat.log_like_vllm("f2l_vllm")
         compat.check_environment(args)
         settings = Settings()
         limits = compat.engine_limits(engine_client)
@@ -87,7 +88,11 @@ class F2LEndpointPlugin:
             wanted=catalog.wanted,
         )
         pool = Pool(
-            pool_config(settings), worker_spec(settings, model, hypernetwork, limits.max_rank), catalog, store, count_event
+            pool_config(settings),
+            worker_spec(settings, model, hypernetwork, limits.max_rank),
+            catalog,
+            store,
+            count_event,
         )
         # How frames are taken is part of the model's own processor files, which the base revision covers.
         revisions = Revisions(fingerprint(model), fingerprint(hypernetwork), sampling={})
@@ -102,7 +107,7 @@ class F2LEndpointPlugin:
             lambda inner: CompletionHandler(inner, state.f2l, base_names),
         )
         compat.guard_other_servings(state, lambda inner: Guard(inner, state.f2l))
-        logger.info("f2l: model %s, hypernetwork %s, data in %s", base_names[0], hypernetwork, home)
+        logger.info("serving videos: model %s, hypernetwork %s, data in %s", base_names[0], hypernetwork, home)
 
     async def _stop(self) -> None:
         if self._maintenance is not None:

@@ -1,4 +1,4 @@
-"""In front of vLLM's chat and completion handlers: find the video, attach its adapter, hold it until the answer ends."""
+"""In front of vLLM's chat and completion handlers: find the video, attach its adapter, hold it to the end."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ class _Handler:
     def _check_name(self, model: str | None) -> None:
         """Adapter names are the server's own: asked for directly, they do not exist."""
         if model in self._service.registry:
-            raise APIError(HTTPStatus.NOT_FOUND, "model_not_found", f"The model '{model}' does not exist.", param="model")
+            raise APIError(
+                HTTPStatus.NOT_FOUND, "model_not_found", f"The model '{model}' does not exist.", param="model"
+            )
 
     async def _answer(self, method: Any, request: Any, raw_request: Request | None, file_id: str, wait: float) -> Any:
         """Let the inner handler answer from the file's adapter, under a lease."""
@@ -151,7 +153,10 @@ class Guard:
             model = getattr(request, "model", None) or ""
             if model.startswith(FILE_PREFIX) or model in self._service.registry:
                 message = "This route does not answer about videos: use /v1/chat/completions or /v1/completions."
-                raise APIError(HTTPStatus.NOT_IMPLEMENTED, "route_without_videos", message, param="model")
+                headers = {"X-Should-Retry": "false"}
+                raise APIError(
+                    HTTPStatus.NOT_IMPLEMENTED, "route_without_videos", message, param="model", headers=headers
+                )
             return await attribute(request, *args, **kwargs)
 
         return guarded

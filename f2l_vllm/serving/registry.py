@@ -74,7 +74,7 @@ class Registry:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._names
 
     async def acquire(self, record: AdapterRecord) -> Lease:
@@ -130,7 +130,7 @@ class Registry:
         metrics.RESIDENT.set(len(self._names))
 
     def _forget_evicted(self) -> None:
-        """The engine keeps `host_slots` adapters, least recently used out first; an idle one beyond that loads again."""
+        """The engine keeps `host_slots` adapters, least recently used out first; idle ones beyond load again."""
         idle = [entry for entry in self._entries.values() if entry.leases == 0 and entry.resident]
         for entry in idle[: max(0, len(self._entries) - self._host_slots)]:
             self._forget(entry)

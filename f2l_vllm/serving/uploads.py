@@ -46,13 +46,17 @@ async def receive(request: Request, temporary: Path, settings: Settings) -> Uplo
         APIError: `file_too_large`, `invalid_request`, `invalid_purpose`, `invalid_expires_after`, `empty_file`.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise bad_request("invalid_request", "POST /v1/files takes multipart/form-data with the fields file and purpose.")
+        raise bad_request(
+            "invalid_request", "POST /v1/files takes multipart/form-data with the fields file and purpose."
+        )
     cap = settings.max_upload_bytes
     try:
         async with _Capped(request, cap).form(max_files=1, max_fields=16) as form:
             upload = form.get("file")
             if not isinstance(upload, UploadFile):
-                raise bad_request("invalid_request", "The field 'file' is missing: send the video's bytes in it.", "file")
+                raise bad_request(
+                    "invalid_request", "The field 'file' is missing: send the video's bytes in it.", "file"
+                )
             purpose = _purpose(form)
             expires_at = _expires_at(form)
             sha256, size = await asyncio.to_thread(_store, upload, temporary)
