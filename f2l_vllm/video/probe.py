@@ -21,7 +21,7 @@ _MAGIC = (  # (offset, bytes) with which the containers that fail to open when c
     (4, b"moov"),
     (4, b"mdat"),
     (0, b"\x1aE\xdf\xa3"),
-    (0, b"RIFF"),
+    (8, b"AVI "),
     (0, b"FLV\x01"),
     (0, b"OggS"),
 )

@@ -6,6 +6,7 @@ Shape suffixes: N frames, H height, W width, 3 colours.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def sample_video(
         fps=info.fps,
         width=info.width,
         height=info.height,
-        duration=info.frame_count / info.fps,
+        duration=float(info.frame_count / Fraction(info.fps).limit_denominator(2**20)),  # rounds as transformers does
         video_backend="pyav",
     )
     sampler = processor.video_processor

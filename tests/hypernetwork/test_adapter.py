@@ -1,0 +1,183 @@
+"""An adapter acts as the formula says, and its files mean the same to peft."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter, apply_factors
+from f2l_vllm.hypernetwork.base_model import module_sizes, text_layers_of
+from hypernetwork import reference
+
+PROMPT = torch.tensor([[1, 60, 70, 80, 90, 65, 75]])
+MODULES = ("down_proj", "gate_proj", "q_proj", "v_proj")
+
+
+@pytest.fixture(scope="module")
+def model(smolvlm_dir: Path) -> torch.nn.Module:
+    return AutoModelForImageTextToText.from_pretrained(smolvlm_dir, dtype=torch.float32).eval()
+
+
+def random_adapter(model: torch.nn.Module, rank: int = 5, scale: float = 3.0, seed: int = 0) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    layers = len(text_layers_of(model))
+    return Adapter(
+        {
+            name: (
+                torch.randn(layers, rank, d_in, generator=generator) / d_in**0.5,
+                torch.randn(layers, rank, d_out, generator=generator) * 0.2,
+            )
+            for name, (d_in, d_out) in module_sizes(model, MODULES).items()
+        },
+        scale=scale,
+    )
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, ids: torch.Tensor = PROMPT) -> torch.Tensor:
+    return model(ids).logits
+
+
+def test_applied_adapter_is_the_formula(model: torch.nn.Module) -> None:
+    adapter = random_adapter(model)
+    linear = text_layers_of(model)[2].mlp.down_proj
+    x = torch.randn(3, linear.in_features)
+    with apply_adapter(model, adapter), torch.no_grad():
+        produced = linear(x)
+    a_LRI, b_LRO = adapter.factors["down_proj"]
+    for row in range(3):
+        expected = reference.adapted_linear(
+            linear.weight.detach().double().numpy(), x[row].double().numpy(), a_LRI[2].numpy(), b_LRO[2].numpy(), 3.0
+        )
+        np.testing.assert_allclose(produced[row].numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_adapter_acts_only_inside_the_block(model: torch.nn.Module) -> None:
+    before = logits(model)
+    with apply_adapter(model, random_adapter(model)):
+        assert (logits(model) - before).abs().max() > 0.1
+    assert torch.equal(logits(model), before)
+    with pytest.raises(IndexError), apply_adapter(model, random_adapter(model)):
+        logits(model, torch.tensor([[10**6]]))
+    assert torch.equal(logits(model), before)
+
+
+def test_factors_with_a_batch_axis_give_every_row_its_own_adapter(model: torch.nn.Module) -> None:
+    first, second = random_adapter(model, seed=1), random_adapter(model, seed=2)
+    batched = {
+        name: tuple(torch.stack(pair) for pair in zip(first.factors[name], second.factors[name], strict=True))
+        for name in first.factors
+    }
+    with apply_factors(model, batched, first.scale):
+        both = logits(model, PROMPT.repeat(2, 1))
+    for row, adapter in enumerate((first, second)):
+        with apply_adapter(model, adapter):
+            torch.testing.assert_close(both[row : row + 1], logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_reach_the_factors_and_no_weight_of_the_model(model: torch.nn.Module) -> None:
+    model.requires_grad_(False)
+    adapter = random_adapter(model)
+    for pair in adapter.factors.values():
+        for factor in pair:
+            factor.requires_grad_()
+    with apply_adapter(model, adapter):
+        model(PROMPT).logits.square().sum().backward()
+    assert all(f.grad is not None and f.grad.abs().sum() > 0 for pair in adapter.factors.values() for f in pair)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_peft_loads_the_export_and_gives_the_same_logits(
+    model: torch.nn.Module, smolvlm_dir: Path, tmp_path: Path
+) -> None:
+    adapter = random_adapter(model)
+    adapter.save(tmp_path / "adapter", base_model=str(smolvlm_dir), dtype=torch.float32)
+    with apply_adapter(model, adapter):
+        expected = logits(model)
+    fresh = AutoModelForImageTextToText.from_pretrained(smolvlm_dir, dtype=torch.float32)
+    with_peft = PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")).eval()
+    assert (expected - logits(model)).abs().max() > 0.1
+    torch.testing.assert_close(logits(with_peft), expected, rtol=1e-5, atol=1e-4)
+    adapted = [name for name, _ in with_peft.named_modules() if name.endswith(".lora_A")]
+    assert len(adapted) == len(MODULES) * len(text_layers_of(model))
+    assert all("text_model" in name for name in adapted)
+
+
+def test_export_has_the_keys_shapes_and_config_that_vllm_reads(model: torch.nn.Module, tmp_path: Path) -> None:
+    adapter = random_adapter(model, rank=6)
+    adapter.save(tmp_path / "adapter", base_model="owner/model")
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    prefix = "base_model.model.model.text_model.layers.1"
+    down_a, down_b = adapter.factors["down_proj"]
+    assert torch.equal(tensors[f"{prefix}.mlp.down_proj.lora_A.weight"], down_a[1].bfloat16())
+    assert torch.equal(tensors[f"{prefix}.mlp.down_proj.lora_B.weight"], (down_b[1].T * 3.0).bfloat16())
+    assert tensors[f"{prefix}.self_attn.q_proj.lora_B.weight"].shape == (64, 6)
+    assert len(tensors) == 2 * len(MODULES) * adapter.num_layers
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (6, 6)
+    assert config["target_modules"] == sorted(MODULES)
+    assert config["base_model_name_or_path"] == "owner/model"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39])
+def test_values_that_are_not_finite_are_refused_and_leave_nothing(
+    model: torch.nn.Module, tmp_path: Path, value: float
+) -> None:
+    adapter = random_adapter(model)
+    adapter.factors["q_proj"] = tuple(factor.double() for factor in adapter.factors["q_proj"])
+    adapter.factors["q_proj"][1][3, 0, 0] = value
+    with pytest.raises(ValueError, match=r"factor B of q_proj, layers \[3\]"):
+        adapter.save(tmp_path / "adapter", base_model="m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_is_all_or_nothing_and_never_overwrites(
+    model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise OSError("disk full")
+
+    adapter = random_adapter(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("f2l_vllm.hypernetwork.adapter.save_file", fail)
+        with pytest.raises(OSError, match="disk full"):
+            adapter.save(tmp_path / "adapter", base_model="m")
+    assert list(tmp_path.iterdir()) == []
+    adapter.save(tmp_path / "adapter", base_model="m")
+    with pytest.raises(FileExistsError, match="not empty"):
+        adapter.save(tmp_path / "adapter", base_model="m")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="is a file"):
+        adapter.save(tmp_path / "file", base_model="m")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "file"]
+
+
+def test_an_adapter_for_another_model_is_refused(model: torch.nn.Module) -> None:
+    adapter = Adapter({"down_proj": (torch.zeros(4, 2, 99), torch.zeros(4, 2, 64))}, 1.0)
+    with (
+        pytest.raises(ValueError, match=r"\(4, 99, 64\).*made for another model"),
+        apply_adapter(model, adapter),
+    ):
+        pass
+    with pytest.raises(ValueError, match="expected \\[L, R, d_in\\]"):
+        Adapter({"down_proj": (torch.zeros(4, 2, 99), torch.zeros(4, 3, 64))}, 1.0)
+    with pytest.raises(ValueError, match="at least one module"):
+        Adapter({}, 1.0)
+
+
+def test_factors_keep_their_dtype(model: torch.nn.Module) -> None:
+    adapter = random_adapter(model)
+    assert adapter.factors["q_proj"][0].dtype == torch.float32
+    assert adapter.to(dtype=torch.bfloat16).factors["q_proj"][0].dtype == torch.bfloat16
+    assert adapter.num_parameters == sum(a.numel() + b.numel() for a, b in adapter.factors.values())
