@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from reference import Answer, Reference
+
+from .reference import Answer, Reference
 
 TOLERANCE = 1e-3  # of a log-probability, fp32
 MAX_TOKENS = 12
@@ -201,6 +201,3 @@ def write_mp4(path: Path, frames: int, seed: int) -> Path:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(moved, format="rgb24")))
         container.mux(stream.encode())
     return path
-
-
-assert os.environ.get("F2L_CPU_PLATFORM", "auto") != "0"

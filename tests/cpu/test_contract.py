@@ -1,0 +1,116 @@
+"""What `f2l_vllm.cpu` takes for granted in vLLM 0.32. A failure here says which of its modules to read again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import vllm
+import vllm.v1.worker.cpu_worker as cpu_worker
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+from vllm.model_executor.layers.attention import attention
+from vllm.platforms import builtin_platform_plugins
+from vllm.platforms.cpu import CpuPlatform
+from vllm.plugins import PLATFORM_PLUGINS_GROUP
+from vllm.triton_utils.dispatcher import KernelOverride
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.worker.block_table import BlockTable, ComputeSlotMappingKernel
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_input_batch import InputBatch
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from f2l_vllm.cpu import ops
+from f2l_vllm.cpu.attention import TorchAttentionImpl, TorchAttentionMetadataBuilder
+from f2l_vllm.cpu.platform import TorchCpuPlatform
+from f2l_vllm.cpu.punica import GroupedPunicaWrapper
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def test_version_is_the_one_this_was_written_for() -> None:
+    assert vllm.__version__.startswith("0.32.")
+
+
+def test_plugin_finds_the_built_in_probes() -> None:
+    assert {"cuda", "rocm", "xpu", "tpu", "cpu"} <= set(builtin_platform_plugins)
+    assert PLATFORM_PLUGINS_GROUP == "vllm.platform_plugins"
+
+
+def test_platform_overrides_methods_that_exist() -> None:
+    for name in ("import_kernels", "register_triton_kernel_overrides", "get_punica_wrapper", "check_and_update_config"):
+        assert parameters(getattr(TorchCpuPlatform, name)) == parameters(getattr(CpuPlatform, name))
+    assert parameters(TorchCpuPlatform.get_attn_backend_cls) == parameters(CpuPlatform.get_attn_backend_cls)
+
+
+def test_backend_can_judge_every_field_of_the_selector() -> None:
+    judged = set(parameters(AttentionBackend.validate_configuration))
+    assert judged - {"device_capability"} == set(AttentionSelectorConfig._fields)
+
+
+def test_attention_is_called_with_the_arguments_it_takes() -> None:
+    assert parameters(TorchAttentionImpl.forward) == parameters(AttentionImpl.forward)
+    wanted = parameters(AttentionImpl.__init__)
+    assert parameters(TorchAttentionImpl.__init__)[: len(wanted)] == wanted
+    assert parameters(TorchAttentionMetadataBuilder.build) == parameters(AttentionMetadataBuilder.build)
+
+
+def test_layers_hand_over_keys_and_values_in_this_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    layer = SimpleNamespace(impl=SimpleNamespace(do_kv_cache_update=lambda *arguments: seen.extend(arguments)))
+    monkeypatch.setattr(attention, "_resolve_layer_name", lambda name: name)
+    monkeypatch.setattr(attention, "get_attention_context", lambda name: (None, layer, "cache", "slots"))
+    key, value = torch.zeros(1), torch.ones(1)
+    attention.unified_kv_cache_update(key, value, "layer")
+    assert seen == [layer, key, value, "cache", "slots"]
+    assert parameters(TorchAttentionImpl.do_kv_cache_update) == ["layer", "key", "value", "kv_cache", "slot_mapping"]
+
+
+def test_batch_is_described_as_attention_reads_it() -> None:
+    described = {field.name for field in fields(CommonAttentionMetadata)}
+    assert {"query_start_loc", "seq_lens", "num_reqs", "block_table_tensor", "causal"} <= described
+
+
+def test_kv_pages_are_token_major_in_the_layout_asked_for() -> None:
+    layer, block, heads, tokens, content = range(5)
+    assert KVCacheLayout.LBNHC.stride_order == (layer, block, tokens, heads, content)
+
+
+def test_slot_mapping_kernel_is_replaced_and_called_by_name() -> None:
+    override = KernelOverride(
+        ComputeSlotMappingKernel.kernel, ops.slot_mapping_override(ComputeSlotMappingKernel.kernel)
+    )
+    assert override._forward_by_name
+    assert "_COMPUTE_SLOT_MAPPING_KERNEL" in inspect.getsource(BlockTable.compute_slot_mapping)
+
+
+def test_lora_wrapper_implements_what_layers_call() -> None:
+    for name in PunicaWrapperBase.__abstractmethods__:
+        given = inspect.signature(getattr(GroupedPunicaWrapper, name)).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in given.values())
+        wanted = [name for name in parameters(getattr(PunicaWrapperBase, name)) if name != "kwargs"]
+        assert [name for name in wanted if name not in given] == []
+        assert takes_any or name == "apply_lora_full_linear"
+    for name in ("_update_base_metadata", "token_lora_indices", "sampler_indices", "_select_full_linear_output"):
+        assert hasattr(PunicaWrapperBase, name)
+
+
+def test_worker_names_its_runner_in_its_module() -> None:
+    assert cpu_worker.CPUModelRunner is CPUModelRunner
+    assert "CPUModelRunner(self.vllm_config" in inspect.getsource(cpu_worker.CPUWorker.init_device)
+
+
+def test_runner_rewinds_generators_in_the_step_that_hides_them() -> None:
+    assert "set_offset" in inspect.getsource(GPUModelRunner._bookkeeping_sync)
+    assert inspect.getsource(GPUModelRunner).count("set_offset") == 1
+    assert "sampling_metadata" in inspect.getsource(GPUModelRunner._sample)
+    # Hiding works because sampling sees the batch's own dictionary, not a copy.
+    assert "generators=self.generators" in inspect.getsource(InputBatch._make_sampling_metadata)
