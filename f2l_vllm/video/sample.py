@@ -87,7 +87,8 @@ def sample_video(
     check(info, limits)
     timeline = read_timeline(path)
     if timeline is not None and timeline.hidden > TOLERATED_MISSING:
-        info = replace(info, frame_count=len(timeline.times))
+        shown = len(timeline.times)
+        info = replace(info, frame_count=shown, duration_s=shown / info.fps)
     metadata = VideoMetadata(
         total_num_frames=info.frame_count,
         fps=info.fps,

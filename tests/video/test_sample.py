@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers.video_utils import load_video
 
 from f2l_vllm.hypernetwork.encoder import INSTRUCTION, VideoEncoder
 from f2l_vllm.video.sample import Sampling, sample_video
-from video.videos import write_video
+from video.videos import hide_first_second, write_video
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,16 @@ def test_sampling_can_ask_for_fewer_frames_or_another_rate(processor: SmolVLMPro
     assert len(faster.frames) == 12
     assert faster.timestamps[0] == 0.0
     assert faster.timestamps[-1] == pytest.approx(5.9)
+
+
+def test_a_trimmed_video_is_sampled_where_it_is_shown(processor: SmolVLMProcessor, tmp_path: Path) -> None:
+    path = hide_first_second(write_video(tmp_path / "v.mp4", frames=40, fps=10, options={"bf": "2", "g": "15"}))
+    with av.open(str(path)) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(shown) == 30
+    sampled = sample_video(path, processor)
+    assert (sampled.info.frame_count, sampled.info.duration_s) == (30, pytest.approx(3.0))
+    np.testing.assert_array_equal(sampled.frames, np.stack(shown)[sampled.metadata.frames_indices])
 
 
 def test_a_container_without_a_frame_count_is_sampled_to_its_end(processor: SmolVLMProcessor, tmp_path: Path) -> None:

@@ -70,6 +70,14 @@ def rotate_clockwise(path: Path) -> Path:
     return path
 
 
+def hide_first_second(path: Path) -> Path:
+    """Make the edit list of an mp4 start one second later, as trimming without encoding again does."""
+    data = path.read_bytes()
+    scale = int.from_bytes(data[data.index(b"mdhd") + 16 :][:4], "big")
+    start = int.from_bytes(data[data.index(b"elst") + 16 :][:4], "big")
+    return patch_header(path, b"elst", 12, (start + scale).to_bytes(4, "big"))
+
+
 def patch_header(path: Path, box: bytes, offset: int, value: bytes) -> Path:
     """Overwrite bytes `offset` after the name of the first mp4 box of that name."""
     data = bytearray(path.read_bytes())
