@@ -70,7 +70,7 @@ def train_hypernetwork(
     """Train the hypernetwork in place; the model stays as it is.
 
     Returns:
-        The last smoothed loss.
+        The first loss and the last, smoothed one.
     """
     randomness = stages.Randomness.of(NAME, seed)
     rng = randomness.rng
@@ -78,7 +78,7 @@ def train_hypernetwork(
     model.eval().requires_grad_(False)
     prompts = Prompts(processor)
     optimizer = MuonAdamW(hypernetwork.named_parameters(), muon_lr=0.01, adamw_lr=2e-3)
-    average: float | None = None
+    losses = stages.Losses()
     hypernetwork.train()
     for step in range(steps):
         scenes, pieces = _lesson(prompts, rng, mixed=step > steps * 0.3)
@@ -92,10 +92,10 @@ def train_hypernetwork(
         hidden = adapted_hidden(model, batch, hypernetwork.combine(chunks), hypernetwork.scale)
         loss = answer_loss(hidden, batch.labels, model.lm_head)
         optimizer.step(loss, warm_constant_linear(step, steps))
-        average = stages.smoothed(average, loss.item())
-        stages.report(on_progress, NAME, step, steps, {"loss": average})
+        losses.add(loss.item())
+        stages.report(on_progress, NAME, step, steps, {"loss": losses.smoothed})
     hypernetwork.eval()
-    return {"loss": average or 0.0}
+    return losses.summary()
 
 
 @torch.no_grad()

@@ -60,5 +60,20 @@ def report(on_progress: Progress | None, stage: str, step: int, steps: int, figu
         _log.info("%s %d/%d %s", stage, step + 1, steps, {name: round(value, 4) for name, value in figures.items()})
 
 
-def smoothed(average: float | None, value: float) -> float:
-    return value if average is None else 0.95 * average + 0.05 * value
+@dataclass(slots=True)
+class Losses:
+    """The first loss of a stage and a running average."""
+
+    first: float = float("nan")
+    smoothed: float = float("nan")
+    count: int = 0
+
+    def add(self, loss: float) -> None:
+        if self.count == 0:
+            self.first = self.smoothed = loss
+        self.count += 1
+        weight = max(0.05, 1 / self.count)
+        self.smoothed += weight * (loss - self.smoothed)
+
+    def summary(self) -> dict[str, float]:
+        return {"first_loss": round(self.first, 4), "loss": round(self.smoothed, 4)}

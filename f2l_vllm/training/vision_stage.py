@@ -27,7 +27,7 @@ def train_vision(
     """Train the vision tower in place to name colour, shape and place of what each patch shows.
 
     Returns:
-        The last smoothed losses.
+        The first loss and the last, smoothed one.
     """
     randomness = stages.Randomness.of(NAME, seed)
     torch.manual_seed(seed)
@@ -36,7 +36,7 @@ def train_vision(
     head = PatchHead(config.vision_config.hidden_size)
     named = [*tower.named_parameters(), *((f"embed_{name}", p) for name, p in head.named_parameters())]
     optimizer = MuonAdamW(named, muon_lr=0.02, adamw_lr=2e-3)
-    average: float | None = None
+    losses = stages.Losses()
     for step in range(steps):
         scenes = [draw_scene(randomness.rng, two_shapes=0.6) for _ in range(_SCENES)]
         times_BT = torch.rand(_SCENES, _FRAMES, generator=randomness.torch_rng)
@@ -45,6 +45,6 @@ def train_vision(
         features = tower(pixel_values=pixels.flatten(0, 1)).last_hidden_state
         loss, parts = head.loss(features, patch_targets(scenes, times_BT, size))
         optimizer.step(loss, warm_constant_linear(step, steps, warmup=30))
-        average = stages.smoothed(average, loss.item())
-        stages.report(on_progress, NAME, step, steps, {"loss": average, **parts})
-    return {"loss": average or 0.0}
+        losses.add(loss.item())
+        stages.report(on_progress, NAME, step, steps, {"loss": losses.smoothed, **parts})
+    return losses.summary()

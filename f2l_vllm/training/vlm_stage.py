@@ -36,7 +36,7 @@ def train_vlm(
     The first fifth of the steps shows mostly single, moving shapes; the last two fifths mix frame counts of 4 to 16.
 
     Returns:
-        The last smoothed loss.
+        The first loss and the last, smoothed one.
     """
     randomness = stages.Randomness.of(NAME, seed)
     rng = randomness.rng
@@ -48,7 +48,7 @@ def train_vlm(
     heads = [*patch_head.named_parameters(), *velocity_head.named_parameters()]
     named = [*model.named_parameters(), *((f"embed_{name}", p) for name, p in heads)]
     optimizer = MuonAdamW(named, muon_lr=0.02, adamw_lr=2e-3)
-    average: float | None = None
+    losses = stages.Losses()
     model.train()
     for step in range(steps):
         early, late = step < steps * 0.2, step > steps * 0.6
@@ -80,11 +80,11 @@ def train_vlm(
         last_input = output.hidden_states[-2][visual].unflatten(0, (count, -1))
         moved = velocity_head.loss(last_input, targets)
         optimizer.step(answers + 0.2 * seen + 0.5 * moved, warm_constant_linear(step, steps))
-        average = stages.smoothed(average, answers.item())
-        figures = {"loss": average, "seen": seen.item(), "moved": moved.item()}
+        losses.add(answers.item())
+        figures = {"loss": losses.smoothed, "seen": seen.item(), "moved": moved.item()}
         stages.report(on_progress, NAME, step, steps, figures)
     model.eval()
-    return {"loss": average or 0.0}
+    return losses.summary()
 
 
 def frame_count(rng: random.Random) -> int:
