@@ -70,28 +70,30 @@ def compute_slot_mapping(
     slot_mapping[num_tokens:] = PAD_SLOT
 
 
-def slot_mapping_override(kernel: Callable[..., Any]) -> Callable[..., None]:
+class SlotMappingOverride:
     """`compute_slot_mapping` behind the launch arguments of vLLM's Triton kernel, bound by name.
 
     Raises:
         RuntimeError: the kernel lacks an argument that this needs, so this vLLM is not the one supported.
     """
-    names = getattr(kernel, "arg_names", None) or tuple(inspect.signature(kernel).parameters)
-    needed = ("query_start_loc_ptr", "positions_ptr", "block_table_ptr", "slot_mapping_ptr", "KV_CACHE_BLOCK_SIZE")
-    if missing := [name for name in needed if name not in names]:
-        raise RuntimeError(
-            f"vLLM's slot-mapping kernel has no argument {', '.join(missing)} (it has {', '.join(names)}): "
-            "install the vLLM version that f2l-vllm asks for."
+
+    _NEEDED = ("query_start_loc_ptr", "positions_ptr", "block_table_ptr", "slot_mapping_ptr", "KV_CACHE_BLOCK_SIZE")
+
+    def __init__(self, kernel: Callable[..., Any]) -> None:
+        names = getattr(kernel, "arg_names", None) or tuple(inspect.signature(kernel).parameters)
+        if missing := [name for name in self._NEEDED if name not in names]:
+            raise RuntimeError(
+                f"vLLM's slot-mapping kernel has no argument {', '.join(missing)} (it has {', '.join(names)}): "
+                "install the vLLM version that f2l-vllm asks for."
+            )
+        # vLLM's dispatcher passes arguments by name only to a callable whose parameters are the kernel's.
+        self.__signature__ = inspect.Signature(
+            [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
         )
 
-    def launch(**arguments: Any) -> None:
+    def __call__(self, **arguments: Any) -> None:
         assert arguments.get("TOTAL_CP_WORLD_SIZE", 1) == 1, "context parallelism does not exist on this platform"
-        compute_slot_mapping(*(arguments[name] for name in needed))
-
-    # The dispatcher passes arguments by name only to a function whose parameters are the kernel's.
-    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
-    launch.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return launch
+        compute_slot_mapping(*(arguments[name] for name in self._NEEDED))
 
 
 _OPERATORS: dict[str, Callable[..., Any]] = {

@@ -40,7 +40,7 @@ class TorchCpuPlatform(CpuPlatform):
         from vllm.v1.worker.block_table import ComputeSlotMappingKernel
 
         name = "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel"
-        register_kernels({name: ops.slot_mapping_override(ComputeSlotMappingKernel.kernel)})
+        register_kernels({name: ops.SlotMappingOverride(ComputeSlotMappingKernel.kernel)})
 
     @classmethod
     def get_attn_backend_cls(

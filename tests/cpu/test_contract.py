@@ -85,9 +85,7 @@ def test_kv_pages_are_token_major_in_the_layout_asked_for() -> None:
 
 
 def test_slot_mapping_kernel_is_replaced_and_called_by_name() -> None:
-    override = KernelOverride(
-        ComputeSlotMappingKernel.kernel, ops.slot_mapping_override(ComputeSlotMappingKernel.kernel)
-    )
+    override = KernelOverride(ComputeSlotMappingKernel.kernel, ops.SlotMappingOverride(ComputeSlotMappingKernel.kernel))
     assert override._forward_by_name
     assert "_COMPUTE_SLOT_MAPPING_KERNEL" in inspect.getsource(BlockTable.compute_slot_mapping)
 

@@ -22,7 +22,7 @@ def test_slot_mapping_override_refuses_a_kernel_it_does_not_know() -> None:
         """A kernel of another version."""
 
     with pytest.raises(RuntimeError, match="no argument query_start_loc_ptr"):
-        ops.slot_mapping_override(kernel)
+        ops.SlotMappingOverride(kernel)
 
 
 def test_greedy_and_sampled_tokens_have_one_per_row() -> None:
