@@ -30,3 +30,36 @@ def make_lora(smolvlm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def hypernetwork_model(smolvlm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`smolvlm_dir` with a random hypernetwork beside it whose adapters change the model's answers."""
+    import shutil
+
+    import torch
+
+    from f2l_vllm.adapters.peft_format import BaseShapes
+    from f2l_vllm.hypernetwork.config import HypernetworkConfig
+    from f2l_vllm.hypernetwork.model import Hypernetwork
+
+    directory = shutil.copytree(smolvlm_dir, tmp_path_factory.mktemp("model") / "base")
+    shapes = BaseShapes.read(directory)
+    torch.manual_seed(0)
+    config = HypernetworkConfig(
+        base_model="base",
+        num_layers=shapes.layers,
+        feature_size=shapes.modules["down_proj"][1],
+        modules={"down_proj": shapes.modules["down_proj"]},
+        rank=4,
+        latent_size=32,
+        num_blocks=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+    )
+    hypernetwork = Hypernetwork(config)
+    with torch.no_grad():
+        hypernetwork.scaler_B["down_proj"].fill_(1.0)
+    hypernetwork.save(directory / "hypernetwork")
+    return directory

@@ -69,9 +69,12 @@ def validate_adapter(directory: Path, shapes: BaseShapes, *, max_rank: int | Non
     """
     try:
         config = json.loads((directory / CONFIG_FILE).read_text())
-        rank, alpha, modules = int(config["r"]), config["lora_alpha"], tuple(sorted(config["target_modules"]))
+        rank, alpha, targets = int(config["r"]), config["lora_alpha"], config["target_modules"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{CONFIG_FILE} cannot be read: {error}") from error
+    if not isinstance(targets, list):
+        raise AdapterError(f"target_modules must be a list of module names, got {targets!r}")
+    modules = tuple(sorted(targets))
     if alpha != rank:
         raise AdapterError(f"lora_alpha is {alpha} but r is {rank}: the scale must be folded into B")
     if max_rank is not None and rank > max_rank:

@@ -1,0 +1,84 @@
+import hashlib
+
+import pytest
+
+from f2l_vllm.adapters.store import Store, StoreError
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path)
+
+
+def write(text):
+    def fill(directory):
+        directory.mkdir()
+        (directory / "adapter_model.safetensors").write_text(text)
+
+    return fill
+
+
+def test_an_adapter_is_whole_and_verified(store):
+    path = store.publish_adapter("f2l-1", write("weights"), {"info": 1})
+    assert (path / "adapter_model.safetensors").read_text() == "weights"
+    manifest = store.verify_adapter("f2l-1")
+    assert manifest["info"] == 1
+    assert manifest["files"]["adapter_model.safetensors"]["sha256"] == hashlib.sha256(b"weights").hexdigest()
+
+
+def test_a_writer_that_fails_leaves_nothing(store, tmp_path):
+    def fail(directory):
+        write("half")(directory)
+        raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        store.publish_adapter("f2l-1", fail, {})
+    assert list((tmp_path / "tmp").iterdir()) == []
+    with pytest.raises(StoreError, match="missing or damaged"):
+        store.verify_adapter("f2l-1")
+
+
+def test_a_sound_adapter_is_never_replaced_and_a_damaged_one_is(store):
+    path = store.publish_adapter("f2l-1", write("first"), {})
+    store.publish_adapter("f2l-1", write("second"), {})
+    assert (path / "adapter_model.safetensors").read_text() == "first"
+    (path / "adapter_model.safetensors").write_text("fir5t")
+    with pytest.raises(StoreError, match="differs from what was written"):
+        store.verify_adapter("f2l-1")
+    store.publish_adapter("f2l-1", write("second"), {})
+    assert (path / "adapter_model.safetensors").read_text() == "second"
+
+
+def test_removal_is_complete_and_repeatable(store, tmp_path):
+    store.publish_adapter("f2l-1", write("weights"), {})
+    store.remove_adapter("f2l-1")
+    store.remove_adapter("f2l-1")
+    assert list((tmp_path / "adapters").iterdir()) == []
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_videos_lie_under_their_hash_once(store):
+    sha256 = hashlib.sha256(b"video").hexdigest()
+    for _ in range(2):
+        temporary = store.temporary()
+        temporary.write_bytes(b"video")
+        path = store.keep_video(temporary, sha256)
+    assert path.read_bytes() == b"video"
+    store.remove_video(sha256)
+    store.remove_video(sha256)
+    assert not path.exists()
+
+
+def test_sweep_removes_what_an_interrupted_process_left(store, tmp_path):
+    store.temporary().write_bytes(b"half a video")
+    store.temporary().mkdir()
+    store.sweep()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../escape", "", "A", "f2l/1", ".", "x" * 200])
+def test_names_cannot_leave_the_folder(store, name):
+    with pytest.raises(ValueError, match="not an adapter name"):
+        store.adapter_path(name)
+    with pytest.raises(ValueError, match="not a sha-256"):
+        store.video_path(name)

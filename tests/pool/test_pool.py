@@ -1,0 +1,168 @@
+"""The pool with real Ray actors, real mp4 files and real kills."""
+
+import hashlib
+import os
+import shutil
+import signal
+import time
+
+import pytest
+
+from f2l_vllm.adapters.catalog import Catalog
+from f2l_vllm.adapters.peft_format import BaseShapes, validate_adapter
+from f2l_vllm.adapters.states import VideoState
+from f2l_vllm.adapters.store import Store
+from f2l_vllm.pool.messages import Failed, Published, WorkerSpec
+from f2l_vllm.pool.pool import Pool, PoolConfig
+from tests.video.videos import write_video
+
+WAIT_SECONDS = 180
+
+
+class Bench:
+    """A data folder with a pool of two workers over a random model."""
+
+    def __init__(self, home, model, workers=2, job_attempts=3):
+        self.store = Store(home)
+        self.catalog = Catalog(f"sqlite:///{home / 'catalog.sqlite3'}")
+        self.events = []
+        self.shapes = BaseShapes.read(model)
+        spec = WorkerSpec(
+            model=model,
+            hypernetwork=model / "hypernetwork",
+            home=home,
+            base_name="base",
+            max_rank=64,
+            max_seconds=3600,
+            max_pixels=10**7,
+            threads=1,
+        )
+        config = PoolConfig(workers, cpus=0.5, gpus=0, ray_address=None, job_attempts=job_attempts, job_seconds=120)
+        self.pool = Pool(config, spec, self.catalog, self.store, self.events.append)
+
+    def add(self, path, name=None):
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        temporary = self.store.temporary()
+        shutil.copy(path, temporary)
+        self.store.keep_video(temporary, sha256)
+        return self.catalog.add_file(
+            tenant="t",
+            filename=path.name,
+            purpose="vision",
+            size=path.stat().st_size,
+            sha256=sha256,
+            adapter_name=name or f"f2l-{sha256[:16]}",
+            expires_at=None,
+            queue_limit=100,
+        )
+
+    def wait(self, record, *states):
+        deadline = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < deadline:
+            found = self.catalog.file(record.id, "t")
+            if found.state in states:
+                return found
+            time.sleep(0.002)
+        raise AssertionError(f"{found.state} after {WAIT_SECONDS} s, expected one of {states}")
+
+    def pids(self, count):
+        deadline = time.monotonic() + WAIT_SECONDS
+        while len(self.pool.workers()) < count and time.monotonic() < deadline:
+            time.sleep(0.05)
+        pids = {worker.pid for worker in self.pool.workers()}
+        assert len(pids) == count
+        return pids
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    short = [write_video(folder / f"{index}.mp4", frames=20 + index) for index in range(4)]
+    # Seconds of decoding: one key frame, and the last sampled frame is near the end.
+    options = {"preset": "ultrafast", "g": "100000"}
+    long = write_video(folder / "long.mp4", frames=1200, fps=30, size=(960, 540), options=options)
+    return short, long
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, hypernetwork_model):
+    bench = Bench(tmp_path_factory.mktemp("pool"), hypernetwork_model)
+    assert bench.pool.start()
+    yield bench
+    bench.pool.stop()
+
+
+def test_videos_become_checked_adapters(bench, videos):
+    records = [bench.add(path) for path in videos[0]]
+    for record in records:
+        bench.wait(record, VideoState.PROCESSED)
+        adapter = bench.catalog.adapter(record.adapter_name)
+        directory = bench.store.adapter_path(record.adapter_name)
+        files = validate_adapter(directory, bench.shapes)
+        assert (adapter.rank, adapter.bytes) == (files.rank, files.bytes)
+        assert adapter.info["frames"] > 0
+        assert bench.store.verify_adapter(record.adapter_name)["info"] == adapter.info
+    assert sum(isinstance(event, Published) for event in bench.events) >= len(records)
+
+
+def test_every_worker_is_a_process_of_its_own(bench):
+    pids = bench.pids(2)
+    assert os.getpid() not in pids
+
+
+def test_a_bad_video_fails_once_with_its_reason(bench, tmp_path):
+    path = tmp_path / "bad.mp4"
+    path.write_bytes(b"\0" * 5000)
+    found = bench.wait(bench.add(path), VideoState.ERROR)
+    assert found.error_code == "not_a_video"
+    assert any(isinstance(event, Failed) for event in bench.events)
+
+
+def test_a_job_whose_worker_is_killed_is_done_by_another(bench, videos):
+    before = bench.pids(2)
+    record = bench.add(videos[1])
+    bench.wait(record, VideoState.DECODING)
+    for pid in before:  # whichever of them has the job
+        os.kill(pid, signal.SIGKILL)
+    bench.wait(record, VideoState.PROCESSED)
+    bench.store.verify_adapter(record.adapter_name)
+    assert not before & bench.pids(2)
+    assert bench.catalog.counts()[1:] == (0, 0)
+
+
+def test_only_one_pool_serves_a_data_folder(bench, hypernetwork_model):
+    other = Bench(bench.store.home, hypernetwork_model)
+    assert not other.pool.start()
+    assert not other.pool.is_running
+    other.pool.stop()
+    assert bench.pool.is_running
+
+
+def test_a_video_deleted_while_in_work_leaves_nothing(bench, videos):
+    record = bench.add(videos[1], name="f2l-deleted")
+    bench.wait(record, VideoState.DECODING)
+    bench.catalog.remove_file(record.id, "t")
+    deadline = time.monotonic() + WAIT_SECONDS
+    while bench.catalog.counts()[2] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    assert bench.catalog.adapter("f2l-deleted") is None
+    assert not bench.store.adapter_path("f2l-deleted").exists()
+
+
+def test_a_video_that_keeps_costing_workers_ends_as_an_error(tmp_path, hypernetwork_model, videos, bench):
+    bench.pool.stop()  # one private Ray per process; this is the module's last test
+    last = Bench(tmp_path, hypernetwork_model, workers=1, job_attempts=1)
+    assert last.pool.start()
+    try:
+        (pid,) = last.pids(1)
+        record = last.add(videos[1])
+        last.wait(record, VideoState.DECODING)
+        os.kill(pid, signal.SIGKILL)
+        found = last.wait(record, VideoState.ERROR)
+        assert found.error_code == "internalization_failed"
+        assert "1 attempts" in found.error_message
+        good = last.add(videos[0][0])
+        last.wait(good, VideoState.PROCESSED)
+    finally:
+        last.pool.stop()
