@@ -32,6 +32,7 @@ from vllm.multimodal.processing.processor import MultiModalPromptUpdates, Placeh
 
 from f2l_vllm.serving import video_loader
 
+_FRAMES_PER_CALL = 32  # of the vision tower, whose memory grows with the frames it sees at once
 _METADATA_FIELDS = {field.name for field in fields(VideoMetadata)}
 
 
@@ -197,12 +198,13 @@ class SmolVLMVideoForConditionalGeneration(SmolVLMForConditionalGeneration):
         """One tensor `[embeddings, hidden]` per image or video of the batch."""
         if "pixel_values_videos" not in kwargs:
             return super().embed_multimodal(**kwargs)
-        features = self.model.image_pixels_to_features(
-            kwargs["pixel_values_videos"],
-            pixel_attention_mask=kwargs["pixel_attention_mask_videos"],
-            remove_padding=False,
+        pixels, masks = kwargs["pixel_values_videos"], kwargs["pixel_attention_mask_videos"]
+        frames = torch.cat(
+            [
+                self.model.connector(self.model.image_pixels_to_features(some, mask, remove_padding=False))
+                for some, mask in zip(pixels.split(_FRAMES_PER_CALL), masks.split(_FRAMES_PER_CALL), strict=True)
+            ]
         )
-        frames = self.model.connector(features)
         return [video.flatten(0, 1) for video in frames.split(kwargs["num_frames"].tolist())]
 
 

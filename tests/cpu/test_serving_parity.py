@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from f2l_vllm.serving import smolvlm_video
+
 from .reference import Answer, Reference
 
 TOLERANCE = 1e-3  # of a log-probability, fp32
@@ -158,7 +160,10 @@ def test_video_url_is_seen_as_in_transformers(
     assert worst_difference(output, reference.answer(inputs, MAX_TOKENS, adapter)) < TOLERANCE
 
 
-def test_two_videos_and_text_between_them(engine: Engine, reference: Reference, tmp_path: Path) -> None:
+def test_two_videos_and_text_between_them(
+    engine: Engine, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smolvlm_video, "_FRAMES_PER_CALL", 3)  # a batch of frames across the two videos
     paths = [write_mp4(tmp_path / f"{seed}.mp4", 24, seed=seed) for seed in range(2)]
     question = text("and then"), text("Which is red?")
     inputs = reference.chat(
