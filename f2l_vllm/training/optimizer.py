@@ -69,7 +69,9 @@ class MuonAdamW:
 
 
 def warm_constant_linear(step: int, steps: int, *, warmup: int = 60, decay_from: float = 0.5) -> float:
-    """The schedule's factor: linear warm-up, constant, then linear to 2 % from `decay_from` of the steps on."""
+    """The schedule's factor: linear warm-up (at most a fifth of the steps), constant, then linear to 2 % from
+    `decay_from` of the steps on."""
+    warmup = max(1, min(warmup, steps // 5))
     done = step / max(1, steps)
     decay = 1.0 if done < decay_from else max(0.02, 1 - (done - decay_from) / (1 - decay_from))
-    return min(1.0, (step + 1) / max(1, warmup)) * decay
+    return min(1.0, (step + 1) / warmup) * decay

@@ -44,4 +44,4 @@ def test_pieces_of_a_prompt_encode_as_the_whole(tokenizer, pieces):
     def encode(text):
         return tokenizer.encode(text, add_special_tokens=False)
 
-    assert sum((encode(piece) for piece in pieces), []) == encode("".join(pieces))
+    assert [token for piece in pieces for token in encode(piece)] == encode("".join(pieces))
