@@ -6,6 +6,7 @@ The environment is the one channel that reaches the API server, its engine and e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field
@@ -41,3 +42,18 @@ class Settings(BaseSettings):
     def database_url(self) -> str:
         """The catalog's SQLAlchemy URL."""
         return self.catalog_url or f"sqlite:///{self.data_folder / 'catalog.sqlite3'}"
+
+
+def refuse_environment(environment: Mapping[str, str]) -> None:
+    """Refuse vLLM's own settings under which videos would not be served, or served by anyone's adapters.
+
+    Raises:
+        ValueError: one of them is set; the message says which and why.
+    """
+    if environment.get("VLLM_USE_RUST_FRONTEND", "0") == "1":
+        raise ValueError("VLLM_USE_RUST_FRONTEND=1 bypasses Python plugins, so videos would not be served: unset it")
+    if environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true"):
+        raise ValueError(
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING lets any client load any path on this machine as an adapter: unset it; "
+            "f2l-vllm publishes adapters by itself"
+        )

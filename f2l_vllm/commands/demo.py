@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import typer
 from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
+from f2l_vllm.commands.server_process import ServerFailed, ServerProcess
+
 console = Console()
 QUESTIONS = ("What is the background?", "How many shapes are there?", "Describe the video.")
-_START_SECONDS = 600.0
-_STOP_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -45,9 +37,13 @@ def demo(video: Path | None, model: str, hypernetwork: str | None, port: int | N
             truth = make_video(video)
             console.print(f"made a video of moving shapes, {video.stat().st_size / 1e3:.0f} kB: {truth}")
         started = time.perf_counter()
-        with server(model, hypernetwork, port, Path(folder)) as url:
-            console.print(f"server ready after {time.perf_counter() - started:.1f} s: {url}")
-            client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        flags = [] if hypernetwork is None else ["--hypernetwork", hypernetwork]
+        server = ServerProcess(model, Path(folder) / "home", *flags, port=port)
+        try:
+            with console.status(f"starting Ray, hypernetwork worker and vLLM (log: {server.log})"):
+                server.wait_ready()
+            console.print(f"server ready after {time.perf_counter() - started:.1f} s: {server.url}")
+            client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
             started = time.perf_counter()
             file = client.files.create(file=video, purpose="vision")
             file = client.files.wait_for_processing(file.id, poll_interval=0.05)
@@ -58,6 +54,11 @@ def demo(video: Path | None, model: str, hypernetwork: str | None, port: int | N
             console.print(f"uploaded and internalized in {seconds:.2f} s; {_adapter_line(file)}")
             ask(client, file.id, "Hello", frames=False)  # the engine's first question pays for its warm-up
             console.print(_compare(client, file.id))
+        except ServerFailed as error:
+            console.print(str(error), style="red", markup=False, highlight=False)
+            raise typer.Exit(1) from error
+        finally:
+            server.stop()
     console.print("server stopped")
 
 
@@ -72,40 +73,6 @@ def make_video(path: Path) -> str:
     scene = sample_scenes(1, seed=int(time.time()), split="held-out")[0]
     write_mp4(scene, path, size=(320, 240))
     return scene.caption()
-
-
-@contextmanager
-def server(model: str, hypernetwork: str | None, port: int | None, folder: Path) -> Iterator[str]:
-    """`f2l-vllm serve` as a process of its own, from ready to stopped; yields its base URL."""
-    port = port or _free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [
-        sys.executable,
-        "-m",
-        "f2l_vllm.cli",
-        "serve",
-        model,
-        "--port",
-        str(port),
-        "--home",
-        str(folder / "home"),
-    ]
-    if hypernetwork is not None:
-        command += ["--hypernetwork", hypernetwork]
-    log = folder / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ})
-        try:
-            with console.status(f"starting Ray, hypernetwork worker and vLLM (log: {log})"):
-                _wait(process, url, log)
-            yield url
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
 def ask(client: OpenAI, file_id: str, question: str, *, frames: bool) -> Answer:
@@ -151,26 +118,3 @@ def _adapter_line(file: Any) -> str:
         f"rank {details['rank']} adapter, {details['adapter_bytes'] / 1e3:.0f} kB, from {details['frames']} frames; "
         f"{details['visual_tokens']} visual tokens saved in every question"
     )
-
-
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        try:
-            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.2)
-    console.print(f"[red]the server did not become ready[/] (exit code {process.poll()}); the end of its log:")
-    console.print(log.read_text(errors="replace")[-4000:], markup=False, highlight=False)
-    raise typer.Exit(1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

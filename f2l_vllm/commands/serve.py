@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from f2l_vllm import models
+from f2l_vllm.settings import Settings, refuse_environment
 
 PLUGINS = ("f2l", "f2l_files", "f2l_cpu")
 # Ranks vLLM has kernels for; an adapter is computed at the largest, so the smallest that fits is chosen.
@@ -34,8 +35,10 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], vllm_fl
     """The `vllm serve` command for a model. Flags given by the user win over the defaults here.
 
     Raises:
-        ValueError: no such model or hypernetwork, or a hypernetwork whose adapters no server could take.
+        ValueError: a setting that cannot work, no such model or hypernetwork, or adapters no server could take.
     """
+    refuse_environment(os.environ)
+    Settings()  # a setting that cannot be read stops here, not after the engine has started
     directory = models.resolve(model)
     weights = models.resolve_hypernetwork(model, hypernetwork)
     rank, modules = _adapter_shape(weights)

@@ -16,6 +16,8 @@ from typing import Any
 from starlette.datastructures import State
 from vllm.lora.request import LoRARequest
 
+from f2l_vllm.settings import refuse_environment
+
 SUPPORTED_VLLM = "0.32"
 # What the client asked for, while its request is set up: responses carry it instead of an adapter's name.
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
@@ -44,13 +46,7 @@ def check_environment(args: Any) -> None:
     Raises:
         ValueError: one of them is set; the message says which and why.
     """
-    if os.environ.get("VLLM_USE_RUST_FRONTEND") == "1":
-        raise ValueError("VLLM_USE_RUST_FRONTEND=1 bypasses Python plugins, so videos would not be served: unset it")
-    if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true"):
-        raise ValueError(
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING lets any client load any path on this machine as an adapter: unset it; "
-            "f2l-vllm publishes adapters by itself"
-        )
+    refuse_environment(os.environ)
     if getattr(args, "specialize_active_lora", False):
         raise ValueError("--specialize-active-lora is not supported: mixed base and adapter batches may lose adapters")
 

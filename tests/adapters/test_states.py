@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from f2l_vllm.adapters.states import IN_WORK, TRANSITIONS, IllegalTransition, VideoState, check_transition
@@ -6,7 +8,7 @@ from f2l_vllm.adapters.states import IN_WORK, TRANSITIONS, IllegalTransition, Vi
 def test_the_ordinary_life_is_allowed():
     life = [VideoState.UPLOADED, VideoState.DECODING, VideoState.ENCODING, VideoState.PUBLISHING]
     life += [VideoState.PROCESSED, VideoState.EXPIRED, VideoState.DELETED]
-    for current, new in zip(life, life[1:], strict=False):
+    for current, new in pairwise(life):
         check_transition(current, new)
 
 

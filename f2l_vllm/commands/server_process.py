@@ -1,0 +1,114 @@
+"""A server of our own in a process of its own, for commands and measurements that need one: from started to stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import httpx
+
+START_SECONDS = 600.0
+STOP_SECONDS = 60.0
+
+
+class ServerFailed(RuntimeError):
+    """The server did not become ready; the message holds the end of its log."""
+
+
+class ServerProcess:
+    """`f2l-vllm serve MODEL …` on a free port of this machine.
+
+    Args:
+        model: what `f2l-vllm serve` takes.
+        home: data folder.
+        flags: more flags for `f2l-vllm serve`.
+        port: None for a free one.
+        env: environment variables to add.
+    """
+
+    def __init__(
+        self, model: str, home: Path, *flags: str, port: int | None = None, env: Mapping[str, str] | None = None
+    ) -> None:
+        port = port or _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.home = home
+        self.log = home.parent / f"server-{port}.log"
+        command = [
+            sys.executable,
+            "-m",
+            "f2l_vllm.cli",
+            "serve",
+            model,
+            "--port",
+            str(port),
+            "--home",
+            str(home),
+            *flags,
+        ]
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}
+            )
+
+    def wait_ready(self) -> None:
+        """Return when `/ready` says so.
+
+        Raises:
+            ServerFailed: the process ended, or `START_SECONDS` are over.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/ready", timeout=5).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.1)
+        code = self.process.poll()
+        tail = self.log.read_text(errors="replace")[-4000:]
+        raise ServerFailed(f"the server did not become ready (exit code {code}); the end of its log:\n{tail}")
+
+    def descendants(self) -> dict[int, str]:
+        """Every process the server has started: pid -> command line, by the parent links in /proc."""
+        parents: dict[int, int] = {}
+        commands: dict[int, str] = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    stat = (entry / "stat").read_text()
+                    commands[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ").strip()
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+                parents[int(entry.name)] = int(stat.rsplit(")", 1)[1].split()[1])
+        found = {self.process.pid}
+        while grown := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= grown
+        return {pid: commands[pid] for pid in found - {self.process.pid}}
+
+    def stop(self) -> int:
+        """Send what Ctrl-C sends and return the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it did not stop within `STOP_SECONDS`, and was killed.
+        """
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

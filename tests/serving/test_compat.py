@@ -1,0 +1,107 @@
+"""Contracts with vLLM 0.32: what `serving/compat.py` leans on. Another version fails here first."""
+
+import inspect
+from argparse import Namespace
+
+import pytest
+import vllm
+from starlette.datastructures import State
+from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+from vllm.entrypoints.openai.chat_completion import api_router as chat_router
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion import api_router as completion_router
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from f2l_vllm.serving import compat
+from f2l_vllm.serving.endpoint import F2LEndpointPlugin
+
+
+def test_this_is_the_supported_version():
+    assert vllm.__version__.startswith(compat.SUPPORTED_VLLM + ".")
+
+
+def test_handlers_are_looked_up_in_state_at_every_request():
+    assert "app.state.openai_serving_chat" in inspect.getsource(chat_router.chat)
+    assert "app.state.openai_serving_completion" in inspect.getsource(completion_router.completion)
+
+
+def test_the_adapter_is_chosen_by_model_name_from_the_registry():
+    assert "self.models.lora_requests[request.model]" in inspect.getsource(BaseServing._maybe_get_adapters)
+    assert "request.model in self.models.lora_requests" in inspect.getsource(BaseServing._check_model)
+    assert "self.lora_requests: dict" in inspect.getsource(OpenAIServingModels.__init__)
+
+
+@pytest.mark.parametrize(
+    "method", [OpenAIServingChat._create_chat_completion, OpenAIServingCompletion._create_completion]
+)
+def test_the_responses_model_comes_from_model_name_before_streaming_starts(method):
+    source = inspect.getsource(method)
+    assert source.index("self.models.model_name(lora_request)") < source.index("if request.stream:\n            return")
+
+
+def test_handlers_take_a_request_and_the_raw_request():
+    for method in (OpenAIServingChat.create_chat_completion, OpenAIServingCompletion.create_completion):
+        assert list(inspect.signature(method).parameters) == ["self", "request", "raw_request"]
+    assert issubclass(OpenAIServingChat, GenerateBaseServing)
+
+
+def test_a_lora_request_never_reloads_in_place():
+    request = compat.new_lora_request("f2l-x", 7, "/adapters/f2l-x", "base")
+    assert (request.lora_name, request.lora_int_id, request.lora_path) == ("f2l-x", 7, "/adapters/f2l-x")
+    assert request.load_inplace is False
+
+
+def test_the_engine_can_add_and_remove_adapters():
+    assert list(inspect.signature(AsyncLLM.add_lora).parameters) == ["self", "lora_request"]
+    assert list(inspect.signature(AsyncLLM.remove_lora).parameters) == ["self", "lora_id"]
+
+
+def test_chat_requests_keep_file_parts_and_our_options():
+    part = {"type": "file", "file": {"file_id": "file-1"}}
+    message = {"role": "user", "content": [part, {"type": "text", "text": "hi"}]}
+    body = {"model": "m", "messages": [message], "f2l": {"mode": "frames"}}
+    request = ChatCompletionRequest.model_validate(body)
+    assert request.messages[0]["content"][0] == part
+    assert request.model_extra["f2l"] == {"mode": "frames"}
+
+
+def test_the_endpoint_plugin_fits_vllms_protocol():
+    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+
+    assert isinstance(F2LEndpointPlugin(), EndpointPlugin)
+
+
+def test_an_engine_without_lora_is_refused():
+    engine = Namespace(vllm_config=Namespace(lora_config=None))
+    with pytest.raises(ValueError, match="--enable-lora"):
+        compat.engine_limits(engine)
+
+
+def test_environments_that_bypass_or_open_the_server_are_refused(monkeypatch):
+    compat.check_environment(Namespace())
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match="bypasses Python plugins"):
+        compat.check_environment(Namespace())
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
+    with pytest.raises(ValueError, match="unset it"):
+        compat.check_environment(Namespace())
+
+
+def test_responses_name_what_was_asked_for():
+    class Models:
+        def model_name(self, lora_request=None):
+            return "adapter"
+
+    state = State({"openai_serving_models": Models(), "openai_serving_chat": 1, "openai_serving_completion": None})
+    compat.wrap_servings(state, lambda inner: inner + 1, lambda inner: inner + 1)
+    assert state.openai_serving_chat == 2
+    assert state.openai_serving_completion is None
+    assert state.openai_serving_models.model_name() == "adapter"
+    token = compat.asked_model.set("file-1")
+    assert state.openai_serving_models.model_name() == "file-1"
+    compat.asked_model.reset(token)

@@ -1,0 +1,145 @@
+"""Servers that stop, start again, are full, or are started wrongly."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from serving.server import Server
+
+QUESTION = [{"role": "user", "content": "What is shown?"}]
+GREEDY = {"temperature": 0, "max_tokens": 12}
+KEY = "secret"
+
+
+def ask(server, model, **options):
+    response = server.client.chat.completions.create(model=model, messages=QUESTION, **GREEDY, **options)
+    return response.choices[0].message.content
+
+
+def alive(pids):
+    """Those that still run; a zombie does not."""
+    running = set()
+    for pid in pids:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+                running.add(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return running
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("life") / "home"
+
+
+@pytest.fixture(scope="module")
+def first_life(home, hypernetwork_model, clips):
+    """A server that made two videos ready and was stopped with Ctrl-C: its ids and answers, and how it ended."""
+    server = Server(hypernetwork_model, home)
+    server.wait_ready()
+    answers = {}
+    for clip in clips[:2]:
+        file = server.client.files.create(file=clip, purpose="vision")
+        server.client.files.wait_for_processing(file.id, poll_interval=0.02)
+        answers[file.id] = ask(server, file.id)
+    children = set(server.descendants())
+    code = server.stop()
+    return answers, code, children
+
+
+@pytest.fixture(scope="module")
+def second_life(home, hypernetwork_model, first_life):
+    """The same data folder served again, without workers, with room for one waiting video, behind a key."""
+    flags = ("--hypernetwork-workers", "0", "--queue-limit", "1", "--api-key", KEY)
+    server = Server(hypernetwork_model, home, *flags, api_key=KEY)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+def test_ctrl_c_stops_everything_that_was_started(first_life):
+    _, code, children = first_life
+    assert code == 0
+    assert len(children) > 3  # engine, Ray, worker
+    deadline = time.monotonic() + 20
+    while (left := alive(children)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == set()
+
+
+def test_ready_videos_answer_after_a_restart_without_work_done_again(first_life, second_life):
+    answers, _, _ = first_life
+    assert len(set(answers.values())) == 2
+    # No worker runs here, so these answers come from what the first life left.
+    assert {model: ask(second_life, model) for model in answers} == answers
+
+
+def test_a_full_queue_says_when_to_come_back(second_life, clips):
+    client = second_life.client
+    waiting = client.files.create(file=clips[2], purpose="vision")
+    with pytest.raises(openai.RateLimitError) as error:
+        client.files.create(file=clips[3], purpose="vision")
+    assert error.value.code == "queue_full"
+    assert int(error.value.response.headers["Retry-After"]) >= 1
+    client.files.create(file=clips[2], purpose="vision")  # the same bytes need no room
+    client.files.create(file=clips[0], purpose="vision")  # nor do bytes that are ready
+    with pytest.raises(openai.ConflictError) as error:
+        ask(second_life, waiting.id, extra_body={"f2l": {"wait": 0.2}})
+    assert error.value.code == "video_not_ready"
+    kept = {path.name for path in (second_life.home / "videos").rglob("*") if path.is_file()}
+    assert len(kept) == 3  # two ready, one waiting, none of the refused
+
+
+def test_without_the_key_nothing_is_told(second_life, first_life):
+    file_id = next(iter(first_life[0]))
+    for method, path in (
+        ("GET", "/v1/files"),
+        ("POST", "/v1/files"),
+        ("GET", f"/v1/files/{file_id}"),
+        ("GET", f"/v1/files/{file_id}/content"),
+        ("GET", f"/v1/files/{file_id}/adapter"),
+        ("DELETE", f"/v1/files/{file_id}"),
+        ("GET", "/v1/models"),
+        ("POST", "/v1/chat/completions"),
+    ):
+        assert httpx.request(method, second_life.url + path).status_code == 401
+
+
+def test_an_upload_over_the_cap_is_refused_and_the_server_lives(home, second_life):
+    cap = 1 << 30
+
+    def body():
+        yield b""
+
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "multipart/form-data; boundary=x"}
+    headers["Content-Length"] = str(cap * 3)
+    response = httpx.post(f"{second_life.url}/v1/files", headers=headers, content=body())
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "file_too_large")
+    assert httpx.get(f"{second_life.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["no-such-model"], {}, "no model at"),
+        ([], {"F2L_QUEUE_LIMIT": "none"}, "queue_limit"),
+        (["{model}", "--hypernetwork", "{nothing}"], {}, "No hypernetwork at"),
+        (["{model}"], {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}, "unset it"),
+        (["{model}"], {"VLLM_USE_RUST_FRONTEND": "1"}, "unset it"),
+    ],
+)
+def test_a_wrong_start_fails_early_and_says_why(hypernetwork_model, tmp_path, arguments, environment, message):
+    names = {"model": str(hypernetwork_model), "nothing": str(tmp_path / "nothing")}
+    arguments = [argument.format(**names) for argument in arguments]
+    command = [sys.executable, "-m", "f2l_vllm.cli", "serve", *arguments, "--dry-run"]
+    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert message in " ".join((result.stdout + result.stderr).replace("│", "").split())
