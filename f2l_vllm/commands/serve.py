@@ -55,6 +55,9 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], vllm_fl
         "--max-cpu-loras": [str(HOST_SLOTS)],
         "--max-num-seqs": [str(SLOTS)],
     }
+    if model in models.shipped() and not _has_gpu():
+        # Small enough that fp32 costs nothing, and processors without fast bf16 are spared its emulation.
+        defaults["--dtype"] = ["float32"]
     given = {flag.split("=")[0].replace("_", "-") for flag in vllm_flags if flag.startswith("--")}
     argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory), *vllm_flags]
     for flag, values in defaults.items():
@@ -78,6 +81,12 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], vllm_fl
 def serve(launch: Launch) -> None:
     """Become the server."""
     os.execvpe(launch.argv[0], launch.argv, {**os.environ, **launch.env})
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _adapter_shape(weights: Path) -> tuple[int, list[str]]:

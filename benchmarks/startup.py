@@ -1,0 +1,115 @@
+"""`python -m benchmarks.startup`: start-up, upload to ready, time to first token and peak memory of a served model.
+
+Every video is fresh. For each, the same question is asked once from its adapter and once from its frames in context,
+in turn and each first as often as second, so neither finds the other's prefix cache: adapters and frames share no
+prompt beyond the first tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from openai import OpenAI
+
+from benchmarks import record
+from f2l_vllm import torch_shims
+from f2l_vllm.commands.demo import ask
+from f2l_vllm.commands.server_process import ServerProcess
+
+torch_shims.install()
+
+_ROLES = {
+    "hypernetwork worker": "ray::HypernetworkWorker",
+    "engine": "VLLM::EngineCore",
+    "ray": "ray",
+}
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="f2l-tiny")
+    parser.add_argument("--rounds", type=int, default=3, help="servers started, one after the other")
+    parser.add_argument("--videos", type=int, default=16, help="fresh videos per server")
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    rounds = [one_round(options.model, options.videos, seed) for seed in range(options.rounds)]
+    results: dict[str, Any] = {"start_s": summary([r["start_s"] for r in rounds])}
+    for key in ("upload_to_ready_s", "internalize_s", "ttft_adapter_ms", "ttft_frames_ms"):
+        results[key] = summary([value for r in rounds for value in r[key]])
+    results["ttft_frames_over_adapter"] = round(
+        results["ttft_frames_ms"]["median"] / results["ttft_adapter_ms"]["median"], 2
+    )
+    for key in ("prompt_tokens_adapter", "prompt_tokens_frames"):
+        results[key] = summary([value for r in rounds for value in r[key]])
+    results["peak_memory_mib"] = {
+        role: summary([r["peak_memory_mib"][role] for r in rounds]) for role in rounds[0]["peak_memory_mib"]
+    }
+    record.write(options.json, {"model": options.model, "rounds": options.rounds, "videos": options.videos}, results)
+
+
+def one_round(model: str, videos: int, seed: int) -> dict[str, Any]:
+    """One server from start to stop."""
+    from f2l_vllm.training.render import write_mp4
+    from f2l_vllm.training.world import sample_scenes
+
+    names = ("upload_to_ready_s", "internalize_s", "ttft_adapter_ms", "ttft_frames_ms")
+    row: dict[str, Any] = {name: [] for name in (*names, "prompt_tokens_adapter", "prompt_tokens_frames")}
+    with tempfile.TemporaryDirectory(prefix="f2l-bench-") as folder:
+        paths = [
+            write_mp4(scene, Path(folder) / f"{index}.mp4", size=(320, 240))
+            for index, scene in enumerate(sample_scenes(videos + 1, seed=seed, split="held-out"))
+        ]
+        started = time.perf_counter()
+        server = ServerProcess(model, Path(folder) / "home")
+        try:
+            server.wait_ready()
+            row["start_s"] = time.perf_counter() - started
+            client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+            for index, path in enumerate(paths):
+                started = time.perf_counter()
+                file = client.files.create(file=path, purpose="vision")
+                file = client.files.wait_for_processing(file.id, poll_interval=0.01)
+                seconds = time.perf_counter() - started
+                arms = ("adapter", "frames") if index % 2 else ("frames", "adapter")
+                answers = {arm: ask(client, file.id, "Describe the video.", frames=arm == "frames") for arm in arms}
+                if index == 0:
+                    continue  # the first video pays for warm-up
+                row["upload_to_ready_s"].append(seconds)
+                row["internalize_s"].append((file.model_extra or {})["f2l"]["internalize_seconds"])
+                for arm, answer in answers.items():
+                    row[f"ttft_{arm}_ms"].append(answer.ttft_ms)
+                    row[f"prompt_tokens_{arm}"].append(answer.prompt_tokens)
+            row["peak_memory_mib"] = memory(server)
+        finally:
+            server.stop()
+    return row
+
+
+def memory(server: ServerProcess) -> dict[str, float]:
+    """Peak resident MiB by role; pages that processes share are counted in each."""
+    found = {"api server": record.peak_memory_mib(server.process.pid), **dict.fromkeys(_ROLES, 0.0)}
+    for pid, command in server.descendants().items():
+        role = next((role for role, mark in _ROLES.items() if mark in command), "ray")
+        found[role] += record.peak_memory_mib(pid)
+    return found
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and range."""
+    ordered = sorted(values)
+    return {
+        "median": round(statistics.median(ordered), 3),
+        "min": round(ordered[0], 3),
+        "max": round(ordered[-1], 3),
+        "n": len(ordered),
+    }
+
+
+if __name__ == "__main__":
+    main()
