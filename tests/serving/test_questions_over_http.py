@@ -10,6 +10,7 @@ import openai
 import pytest
 import torch
 from openai import AsyncOpenAI
+from video.videos import write_video
 
 QUESTION = [{"role": "user", "content": "What is shown in the video?"}]
 GREEDY = {"temperature": 0, "max_tokens": 12}
@@ -215,6 +216,40 @@ def test_metrics_and_health(server, videos):
     assert "vllm:" in metrics
     assert httpx.get(f"{server.url}/health").status_code == 200
     assert httpx.get(f"{server.url}/ready").json() == {"ready": True, "engine": True, "workers": True}
+
+
+def gauge(server, name):
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return float(next(line.rsplit(" ", 1)[1] for line in lines if line.startswith(f"{name} ")))
+
+
+def test_a_client_that_goes_away_gives_its_adapter_back(server, videos):
+    long = {"max_tokens": 400, "extra_body": {"ignore_eos": True}, "stream": True}
+    for _ in range(5):
+        stream = server.client.chat.completions.create(model=videos[0].id, messages=QUESTION, **long)
+        next(iter(stream))
+        assert gauge(server, "f2l_adapter_leases") == 1
+        stream.close()
+        deadline = time.monotonic() + 10
+        while gauge(server, "f2l_adapter_leases") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert gauge(server, "f2l_adapter_leases") == 0
+
+
+def test_a_video_deleted_in_mid_answer_answers_to_the_end(server, tmp_path):
+    file = upload(server, write_video(tmp_path / "only-here.mp4", frames=33))
+    long = {"temperature": 0, "max_tokens": 300, "extra_body": {"ignore_eos": True}}
+    whole = server.client.chat.completions.create(model=file.id, messages=QUESTION, **long)
+    stream = server.client.chat.completions.create(model=file.id, messages=QUESTION, stream=True, **long)
+    chunks = [next(iter(stream))]
+    server.client.files.delete(file.id)
+    chunks += list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text(whole)
+    deadline = time.monotonic() + 5
+    adapter = server.home / "adapters" / file.model_extra["f2l"]["adapter"]
+    while adapter.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not adapter.exists()
 
 
 def test_the_runtime_update_endpoints_stay_closed(server):
