@@ -31,7 +31,7 @@ def resolve(reference: str) -> Path:
     path = Path(reference).expanduser()
     if (path / "config.json").is_file():
         return path.resolve()
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", reference) and not path.exists():
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", reference) and not path.exists():
         return _download(reference)
     raise ValueError(
         f"no model at {reference!r}: give a directory with a config.json, a hub id (owner/repository), or one of the "

@@ -1,0 +1,43 @@
+import pytest
+
+from f2l_vllm.commands.serve import PLUGINS, plan
+
+
+def flag(argv, name):
+    return argv[argv.index(name) + 1]
+
+
+def test_the_flags_follow_from_the_hypernetwork(hypernetwork_model):
+    launch = plan(str(hypernetwork_model), None, {"F2L_HOME": "/data"}, [])
+    assert launch.argv[3:5] == ["serve", str(hypernetwork_model)]
+    assert "--enable-lora" in launch.argv
+    assert flag(launch.argv, "--max-lora-rank") == "8"  # one video at rank 4, and the bias
+    assert flag(launch.argv, "--lora-target-modules") == "down_proj"
+    assert flag(launch.argv, "--host") == "127.0.0.1"
+    assert int(flag(launch.argv, "--max-loras")) >= int(flag(launch.argv, "--max-num-seqs"))
+    assert launch.env["F2L_HYPERNETWORK"] == str(hypernetwork_model / "hypernetwork")
+    assert launch.env["F2L_HOME"] == "/data"
+    assert launch.env["VLLM_PLUGINS"].split(",") == list(PLUGINS)
+
+
+def test_what_the_user_says_wins(hypernetwork_model):
+    given = ["--max_loras=4", "--host", "0.0.0.0", "--max-lora-rank", "64"]
+    argv = plan(str(hypernetwork_model), None, {}, given).argv
+    assert flag(argv, "--max-lora-rank") == "64"
+    assert "--max-loras" not in argv
+    assert argv.count("--host") == 1
+
+
+def test_plugins_of_others_stay_allowed(hypernetwork_model, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "theirs,f2l")
+    assert plan(str(hypernetwork_model), None, {}, []).env["VLLM_PLUGINS"] == "theirs,f2l,f2l_files,f2l_cpu"
+
+
+def test_a_model_without_a_hypernetwork_says_how_to_name_one(smolvlm_dir):
+    with pytest.raises(ValueError, match="--hypernetwork"):
+        plan(str(smolvlm_dir), None, {}, [])
+
+
+def test_a_model_that_is_nowhere_lists_what_would_work():
+    with pytest.raises(ValueError, match="hub id"):
+        plan("./nowhere", None, {}, [])
