@@ -1,4 +1,4 @@
-"""Stage 3: the hypernetwork learns to write, from what the frozen model saw, the adapter that answers without seeing.
+"""Stage 4: the hypernetwork learns to write, from what the frozen model saw, the adapter that answers without seeing.
 
 Besides one video in one piece it learns the two ways in which adapters are composed: one video cut into several
 pieces in time, and two videos, each with one of the shapes that are asked about. Without that, concatenated adapters

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from f2l_vllm.hypernetwork.model import Hypernetwork
-from f2l_vllm.training import hypernetwork_stage, stages, vision_stage, vlm_stage
+from f2l_vllm.training import hypernetwork_stage, stages, vision_stage
 from f2l_vllm.training.checkpoint import build_model, build_processor, save_checkpoint
 from f2l_vllm.training.score import score_model
+from f2l_vllm.training.vlm_stage import FIRST, REFINEMENT, train_vlm
 
 MODEL_NAME = "f2l-tiny"
 REPORT_FILE = "training.json"
-STEPS = {vision_stage.NAME: 600, vlm_stage.NAME: 1300, hypernetwork_stage.NAME: 900}
+STEPS = {vision_stage.NAME: 600, FIRST.name: 1300, REFINEMENT.name: 600, hypernetwork_stage.NAME: 900}
 FULL_MINUTES = 35.0  # of one quiet core, for STEPS
 _STAGES_FOLDER = ".stages"
 _log = logging.getLogger(__name__)
@@ -68,30 +70,14 @@ def make_model(
         processor = build_processor()
         model = build_model(processor, seed=seed)
         run = _Run(output_dir / _STAGES_FOLDER, seed, steps, results)
-        shared = {"seed": seed, "on_progress": on_progress}
-        run.stage(
-            vision_stage.NAME,
-            model,
-            lambda count: vision_stage.train_vision(model, processor, steps=count, **shared),  # type: ignore[arg-type]
-        )
-        run.stage(
-            vlm_stage.NAME,
-            model,
-            lambda count: vlm_stage.train_vlm(model, processor, steps=count, **shared),  # type: ignore[arg-type]
-        )
+        shared: dict[str, Any] = {"seed": seed, "on_progress": on_progress}
+        run.stage(vision_stage.NAME, model, partial(vision_stage.train_vision, model, processor, **shared))
+        for course in (FIRST, REFINEMENT):
+            run.stage(course.name, model, partial(train_vlm, model, processor, course=course, **shared))
         _round_to_bf16(model)  # the hypernetwork is trained for the weights that are shipped
         hypernetwork = hypernetwork_stage.build_hypernetwork(model, MODEL_NAME, seed=seed)
-        run.stage(
-            hypernetwork_stage.NAME,
-            hypernetwork,
-            lambda count: hypernetwork_stage.train_hypernetwork(
-                hypernetwork,
-                model,
-                processor,
-                steps=count,
-                **shared,  # type: ignore[arg-type]
-            ),
-        )
+        train = partial(hypernetwork_stage.train_hypernetwork, hypernetwork, model, processor, **shared)
+        run.stage(hypernetwork_stage.NAME, hypernetwork, train)
         save_checkpoint(output_dir, processor, model)
         save_hypernetwork(hypernetwork, output_dir / "hypernetwork")
         report: dict[str, Any] = {"seed": seed, "stages": results, "bytes": _sizes(output_dir)}
@@ -114,7 +100,7 @@ class _Run:
         self.folder, self.seed, self.steps, self.results = folder, seed, steps, results
         folder.mkdir(parents=True, exist_ok=True)
 
-    def stage(self, name: str, module: nn.Module, train: Callable[[int], dict[str, float]]) -> None:
+    def stage(self, name: str, module: nn.Module, train: Callable[..., dict[str, float]]) -> None:
         """Load the stage's result into the module if there is one of this very run, else train and keep it."""
         path = self.folder / f"{name}.safetensors"
         wanted = {"seed": self.seed, "steps": [self.steps[stage] for stage in (*self.results, name)]}
@@ -127,7 +113,7 @@ class _Run:
                 self.results[name] = kept["result"]
                 return
         started = time.process_time()
-        losses = train(self.steps[name])
+        losses = train(steps=self.steps[name])
         cpu_seconds = round(time.process_time() - started, 1)
         self.results[name] = {"steps": self.steps[name], "cpu_seconds": cpu_seconds, **losses}
         run = json.dumps({**wanted, "result": self.results[name]})

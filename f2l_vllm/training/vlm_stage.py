@@ -1,9 +1,14 @@
-"""Stage 2: the model learns to answer with the video in its context."""
+"""Stages 2 and 3: the model learns to answer with the video in its context, first at all, then well.
+
+The refinement has a lower learning rate and harder lessons: mostly two shapes, whose properties have to be told apart,
+and any number of frames.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +21,39 @@ from f2l_vllm.training.packing import answer_loss, pack
 from f2l_vllm.training.prompts import Prompts, Turn, times_of
 from f2l_vllm.training.world import ACTIONS, MOVES, Scene, draw_scene
 
-NAME = "vlm"
 BATCH = 32
 QUESTIONS = 7
 _MOTION_TYPES = ("action of shape", "action of colour", "direction")
 _ROUGH = 0.12  # share of questions in lower case or without their last mark
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How one of the two stages teaches.
+
+    Attributes:
+        easy_until: part of the stage that shows mostly single, moving shapes.
+        mixed_from: from which part of the stage on the number of frames varies from 4 to 16.
+        two_shapes: share of scenes with two shapes, after the easy part.
+        motion_questions: how many of each video's questions are about motion.
+        seen_weight, moved_weight: of the auxiliary losses for what patches show and how it moves.
+        decay_from: part of the stage from which the learning rates fall.
+    """
+
+    name: str
+    muon_lr: float
+    adamw_lr: float
+    easy_until: float
+    mixed_from: float
+    two_shapes: float
+    motion_questions: int
+    seen_weight: float
+    moved_weight: float
+    decay_from: float
+
+
+FIRST = Course("vlm", 0.02, 2e-3, 0.2, 0.6, 0.5, 2, 0.2, 0.5, 0.5)
+REFINEMENT = Course("refinement", 0.008, 8e-4, 0.0, 0.0, 0.75, 3, 0.0, 0.0, 0.2)
 
 
 def train_vlm(
@@ -29,16 +62,15 @@ def train_vlm(
     *,
     steps: int,
     seed: int,
+    course: Course = FIRST,
     on_progress: stages.Progress | None = None,
 ) -> dict[str, float]:
     """Train all of the model in place on questions with the video in the context, and some without any.
 
-    The first fifth of the steps shows mostly single, moving shapes; the last two fifths mix frame counts of 4 to 16.
-
     Returns:
         The first loss and the last, smoothed one.
     """
-    randomness = stages.Randomness.of(NAME, seed)
+    randomness = stages.Randomness.of(course.name, seed)
     rng = randomness.rng
     torch.manual_seed(seed)
     prompts = Prompts(processor)
@@ -47,18 +79,21 @@ def train_vlm(
     patch_head, velocity_head = PatchHead(config.vision_config.hidden_size), VelocityHead(text_config.hidden_size)
     heads = [*patch_head.named_parameters(), *velocity_head.named_parameters()]
     named = [*model.named_parameters(), *((f"embed_{name}", p) for name, p in heads)]
-    optimizer = MuonAdamW(named, muon_lr=0.02, adamw_lr=2e-3)
+    optimizer = MuonAdamW(named, muon_lr=course.muon_lr, adamw_lr=course.adamw_lr)
     losses = stages.Losses()
     model.train()
     for step in range(steps):
-        early, late = step < steps * 0.2, step > steps * 0.6
-        num_frames = frame_count(rng) if late else processor.video_processor.num_frames
+        mixed = step > steps * course.mixed_from
+        num_frames = frame_count(rng) if mixed else processor.video_processor.num_frames
         count = batch_size(num_frames)
-        scenes = [_lesson(rng, early) for _ in range(count)]
+        scenes = [_lesson(rng, course, easy=step < steps * course.easy_until) for _ in range(count)]
         clips = [prompts.draw_clip(num_frames, rng) for _ in scenes]
         times_BT, size = times_of(clips), stages.draw_size(rng)
         pixels = stages.film(scenes, times_BT, size, processor.video_processor, randomness)
-        turns = [draw_turns(scene, prompts, rng, text_only_share=0.5) for scene in scenes]
+        turns = [
+            draw_turns(scene, prompts, rng, text_only_share=0.5, motion_questions=course.motion_questions)
+            for scene in scenes
+        ]
         batch = pack(
             [prompts.video_prefix(clip) for clip in clips],
             turns,
@@ -79,10 +114,11 @@ def train_vlm(
         visual = batch.input_ids == config.image_token_id
         last_input = output.hidden_states[-2][visual].unflatten(0, (count, -1))
         moved = velocity_head.loss(last_input, targets)
-        optimizer.step(answers + 0.2 * seen + 0.5 * moved, warm_constant_linear(step, steps))
+        loss = answers + course.seen_weight * seen + course.moved_weight * moved
+        optimizer.step(loss, warm_constant_linear(step, steps, decay_from=course.decay_from))
         losses.add(answers.item())
         figures = {"loss": losses.smoothed, "seen": seen.item(), "moved": moved.item()}
-        stages.report(on_progress, NAME, step, steps, figures)
+        stages.report(on_progress, course.name, step, steps, figures)
     model.eval()
     return losses.summary()
 
@@ -103,15 +139,16 @@ def draw_turns(
     *,
     text_only_share: float = 0.0,
     with_video: bool = True,
-    count: int = QUESTIONS,
+    motion_questions: int = 2,
 ) -> list[Turn]:
-    """Questions of different types about a scene, motion always among them, and a request for a caption.
+    """`QUESTIONS` questions of different types about a scene, some about motion, and a request for a caption.
 
     Args:
         text_only_share: how often one of the questions is asked without the video.
         with_video: whether the others are asked with it.
     """
-    motion = rng.sample(_MOTION_TYPES, 2)
+    count = QUESTIONS
+    motion = rng.sample(_MOTION_TYPES, motion_questions)
     others = rng.sample([kind for kind in phrases.QUESTION_TYPES if kind not in _MOTION_TYPES], count - len(motion))
     blind = rng.randrange(count) if rng.random() < text_only_share else -1
     turns = []
@@ -123,9 +160,9 @@ def draw_turns(
     return turns
 
 
-def _lesson(rng: random.Random, early: bool) -> Scene:
-    """A training scene; early ones are mostly a single shape, and more often a moving one."""
-    if not early:
-        return draw_scene(rng)
+def _lesson(rng: random.Random, course: Course, *, easy: bool) -> Scene:
+    """A training scene; easy ones are mostly a single shape, and more often a moving one."""
+    if not easy:
+        return draw_scene(rng, two_shapes=course.two_shapes)
     actions: Sequence[str] = (*ACTIONS, *MOVES, *MOVES)
     return draw_scene(rng, two_shapes=0.2, actions=actions)

@@ -38,4 +38,4 @@ def test_the_report_belongs_to_the_files():
     for name, size in report["bytes"].items():
         assert (directory / name).stat().st_size == size, name
     assert sum(report["bytes"].values()) < 12e6
-    assert set(report["stages"]) == {"vision", "vlm", "hypernetwork"}
+    assert set(report["stages"]) == {"vision", "vlm", "refinement", "hypernetwork"}

@@ -74,7 +74,7 @@ def test_a_stopped_run_goes_on_with_the_first_stage_that_is_missing(tmp_path, mo
         tmp_path, scale=0.001, score_videos=0, on_progress=lambda stage, _: trained.append(stage)
     )
     assert set(trained) == {"hypernetwork"}
-    assert list(report["stages"]) == ["vision", "vlm", "hypernetwork"]
+    assert list(report["stages"]) == ["vision", "vlm", "refinement", "hypernetwork"]
     assert json.loads((tmp_path / "training.json").read_text()) == report
     assert (tmp_path / "hypernetwork" / "model.safetensors").is_file()
     assert not (tmp_path / ".stages").exists()
@@ -84,7 +84,7 @@ def test_results_of_another_seed_are_not_continued(tmp_path):
     class Counter(torch.nn.Linear):
         runs = 0
 
-        def train_it(self, steps):
+        def train_it(self, *, steps):
             self.runs += 1
             return {"loss": 0.0}
 
