@@ -10,8 +10,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def make_model(
     steps = {name: max(1, round(count * scale)) for name, count in STEPS.items()}
     output_dir = Path(output_dir)
     results: dict[str, dict[str, float]] = {}
-    with _one_thread():
+    with stages.one_thread():
         processor = build_processor()
         model = build_model(processor, seed=seed)
         run = _Run(output_dir / _STAGES_FOLDER, seed, steps, results)
@@ -137,14 +136,3 @@ def _round_to_bf16(module: nn.Module) -> None:
 def _sizes(directory: Path) -> dict[str, int]:
     files = [path for path in sorted(directory.rglob("*")) if path.is_file() and _STAGES_FOLDER not in path.parts]
     return {str(path.relative_to(directory)): path.stat().st_size for path in files}
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Two threads are no faster at this size, and far slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -231,6 +231,7 @@ def _count(tally: Tally, asked: list[list[Question]], matches: list[list[bool]])
             tally.answers[kind].append(match)
 
 
+@stages.one_thread()
 def score_model(
     directory: str | Path,
     *,

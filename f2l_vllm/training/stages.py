@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,17 @@ class Randomness:
     def of(cls, stage: str, seed: int) -> Randomness:
         rng = random.Random(f"{stage}:{seed}")
         return cls(rng, torch.Generator().manual_seed(rng.randrange(1 << 31)))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Two threads are no faster at this model's size, and far slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def draw_size(rng: random.Random) -> tuple[int, int]:

@@ -15,14 +15,6 @@ def processor():
     return build_processor()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_a_few_steps_of_vision_reduce_its_loss(processor):
     done: list[float] = []
     losses = vision_stage.train_vision(
