@@ -1,24 +1,35 @@
-"""The frozen vision-language model reads a video once; what enters each of its text layers is the hypernetwork's input.
+"""The frozen vision-language model reads videos once; what enters each of its text layers is the hypernetwork's input.
 
-Shape suffixes: B batch, L text layers, T tokens of the internalization message, D hidden size.
+Nothing here grows with the number of frames or layers but what must: one embedding per visual token, and a few hidden
+vectors per token of one text layer. Frames are prepared and pass the vision tower a few at a time, the text layers'
+MLPs take a block of tokens at a time, and a layer's features are handed on and forgotten.
+
+Shape suffixes: B batch (videos), L text layers, T tokens of the internalization message, D hidden size, F frames,
+S pixels of a square frame, V visual tokens of all videos.
 
 Source: Frames2LoRA (arXiv 2606.04351), section 3.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import BatchFeature
 
-from f2l_vllm.hypernetwork.base_model import text_layers_of, text_model_of
+from f2l_vllm.hypernetwork.base_model import target_linear, text_layers_of, text_model_of
+from f2l_vllm.hypernetwork.blocks import mlp_in_blocks
 from f2l_vllm.video.sample import SampledVideo
 
 INSTRUCTION = "Internalize this video for later captioning."
+FRAMES_AT_ONCE = 16  # prepared at once: at their own size, which a large video makes large
+VISION_HIDDEN_AT_ONCE = 2**25  # hidden activations of a vision MLP: 128 MiB in fp32, ten frames of the released models
+
+OnLayer = Callable[[int, Tensor], None]
 
 
 class _AllLayersSeen(Exception):
@@ -38,39 +49,83 @@ class VideoEncoder:
         self.processor = processor
         self.layers = text_layers_of(model)
 
+    def tokens(self, sampled: SampledVideo) -> Tensor:
+        """Token ids [T] of the internalization message: one user turn with the video and `INSTRUCTION`."""
+        # The ids depend on how many frames there are and when, not on their pixels.
+        blank = sampled.frames[:, :2, :2]
+        return self._process(sampled, blank, {"do_resize": False})["input_ids"][0]
+
     def prepare(self, sampled: SampledVideo) -> BatchFeature:
-        """Token ids and pixels of the internalization message: one user turn with the video and `INSTRUCTION`.
+        """Token ids and all pixels of the internalization message, as `visit` and `features` take them.
 
         Returns:
-            input_ids, attention_mask [1, T], pixel_values [1, frames, 3, S, S] and what else the processor adds,
+            input_ids, attention_mask [1, T], pixel_values [1, F, 3, S, S] and what else the processor adds,
             on the CPU.
         """
-        message = {
-            "role": "user",
-            "content": [{"type": "video", "video": sampled.frames}, {"type": "text", "text": INSTRUCTION}],
-        }
-        options: dict[str, Any] = {"do_sample_frames": False, "video_metadata": [[sampled.metadata]]}
-        if sampled.sampling.longest_edge is not None:
-            options["size"] = {"longest_edge": sampled.sampling.longest_edge}
-        inputs = self.processor.apply_chat_template(
-            [message],
-            add_generation_prompt=False,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs=options,
-        )
+        inputs = self._process(sampled, sampled.frames, _size_option(sampled))
         return BatchFeature({name: value for name, value in inputs.items() if isinstance(value, Tensor)})
 
-    def num_visual_tokens(self, inputs: BatchFeature) -> int:
-        """Positions of the message that hold a piece of a frame."""
-        return int((inputs["input_ids"] == self.processor.image_token_id).sum())
+    @torch.no_grad()
+    def see(self, sampled: SampledVideo) -> Tensor:
+        """The video's visual tokens [V, D] as they enter the text model; in memory that grows with V only."""
+
+        def batches() -> Iterator[BatchFeature]:
+            count = min(FRAMES_AT_ONCE, self._frames_at_once)
+            for start in range(0, len(sampled.frames), count):
+                frames = sampled.frames[start : start + count]
+                yield self.processor.video_processor(
+                    [frames], do_sample_frames=False, return_tensors="pt", **_size_option(sampled)
+                )
+
+        return self._embed(batches())
+
+    @torch.no_grad()
+    def read(self, ids: Sequence[Tensor], visual: Sequence[Tensor], on_layer: OnLayer) -> None:
+        """Read several videos' messages in one pass, shorter ones padded at their end.
+
+        Args:
+            ids: `tokens` of every video.
+            visual: `see` of every video.
+            on_layer: called with the index of a text layer and what enters it, [B, T, D], as it is entered. Positions
+                that are padding, False in `pad_mask`, hold nothing of use.
+        """
+        device = next(self.model.parameters()).device
+        mask_BT = pad_mask([len(one) for one in ids]).to(device)
+        ids_BT = torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True).to(device)
+        # Tokens look back only and padding comes last, so no real token sees any, and attention needs no mask:
+        # one would take T * T numbers per video.
+        self._run_text(ids_BT, mask_BT, torch.cat(list(visual)), on_layer, attention_mask=None)
+
+    @torch.no_grad()
+    def visit(self, inputs: BatchFeature, on_layer: OnLayer) -> None:
+        """Call `on_layer(index, features [B, T, D])` as each text layer is entered, holding none of them afterwards.
+
+        The last layer's own work, the final norm and the language-model head do not run, and no key or value is kept.
+
+        Args:
+            inputs: input_ids, attention_mask [B, T] and pixel_values [B, F, 3, S, S], where frames of zeros are
+                padding; on any device. Padded positions hold what transformers computes for them.
+            on_layer: takes the index and the features.
+        """
+        pixels_F3SS = inputs["pixel_values"].flatten(0, 1)
+        real_F = (pixels_F3SS != 0).flatten(1).any(1)
+        parts = {"pixel_values": pixels_F3SS[real_F]}
+        if inputs.get("pixel_attention_mask") is not None:
+            parts["pixel_attention_mask"] = inputs["pixel_attention_mask"].flatten(0, 1)[real_F]
+        split = {name: part.split(self._frames_at_once) for name, part in parts.items()}
+        batches = (
+            BatchFeature({name: frames[None] for name, frames in zip(split, some, strict=True)})
+            for some in zip(*split.values(), strict=True)
+        )
+        device = next(self.model.parameters()).device
+        mask_BT = inputs["attention_mask"].to(device)
+        self._run_text(inputs["input_ids"].to(device), mask_BT, self._embed(batches), on_layer, mask_BT)
 
     def features(self, inputs: BatchFeature) -> tuple[Tensor, Tensor]:
         """What enters each text layer.
 
         Args:
-            inputs: input_ids, attention_mask [B, T] and pixel_values; on any device.
+            inputs: as `visit` takes them.
 
         Returns:
             features [B, L, T, D] in the model's dtype and mask [B, T], True where a token is real.
@@ -79,17 +134,60 @@ class VideoEncoder:
         self.visit(inputs, lambda _, features_BTD: collected.append(features_BTD))
         return torch.stack(collected, dim=1), inputs["attention_mask"].to(collected[0].device).bool()
 
-    @torch.no_grad()
-    def visit(self, inputs: BatchFeature, on_layer: Callable[[int, Tensor], None]) -> None:
-        """Call `on_layer(index, features [B, T, D])` as each text layer is entered, holding none of them afterwards.
+    def num_visual_tokens(self, ids: Tensor) -> int:
+        """How many of these token ids stand for a piece of a frame."""
+        return int((ids == self._image_token_id).sum())
 
-        The last layer's own work, the final norm and the language-model head do not run, and no key or value is kept.
-        """
-        parameter = next(self.model.parameters())
-        moved = {
-            name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
+    @property
+    def _image_token_id(self) -> int:
+        return self.model.config.image_token_id  # type: ignore[union-attr, return-value]
+
+    @property
+    def _frames_at_once(self) -> int:
+        vision: Any = self.model.config.vision_config  # type: ignore[union-attr]
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return max(1, VISION_HIDDEN_AT_ONCE // (patches * vision.intermediate_size))
+
+    def _process(self, sampled: SampledVideo, frames_F: Any, options: dict[str, Any]) -> BatchFeature:
+        message = {
+            "role": "user",
+            "content": [{"type": "video", "video": frames_F}, {"type": "text", "text": INSTRUCTION}],
         }
+        return self.processor.apply_chat_template(
+            [message],
+            add_generation_prompt=False,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"do_sample_frames": False, "video_metadata": [[sampled.metadata]], **options},
+        )
+
+    def _embed(self, batches: Iterable[BatchFeature]) -> Tensor:
+        """Visual tokens [V, D] of batches of frames that hold no padding."""
+        parameter = next(self.model.parameters())
+        inner: Any = getattr(self.model, "model", self.model)
+        embedded = []
+        for batch in batches:
+            mask = batch.get("pixel_attention_mask")
+            output = inner.get_image_features(
+                pixel_values=batch["pixel_values"].to(parameter.device, parameter.dtype),
+                pixel_attention_mask=None if mask is None else mask.to(parameter.device),
+            )
+            embedded.append(output.pooler_output.flatten(0, 1))
+        return torch.cat(embedded)
+
+    def _run_text(
+        self, ids_BT: Tensor, mask_BT: Tensor, visual_VD: Tensor, on_layer: OnLayer, attention_mask: Tensor | None
+    ) -> None:
+        text_model: Any = text_model_of(self.model)
+        embeds_BTD = text_model.get_input_embeddings()(ids_BT)
+        places_BT = (ids_BT == self._image_token_id) & mask_BT.bool()
+        if int(places_BT.sum()) != len(visual_VD):
+            raise ValueError(
+                f"The message has {int(places_BT.sum())} places for visual tokens, but the frames give "
+                f"{len(visual_VD)}: the processor and the model do not belong together."
+            )
+        embeds_BTD[places_BT] = visual_VD.to(embeds_BTD.dtype)
         last = len(self.layers) - 1
 
         def hook(index: int) -> Callable[..., None]:
@@ -100,12 +198,38 @@ class VideoEncoder:
 
             return enter
 
-        with ExitStack() as hooks:
+        with ExitStack() as stack:
             for index, layer in enumerate(self.layers):
-                hooks.callback(layer.register_forward_pre_hook(hook(index), with_kwargs=True).remove)
+                stack.callback(layer.register_forward_pre_hook(hook(index), with_kwargs=True).remove)
+                stack.enter_context(_in_blocks(layer))
             try:
-                inner = getattr(self.model, "model", self.model)
-                inner(**moved, use_cache=False)
+                text_model(inputs_embeds=embeds_BTD, attention_mask=attention_mask, use_cache=False)
             except _AllLayersSeen:
                 return
-        raise AssertionError(f"{type(text_model_of(self.model)).__name__} did not run its layers")
+        raise AssertionError(f"{type(text_model).__name__} did not run its layers")
+
+
+def pad_mask(lengths: Sequence[int]) -> Tensor:
+    """[B, T], True in the first `lengths[b]` places of row b."""
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+def _size_option(sampled: SampledVideo) -> dict[str, Any]:
+    edge = sampled.sampling.longest_edge
+    return {} if edge is None else {"size": {"longest_edge": edge}}
+
+
+@contextmanager
+def _in_blocks(layer: nn.Module) -> Iterator[None]:
+    """Within the context, the layer's MLP takes a block of tokens at a time."""
+    mlp: Any = layer.mlp
+    forward = mlp.forward
+    before = vars(mlp).get("forward")
+    mlp.forward = partial(mlp_in_blocks, forward, hidden_size=target_linear(layer, "down_proj").in_features)
+    try:
+        yield
+    finally:
+        if before is None:
+            del mlp.forward
+        else:
+            mlp.forward = before

@@ -1,13 +1,15 @@
 """A video file in, a LoRA adapter out: decode, sample, encode, generate, compose.
 
-Shape suffixes: L text layers, T tokens of the internalization message, D hidden size, Q latent queries, d latent size.
+Shape suffixes: B videos of one pass, T tokens of the internalization message, D hidden size, Q latent queries, d latent
+size, V visual tokens.
 
 Source: Frames2LoRA (arXiv 2606.04351), section 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,14 +17,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from f2l_vllm.hypernetwork.adapter import Adapter
+from f2l_vllm.hypernetwork.adapter import Adapter, Factors
 from f2l_vllm.hypernetwork.base_model import check_fit, name_of
-from f2l_vllm.hypernetwork.encoder import VideoEncoder
+from f2l_vllm.hypernetwork.batching import group_by_length, run_groups
+from f2l_vllm.hypernetwork.encoder import VideoEncoder, pad_mask
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.video.probe import Limits
 from f2l_vllm.video.sample import SampledVideo, Sampling, sample_video
 
+TOKENS_PER_PASS = 16384  # about sixteen videos as the released checkpoints sample them
+
 Progress = Callable[[str, float], None]
+
+
+class NotEnoughMemoryError(MemoryError):
+    """Some videos need more memory than there is, even alone.
+
+    Attributes:
+        adapters: the adapters of all videos, in order; None for those that failed.
+    """
+
+    def __init__(self, adapters: list[Adapter | None], tokens: dict[int, int]) -> None:
+        many = ", ".join(f"video {index} ({count} tokens)" for index, count in sorted(tokens.items()))
+        super().__init__(
+            f"There is not enough memory for {many}, even one at a time. Sample fewer frames of it, compute in "
+            "bfloat16, or give the process more memory; the other videos' adapters are in this error's `adapters`."
+        )
+        self.adapters = adapters
+
+
+@dataclass
+class _Pass:
+    """What one pass over some videos gives: their factors in order, and where its seconds went."""
+
+    factors: list[Factors]
+    visual_tokens: list[int]
+    prompt_tokens: list[int]
+    seconds: dict[str, float]
 
 
 class Internalizer:
@@ -108,7 +139,8 @@ class Internalizer:
 
         Returns:
             the adapter, on the model's device; `info` holds frames, timestamps, duration_s, width, height,
-            visual_tokens, rank, and seconds per stage.
+            visual_tokens, prompt_tokens, rank, and `seconds` spent in "decode", "vision" (frames to visual tokens),
+            "text" (the text layers), "perceiver" and "head" (latents to factors).
 
         Raises:
             VideoError: the video cannot be used; its message says why and what to do.
@@ -124,60 +156,104 @@ class Internalizer:
         adapter.info["seconds"] = seconds | adapter.info["seconds"]
         return adapter
 
-    @torch.no_grad()
     def internalize_frames(self, sampled: SampledVideo, on_progress: Progress | None = None) -> Adapter:
         """As `internalize`, from frames that were decoded elsewhere."""
         report = on_progress or _no_progress
-        report("encode", 0.0)
-        start = perf_counter()
-        inputs = self.encoder.prepare(sampled)
-        mask_1T = inputs["attention_mask"].to(self.device).bool()
-        num_layers = self.hyper.config.num_layers
-        latents: list[Tensor] = []
-        perceiving = 0.0
+        done = self._run([sampled], [self.encoder.tokens(sampled)], report)
+        report("compose", 0.0)
+        adapter = self._adapter(sampled, done, 0)
+        report("compose", 1.0)
+        return adapter
 
-        def on_layer(index: int, features_1TD: Tensor) -> None:
-            nonlocal perceiving
-            began = perf_counter()
-            latents.append(self.hyper.perceive(features_1TD, mask_1T))
-            self._synchronize()
-            perceiving += perf_counter() - began
+    def internalize_many(self, videos: Sequence[SampledVideo], max_tokens: int | None = None) -> list[Adapter]:
+        """One adapter per video, several videos in each pass through the models.
+
+        A pass that runs out of memory is split and tried again.
+
+        Args:
+            videos: sampled videos of any lengths.
+            max_tokens: of all videos in one pass, padding included; `TOKENS_PER_PASS` when None. A longer video takes
+                a pass of its own.
+
+        Returns:
+            the adapters in the order of the videos, as `internalize_frames` gives them one at a time. In `info`,
+            `seconds` is the video's share of its pass.
+
+        Raises:
+            NotEnoughMemoryError: a video does not fit even alone; the error holds the others' adapters.
+        """
+        ids = [self.encoder.tokens(sampled) for sampled in videos]
+
+        def run(group: Sequence[int]) -> list[Adapter]:
+            done = self._run([videos[index] for index in group], [ids[index] for index in group], _no_progress)
+            return [self._adapter(videos[index], done, place) for place, index in enumerate(group)]
+
+        lengths = [len(one) for one in ids]
+        results, failures = run_groups(
+            group_by_length(lengths, TOKENS_PER_PASS if max_tokens is None else max_tokens), run
+        )
+        if failures:
+            adapters = [results.get(index) for index in range(len(videos))]
+            first = next(iter(failures.values()))
+            raise NotEnoughMemoryError(adapters, {index: lengths[index] for index in failures}) from first
+        return [results[index] for index in range(len(videos))]
+
+    @torch.no_grad()
+    def _run(self, videos: Sequence[SampledVideo], ids: Sequence[Tensor], report: Progress) -> _Pass:
+        """One pass over all these videos."""
+        clock = _Clock(self.device)
+        report("encode", 0.0)
+        visual = [self.encoder.see(sampled) for sampled in videos]
+        clock.lap("vision")
+        num_layers = self.hyper.config.num_layers
+        mask_BT = None if len(videos) == 1 else pad_mask([len(one) for one in ids]).to(self.device)
+        latents: list[Tensor] = []
+
+        def on_layer(index: int, features_BTD: Tensor) -> None:
+            clock.lap("text")
+            latents.append(self.hyper.perceive(features_BTD, mask_BT))
+            clock.lap("perceiver")
             report("encode", (index + 1) / num_layers)
 
-        self.encoder.visit(inputs, on_layer)
-        self._synchronize()
-        encoded = perf_counter()
+        self.encoder.read(ids, visual, on_layer)
         report("generate", 0.0)
-        batched = self.hyper.project(torch.cat(latents)[None])
-        factors = {name: (a[0], b[0]) for name, (a, b) in batched.items()}
-        self._synchronize()
-        generated = perf_counter()
+        batched = self.hyper.project(torch.stack(latents, dim=1))
+        factors = [{name: (a[row], b[row]) for name, (a, b) in batched.items()} for row in range(len(videos))]
+        clock.lap("head")
         report("generate", 1.0)
-        report("compose", 0.0)
-        adapter = self.hyper.compose([factors])
-        self._synchronize()
+        return _Pass(factors, [len(one) for one in visual], [len(one) for one in ids], clock.seconds)
+
+    def _adapter(self, sampled: SampledVideo, done: _Pass, place: int) -> Adapter:
+        adapter = self.hyper.compose([done.factors[place]])
         adapter.info |= {
             "frames": len(sampled.frames),
             "timestamps": sampled.timestamps,
             "duration_s": sampled.info.duration_s,
             "width": sampled.info.width,
             "height": sampled.info.height,
-            "visual_tokens": self.encoder.num_visual_tokens(inputs),
-            "prompt_tokens": int(inputs["input_ids"].shape[1]),
+            "visual_tokens": done.visual_tokens[place],
+            "prompt_tokens": done.prompt_tokens[place],
             "rank": adapter.rank,
-            "seconds": {
-                "encode": encoded - start - perceiving,
-                "generate": generated - encoded + perceiving,
-                "compose": perf_counter() - generated,
-            },
+            "seconds": {stage: seconds / len(done.factors) for stage, seconds in done.seconds.items()},
         }
-        report("compose", 1.0)
         return adapter
 
-    def _synchronize(self) -> None:
-        """Wait for the GPU, so that each stage is charged its own seconds."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+
+class _Clock:
+    """Charges each stage its own seconds, waiting for the GPU at every lap."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """What passed since the last lap was spent on `stage`."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
 
 
 def _no_progress(stage: str, fraction: float) -> None:

@@ -151,7 +151,7 @@ class Hypernetwork(nn.Module):
 
     def perceive(self, features_NTD: Tensor, mask_NT: Tensor | None = None) -> Tensor:
         """Features of N (video, text layer) rows -> latents [N, M * R, d]. Rows do not see each other."""
-        return self.perceiver(features_NTD.to(self.head.weight.dtype), mask_NT)
+        return self.perceiver(features_NTD, mask_NT)
 
     def project(self, latents_BLQd: Tensor) -> Factors:
         """Latents of all L text layers [B, L, M * R, d] -> factors, as `forward` returns them."""

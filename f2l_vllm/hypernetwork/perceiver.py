@@ -1,8 +1,14 @@
 """The Perceiver: any number of tokens of one text layer in, one latent per LoRA rank row out.
 
+The context is long and the latents are few, so nothing but the projection to the latent width is computed per token.
+With x the token scaled to unit root mean square and w the weight of the context's norm, a key enters only as
+q . W_k (w * x) = (w * W_k^T q) . x and a value only as W_v (w * sum of p x). So W_k and w move into the queries and W_v
+behind the sum; x is the same for every block and computed once. The softmax runs over blocks of tokens and carries
+maximum and sum along.
+
 Shape suffixes: N rows (a video's text layer each; nothing crosses rows), T tokens, D hidden size, d latent size,
-Q latent queries, S keys (T + Q, or Q), H query heads, G key/value heads, E head size. Masks are True where a token
-is real.
+Q latent queries, H query heads, G key/value heads, P query heads per key/value head, E head size, Z = G * Q * P.
+Masks are True where a token is real.
 
 Source: Frames2LoRA (arXiv 2606.04351), section 3. Every linear is bias-free and every norm an RMSNorm in fp32.
 """
@@ -13,21 +19,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from f2l_vllm.hypernetwork.blocks import mlp_in_blocks
+
 EXPANSION = 4  # hidden width of every MLP, in multiples of its reference width
 NORM_EPS = 1e-6
+SCORES_AT_ONCE = 2**19  # attention scores per block of tokens: 2 MiB in fp32, which stay in the cache
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    """x scaled to a root mean square of one over its last axis, computed in fp32, returned in x's dtype."""
+    wide = _wide(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32; fp64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, computed in fp32 (fp64 input stays fp64), returned in x's dtype."""
+    """`unit_rms` times a learned weight."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
-        return self.weight * normed.to(x.dtype)
+        return self.weight * unit_rms(x)
 
 
 class GatedMLP(nn.Module):
@@ -48,26 +66,86 @@ class GroupedAttention(nn.Module):
 
     def __init__(self, size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         super().__init__()
+        self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.q_proj = nn.Linear(size, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(size, num_kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(size, num_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, size, bias=False)
 
-    def forward(self, latents_NQd: Tensor, context_NTd: Tensor | None, mask_NT: Tensor | None) -> Tensor:
-        """Return [N, Q, d]. Padded context tokens get no weight; the latents themselves always count."""
-        source_NSd = latents_NQd if context_NTd is None else torch.cat((context_NTd, latents_NQd), dim=1)
-        q_NHQE = self._split(self.q_proj(latents_NQd))
-        k_NGSE = self._split(self.k_proj(source_NSd))
-        v_NGSE = self._split(self.v_proj(source_NSd))
-        mask_N11S = None
-        if context_NTd is not None and mask_NT is not None:
-            mask_N11S = F.pad(mask_NT, (0, latents_NQd.shape[1]), value=True)[:, None, None]
-        out_NHQE = F.scaled_dot_product_attention(q_NHQE, k_NGSE, v_NGSE, attn_mask=mask_N11S, enable_gqa=True)
-        return self.o_proj(out_NHQE.transpose(1, 2).flatten(2))
+    def forward(
+        self,
+        latents_NQd: Tensor,
+        context_NTd: Tensor | None = None,
+        norm_d: Tensor | None = None,
+        mask_NT: Tensor | None = None,
+    ) -> Tensor:
+        """Attention output [N, Q, d].
 
-    def _split(self, x_NSX: Tensor) -> Tensor:
-        return x_NSX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        Args:
+            latents_NQd: normed latents: the queries, and always keys and values too.
+            context_NTd: tokens of unit root mean square, or None.
+            norm_d: weight of the context's norm.
+            mask_NT: the context's real tokens; None when all are.
+        """
+        queries_NZd = self._queries(latents_NQd)
+        scores = _wide(queries_NZd) @ _wide(latents_NQd).mT
+        top = scores.detach().amax(-1, keepdim=True)  # any constant does: it cancels, and needs no gradient
+        shares = torch.exp(scores - top)
+        total = shares.sum(-1, keepdim=True)
+        sum_NZd = _wide(shares.to(latents_NQd.dtype) @ latents_NQd)
+        if context_NTd is not None:
+            assert norm_d is not None
+            top_of_latents = top
+            read_NZd, total, top = _read(queries_NZd * norm_d, context_NTd, mask_NT, total, top)
+            sum_NZd = read_NZd * norm_d + sum_NZd * torch.exp(top_of_latents - top)
+        return self.o_proj(self._values((sum_NZd / total).to(latents_NQd.dtype), latents_NQd.shape[1]))
+
+    def _queries(self, latents_NQd: Tensor) -> Tensor:
+        """Scaled queries of all heads, taken through W_k to the latent width: [N, Z, d]."""
+        rows, _, size = latents_NQd.shape
+        q_NQGPE = self.q_proj(latents_NQd).unflatten(-1, (self.num_kv_heads, -1, self.head_dim))
+        q_GXE = q_NQGPE.permute(2, 0, 1, 3, 4).reshape(self.num_kv_heads, -1, self.head_dim) * self.head_dim**-0.5
+        k_GEd = self.k_proj.weight.view(self.num_kv_heads, self.head_dim, size)
+        return (q_GXE @ k_GEd).unflatten(1, (rows, -1)).transpose(0, 1).flatten(1, 2)
+
+    def _values(self, read_NZd: Tensor, count: int) -> Tensor:
+        """What every head has read, taken through W_v: [N, Q, H * E]."""
+        rows, _, size = read_NZd.shape
+        read_GXd = read_NZd.unflatten(1, (self.num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+        v_GEd = self.v_proj.weight.view(self.num_kv_heads, self.head_dim, size)
+        out_GNQPE = (read_GXd @ v_GEd.mT).unflatten(1, (rows, count, -1))
+        return out_GNQPE.permute(1, 2, 0, 3, 4).flatten(2)
+
+
+def _read(
+    queries_NZd: Tensor, context_NTd: Tensor, mask_NT: Tensor | None, total_NZ1: Tensor, top_NZ1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Go on with a softmax over more keys, block by block: the keys are their own values.
+
+    Args:
+        total_NZ1, top_NZ1: sum of exp(score - top) over the keys so far, and the finite `top`.
+
+    Returns:
+        sum of exp(score - top) * context over the context [N, Z, d]; the new total and top.
+    """
+    rows, count, _ = queries_NZd.shape
+    num_tokens = context_NTd.shape[1]
+    # With gradients autograd keeps every block's scores, so blocks would save nothing.
+    length = num_tokens if torch.is_grad_enabled() else max(1, SCORES_AT_ONCE // (rows * count))
+    wide_NZd = _wide(queries_NZd)
+    read_NZd = torch.zeros_like(wide_NZd)
+    for start in range(0, num_tokens, length):
+        block_NTd = context_NTd[:, start : start + length]
+        scores_NZT = wide_NZd @ _wide(block_NTd).mT
+        if mask_NT is not None:
+            scores_NZT = scores_NZT.masked_fill(~mask_NT[:, None, start : start + length], float("-inf"))
+        before, top_NZ1 = top_NZ1, torch.maximum(top_NZ1, scores_NZT.detach().amax(-1, keepdim=True))
+        shares_NZT = torch.exp(scores_NZT - top_NZ1)
+        fade_NZ1 = torch.exp(before - top_NZ1)
+        total_NZ1 = total_NZ1 * fade_NZ1 + shares_NZT.sum(-1, keepdim=True)
+        read_NZd = read_NZd * fade_NZ1 + _wide(shares_NZT.to(block_NTd.dtype) @ block_NTd)
+    return read_NZd, total_NZ1, top_NZ1
 
 
 class ResamplerLayer(nn.Module):
@@ -86,8 +164,11 @@ class ResamplerLayer(nn.Module):
         self.mlp = GatedMLP(size, EXPANSION * size, size)
 
     def forward(self, latents_NQd: Tensor, context_NTd: Tensor, mask_NT: Tensor | None) -> Tensor:
-        context = self.input_context_layernorm(context_NTd) if self.cross else None
-        attended = self.self_attn(self.input_latents_layernorm(latents_NQd), context, mask_NT)
+        normed_NQd = self.input_latents_layernorm(latents_NQd)
+        if self.cross:
+            attended = self.self_attn(normed_NQd, context_NTd, self.input_context_layernorm.weight, mask_NT)
+        else:
+            attended = self.self_attn(normed_NQd)
         latents_NQd = latents_NQd + self.post_attention_layernorm(attended)
         return latents_NQd + self.post_ff_layernorm(self.mlp(self.pre_ff_layernorm(latents_NQd)))
 
@@ -105,7 +186,7 @@ class Resampler(nn.Module):
         self.layernorm = RMSNorm(size)
 
     def forward(self, context_NTd: Tensor, mask_NT: Tensor | None = None) -> Tensor:
-        """context [N, T, d], mask [N, T] bool or None -> latents [N, Q, d]."""
+        """context [N, T, d] of unit root mean square, mask [N, T] bool or None -> latents [N, Q, d]."""
         latents_NQd = self.latents_q.expand(context_NTd.shape[0], -1, -1)
         for layer in self.layers:
             latents_NQd = layer(latents_NQd, context_NTd, mask_NT)
@@ -131,5 +212,12 @@ class Perceiver(nn.Module):
         self.decoder = Resampler(latent_size, num_outputs, num_blocks=1, self_attn=0, heads=heads)
 
     def forward(self, features_NTD: Tensor, mask_NT: Tensor | None = None) -> Tensor:
-        """features [N, T, D], mask [N, T] bool or None -> [N, num_outputs, d]."""
-        return self.decoder(self.encoder(self.modality_projection(features_NTD), mask_NT))
+        """features [N, T, D] of any dtype, mask [N, T] bool or None -> [N, num_outputs, d] in the weights' dtype."""
+        projection = self.modality_projection
+        context_NTd = mlp_in_blocks(self._context, features_NTD, projection.gate_proj.out_features)
+        return self.decoder(unit_rms(self.encoder(context_NTd, mask_NT)))
+
+    def _context(self, features: Tensor) -> Tensor:
+        """The projected tokens as every block of the encoder reads them, up to its norm's weight."""
+        projection = self.modality_projection
+        return unit_rms(projection(features.to(projection.gate_proj.weight.dtype)))
