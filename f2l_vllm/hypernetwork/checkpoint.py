@@ -59,7 +59,16 @@ def read_checkpoint(path: str | Path) -> tuple[HypernetworkConfig, dict[str, Ten
         ValueError: not such a file, damaged, holding anything unexpected, or of an architecture not computed here.
         FileNotFoundError: no such file.
     """
-    content = unpickle.load(Path(path), _RECORDS, _ENUMS)
+    return _read(path, weights=True)
+
+
+def read_checkpoint_config(path: str | Path) -> HypernetworkConfig:
+    """The shape of the hypernetwork in a released `.pt` file, its weights unread. Raises as `read_checkpoint` does."""
+    return _read(path, weights=False)[0]
+
+
+def _read(path: str | Path, weights: bool) -> tuple[HypernetworkConfig, dict[str, Tensor]]:
+    content = unpickle.load(Path(path), _RECORDS, _ENUMS, weights)
     base_model = content.pop("base_model_name_or_path", None)
     hypernet = content.pop("hypernet_config", None)
     encoder = content.pop("ctx_encoder_args", None)

@@ -245,7 +245,7 @@ class Hypernetwork(nn.Module):
 
         path = locate(ref, base_model)
         if path.is_dir():
-            config, tensors = _read_directory(path)
+            config, tensors = _read_directory_config(path), load_file(path / WEIGHTS_FILE)
         else:
             from f2l_vllm.hypernetwork.checkpoint import read_checkpoint
 
@@ -289,6 +289,15 @@ class Hypernetwork(nn.Module):
             raise ValueError(f"The mask has shape {list(mask_BT.shape)}; expected {[shape[0], shape[2]]}.")
 
 
+def read_config(ref: str | Path, base_model: str | None = None) -> HypernetworkConfig:
+    """The shape of what `Hypernetwork.load` would read at `ref`, without reading its weights. Raises as it does."""
+    from f2l_vllm.hypernetwork.checkpoint import read_checkpoint_config
+    from f2l_vllm.hypernetwork.locate import locate
+
+    path = locate(ref, base_model)
+    return _read_directory_config(path) if path.is_dir() else read_checkpoint_config(path)
+
+
 def _append(chunks: list[Tensor], bias_LRX: Tensor) -> Tensor:
     bias = bias_LRX.to(chunks[0].dtype)
     return torch.cat([*chunks, bias.expand(*chunks[0].shape[:-3], -1, -1, -1)], dim=-2)
@@ -303,9 +312,9 @@ def _digest(config: HypernetworkConfig, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_directory(directory: Path) -> tuple[HypernetworkConfig, dict[str, Tensor]]:
+def _read_directory_config(directory: Path) -> HypernetworkConfig:
     values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     found = values.pop("format", None) if isinstance(values, dict) else None
     if found != FORMAT:
         raise ValueError(f"{directory / CONFIG_FILE} has format {found!r}, expected {FORMAT!r}: not a hypernetwork.")
-    return HypernetworkConfig.from_dict(values), load_file(directory / WEIGHTS_FILE)
+    return HypernetworkConfig.from_dict(values)

@@ -13,7 +13,9 @@ import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +75,39 @@ class _StorageType(_Inert):
 
 
 class _Storage(_Inert):
-    def __init__(self, data: bytes, dtype: torch.dtype) -> None:
-        self.data = data
+    """Bytes of tensors, read from the file when a tensor's numbers are wanted."""
+
+    def __init__(self, read: Callable[[], bytes], size: int, dtype: torch.dtype) -> None:
+        self._read = read
+        self.size = size
         self.dtype = dtype
+
+    @cached_property
+    def data(self) -> bytes:
+        data = self._read()
+        if len(data) != self.size:
+            raise pickle.UnpicklingError("a storage is cut short")
+        return data
 
 
 class _PickledTensor(_Inert):
-    """Keeps a tensor, which has state of its own, out of the pickle's reach."""
+    """Describes a tensor, whose own state stays out of the pickle's reach."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, storage: _Storage, offset: int, shape: tuple[int, ...]) -> None:
+        self._storage = storage
+        self._offset = offset
+        self._shape = shape
+
+    def tensor(self) -> Tensor:
+        dtype, count = self._storage.dtype, prod(self._shape)
+        if count == 0:
+            return torch.empty(self._shape, dtype=dtype)
+        start, end = self._offset * dtype.itemsize, (self._offset + count) * dtype.itemsize
+        data = bytearray(memoryview(self._storage.data)[start:end])
+        return torch.frombuffer(data, dtype=dtype).reshape(self._shape)
+
+    def shape_only(self) -> Tensor:
+        return torch.empty(self._shape, dtype=self._storage.dtype, device="meta")
 
 
 class _MakeDict(_Inert):
@@ -128,12 +153,9 @@ class _MakeTensor(_Inert):
             count *= length
         width = storage.dtype.itemsize
         self._budget_bytes -= count * width
-        if (offset + count) * width > len(storage.data) or self._budget_bytes < 0:
+        if (offset + count) * width > storage.size or self._budget_bytes < 0:
             raise pickle.UnpicklingError("a tensor reaches beyond its storage")
-        if count == 0:
-            return _PickledTensor(torch.empty(size, dtype=storage.dtype))
-        data = bytearray(memoryview(storage.data)[offset * width : (offset + count) * width])
-        return _PickledTensor(torch.frombuffer(data, dtype=storage.dtype).reshape(size))
+        return _PickledTensor(storage, offset, size)
 
 
 class _MakeParameter(_Inert):
@@ -180,17 +202,23 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError("it refers to a storage in an unknown way")
         dtype, key, length = pid[1].dtype, pid[2], pid[4]
         if key not in self._storages:
-            self._storages[key] = _Storage(self._read(f"data/{key}", limit=length * dtype.itemsize), dtype)
+            part, size = f"data/{key}", length * dtype.itemsize
+            self._storages[key] = _Storage(partial(self._read, part, limit=size), self._check(part, size), dtype)
         storage = self._storages[key]
-        if storage.dtype != dtype or len(storage.data) != length * dtype.itemsize:
+        if storage.dtype != dtype or storage.size != length * dtype.itemsize:
             raise pickle.UnpicklingError(f"storage {key} has another size than the {length} numbers it claims")
         return storage
 
-    def _read(self, name: str, limit: int) -> bytes:
+    def _check(self, name: str, limit: int) -> int:
+        """Size of a part of the archive that may be read."""
         info = self._archive.getinfo(self._prefix + name)
         if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
             raise pickle.UnpicklingError(f"its part {name} is compressed or has another size than it claims")
-        return self._archive.read(info)
+        return info.file_size
+
+    def _read(self, name: str, limit: int) -> bytes:
+        self._check(name, limit)
+        return self._archive.read(self._prefix + name)
 
 
 def _check_opcodes(program: bytes) -> None:
@@ -221,12 +249,15 @@ _FAILURES = (
 )
 
 
-def load(path: Path, records: Iterable[tuple[str, str]], enums: Iterable[tuple[str, str]]) -> dict[str, Any]:
+def load(
+    path: Path, records: Iterable[tuple[str, str]], enums: Iterable[tuple[str, str]], weights: bool = True
+) -> dict[str, Any]:
     """Load a flat dict saved with `torch.save`.
 
     Args:
         records: (module, class) names whose objects become `Record`s.
         enums: (module, class) names of text enums, whose members become `str`.
+        weights: False leaves the dict's own tensors unread; they come back on the meta device.
 
     Returns:
         name -> tensor, number, text, container or Record; inside containers and records tensors become lists.
@@ -238,17 +269,20 @@ def load(path: Path, records: Iterable[tuple[str, str]], enums: Iterable[tuple[s
     try:
         with zipfile.ZipFile(path) as archive:
             content = _Unpickler(archive, records, enums).load()
-        if not isinstance(content, _StateDict | dict) or not all(isinstance(name, str) for name in content):
-            raise pickle.UnpicklingError(f"it holds a {type(content).__name__} instead of a dict of tensors")
-        budget = [MAX_VALUES]
-        return {
-            name: value.tensor if isinstance(value, _PickledTensor) else _plain(value, budget)
-            for name, value in content.items()
-        }
+            if not isinstance(content, _StateDict | dict) or not all(isinstance(name, str) for name in content):
+                raise pickle.UnpicklingError(f"it holds a {type(content).__name__} instead of a dict of tensors")
+            budget = [MAX_VALUES]
+            return {name: _unfold(value, budget, weights) for name, value in content.items()}
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is not a checkpoint in torch's zip format, or is cut short.") from error
     except _FAILURES as error:
         raise ValueError(f"{path} was refused, and nothing in it was executed: {error}.") from error
+
+
+def _unfold(value: Any, budget: list[int], weights: bool) -> Any:
+    if isinstance(value, _PickledTensor):
+        return value.tensor() if weights else value.shape_only()
+    return _plain(value, budget)
 
 
 def _plain(value: Any, budget: list[int]) -> Any:
@@ -257,7 +291,7 @@ def _plain(value: Any, budget: list[int]) -> Any:
     if budget[0] < 0:
         raise pickle.UnpicklingError("it holds more values than any checkpoint")
     if isinstance(value, _PickledTensor):
-        return value.tensor.tolist()
+        return value.tensor().tolist()
     if isinstance(value, Record):
         return type(value)({name: _plain(item, budget) for name, item in value.items()})
     if isinstance(value, dict):

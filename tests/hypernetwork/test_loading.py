@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.locate import locate
-from f2l_vllm.hypernetwork.model import Hypernetwork
+from f2l_vllm.hypernetwork.model import Hypernetwork, read_config
 
 GOLDEN = Path(__file__).parent / "golden" / "hypernetwork.pt"
 CONFIG = HypernetworkConfig(
@@ -127,3 +128,22 @@ def test_an_unreachable_hub_is_explained(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
     with pytest.raises(ValueError, match=r"No file or directory 'owner/ckpts' here.*no route to host"):
         Hypernetwork.load("owner/ckpts")
+
+
+def test_the_config_is_read_without_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make().save(tmp_path / "h")
+    (tmp_path / "h" / "model.safetensors").write_bytes(b"not read")
+    assert read_config(tmp_path / "h") == CONFIG
+    expected = Hypernetwork.load(GOLDEN).config
+    read: list[str] = []
+    real = zipfile.ZipFile.read
+
+    def watched(archive: zipfile.ZipFile, name: str, *rest: Any) -> bytes:
+        read.append(name)
+        return real(archive, name, *rest)
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", watched)
+    assert read_config(GOLDEN) == expected
+    assert sum(zipfile.ZipFile(GOLDEN).getinfo(name).file_size for name in read) < 100_000 < GOLDEN.stat().st_size
+    with pytest.raises(ValueError, match="No hypernetwork"):
+        read_config("/nowhere/at/all")
