@@ -19,7 +19,6 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="F2L_", extra="ignore", frozen=True)
 
     home: Path = Field(Path("~/.f2l"), description="Data folder: videos, adapters, catalog.")
-    catalog_url: str | None = Field(None, description="SQLAlchemy URL of the catalog; default: SQLite in `home`.")
     hypernetwork: str | None = Field(None, description="Hypernetwork: directory, released .pt file, or hub id.")
     hypernetwork_workers: int = Field(1, ge=0, description="Ray actors that internalize videos; 0: none here.")
     worker_cpus: float = Field(1.0, ge=0, description="CPUs that Ray reserves for each worker.")
@@ -30,6 +29,7 @@ class Settings(BaseSettings):
     job_seconds: float = Field(600.0, gt=0, description="Longest a worker may take over one video, seconds.")
     wait_seconds: float = Field(30.0, ge=0, description="How long a question waits for a video in work, seconds.")
     max_upload_bytes: int = Field(1 << 30, ge=1, description="Largest upload, bytes.")
+    max_frames_bytes: int = Field(64 << 20, ge=1, description="Largest video answered from its frames, bytes.")
     max_video_seconds: float = Field(4 * 3600.0, gt=0, description="Longest video, seconds.")
     max_video_pixels: int = Field(8192 * 4320, ge=1, description="Largest frame, pixels.")
 
@@ -40,8 +40,8 @@ class Settings(BaseSettings):
 
     @property
     def database_url(self) -> str:
-        """The catalog's SQLAlchemy URL."""
-        return self.catalog_url or f"sqlite:///{self.data_folder / 'catalog.sqlite3'}"
+        """The catalog's SQLAlchemy URL: SQLite in the data folder."""
+        return f"sqlite:///{self.data_folder / 'catalog.sqlite3'}"
 
 
 def refuse_environment(environment: Mapping[str, str]) -> None:

@@ -164,10 +164,25 @@ class Catalog:
         with self._read() as connection:
             return _adapter(connection, name)
 
-    def forget_adapter(self, name: str, *, queue_limit: int) -> None:
-        """An adapter was found missing or damaged: its files wait again, for a new job under the same name."""
+    def adapters_of(self, records: Collection[FileRecord]) -> dict[str, AdapterRecord]:
+        """The published adapters of these files, by name."""
+        names = sorted({record.adapter_name for record in records if record.state is VideoState.PROCESSED})
+        found: dict[str, AdapterRecord] = {}
+        with self._read() as connection:
+            for start in range(0, len(names), 500):  # databases bound the number of parameters
+                query = select(adapters).where(adapters.c.name.in_(names[start : start + 500]))
+                found |= {row.name: AdapterRecord(**row._mapping) for row in connection.execute(query)}
+        return found
+
+    def forget_adapter(self, adapter: AdapterRecord, *, queue_limit: int) -> None:
+        """An adapter was found missing or damaged: its files wait again, for a new job under the same name.
+
+        Nothing happens when it is forgotten already, or made again meanwhile.
+        """
+        name = adapter.name
         with self._write() as connection:
-            connection.execute(delete(adapters).where(adapters.c.name == name))
+            if connection.execute(delete(adapters).where(adapters.c.id == adapter.id)).rowcount == 0:
+                return
             waiting = [record for record in _files_of(connection, name) if record.state is VideoState.PROCESSED]
             if waiting:
                 _ensure_job(connection, name, waiting[0].sha256, queue_limit)
@@ -219,9 +234,10 @@ class Catalog:
             _release(connection, [adapter_name])
 
     def release_all_jobs(self) -> int:
-        """No pool is running: whatever was in work waits again. Returns how many jobs that were."""
+        """No pool is running: whatever was in work waits again, and a stop costs no attempt. Returns how many."""
         with self._write() as connection:
             names = list(connection.scalars(select(jobs.c.adapter_name).where(jobs.c.running == 1)))
+            connection.execute(update(jobs).where(jobs.c.running == 1).values(attempts=jobs.c.attempts - 1))
             _release(connection, names)
             return len(names)
 

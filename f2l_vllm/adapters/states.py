@@ -21,12 +21,11 @@ class VideoState(StrEnum):
 _S = VideoState
 IN_WORK = frozenset({_S.UPLOADED, _S.DECODING, _S.ENCODING, _S.PUBLISHING})
 _ENDS = {_S.ERROR, _S.EXPIRED, _S.DELETED}
-# A worker's stage falls back to `uploaded` when the worker dies; any state in work may jump to `processed`, because
-# another file with the same bytes may have paid for the adapter already. `processed` falls back to `uploaded` only
-# when the adapter is found missing or damaged and is made again.
+# A file may join a job that is already in work, so it may skip stages. A stage falls back to `uploaded` when the worker
+# dies; `processed` does so only when the adapter is found missing or damaged and is made again.
 TRANSITIONS: dict[VideoState, frozenset[VideoState]] = {
-    _S.UPLOADED: frozenset({_S.DECODING, _S.PROCESSED, *_ENDS}),
-    _S.DECODING: frozenset({_S.ENCODING, _S.UPLOADED, _S.PROCESSED, *_ENDS}),
+    _S.UPLOADED: frozenset({_S.DECODING, _S.ENCODING, _S.PUBLISHING, _S.PROCESSED, *_ENDS}),
+    _S.DECODING: frozenset({_S.ENCODING, _S.PUBLISHING, _S.UPLOADED, _S.PROCESSED, *_ENDS}),
     _S.ENCODING: frozenset({_S.PUBLISHING, _S.UPLOADED, _S.PROCESSED, *_ENDS}),
     _S.PUBLISHING: frozenset({_S.PROCESSED, _S.UPLOADED, *_ENDS}),
     _S.PROCESSED: frozenset({_S.UPLOADED, _S.EXPIRED, _S.DELETED}),

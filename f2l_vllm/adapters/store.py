@@ -4,7 +4,7 @@ Layout under `F2L_HOME`::
 
     videos/<2 hex>/<sha256>          the bytes as uploaded, one copy however many file ids share them
     adapters/<name>/                 PEFT files and manifest.json (sizes and sha-256 of each file)
-    tmp/                             work in progress; emptied at start
+    tmp/                             work in progress
 
 Everything is written under `tmp/`, synced, and renamed into place.
 """
@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -39,10 +40,20 @@ class Store:
         for folder in (self._videos, self._adapters, self._tmp):
             folder.mkdir(parents=True, exist_ok=True)
 
-    def sweep(self) -> None:
-        """Remove what an interrupted process left half-done. Only the one process that owns the folder may call it."""
+    def sweep(self, keep: Callable[[str], bool], older_than_s: float = 3600.0) -> None:
+        """Remove what an interrupted process left: work in progress, and what nobody refers to.
+
+        Args:
+            keep: whether anything refers to this adapter name, or to the video with this sha-256.
+            older_than_s: younger entries may be in the making, and stay.
+        """
+        limit = time.time() - older_than_s
         for entry in self._tmp.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            if _changed(entry) < limit:
+                _remove(entry)
+        for entry in [*self._adapters.iterdir(), *self._videos.glob("*/*")]:
+            if _changed(entry) < limit and not keep(entry.name):
+                _remove(entry)
 
     def temporary(self) -> Path:
         """A fresh path for work in progress, on the same file system as everything else."""
@@ -131,6 +142,20 @@ class Store:
         except FileNotFoundError:
             return
         shutil.rmtree(grave)
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_ctime
+    except FileNotFoundError:  # gone meanwhile
+        return time.time()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The catalog's tables, its records, and the engine they live in (SQLite in WAL mode, or any SQLAlchemy URL)."""
+"""The catalog's tables, its records, and the engine they live in (SQLite in WAL mode)."""
 
 from __future__ import annotations
 

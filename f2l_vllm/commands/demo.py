@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from f2l_vllm.commands.server_process import ServerFailed, ServerProcess
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
 QUESTIONS = ("What is the background?", "How many shapes are there?", "Describe the video.")
 
 

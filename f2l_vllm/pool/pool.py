@@ -30,6 +30,7 @@ NAMESPACE = "f2l"
 _IDLE_SECONDS = 0.05
 _CHECK_SECONDS = 1.0
 _START_SECONDS = 600.0
+_FAILED_STARTS = 3
 _RESTART_SECONDS = 2.0
 _OBJECT_STORE_BYTES = 100 * 2**20  # only small events pass through it
 
@@ -63,17 +64,17 @@ class Pool:
         self._store = store
         self._on_event = on_event
         self._stopping = threading.Event()
+        self.failed = threading.Event()  # workers cannot be started any more: begin again in a new process
         self._lock = FileLock(spec.home / "pool.lock", thread_local=False)
         self._lanes = [_Lane(index, self) for index in range(config.workers)]
 
-    def start(self) -> bool:
-        """Take the data folder and start the lanes; False when another pool has it (its workers do the jobs)."""
+    def start(self, wait_seconds: float = 0.0) -> bool:
+        """Take the data folder and start the lanes; False when another pool still has it after `wait_seconds`."""
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=wait_seconds)
         except Timeout:
-            logger.info("another process runs the hypernetwork workers of %s", self._spec.home)
             return False
-        self._store.sweep()
+        self._store.sweep(keep=lambda name: self._catalog.wanted(name) or self._catalog.has_video(name))
         if released := self._catalog.release_all_jobs():
             logger.info("%d interrupted jobs wait again", released)
         self._connect()
@@ -132,6 +133,7 @@ class _Lane(threading.Thread):
         self._pool = pool
         self._actor: Any = None  # a Ray actor handle
         self._checked = 0.0
+        self._failed_starts = 0
         self.info: WorkerInfo | None = None
 
     def kill(self) -> None:
@@ -153,6 +155,7 @@ class _Lane(threading.Thread):
                 # A lane outlives whatever goes wrong around a job: a full disk, the database away, Ray restarting.
                 if not self._stopping():
                     logger.exception("a hypernetwork lane failed and goes on")
+                    self._lose_actor("is replaced")  # it may still be at the job
                     self._give_back(job)
                     self._pool._stopping.wait(_RESTART_SECONDS)
 
@@ -182,7 +185,11 @@ class _Lane(threading.Thread):
             self.info = ray.get(self._actor.info.remote(), timeout=_START_SECONDS)
         except BaseException:
             self._lose_actor("did not start")
+            self._failed_starts += 1
+            if self._failed_starts >= _FAILED_STARTS:
+                self._pool.failed.set()
             raise
+        self._failed_starts = 0
         self._checked = time.monotonic()
         logger.info("hypernetwork worker ready: pid %d on %s, %s", self.info.pid, self.info.node, self.info.device)
 
@@ -206,7 +213,10 @@ class _Lane(threading.Thread):
             elif isinstance(error, GetTimeoutError):
                 self._lose_actor(f"took too long over {job.adapter_name} (attempt {job.attempts} of {limit})")
             else:
+                # A process that failed once, out of memory or with a broken device, may fail for every video.
                 logger.exception("attempt %d of %d at %s failed", job.attempts, limit, job.adapter_name)
+                self._lose_actor("is replaced")
+                self._pool._stopping.wait(_RESTART_SECONDS)
             if job.attempts < limit:
                 catalog.release_job(job.adapter_name)
                 return
@@ -219,8 +229,10 @@ class _Lane(threading.Thread):
         self._pool._on_event(outcome)
         if isinstance(outcome, Failed):
             catalog.fail_job(job.adapter_name, outcome.code, outcome.message)
-        elif catalog.finish_job(job.adapter_name, rank=outcome.rank, size=outcome.bytes, info=outcome.info) is None:
-            self._pool._store.remove_adapter(job.adapter_name)  # every file was deleted meanwhile
+            return
+        catalog.finish_job(job.adapter_name, rank=outcome.rank, size=outcome.bytes, info=outcome.info)
+        if not catalog.wanted(job.adapter_name):  # every file was deleted meanwhile
+            self._pool._store.remove_adapter(job.adapter_name)
 
     def _outcome(self, job: Job) -> Published | Failed:
         """Run the job on the actor, passing progress on; its last event."""

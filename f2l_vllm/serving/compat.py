@@ -13,12 +13,17 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi import FastAPI
 from starlette.datastructures import State
 from vllm.lora.request import LoRARequest
 
 from f2l_vllm.settings import refuse_environment
 
 SUPPORTED_VLLM = "0.32"
+FIRST_ADAPTER_ID = 1 << 20  # int32 in the engine
+# Routes that answer without --api-key in front of them, and that nobody needs to reach a server that has one.
+OPEN_ROUTES = {"/health", "/ready", "/metrics", "/ping", "/version"}
+GUARDED_PREFIXES = ("/v1", "/v2", "/inference", "/cohere")
 # What the client asked for, while its request is set up: responses carry it instead of an adapter's name.
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
 
@@ -47,6 +52,8 @@ def check_environment(args: Any) -> None:
         ValueError: one of them is set; the message says which and why.
     """
     refuse_environment(os.environ)
+    if (getattr(args, "api_server_count", None) or 1) > 1:
+        raise ValueError("--api-server-count must be 1: who uses an adapter is known to one API server only")
     if getattr(args, "specialize_active_lora", False):
         raise ValueError("--specialize-active-lora is not supported: mixed base and adapter batches may lose adapters")
 
@@ -72,8 +79,13 @@ def lora_registry(state: State) -> MutableMapping[str, LoRARequest]:
 
 
 def new_lora_request(name: str, int_id: int, path: str, base_model: str) -> LoRARequest:
-    """A request that never reloads in place: with `load_inplace` the engine reads the file again at every step."""
-    return LoRARequest(lora_name=name, lora_int_id=int_id, lora_path=path, base_model_name=base_model)
+    """A request that never reloads in place: with `load_inplace` the engine reads the file again at every step.
+
+    Adapters that the operator names with `--lora-modules` count from 1; ours begin far above them.
+    """
+    return LoRARequest(
+        lora_name=name, lora_int_id=FIRST_ADAPTER_ID + int_id, lora_path=path, base_model_name=base_model
+    )
 
 
 def base_model_names(state: State) -> list[str]:
@@ -110,7 +122,12 @@ def wrap_servings(state: State, wrap_chat: Callable[[Any], Any], wrap_completion
 
 def guard_other_servings(state: State, guard: Callable[[Any], Any]) -> None:
     """Put `guard` around the generate handlers that do not know videos: they must not answer for one by accident."""
-    for name in ("openai_serving_responses", "openai_serving_chat_batch", "anthropic_serving_messages"):
+    for name in (
+        "openai_serving_responses",
+        "openai_serving_chat_batch",
+        "anthropic_serving_messages",
+        "serving_generative_scoring",
+    ):
         if getattr(state, name, None) is not None:
             setattr(state, name, guard(getattr(state, name)))
 
@@ -119,6 +136,23 @@ def error_status(response: Any) -> int | None:
     """The HTTP status of vLLM's `ErrorResponse`, or None for any other result."""
     error = getattr(response, "error", None)
     return int(error.code) if error is not None and hasattr(error, "code") else None
+
+
+def is_stopping(state: State) -> bool:
+    """Whether vLLM has begun to stop the server: it waits for open requests after that, with the engine gone."""
+    return bool(getattr(getattr(state, "server", None), "should_exit", False))
+
+
+def close_unguarded_routes(app: FastAPI) -> None:
+    """With an API key, take away the routes that vLLM's key check does not cover (`/invocations`, `/tokenize` …)."""
+    if not (getattr(app.state.args, "api_key", None) or os.environ.get("VLLM_API_KEY")):
+        return
+    kept = [
+        route
+        for route in app.router.routes
+        if (path := getattr(route, "path", "")) in OPEN_ROUTES or path.startswith(GUARDED_PREFIXES)
+    ]
+    app.router.routes[:] = kept
 
 
 async def engine_is_healthy(engine_client: Any) -> bool:

@@ -26,12 +26,12 @@ from f2l_vllm.adapters.address import fingerprint  # noqa: E402
 from f2l_vllm.adapters.catalog import Catalog  # noqa: E402
 from f2l_vllm.adapters.store import Store  # noqa: E402
 from f2l_vllm.pool.messages import WorkerSpec  # noqa: E402
-from f2l_vllm.pool.pool import Pool, PoolConfig  # noqa: E402
+from f2l_vllm.pool.process import PoolProcess  # noqa: E402
 from f2l_vllm.serving import compat, errors  # noqa: E402
 from f2l_vllm.serving.files import router  # noqa: E402
 from f2l_vllm.serving.handlers import ChatHandler, CompletionHandler, Guard  # noqa: E402
 from f2l_vllm.serving.registry import Registry  # noqa: E402
-from f2l_vllm.serving.service import Revisions, VideoService, count_event  # noqa: E402
+from f2l_vllm.serving.service import Revisions, VideoService, count_outcome  # noqa: E402
 from f2l_vllm.settings import Settings  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class F2LEndpointPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, the error envelope, and the shutdown of what `init_state` starts."""
         app.include_router(router)
+        compat.close_unguarded_routes(app)
         app.add_exception_handler(errors.APIError, errors.answer)
         inner = app.router.lifespan_context
 
@@ -87,18 +88,15 @@ class F2LEndpointPlugin:
             host_slots=limits.host_slots,
             wanted=catalog.wanted,
         )
-        pool = Pool(
-            pool_config(settings),
-            worker_spec(settings, model, hypernetwork, limits.max_rank),
-            catalog,
-            store,
-            count_event,
-        )
+        pool = None
+        if settings.hypernetwork_workers:
+            pool = PoolProcess(worker_spec(settings, model, hypernetwork, limits.max_rank), count_outcome)
+            pool.start()
         # How frames are taken is part of the model's own processor files, which the base revision covers.
         revisions = Revisions(fingerprint(model), fingerprint(hypernetwork), sampling={})
-        self._service = VideoService(settings, revisions, catalog, store, registry, pool)
-        if settings.hypernetwork_workers:
-            await asyncio.to_thread(pool.start)
+        self._service = VideoService(
+            settings, revisions, catalog, store, registry, pool, lambda: compat.is_stopping(state)
+        )
         state.f2l = self._service
         self._maintenance = asyncio.create_task(self._service.maintain())
         compat.wrap_servings(
@@ -106,7 +104,7 @@ class F2LEndpointPlugin:
             lambda inner: ChatHandler(inner, state.f2l, base_names),
             lambda inner: CompletionHandler(inner, state.f2l, base_names),
         )
-        compat.guard_other_servings(state, lambda inner: Guard(inner, state.f2l))
+        compat.guard_other_servings(state, Guard)
         logger.info("serving videos: model %s, hypernetwork %s, data in %s", base_names[0], hypernetwork, home)
 
     async def _stop(self) -> None:
@@ -115,20 +113,9 @@ class F2LEndpointPlugin:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._maintenance
         if self._service is not None:
-            await asyncio.to_thread(self._service.pool.stop)
+            if self._service.pool is not None:
+                await asyncio.to_thread(self._service.pool.stop)
             self._service.catalog.close()
-
-
-def pool_config(settings: Settings) -> PoolConfig:
-    """The pool's part of the settings."""
-    return PoolConfig(
-        workers=settings.hypernetwork_workers,
-        cpus=settings.worker_cpus,
-        gpus=settings.worker_gpus,
-        ray_address=settings.ray_address,
-        job_attempts=settings.job_attempts,
-        job_seconds=settings.job_seconds,
-    )
 
 
 def worker_spec(settings: Settings, model: Path, hypernetwork: Path, max_rank: int) -> WorkerSpec:

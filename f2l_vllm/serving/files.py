@@ -19,9 +19,9 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 
 from f2l_vllm.adapters.states import IN_WORK, VideoState
 from f2l_vllm.adapters.store import MANIFEST_FILE
-from f2l_vllm.adapters.tables import FileRecord
+from f2l_vllm.adapters.tables import AdapterRecord, FileRecord
 from f2l_vllm.serving import compat
-from f2l_vllm.serving.errors import bad_request
+from f2l_vllm.serving.errors import bad_request, video_not_found
 from f2l_vllm.serving.service import TENANT, VideoService
 from f2l_vllm.serving.uploads import inspect, receive
 
@@ -53,7 +53,7 @@ async def create_file(request: Request) -> JSONResponse:
         )
     finally:
         temporary.unlink(missing_ok=True)
-    return JSONResponse(file_object(videos, record))
+    return JSONResponse(_one(videos, record))
 
 
 @router.get("/v1/files")
@@ -67,12 +67,9 @@ async def list_files(
     """The caller's files, newest first, a page at a time."""
     videos = service(request)
     try:
-        page, more = await asyncio.to_thread(
-            videos.catalog.files, TENANT, after=after, limit=limit, descending=order == "desc", purpose=purpose
-        )
+        data, more = await asyncio.to_thread(_page, videos, after, limit, order == "desc", purpose)
     except KeyError as error:
         raise bad_request("invalid_cursor", f"'after' names no file of yours: {after!r}.", "after") from error
-    data = [file_object(videos, record) for record in page]
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return JSONResponse({"object": "list", "data": data, **ends, "has_more": more})
 
@@ -81,7 +78,7 @@ async def list_files(
 async def retrieve_file(file_id: str, request: Request) -> JSONResponse:
     """One file."""
     videos = service(request)
-    return JSONResponse(file_object(videos, videos.file(file_id)))
+    return JSONResponse(_one(videos, videos.file(file_id)))
 
 
 @router.delete("/v1/files/{file_id}")
@@ -108,10 +105,10 @@ async def file_events(file_id: str, request: Request) -> StreamingResponse:
 
     async def events() -> AsyncIterator[str]:
         last = None
-        while (record := videos.catalog.file(file_id, TENANT)) is not None:
+        while not videos.is_stopping and (record := videos.catalog.file(file_id, TENANT)) is not None:
             if (record.state, record.progress) != last:
                 last = (record.state, record.progress)
-                yield f"data: {json.dumps(file_object(videos, record))}\n\n"
+                yield f"data: {json.dumps(_one(videos, record))}\n\n"
             if record.state not in IN_WORK:
                 break
             await asyncio.sleep(_EVENT_SECONDS)
@@ -125,8 +122,10 @@ async def file_adapter(file_id: str, request: Request) -> Response:
     """The PEFT adapter as a tar archive; plain vLLM and peft load what it holds."""
     videos = service(request)
     record = await videos.ready(file_id, wait=0.0)
-    directory = videos.store.adapter_path(record.adapter_name)
-    archive = await asyncio.to_thread(_tar, directory)
+    try:
+        archive = await asyncio.to_thread(_tar, videos.store.adapter_path(record.adapter_name))
+    except FileNotFoundError as error:
+        raise video_not_found(file_id) from error  # deleted between look-up and read
     disposition = f'attachment; filename="{record.adapter_name}.tar"'
     return Response(archive, media_type="application/x-tar", headers={"Content-Disposition": disposition})
 
@@ -136,9 +135,12 @@ async def list_models(request: Request) -> JSONResponse:
     """The base model, and every ready video of the caller as a model of its own."""
     videos = service(request)
     base = await compat.base_model_cards(request.app.state)
-    records, _ = await asyncio.to_thread(videos.catalog.files, TENANT, after=None, limit=1 << 20, descending=False)
-    ready = [record for record in records if record.state is VideoState.PROCESSED]
-    return JSONResponse({"object": "list", "data": base + [_model_card(base[0], record) for record in ready]})
+
+    def cards() -> list[dict[str, Any]]:
+        records, _ = videos.catalog.files(TENANT, after=None, limit=1 << 20, descending=False)
+        return [_model_card(base[0], record) for record in records if record.state is VideoState.PROCESSED]
+
+    return JSONResponse({"object": "list", "data": base + await asyncio.to_thread(cards)})
 
 
 @router.get("/v1/models/{model:path}")
@@ -162,11 +164,11 @@ async def ready(request: Request) -> JSONResponse:
     return JSONResponse({"ready": all(parts.values()), **parts}, status_code=status)
 
 
-def file_object(videos: VideoService, record: FileRecord) -> dict[str, Any]:
+def file_object(record: FileRecord, adapter: AdapterRecord | None) -> dict[str, Any]:
     """A file as the OpenAI API shows it; `f2l` holds stage, progress, and what is known of the adapter."""
     shown = {VideoState.PROCESSED: "processed", VideoState.ERROR: "error"}.get(record.state, "uploaded")
     details: dict[str, Any] = {"stage": record.state.value, "progress": round(record.progress, 3)}
-    if record.state is VideoState.PROCESSED and (adapter := videos.catalog.adapter(record.adapter_name)) is not None:
+    if adapter is not None:
         details |= {"adapter": adapter.name, "rank": adapter.rank, "adapter_bytes": adapter.bytes, **adapter.info}
     if record.state is VideoState.ERROR:
         details["error"] = {"code": record.error_code, "message": record.error_message}
@@ -182,6 +184,19 @@ def file_object(videos: VideoService, record: FileRecord) -> dict[str, Any]:
         "status_details": record.error_message,
         "f2l": details,
     }
+
+
+def _one(videos: VideoService, record: FileRecord) -> dict[str, Any]:
+    return file_object(record, videos.catalog.adapters_of([record]).get(record.adapter_name))
+
+
+def _page(
+    videos: VideoService, after: str | None, limit: int, descending: bool, purpose: str | None
+) -> tuple[list[dict[str, Any]], bool]:
+    catalog = videos.catalog
+    records, more = catalog.files(TENANT, after=after, limit=limit, descending=descending, purpose=purpose)
+    adapters = catalog.adapters_of(records)
+    return [file_object(record, adapters.get(record.adapter_name)) for record in records], more
 
 
 def _model_card(base: dict[str, Any], record: FileRecord) -> dict[str, Any]:

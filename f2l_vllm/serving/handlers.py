@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from http import HTTPStatus
 from typing import Any
 
@@ -21,7 +21,7 @@ from f2l_vllm.serving.service import VideoService
 class LeasedStream:
     """A streamed answer that holds its adapter until it ends, is closed, or is dropped unread."""
 
-    def __init__(self, stream: AsyncIterator[str], lease: Lease) -> None:
+    def __init__(self, stream: AsyncGenerator[str, None], lease: Lease) -> None:
         self._stream = stream
         self._finish = weakref.finalize(self, lease.release)
 
@@ -32,13 +32,15 @@ class LeasedStream:
         try:
             return await anext(self._stream)
         except BaseException:  # the end of the answer, an error, or the client gone
-            self._finish()
+            await self.aclose()
             raise
 
     async def aclose(self) -> None:
-        """Stop early."""
-        self._finish()
-        await self._stream.aclose()  # type: ignore[attr-defined]
+        """Stop early: the engine first, then the adapter."""
+        try:
+            await self._stream.aclose()
+        finally:
+            self._finish()
 
 
 class _Handler:
@@ -56,13 +58,6 @@ class _Handler:
         headers = {} if raw_request is None else raw_request.headers
         return options(request.model_extra, headers, self._service.settings.wait_seconds)
 
-    def _check_name(self, model: str | None) -> None:
-        """Adapter names are the server's own: asked for directly, they do not exist."""
-        if model in self._service.registry:
-            raise APIError(
-                HTTPStatus.NOT_FOUND, "model_not_found", f"The model '{model}' does not exist.", param="model"
-            )
-
     async def _answer(self, method: Any, request: Any, raw_request: Request | None, file_id: str, wait: float) -> Any:
         """Let the inner handler answer from the file's adapter, under a lease."""
         asked = request.model
@@ -70,19 +65,19 @@ class _Handler:
         token = compat.asked_model.set(asked)
         result = None
         try:
-            request.model = lease.name
+            request.model = lease.key
             result = await method(request, raw_request)
+            if hasattr(result, "__aiter__"):
+                result = LeasedStream(result, lease)
         finally:
             compat.asked_model.reset(token)
-            streaming = hasattr(result, "__aiter__")
-            if not streaming:
+            if not isinstance(result, LeasedStream):
                 lease.release()
             failed = result is None or compat.error_status(result) is not None
             metrics.QUESTIONS.labels("adapter", "error" if failed else "answered").inc()
-        adapter = self._service.catalog.adapter(lease.name)
-        if adapter is not None and not failed:
-            metrics.TOKENS_AVOIDED.inc(adapter.info.get("visual_tokens", 0))
-        return LeasedStream(result, lease) if streaming else result
+        if not failed:
+            metrics.TOKENS_AVOIDED.inc(lease.adapter.info.get("visual_tokens", 0))
+        return result
 
 
 class ChatHandler(_Handler):
@@ -91,7 +86,6 @@ class ChatHandler(_Handler):
     async def create_chat_completion(self, request: Any, raw_request: Request | None = None) -> Any:
         """vLLM's method, with videos resolved first."""
         how = self._options(request, raw_request)
-        self._check_name(request.model)
         by_model = (request.model or "").startswith(FILE_PREFIX)
         frames = how.mode == "frames"
         named = file_ids(request.messages) if not frames else _file_parts(request.messages)
@@ -110,6 +104,10 @@ class ChatHandler(_Handler):
 
     async def _answer_from_frames(self, request: Any, raw_request: Request | None, file_id: str) -> Any:
         record = self._service.file(file_id, "model")
+        cap = self._service.settings.max_frames_bytes
+        if record.bytes > cap:
+            message = f"Videos above {cap / 1e6:.0f} MB are answered from their adapter only: leave out f2l.mode."
+            raise bad_request("video_too_large_for_frames", message, "f2l")
         path = self._service.store.video_path(record.sha256)
         token = compat.asked_model.set(request.model)
         try:
@@ -128,7 +126,6 @@ class CompletionHandler(_Handler):
     async def create_completion(self, request: Any, raw_request: Request | None = None) -> Any:
         """vLLM's method, with the video resolved first."""
         how = self._options(request, raw_request)
-        self._check_name(request.model)
         if not (request.model or "").startswith(FILE_PREFIX):
             return await self._inner.create_completion(request, raw_request)
         if how.mode == "frames":
@@ -139,9 +136,8 @@ class CompletionHandler(_Handler):
 class Guard:
     """A vLLM handler that does not know videos: a request that names one is refused, not answered without it."""
 
-    def __init__(self, inner: Any, service: VideoService) -> None:
+    def __init__(self, inner: Any) -> None:
         self._inner = inner
-        self._service = service
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._inner, name)
@@ -150,8 +146,7 @@ class Guard:
 
         @functools.wraps(attribute)
         async def guarded(request: Any, *args: Any, **kwargs: Any) -> Any:
-            model = getattr(request, "model", None) or ""
-            if model.startswith(FILE_PREFIX) or model in self._service.registry:
+            if (getattr(request, "model", None) or "").startswith(FILE_PREFIX):
                 message = "This route does not answer about videos: use /v1/chat/completions or /v1/completions."
                 headers = {"X-Should-Retry": "false"}
                 raise APIError(

@@ -66,7 +66,8 @@ def file_ids(messages: list[Any]) -> list[str]:
     for part in _parts(messages):
         kind = part.get("type")
         if kind == "file":
-            file_id = (part.get("file") or {}).get("file_id")
+            file = part.get("file")
+            file_id = file.get("file_id") if isinstance(file, dict) else None
             if not isinstance(file_id, str) or not file_id:
                 raise bad_request(
                     "invalid_request", "A 'file' part needs file.file_id, from POST /v1/files.", "messages"

@@ -1,6 +1,6 @@
 """The registry: adapters that the engine may be asked for, each held by a lease while a question uses it.
 
-An adapter enters vLLM's dynamic registry under its content-addressed name with the int id of the catalog, is loaded
+An adapter enters vLLM's dynamic registry with its content-addressed name and the int id of the catalog, is loaded
 by `add_lora` before any question is generated (so that a load never happens inside an engine step with its file
 gone), and leaves only when no lease is left: name, then engine, then files.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
@@ -22,12 +23,13 @@ logger = logging.getLogger(__name__)
 
 
 class AdapterLost(RuntimeError):
-    """A published adapter is missing or damaged on disk, or the engine will not load it."""
+    """A published adapter is missing or damaged on disk."""
 
 
 @dataclass
 class _Entry:
     record: AdapterRecord
+    key: str
     request: Any
     leases: int = 0
     resident: bool = False
@@ -41,7 +43,8 @@ class Lease:
     def __init__(self, registry: Registry, entry: _Entry) -> None:
         self._registry, self._entry = registry, entry
         self._held = True
-        self.name = entry.record.name
+        self.adapter = entry.record
+        self.key = entry.key
 
     def release(self) -> None:
         """The question has ended."""
@@ -71,23 +74,27 @@ class Registry:
         self._host_slots = host_slots
         self._wanted = wanted
         self._loop = asyncio.get_running_loop()
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # by adapter name, least recently used first
+        # vLLM's other routes take any key of its registry as a model. Only this server's handlers know the keys, so
+        # nobody reaches an adapter past them, without a lease or with another caller's file.
+        self._secret = secrets.token_hex(16)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return name in self._entries
 
     async def acquire(self, record: AdapterRecord) -> Lease:
         """Make the adapter resident and hold it.
 
         Raises:
-            AdapterLost: its files are damaged, or the engine refuses them; nothing is registered then.
+            AdapterLost: its files are missing or damaged.
+            Exception: what the engine says when it cannot load them. Nothing is registered in either case.
         """
         entry = self._entries.get(record.name)
         if entry is None:
             path = str(self._store.adapter_path(record.name))
             request = compat.new_lora_request(record.name, record.id, path, self._base_model)
-            entry = self._entries[record.name] = _Entry(record, request)
+            entry = self._entries[record.name] = _Entry(record, f"{record.name}:{self._secret}", request)
         # Weights of a name never change, so an adapter that was deleted and published again while in use goes on
         # under the int id the engine knows.
         entry.doomed = False
@@ -120,14 +127,11 @@ class Registry:
             await asyncio.to_thread(self._store.verify_adapter, name)
         except StoreError as error:
             raise AdapterLost(str(error)) from error
-        try:
-            await self._engine.add_lora(entry.request)
-        except Exception as error:
-            raise AdapterLost(f"the engine could not load adapter {name}: {error}") from error
+        await self._engine.add_lora(entry.request)
         entry.resident = True
-        self._names[name] = entry.request
+        self._names[entry.key] = entry.request
         self._forget_evicted()
-        metrics.RESIDENT.set(len(self._names))
+        metrics.RESIDENT.set(len(self._entries))
 
     def _forget_evicted(self) -> None:
         """The engine keeps `host_slots` adapters, least recently used out first; idle ones beyond load again."""
@@ -136,10 +140,11 @@ class Registry:
             self._forget(entry)
 
     def _forget(self, entry: _Entry) -> None:
-        self._names.pop(entry.record.name, None)
-        self._entries.pop(entry.record.name, None)
         entry.resident = False
-        metrics.RESIDENT.set(len(self._names))
+        if self._entries.get(entry.record.name) is entry:
+            del self._entries[entry.record.name]
+            self._names.pop(entry.key, None)
+        metrics.RESIDENT.set(len(self._entries))
 
     def _release(self, entry: _Entry) -> None:
         entry.leases -= 1
@@ -154,7 +159,7 @@ class Registry:
     async def _bury(self, entry: _Entry) -> None:
         self._forget(entry)
         try:
-            await self._engine.remove_lora(entry.record.id)
+            await self._engine.remove_lora(entry.request.lora_int_id)
         except Exception:
             logger.exception("adapter %s could not be removed from the engine", entry.record.name)
         await self._remove_files(entry.record.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from f2l_vllm.adapters.catalog import Catalog, QueueFull, Removal
 from f2l_vllm.adapters.states import IN_WORK, VideoState
 from f2l_vllm.adapters.store import Store
 from f2l_vllm.adapters.tables import FileRecord
-from f2l_vllm.pool.messages import Event, Failed, Published
-from f2l_vllm.pool.pool import Pool
+from f2l_vllm.pool.process import PoolProcess
 from f2l_vllm.serving import metrics
 from f2l_vllm.serving.errors import APIError, HTTPStatus, video_failed, video_not_found, video_not_ready
 from f2l_vllm.serving.registry import AdapterLost, Lease, Registry
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 # One tenant until keys tell callers apart; the catalog keeps tenants separate already.
 TENANT = "default"
 _MAINTENANCE_SECONDS = 5.0
+_REMAKES = 1
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,26 @@ class VideoService:
     """Everything the routes and the chat handler ask for. Lives on the API server's event loop."""
 
     def __init__(
-        self, settings: Settings, revisions: Revisions, catalog: Catalog, store: Store, registry: Registry, pool: Pool
+        self,
+        settings: Settings,
+        revisions: Revisions,
+        catalog: Catalog,
+        store: Store,
+        registry: Registry,
+        pool: PoolProcess | None,
+        is_stopping: Callable[[], bool],
     ) -> None:
+        """`pool` is None when other processes run the workers; `is_stopping` says whether the server shuts down."""
         self.settings = settings
         self.catalog = catalog
         self.store = store
         self.registry = registry
         self.pool = pool
         self._revisions = revisions
-        self._watcher = Watcher(catalog)
-        self._entering: dict[str, asyncio.Lock] = {}
+        self._is_stopping = is_stopping
+        self._watcher = Watcher(catalog, is_stopping)
+        # Keeping bytes and entering them, or forgetting both, is one step for videos whose hashes share a lock.
+        self._entering = [asyncio.Lock() for _ in range(64)]
 
     async def enter(
         self, temporary: Path, *, sha256: str, size: int, filename: str, purpose: str, expires_at: float | None
@@ -70,8 +81,7 @@ class VideoService:
         Raises:
             APIError: `queue_full`, with `Retry-After`; nothing is kept then.
         """
-        lock = self._entering.setdefault(sha256, asyncio.Lock())
-        async with lock:
+        async with self._entering_lock(sha256):
             await asyncio.to_thread(self.store.keep_video, temporary, sha256)
             try:
                 record = await asyncio.to_thread(
@@ -91,8 +101,6 @@ class VideoService:
                 message = f"{error}. Try again in about {error.retry_after} s."
                 headers = {"Retry-After": str(error.retry_after)}
                 raise APIError(HTTPStatus.TOO_MANY_REQUESTS, "queue_full", message, headers=headers) from error
-        if not lock.locked():
-            self._entering.pop(sha256, None)
         metrics.UPLOADS.labels(str(record.state is VideoState.PROCESSED).lower()).inc()
         metrics.UPLOAD_BYTES.inc(size)
         return record
@@ -116,10 +124,12 @@ class VideoService:
         """
         started = time.monotonic()
         record = self.file(file_id, param)
-        if record.state in IN_WORK and wait > 0:
-            await self._watcher.wait(file_id, wait)
-            metrics.WAIT_SECONDS.observe(time.monotonic() - started)
+        while record.state in IN_WORK and (left := started + wait - time.monotonic()) > 0:
+            await self._watcher.wait(file_id, left)
+            self._refuse_when_stopping()
             record = self.file(file_id, param)
+        if wait > 0:
+            metrics.WAIT_SECONDS.observe(time.monotonic() - started)
         if record.state is VideoState.ERROR:
             raise video_failed(file_id, record.error_code, record.error_message)
         if record.state in IN_WORK:
@@ -133,7 +143,7 @@ class VideoService:
             APIError: as `ready`.
         """
         deadline = time.monotonic() + wait
-        while True:
+        for _ in range(_REMAKES + 1):
             record = await self.ready(file_id, max(0.0, deadline - time.monotonic()), param)
             adapter = self.catalog.adapter(record.adapter_name)
             if adapter is None:
@@ -142,8 +152,10 @@ class VideoService:
                 return await self.registry.acquire(adapter)
             except AdapterLost as error:
                 logger.warning("making an adapter again: %s", error)
-                await self.registry.remove(adapter)
-                await asyncio.to_thread(self.catalog.forget_adapter, adapter.name, queue_limit=1 << 30)
+                await asyncio.to_thread(self.store.remove_adapter, adapter.name)
+                await asyncio.to_thread(self.catalog.forget_adapter, adapter, queue_limit=1 << 30)
+        message = f"The adapter of '{file_id}' is damaged each time it is made: check the disk that holds F2L_HOME."
+        raise APIError(HTTPStatus.INTERNAL_SERVER_ERROR, "adapter_damaged", message)
 
     async def remove(self, file_id: str) -> None:
         """Delete a file: catalog first, then whatever nobody else refers to.
@@ -157,40 +169,52 @@ class VideoService:
         await self._clean(removal)
 
     def is_ready(self) -> bool:
-        """Whether uploads get internalized: a worker is alive here, or another process runs the workers."""
-        return not self.settings.hypernetwork_workers or not self.pool.is_running or bool(self.pool.workers())
+        """Whether uploads get internalized: a worker is alive, or other processes run the workers."""
+        return self.pool is None or self.pool.workers > 0
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the server shuts down: nothing may be waited for."""
+        return self._is_stopping()
 
     async def maintain(self) -> None:
         """Expire files and refresh gauges, until cancelled."""
         while True:
             try:
                 for removal in await asyncio.to_thread(self.catalog.expire_files, time.time()):
-                    await self._clean(removal)
+                    try:
+                        await self._clean(removal)
+                    except Exception:
+                        logger.exception("%s left files behind; they are swept later", removal.file.id)
                 states, queued, running = await asyncio.to_thread(self.catalog.counts)
                 for state in VideoState:
                     metrics.VIDEOS.labels(state.value).set(states.get(state.value, 0))
                 metrics.JOBS.labels("queued").set(queued)
                 metrics.JOBS.labels("running").set(running)
-                metrics.WORKERS.set(len(self.pool.workers()))
+                metrics.WORKERS.set(self.pool.workers if self.pool is not None else 0)
             except Exception:
                 logger.exception("maintenance failed and goes on")
             await asyncio.sleep(_MAINTENANCE_SECONDS)
 
     async def _clean(self, removal: Removal) -> None:
         if removal.orphaned_video:
-            async with self._entering.setdefault(removal.file.sha256, asyncio.Lock()):
+            async with self._entering_lock(removal.file.sha256):
                 if not self.catalog.has_video(removal.file.sha256):
                     await asyncio.to_thread(self.store.remove_video, removal.file.sha256)
-            self._entering.pop(removal.file.sha256, None)
         if removal.orphaned_adapter is not None:
             await self.registry.remove(removal.orphaned_adapter)
 
+    def _entering_lock(self, sha256: str) -> asyncio.Lock:
+        return self._entering[int(sha256[:8], 16) % len(self._entering)]
 
-def count_event(event: Event) -> None:
-    """The pool's events as metrics."""
-    if isinstance(event, Published):
-        metrics.INTERNALIZED.labels("published").inc()
-        for stage, seconds in event.info.get("seconds", {}).items():
-            metrics.STAGE_SECONDS.labels(stage).observe(seconds)
-    elif isinstance(event, Failed):
-        metrics.INTERNALIZED.labels("failed").inc()
+    def _refuse_when_stopping(self) -> None:
+        if self._is_stopping():
+            message = "The server is shutting down. Ask again when it is back; the video's work is not lost."
+            raise APIError(HTTPStatus.SERVICE_UNAVAILABLE, "shutting_down", message, headers={"Retry-After": "10"})
+
+
+def count_outcome(outcome: str, seconds: dict[str, float]) -> None:
+    """The end of a job as metrics: `published` or `failed`, and seconds by stage."""
+    metrics.INTERNALIZED.labels(outcome).inc()
+    for stage, value in seconds.items():
+        metrics.STAGE_SECONDS.labels(stage).observe(value)

@@ -149,7 +149,7 @@ def _expires_at(form: FormData) -> float | None:
     if anchor is None and seconds is None:
         return None
     low, high = _EXPIRY_SECONDS
-    if anchor != "created_at" or not str(seconds).isdigit() or not low <= int(str(seconds)) <= high:
+    if anchor != "created_at" or not str(seconds).isdecimal() or not low <= int(str(seconds)) <= high:
         message = f"expires_after needs the anchor 'created_at' and between {low} and {high} seconds."
         raise bad_request("invalid_expires_after", message, "expires_after")
     return time.time() + int(str(seconds))

@@ -72,8 +72,19 @@ def test_videos_lie_under_their_hash_once(store):
 def test_sweep_removes_what_an_interrupted_process_left(store, tmp_path):
     store.temporary().write_bytes(b"half a video")
     store.temporary().mkdir()
-    store.sweep()
+    kept, lost = (hashlib.sha256(text).hexdigest() for text in (b"kept", b"lost"))
+    for sha256 in (kept, lost):
+        temporary = store.temporary()
+        temporary.write_bytes(b"video")
+        store.keep_video(temporary, sha256)
+    for name in ("f2l-kept", "f2l-lost"):
+        store.publish_adapter(name, write("weights"), {})
+    store.sweep(keep={kept, "f2l-kept"}.__contains__)  # too young to be called lost
+    assert len(list((tmp_path / "tmp").iterdir())) == 2
+    store.sweep(keep={kept, "f2l-kept"}.__contains__, older_than_s=-1)
     assert list((tmp_path / "tmp").iterdir()) == []
+    assert [p.name for p in (tmp_path / "adapters").iterdir()] == ["f2l-kept"]
+    assert [p.name for p in (tmp_path / "videos").glob("*/*")] == [kept]
 
 
 @pytest.mark.parametrize("name", ["../escape", "", "A", "f2l/1", ".", "x" * 200])

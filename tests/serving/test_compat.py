@@ -51,7 +51,8 @@ def test_handlers_take_a_request_and_the_raw_request():
 
 def test_a_lora_request_never_reloads_in_place():
     request = compat.new_lora_request("f2l-x", 7, "/adapters/f2l-x", "base")
-    assert (request.lora_name, request.lora_int_id, request.lora_path) == ("f2l-x", 7, "/adapters/f2l-x")
+    assert (request.lora_name, request.lora_path) == ("f2l-x", "/adapters/f2l-x")
+    assert 1 << 20 < request.lora_int_id < 1 << 31  # above --lora-modules, which count from 1; int32 in the engine
     assert request.load_inplace is False
 
 
@@ -67,6 +68,24 @@ def test_chat_requests_keep_file_parts_and_our_options():
     request = ChatCompletionRequest.model_validate(body)
     assert request.messages[0]["content"][0] == part
     assert request.model_extra["f2l"] == {"mode": "frames"}
+
+
+def test_the_server_says_that_it_stops_before_it_waits_for_requests():
+    from vllm.entrypoints.launchers import launcher
+
+    source = inspect.getsource(launcher)
+    assert "app.state.server = server" in source
+    assert "should_exit = True" in source
+    state = State({})
+    assert not compat.is_stopping(state)
+    state.server = Namespace(should_exit=True)
+    assert compat.is_stopping(state)
+
+
+def test_the_key_check_covers_these_prefixes():
+    from vllm.entrypoints.serve.middleware import authenticate
+
+    assert compat.GUARDED_PREFIXES == authenticate.GUARDED_PREFIX
 
 
 def test_the_endpoint_plugin_fits_vllms_protocol():
@@ -87,6 +106,8 @@ def test_environments_that_bypass_or_open_the_server_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="bypasses Python plugins"):
         compat.check_environment(Namespace())
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
+    with pytest.raises(ValueError, match="--api-server-count must be 1"):
+        compat.check_environment(Namespace(api_server_count=2))
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
     with pytest.raises(ValueError, match="unset it"):
         compat.check_environment(Namespace())

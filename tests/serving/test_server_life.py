@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -115,6 +116,16 @@ def test_without_the_key_nothing_is_told(second_life, first_life):
         assert httpx.request(method, second_life.url + path).status_code == 401
 
 
+def test_no_route_answers_without_the_key(second_life, first_life):
+    headers = {"Authorization": f"Bearer {KEY}"}
+    body = {"model": next(iter(first_life[0])), "messages": QUESTION}
+    for path in ("/invocations", "/tokenize", "/detokenize", "/generative_scoring", "/openapi.json", "/docs"):
+        assert httpx.post(second_life.url + path, json=body).status_code in (404, 405), path
+        assert httpx.post(second_life.url + path, json=body, headers=headers).status_code in (404, 405), path
+    for path in ("/health", "/ready", "/metrics"):
+        assert httpx.get(second_life.url + path).status_code == 200
+
+
 def test_an_upload_over_the_cap_is_refused_before_it_is_sent(second_life):
     connection = http.client.HTTPConnection(second_life.url.removeprefix("http://"), timeout=30)
     connection.putrequest("POST", "/v1/files")
@@ -125,6 +136,24 @@ def test_an_upload_over_the_cap_is_refused_before_it_is_sent(second_life):
     response = connection.getresponse()
     assert (response.status, json.loads(response.read())["error"]["code"]) == (413, "file_too_large")
     assert httpx.get(f"{second_life.url}/health").status_code == 200
+
+
+def test_a_server_that_stops_lets_nobody_hang(second_life, clips):
+    """Without workers a video waits for ever: so would its question and its events. The module's last use of it."""
+    file = second_life.client.files.create(file=clips[2], purpose="vision")
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with ThreadPoolExecutor() as threads:
+        question = threads.submit(ask, second_life, file.id, extra_headers={"X-F2L-Wait": "3600"})
+        url = f"{second_life.url}/v1/files/{file.id}/events"
+        events = threads.submit(httpx.get, url, headers=headers, timeout=120)
+        time.sleep(1)
+        assert not question.done()
+        assert not events.done()
+        assert second_life.stop() == 0
+        with pytest.raises(openai.InternalServerError) as error:
+            question.result(30)
+        assert error.value.code == "shutting_down"
+        assert events.result(30).text.endswith("data: [DONE]\n\n")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""`python -m f2l_vllm.pool SPEC`: the pool as a process of its own, so that Ray's life and the server's are apart.
+
+Waits for the data folder if another pool has it, then runs until standard input closes, which is how it learns that its
+server has gone. Says one JSON object a line: `{"workers": N}` when that changes, `{"outcome": …, "seconds": {…}}` when
+a job ends. Everything else, jobs and their states, is in the catalog.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from f2l_vllm.adapters.catalog import Catalog
+from f2l_vllm.adapters.store import Store
+from f2l_vllm.pool.messages import Event, Failed, Published, WorkerSpec
+from f2l_vllm.pool.pool import Pool, PoolConfig
+from f2l_vllm.settings import Settings
+
+_TICK_SECONDS = 0.1
+
+
+def main(spec_json: str) -> int:
+    """Run the pool; the exit code is 0 unless workers could not be started any more."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s [%(name)s] %(message)s")
+    settings = Settings()
+    spec = _spec(json.loads(spec_json))
+    orphaned = threading.Event()
+    threading.Thread(target=_until_closed, args=(orphaned,), daemon=True).start()
+
+    def say(**message: Any) -> None:
+        sys.stdout.write(json.dumps(message) + "\n")
+        sys.stdout.flush()
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Published):
+            say(outcome="published", seconds=event.info.get("seconds", {}))
+        elif isinstance(event, Failed):
+            say(outcome="failed", seconds={})
+
+    catalog = Catalog(settings.database_url)
+    config = PoolConfig(
+        workers=settings.hypernetwork_workers,
+        cpus=settings.worker_cpus,
+        gpus=settings.worker_gpus,
+        ray_address=settings.ray_address,
+        job_attempts=settings.job_attempts,
+        job_seconds=settings.job_seconds,
+    )
+    pool = Pool(config, spec, catalog, Store(spec.home), on_event)
+    while not pool.start(wait_seconds=1.0):
+        if orphaned.is_set():
+            return 0
+    known = -1
+    while not orphaned.wait(_TICK_SECONDS) and not pool.failed.is_set():
+        if (workers := len(pool.workers())) != known:
+            known = workers
+            say(workers=workers)
+    pool.stop()
+    catalog.close()
+    return int(pool.failed.is_set())
+
+
+def _until_closed(orphaned: threading.Event) -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    orphaned.set()
+
+
+def _spec(values: dict[str, Any]) -> WorkerSpec:
+    kinds = get_type_hints(WorkerSpec)
+    return WorkerSpec(**{f.name: kinds[f.name](values[f.name]) for f in fields(WorkerSpec)})
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

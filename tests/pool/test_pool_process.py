@@ -1,0 +1,107 @@
+"""The pool as a process of its own: it is replaced when it dies, and it dies with its server."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pool.test_pool import Bench
+from video.videos import write_video
+
+from f2l_vllm.adapters.states import VideoState
+from f2l_vllm.pool.messages import WorkerSpec
+from f2l_vllm.pool.process import PoolProcess
+
+WAIT_SECONDS = 180
+
+
+def until(condition):
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def session(pid):
+    """Every living process of a session."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[3]) == pid and fields[0] != "Z":
+                found.add(int(entry.name))
+    return found
+
+
+def spec(home, model):
+    return WorkerSpec(
+        model=model,
+        hypernetwork=model / "hypernetwork",
+        home=home,
+        base_name="base",
+        max_rank=64,
+        max_seconds=3600,
+        max_pixels=10**7,
+        threads=1,
+    )
+
+
+def test_a_killed_pool_is_replaced_and_a_stopped_one_leaves_nothing(tmp_path, hypernetwork_model, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("F2L_HOME", str(home))
+    bench = Bench(home, hypernetwork_model)  # for its catalog and store; its own pool is never started
+    outcomes = []
+    pool = PoolProcess(spec(home, hypernetwork_model), lambda outcome, seconds: outcomes.append((outcome, seconds)))
+    pool.start()
+    try:
+        until(lambda: pool.workers == 1)
+        first = pool._process.pid
+        os.kill(first, signal.SIGKILL)
+        until(lambda: pool.workers == 0)
+        record = bench.add(write_video(tmp_path / "a.mp4"))
+        bench.wait(record, VideoState.PROCESSED)
+        second = pool._process.pid
+        assert second != first
+        until(lambda: outcomes)
+        assert outcomes[0][0] == "published"
+        assert outcomes[0][1]["decode"] > 0
+    finally:
+        pool.stop()
+    until(lambda: not session(first) and not session(second))
+
+
+def test_a_pool_whose_server_is_gone_stops(tmp_path, hypernetwork_model):
+    home = tmp_path / "home"
+    home.mkdir()
+    program = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from f2l_vllm.pool.messages import WorkerSpec\n"
+        "from f2l_vllm.pool.process import PoolProcess\n"
+        f"home, model = Path({str(home)!r}), Path({str(hypernetwork_model)!r})\n"
+        "spec = WorkerSpec(model, model / 'hypernetwork', home, 'base', 64, 3600.0, 10**7, 1)\n"
+        "pool = PoolProcess(spec, lambda *_: None)\n"
+        "pool.start()\n"
+        "while not pool.workers:\n"
+        "    time.sleep(0.05)\n"
+        "sys.stdout.write(str(pool._process.pid) + '\\n')\n"
+        "sys.stdout.flush()\n"
+        "time.sleep(600)\n"
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "F2L_HOME": str(home)},
+    )
+    pool_pid = int(server.stdout.readline())
+    assert len(session(pool_pid)) > 2  # Ray and the worker
+    server.kill()
+    server.wait()
+    until(lambda: not session(pool_pid))
