@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from f2l_vllm import torch_shims
-from f2l_vllm.video.decode import TOLERATED_MISSING, decode_frames, read_timeline
+from f2l_vllm.video.decode import TOLERATED_MISSING, Timeline, decode_frames, read_timeline
 from f2l_vllm.video.probe import Limits, VideoInfo, check, check_size, probe
 
 torch_shims.install()
@@ -81,28 +81,66 @@ def sample_video(
         VideoError: the video cannot be used; its message says why and what to do.
         FileNotFoundError: no such file.
     """
-    limits, sampling = limits or Limits(), sampling or Sampling()
-    check_size(Path(path).stat().st_size, limits)
+    sampling = sampling or Sampling()
+    source = open_source(path, limits or Limits())
+    return source.take(source.indices(processor, sampling, 0, source.info.frame_count), sampling)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked video file, and how frames are taken from it.
+
+    Attributes:
+        info: the header, its frames and duration as they are shown.
+        timeline: when each frame is shown, or None where the packets do not say.
+    """
+
+    path: Path
+    info: VideoInfo
+    timeline: Timeline | None
+
+    def indices(self, processor: Any, sampling: Sampling, first: int, end: int) -> list[int]:
+        """The frames that the processor's own sampler takes from the frames `first` to `end` (exclusive)."""
+        sampler = processor.video_processor
+        chosen = sampler.sample_frames(
+            metadata=self._metadata(end - first),
+            num_frames=sampling.max_frames or sampler.num_frames,
+            fps=sampling.fps or sampler.fps,
+        )
+        return [first + int(index) for index in chosen]
+
+    def take(self, indices: list[int], sampling: Sampling) -> SampledVideo:
+        """Decode these frames; their timestamps are those of the whole video."""
+        metadata = self._metadata(self.info.frame_count)
+        metadata.frames_indices = list(indices)
+        frames_NHW3 = decode_frames(self.path, indices, self.info.frame_count, self.timeline)
+        return SampledVideo(frames_NHW3, metadata, self.info, sampling)
+
+    def _metadata(self, frames: int) -> VideoMetadata:
+        info = self.info
+        return VideoMetadata(
+            total_num_frames=frames,
+            fps=info.fps,
+            width=info.width,
+            height=info.height,
+            duration=float(frames / Fraction(info.fps).limit_denominator(2**20)),  # rounds as transformers does
+            video_backend="pyav",
+        )
+
+
+def open_source(path: str | Path, limits: Limits) -> Source:
+    """Probe and check a video file.
+
+    Raises:
+        VideoError: the video cannot be used; its message says why and what to do.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    check_size(path.stat().st_size, limits)
     info = probe(path)
     check(info, limits)
     timeline = read_timeline(path)
     if timeline is not None and timeline.hidden > TOLERATED_MISSING:
         shown = len(timeline.times)
         info = replace(info, frame_count=shown, duration_s=shown / info.fps)
-    metadata = VideoMetadata(
-        total_num_frames=info.frame_count,
-        fps=info.fps,
-        width=info.width,
-        height=info.height,
-        duration=float(info.frame_count / Fraction(info.fps).limit_denominator(2**20)),  # rounds as transformers does
-        video_backend="pyav",
-    )
-    sampler = processor.video_processor
-    metadata.frames_indices = sampler.sample_frames(
-        metadata=metadata,
-        num_frames=sampling.max_frames or sampler.num_frames,
-        fps=sampling.fps or sampler.fps,
-    )
-    indices = [int(index) for index in metadata.frames_indices]
-    frames_NHW3 = decode_frames(path, indices, info.frame_count, timeline)
-    return SampledVideo(frames_NHW3, metadata, info, sampling)
+    return Source(path, info, timeline)
