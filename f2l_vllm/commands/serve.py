@@ -91,7 +91,7 @@ def _has_gpu() -> bool:
 
 def _adapter_shape(weights: Path) -> tuple[int, list[str]]:
     """Total rank of one video's adapter, and its target modules."""
-    from f2l_vllm.hypernetwork.model import Hypernetwork
+    from f2l_vllm.hypernetwork.model import read_config
 
-    config = Hypernetwork.load(weights).config
+    config = read_config(weights)
     return 2 * config.rank, sorted(config.modules)
