@@ -35,6 +35,8 @@ class Adapter:
     Attributes:
         factors: module -> (A [L, R, I], B [L, R, O]), in the dtype they were generated in.
         scale: factor s on the adapter's output, not folded into the factors.
+        spans: (start, end) in seconds of the video for each chunk, in the order of their rank blocks; the last block,
+            which holds the bias, has none. Empty when the whole video is one chunk.
         info: how the adapter came to be (frames, durations ...); not saved.
 
     Raises:
@@ -43,6 +45,7 @@ class Adapter:
 
     factors: Factors
     scale: float
+    spans: tuple[tuple[float, float], ...] = ()
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,7 +75,7 @@ class Adapter:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
         """The same adapter on another device or in another dtype."""
         factors = {name: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in self.factors.items()}
-        return Adapter(factors, self.scale, dict(self.info))
+        return Adapter(factors, self.scale, self.spans, dict(self.info))
 
     def tensors(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
         """PEFT's tensors: `lora_A` [R, I] and `lora_B` [O, R] per layer, the scale folded into B.

@@ -27,7 +27,7 @@ from f2l_vllm.video.sample import SampledVideo
 
 INSTRUCTION = "Internalize this video for later captioning."
 FRAMES_AT_ONCE = 16  # prepared at once: at their own size, which a large video makes large
-VISION_HIDDEN_AT_ONCE = 2**25  # hidden activations of a vision MLP: 128 MiB in fp32, ten frames of the released models
+VISION_HIDDEN_AT_ONCE = 2**24  # hidden activations of a vision MLP: 64 MiB in fp32, five frames of the released models
 
 OnLayer = Callable[[int, Tensor], None]
 

@@ -22,6 +22,7 @@ from f2l_vllm.hypernetwork.base_model import check_fit, name_of
 from f2l_vllm.hypernetwork.batching import group_by_length, run_groups
 from f2l_vllm.hypernetwork.encoder import VideoEncoder, pad_mask
 from f2l_vllm.hypernetwork.model import Hypernetwork
+from f2l_vllm.video.chunks import ChunkedVideo, Chunking, cut_video
 from f2l_vllm.video.probe import Limits
 from f2l_vllm.video.sample import SampledVideo, Sampling, sample_video
 
@@ -47,13 +48,11 @@ class NotEnoughMemoryError(MemoryError):
 
 
 @dataclass
-class _Pass:
-    """What one pass over some videos gives: their factors in order, and where its seconds went."""
+class _Generated:
+    """One video's factors, before the learned bias is appended, and what `Adapter.info` says of it."""
 
-    factors: list[Factors]
-    visual_tokens: list[int]
-    prompt_tokens: list[int]
-    seconds: dict[str, float]
+    factors: Factors
+    info: dict[str, Any]
 
 
 class Internalizer:
@@ -129,11 +128,15 @@ class Internalizer:
         """Where the model and the hypernetwork compute."""
         return self.hyper.head.weight.device
 
-    def internalize(self, path: str | Path, on_progress: Progress | None = None) -> Adapter:
+    def internalize(
+        self, path: str | Path, on_progress: Progress | None = None, chunking: Chunking | None = None
+    ) -> Adapter:
         """Turn a video file into an adapter.
 
         Args:
             path: a local video file.
+            chunking: cut the video and compose the chunks' adapters in rank space, the bias once; one pass over the
+                whole video when None.
             on_progress: called with a stage ("decode", "encode", "generate", "compose") and the fraction of it that
                 is done, at the start and the end of every stage and after each text layer.
 
@@ -148,6 +151,10 @@ class Internalizer:
         """
         report = on_progress or _no_progress
         report("decode", 0.0)
+        if chunking is not None:
+            return self._internalize_chunks(
+                cut_video(path, self.processor, chunking, self.limits, self.sampling), report
+            )
         started = perf_counter()
         sampled = sample_video(path, self.processor, self.limits, self.sampling)
         seconds = {"decode": perf_counter() - started}
@@ -159,9 +166,9 @@ class Internalizer:
     def internalize_frames(self, sampled: SampledVideo, on_progress: Progress | None = None) -> Adapter:
         """As `internalize`, from frames that were decoded elsewhere."""
         report = on_progress or _no_progress
-        done = self._run([sampled], [self.encoder.tokens(sampled)], report)
+        (generated,) = self._run([sampled], [self.encoder.tokens(sampled)], report)
         report("compose", 0.0)
-        adapter = self._adapter(sampled, done, 0)
+        adapter = self._compose([generated])
         report("compose", 1.0)
         return adapter
 
@@ -181,25 +188,59 @@ class Internalizer:
 
         Raises:
             NotEnoughMemoryError: a video does not fit even alone; the error holds the others' adapters.
+            ValueError: `max_tokens` is not positive.
         """
+        return [self._compose([generated]) for generated in self._generate(videos, max_tokens)]
+
+    def internalize_chunks(self, chunks: Sequence[SampledVideo], max_tokens: int | None = None) -> Adapter:
+        """One adapter of rank (K + 1) R from K chunks of a video, or from K videos, passing together.
+
+        Args, raises: as `internalize_many`. In `info`, counts and seconds are sums and `chunks` is K.
+        """
+        return self._compose(self._generate(chunks, max_tokens))
+
+    def _internalize_chunks(self, chunked: ChunkedVideo, report: Progress) -> Adapter:
+        """Decode and read one chunk after the other, so that one chunk's frames are held at a time; then compose."""
+        generated: list[_Generated] = []
+
+        def part(stage: str, fraction: float) -> None:
+            if stage == "encode":
+                report(stage, (len(generated) + fraction) / len(chunked))
+
+        for index in range(len(chunked)):
+            started = perf_counter()
+            sampled = chunked.decode(index)
+            decoding = perf_counter() - started
+            if index == 0:
+                report("decode", 1.0)
+            (one,) = self._run([sampled], [self.encoder.tokens(sampled)], part)
+            one.info["seconds"] = {"decode": decoding, **one.info["seconds"]}
+            generated.append(one)
+        report("generate", 1.0)
+        report("compose", 0.0)
+        adapter = self._compose(generated)
+        adapter.spans = tuple(chunked.spans)
+        adapter.info["spans"] = [list(span) for span in chunked.spans]
+        report("compose", 1.0)
+        return adapter
+
+    def _generate(self, videos: Sequence[SampledVideo], max_tokens: int | None) -> list[_Generated]:
         ids = [self.encoder.tokens(sampled) for sampled in videos]
-
-        def run(group: Sequence[int]) -> list[Adapter]:
-            done = self._run([videos[index] for index in group], [ids[index] for index in group], _no_progress)
-            return [self._adapter(videos[index], done, place) for place, index in enumerate(group)]
-
         lengths = [len(one) for one in ids]
-        results, failures = run_groups(
-            group_by_length(lengths, TOKENS_PER_PASS if max_tokens is None else max_tokens), run
-        )
+
+        def run(group: Sequence[int]) -> list[_Generated]:
+            return self._run([videos[index] for index in group], [ids[index] for index in group], _no_progress)
+
+        groups = group_by_length(lengths, TOKENS_PER_PASS if max_tokens is None else max_tokens)
+        results, failures = run_groups(groups, run)
         if failures:
-            adapters = [results.get(index) for index in range(len(videos))]
+            adapters = [self._compose([results[i]]) if i in results else None for i in range(len(videos))]
             first = next(iter(failures.values()))
             raise NotEnoughMemoryError(adapters, {index: lengths[index] for index in failures}) from first
         return [results[index] for index in range(len(videos))]
 
     @torch.no_grad()
-    def _run(self, videos: Sequence[SampledVideo], ids: Sequence[Tensor], report: Progress) -> _Pass:
+    def _run(self, videos: Sequence[SampledVideo], ids: Sequence[Tensor], report: Progress) -> list[_Generated]:
         """One pass over all these videos."""
         clock = _Clock(self.device)
         report("encode", 0.0)
@@ -217,25 +258,36 @@ class Internalizer:
 
         self.encoder.read(ids, visual, on_layer)
         report("generate", 0.0)
-        batched = self.hyper.project(torch.stack(latents, dim=1))
-        factors = [{name: (a[row], b[row]) for name, (a, b) in batched.items()} for row in range(len(videos))]
+        factors = self.hyper.project(torch.stack(latents, dim=1))
         clock.lap("head")
         report("generate", 1.0)
-        return _Pass(factors, [len(one) for one in visual], [len(one) for one in ids], clock.seconds)
+        return [
+            _Generated(
+                {name: (a[row], b[row]) for name, (a, b) in factors.items()},
+                {
+                    "frames": len(sampled.frames),
+                    "timestamps": sampled.timestamps,
+                    "duration_s": sampled.info.duration_s,
+                    "width": sampled.info.width,
+                    "height": sampled.info.height,
+                    "visual_tokens": len(visual[row]),
+                    "prompt_tokens": len(ids[row]),
+                    "seconds": {stage: seconds / len(videos) for stage, seconds in clock.seconds.items()},
+                },
+            )
+            for row, sampled in enumerate(videos)
+        ]
 
-    def _adapter(self, sampled: SampledVideo, done: _Pass, place: int) -> Adapter:
-        adapter = self.hyper.compose([done.factors[place]])
-        adapter.info |= {
-            "frames": len(sampled.frames),
-            "timestamps": sampled.timestamps,
-            "duration_s": sampled.info.duration_s,
-            "width": sampled.info.width,
-            "height": sampled.info.height,
-            "visual_tokens": done.visual_tokens[place],
-            "prompt_tokens": done.prompt_tokens[place],
-            "rank": adapter.rank,
-            "seconds": {stage: seconds / len(done.factors) for stage, seconds in done.seconds.items()},
-        }
+    def _compose(self, chunks: Sequence[_Generated]) -> Adapter:
+        adapter = self.hyper.compose([chunk.factors for chunk in chunks])
+        infos = [chunk.info for chunk in chunks]
+        info = dict(infos[0])
+        if len(infos) > 1:
+            info |= {name: sum(one[name] for one in infos) for name in ("frames", "visual_tokens", "prompt_tokens")}
+            info["timestamps"] = [second for one in infos for second in one["timestamps"]]
+            info["seconds"] = {stage: sum(one["seconds"][stage] for one in infos) for stage in info["seconds"]}
+            info["chunks"] = len(infos)
+        adapter.info |= {**info, "rank": adapter.rank}
         return adapter
 
 

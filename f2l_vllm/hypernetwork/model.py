@@ -27,7 +27,7 @@ from f2l_vllm.hypernetwork.perceiver import EXPANSION, Perceiver
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT = "f2l-hypernetwork-1"
-TOKENS_AT_ONCE = 16384  # bounds the memory of `generate`: the MLP before the Perceiver holds 8 D numbers per token
+TOKENS_AT_ONCE = 4096  # of several layers in one pass of `generate`, when a layer has fewer
 
 
 class ResidualMLP(nn.Module):

@@ -77,6 +77,24 @@ def test_a_batch_gives_every_video_the_adapter_it_gets_alone_in_order(
         assert [have.info[key] for key in keys] == [want.info[key] for key in keys]
 
 
+def test_chunks_pass_together_and_are_composed_as_they_are_alone(
+    internalizer: Internalizer,  # noqa: F811
+    videos: list[SampledVideo],
+    alone: list[Adapter],
+) -> None:
+    rank = internalizer.hyper.config.rank
+    composed = internalizer.internalize_chunks(videos[:3])
+    assert composed.rank == composed.info["rank"] == 4 * rank
+    for name, pair in composed.factors.items():
+        for place, factor in enumerate(pair):
+            parts = [adapter.factors[name][place][:, :rank] for adapter in alone[:3]]
+            bias = alone[0].factors[name][place][:, rank:]
+            torch.testing.assert_close(factor, torch.cat([*parts, bias], dim=1), rtol=1e-4, atol=1e-5)
+    assert (composed.info["chunks"], composed.info["frames"]) == (3, sum(len(v.frames) for v in videos[:3]))
+    with pytest.raises(ValueError, match="nothing to compose"):
+        internalizer.internalize_chunks([])
+
+
 @pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY.keys())
 def test_a_pass_that_runs_out_of_memory_is_split_until_it_fits(
     internalizer: Internalizer,  # noqa: F811
