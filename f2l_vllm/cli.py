@@ -23,6 +23,12 @@ Hypernetwork = Annotated[
     typer.Option("--hypernetwork", help="Directory, released .pt file, or hub id; default: the model's own."),
 ]
 
+MaxFrames = Annotated[int | None, typer.Option(min=1, help="Frames read of a video or chunk; default: as trained.")]
+Fps = Annotated[float | None, typer.Option(min=0.001, help="Frames read per second, up to --max-frames.")]
+ChunkSeconds = Annotated[float | None, typer.Option(min=0.001, help="Cut videos into chunks of this many seconds.")]
+ChunkFrames = Annotated[int | None, typer.Option(min=1, help="Cut videos into chunks of this many frames.")]
+MaxChunks = Annotated[int | None, typer.Option(min=1, help="Most chunks of a video (each adds to the LoRA rank).")]
+
 
 def _version(value: bool) -> None:
     if value:
@@ -48,6 +54,11 @@ def serve(
     worker_cpus: Annotated[float | None, typer.Option(min=0, help="CPUs Ray reserves for each worker.")] = None,
     worker_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs, or a fraction, for each worker.")] = None,
     queue_limit: Annotated[int | None, typer.Option(min=1, help="Videos that may wait before queue_full.")] = None,
+    max_frames: MaxFrames = None,
+    fps: Fps = None,
+    chunk_seconds: ChunkSeconds = None,
+    chunk_frames: ChunkFrames = None,
+    max_chunks: MaxChunks = None,
     home: Annotated[Path | None, typer.Option(help="Data folder (F2L_HOME).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the vllm command and stop.")] = False,
 ) -> None:
@@ -62,6 +73,11 @@ def serve(
         "F2L_WORKER_CPUS": worker_cpus,
         "F2L_WORKER_GPUS": worker_gpus,
         "F2L_QUEUE_LIMIT": queue_limit,
+        "F2L_MAX_FRAMES": max_frames,
+        "F2L_FPS": fps,
+        "F2L_CHUNK_SECONDS": chunk_seconds,
+        "F2L_CHUNK_FRAMES": chunk_frames,
+        "F2L_MAX_CHUNKS": max_chunks,
         "F2L_HOME": home,
     }
     extra = list(context.args)
@@ -84,11 +100,19 @@ def internalize(
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the PEFT adapter; must not exist.")],
     model: Model = DEFAULT_MODEL,
     hypernetwork: Hypernetwork = None,
+    max_frames: MaxFrames = None,
+    fps: Fps = None,
+    chunk_seconds: ChunkSeconds = None,
+    chunk_frames: ChunkFrames = None,
+    max_chunks: MaxChunks = None,
 ) -> None:
     """Read a video once and write its LoRA adapter, without a server."""
+    from f2l_vllm.commands.local import Reading
     from f2l_vllm.commands.local import internalize as run
 
-    run(video, output, model, hypernetwork)
+    if chunk_seconds is not None and chunk_frames is not None:
+        raise typer.BadParameter("videos are cut by seconds or by frames: give one of them")
+    run(video, output, model, hypernetwork, Reading(max_frames, fps, chunk_seconds, chunk_frames, max_chunks or 15))
 
 
 @app.command()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -21,6 +21,11 @@ class Settings(BaseSettings):
     home: Path = Field(Path("~/.f2l"), description="Data folder: videos, adapters, catalog.")
     hypernetwork: str | None = Field(None, description="Hypernetwork: directory, released .pt file, or hub id.")
     hypernetwork_workers: int = Field(1, ge=0, description="Ray actors that internalize videos; 0: none here.")
+    max_frames: int | None = Field(None, ge=1, description="Frames read of a video or chunk; default: as trained.")
+    fps: float | None = Field(None, gt=0, description="Frames read per second, up to `max_frames`.")
+    chunk_seconds: float | None = Field(None, gt=0, description="Cut videos into chunks of this many seconds.")
+    chunk_frames: int | None = Field(None, ge=1, description="Cut videos into chunks of this many frames.")
+    max_chunks: int = Field(3, ge=1, description="Chunks there is room for: `serve` makes the LoRA rank large enough.")
     worker_cpus: float = Field(1.0, ge=0, description="CPUs that Ray reserves for each worker.")
     worker_gpus: float = Field(0.0, ge=0, description="GPUs, or a fraction of one, that Ray reserves for each worker.")
     ray_address: str | None = Field(None, description="A running Ray cluster; default: a private one, started here.")
@@ -33,10 +38,22 @@ class Settings(BaseSettings):
     max_video_seconds: float = Field(4 * 3600.0, gt=0, description="Longest video, seconds.")
     max_video_pixels: int = Field(8192 * 4320, ge=1, description="Largest frame, pixels.")
 
+    @model_validator(mode="after")
+    def _one_way_to_cut(self) -> Settings:
+        if self.chunk_seconds is not None and self.chunk_frames is not None:
+            raise ValueError("videos are cut by seconds or by frames: set one of chunk_seconds and chunk_frames")
+        return self
+
     @property
     def data_folder(self) -> Path:
         """`home` with `~` expanded, absolute."""
         return self.home.expanduser().absolute()
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """What was set of how frames are taken: it shapes the adapters, and is part of their names."""
+        names = ("max_frames", "fps", "chunk_seconds", "chunk_frames")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
     def database_url(self) -> str:

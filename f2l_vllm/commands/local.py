@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -12,6 +13,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from f2l_vllm import models, torch_shims
 
 console = Console()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a video is read; None: as the hypernetwork was trained, in one pass."""
+
+    max_frames: int | None = None
+    fps: float | None = None
+    chunk_seconds: float | None = None
+    chunk_frames: int | None = None
+    max_chunks: int = 1
+
+
 _STAGES = ("decode", "encode", "generate")
 
 
@@ -31,8 +45,15 @@ def _internalizer(model: str, hypernetwork: str | None):  # type: ignore[no-unty
         raise typer.BadParameter(str(error)) from error
 
 
-def _read(internalizer, video: Path):  # type: ignore[no-untyped-def]
+def _read(internalizer, video: Path, reading: Reading):  # type: ignore[no-untyped-def]
+    from f2l_vllm.video.chunks import Chunking
     from f2l_vllm.video.errors import VideoError
+    from f2l_vllm.video.sample import Sampling
+
+    internalizer.sampling = Sampling(reading.max_frames, reading.fps).or_else(internalizer.sampling)
+    chunking = None
+    if reading.chunk_seconds is not None or reading.chunk_frames is not None:
+        chunking = Chunking(reading.chunk_seconds, reading.chunk_frames, reading.max_chunks)
 
     with _bar() as bar:
         task = bar.add_task("decode", total=len(_STAGES))
@@ -42,19 +63,19 @@ def _read(internalizer, video: Path):  # type: ignore[no-untyped-def]
                 bar.update(task, description=stage, completed=_STAGES.index(stage) + fraction)
 
         try:
-            return internalizer.internalize(video, on_progress=report)
+            return internalizer.internalize(video, on_progress=report, chunking=chunking)
         except VideoError as error:
             console.print(f"[red]{error.code}[/]: {error}")
             raise typer.Exit(1) from error
 
 
-def internalize(video: Path, output: Path, model: str, hypernetwork: str | None) -> None:
+def internalize(video: Path, output: Path, model: str, hypernetwork: str | None, reading: Reading) -> None:
     """Write a video's PEFT adapter to `output`."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise typer.BadParameter(f"{output} exists already; name a new directory")
     internalizer, directory = _internalizer(model, hypernetwork)
     started = time.perf_counter()
-    adapter = _read(internalizer, video)
+    adapter = _read(internalizer, video, reading)
     adapter.save(output, base_model=str(directory))
     info = adapter.info
     console.print(
@@ -66,7 +87,7 @@ def internalize(video: Path, output: Path, model: str, hypernetwork: str | None)
 def ask(video: Path, question: str, model: str, hypernetwork: str | None, max_tokens: int) -> None:
     """Answer from the adapter with transformers, here and now: a plain text prompt, no visual token."""
     internalizer, _ = _internalizer(model, hypernetwork)
-    adapter = _read(internalizer, video)
+    adapter = _read(internalizer, video, Reading())
     from f2l_vllm.hypernetwork.adapter import apply_adapter
 
     processor, base = internalizer.processor, internalizer.model

@@ -38,13 +38,12 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], vllm_fl
         ValueError: a setting that cannot work, no such model or hypernetwork, or adapters no server could take.
     """
     refuse_environment(os.environ)
-    Settings()  # a setting that cannot be read stops here, not after the engine has started
     directory = models.resolve(model)
     weights = models.resolve_hypernetwork(model, hypernetwork)
-    rank, modules = _adapter_shape(weights)
+    rank, modules = _adapter_shape(weights, _chunks(settings))
     allowed = [size for size in LORA_RANKS if size >= rank]
     if not allowed:
-        raise ValueError(f"the hypernetwork writes adapters of rank {rank}, above vLLM's largest {LORA_RANKS[-1]}")
+        raise ValueError(f"adapters would have rank {rank}, above vLLM's largest {LORA_RANKS[-1]}: lower --max-chunks")
     defaults = {
         "--host": ["127.0.0.1"],
         "--served-model-name": [model if not Path(model).exists() else directory.name],
@@ -89,9 +88,19 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _adapter_shape(weights: Path) -> tuple[int, list[str]]:
-    """Total rank of one video's adapter, and its target modules."""
+def _chunks(given: dict[str, str]) -> int:
+    """The most chunks of a video, from the flags given and the environment.
+
+    A setting that cannot be read stops here, not after the engine has started.
+    """
+    settings = Settings(**{name.removeprefix("F2L_").lower(): value for name, value in given.items()})  # type: ignore[arg-type]
+    chunked = settings.chunk_seconds is not None or settings.chunk_frames is not None
+    return settings.max_chunks if chunked else 1
+
+
+def _adapter_shape(weights: Path, chunks: int) -> tuple[int, list[str]]:
+    """Largest total rank of a video's adapter, chunks and bias, and its target modules."""
     from f2l_vllm.hypernetwork.model import read_config
 
     config = read_config(weights)
-    return 2 * config.rank, sorted(config.modules)
+    return (chunks + 1) * config.rank, sorted(config.modules)

@@ -12,8 +12,9 @@ import logging
 import os
 import sys
 import threading
-from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from f2l_vllm.adapters.catalog import Catalog
 from f2l_vllm.adapters.store import Store
@@ -28,7 +29,7 @@ def main(spec_json: str) -> int:
     """Run the pool; the exit code is 0 unless workers could not be started any more."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s [%(name)s] %(message)s")
     settings = Settings()
-    spec = _spec(json.loads(spec_json))
+    spec = TypeAdapter(WorkerSpec).validate_json(spec_json)
     orphaned = threading.Event()
     threading.Thread(target=_until_closed, args=(orphaned,), daemon=True).start()
 
@@ -69,11 +70,6 @@ def _until_closed(orphaned: threading.Event) -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
     orphaned.set()
-
-
-def _spec(values: dict[str, Any]) -> WorkerSpec:
-    kinds = get_type_hints(WorkerSpec)
-    return WorkerSpec(**{f.name: kinds[f.name](values[f.name]) for f in fields(WorkerSpec)})
 
 
 if __name__ == "__main__":

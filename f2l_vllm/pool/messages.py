@@ -11,7 +11,10 @@ from f2l_vllm.adapters.states import VideoState
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a worker loads at start. Paths are on a file system that server and workers share."""
+    """What a worker loads at start, and how it reads videos. Paths are on a file system shared with the server.
+
+    `max_chunks` is 0 when videos are read in one pass.
+    """
 
     model: Path
     hypernetwork: Path
@@ -21,6 +24,11 @@ class WorkerSpec:
     max_seconds: float
     max_pixels: int
     threads: int
+    max_frames: int | None = None
+    fps: float | None = None
+    chunk_seconds: float | None = None
+    chunk_frames: int | None = None
+    max_chunks: int = 0
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from f2l_vllm.pool.messages import Event, Failed, Progress, Published, WorkerInf
 
 if TYPE_CHECKING:
     from f2l_vllm.hypernetwork.adapter import Adapter
+    from f2l_vllm.video.chunks import Chunking
 
 # The internalizer's stages as the catalog's states.
 _STATES = {"decode": VideoState.DECODING, "encode": VideoState.ENCODING, "generate": VideoState.ENCODING}
@@ -29,7 +30,9 @@ class HypernetworkWorker:
         import torch
 
         from f2l_vllm.hypernetwork.internalizer import Internalizer
+        from f2l_vllm.video.chunks import Chunking
         from f2l_vllm.video.probe import Limits
+        from f2l_vllm.video.sample import Sampling
 
         torch.set_num_threads(max(1, spec.threads))
         self._spec = spec
@@ -37,6 +40,11 @@ class HypernetworkWorker:
         self._shapes = BaseShapes.read(spec.model)
         limits = Limits(max_duration_s=spec.max_seconds, max_pixels=spec.max_pixels)
         self._internalizer = Internalizer.load(spec.model, spec.hypernetwork, limits=limits)
+        asked = Sampling(spec.max_frames, spec.fps)
+        self._internalizer.sampling = asked.or_else(self._internalizer.sampling)
+        self._chunking: Chunking | None = None
+        if spec.max_chunks:
+            self._chunking = Chunking(spec.chunk_seconds, spec.chunk_frames, spec.max_chunks)
 
     def info(self) -> WorkerInfo:
         """Who this worker is; also how the pool learns that it has loaded and is alive."""
@@ -54,7 +62,9 @@ class HypernetworkWorker:
         path = self._store.video_path(sha256)
         try:
             yield Progress(VideoState.DECODING, 0.0)
-            adapter = yield from _events_of(lambda report: self._internalizer.internalize(path, on_progress=report))
+            adapter = yield from _events_of(
+                lambda report: self._internalizer.internalize(path, on_progress=report, chunking=self._chunking)
+            )
             yield Progress(VideoState.PUBLISHING, 0.0)
             info = {**adapter.info, "internalize_seconds": time.perf_counter() - started}
             yield self._publish(adapter_name, adapter, info)

@@ -25,6 +25,7 @@ from f2l_vllm import models  # noqa: E402  (torchvision must be importable first
 from f2l_vllm.adapters.address import fingerprint  # noqa: E402
 from f2l_vllm.adapters.catalog import Catalog  # noqa: E402
 from f2l_vllm.adapters.store import Store  # noqa: E402
+from f2l_vllm.hypernetwork.model import read_config  # noqa: E402
 from f2l_vllm.pool.messages import WorkerSpec  # noqa: E402
 from f2l_vllm.pool.process import PoolProcess  # noqa: E402
 from f2l_vllm.serving import compat, errors  # noqa: E402
@@ -92,8 +93,8 @@ class F2LEndpointPlugin:
         if settings.hypernetwork_workers:
             pool = PoolProcess(worker_spec(settings, model, hypernetwork, limits.max_rank), count_outcome)
             pool.start()
-        # How frames are taken is part of the model's own processor files, which the base revision covers.
-        revisions = Revisions(fingerprint(model), fingerprint(hypernetwork), sampling={})
+        # What is not set of how frames are taken is in the model's and hypernetwork's files, which the revisions cover.
+        revisions = Revisions(fingerprint(model), fingerprint(hypernetwork), settings.sampling)
         self._service = VideoService(
             settings, revisions, catalog, store, registry, pool, lambda: compat.is_stopping(state)
         )
@@ -119,7 +120,16 @@ class F2LEndpointPlugin:
 
 
 def worker_spec(settings: Settings, model: Path, hypernetwork: Path, max_rank: int) -> WorkerSpec:
-    """What each worker loads."""
+    """What each worker loads, and how it reads videos.
+
+    Raises:
+        ValueError: the engine's LoRA rank has no room for a chunk.
+    """
+    chunked = settings.chunk_seconds is not None or settings.chunk_frames is not None
+    rank = read_config(hypernetwork).rank
+    chunks = max_rank // rank - 1  # the bias takes the rank of one chunk
+    if chunks < 1:
+        raise ValueError(f"adapters have rank {2 * rank}: start the engine with --max-lora-rank {2 * rank} or more")
     return WorkerSpec(
         model=model,
         hypernetwork=hypernetwork,
@@ -129,4 +139,9 @@ def worker_spec(settings: Settings, model: Path, hypernetwork: Path, max_rank: i
         max_seconds=settings.max_video_seconds,
         max_pixels=settings.max_video_pixels,
         threads=max(1, int(settings.worker_cpus)),
+        max_frames=settings.max_frames,
+        fps=settings.fps,
+        chunk_seconds=settings.chunk_seconds,
+        chunk_frames=settings.chunk_frames,
+        max_chunks=chunks if chunked else 0,
     )

@@ -88,7 +88,9 @@ def _by_seconds(
     fps, count = source.info.fps, source.info.frame_count
     # A rest too short for a sampled frame of its own belongs to the chunk before it.
     rate = sampling.fps or processor.video_processor.fps
-    needed = max(1, math.ceil(count / fps / seconds - 1 / (rate * seconds)))
+    whole = math.floor(count / fps / seconds + 1e-6)
+    rest = count / fps - whole * seconds
+    needed = max(1, whole + (rest * rate >= 1))
     if needed > max_chunks:
         raise _too_long(f"{needed} chunks of {seconds:g} s", max_chunks, "--chunk-seconds")
     starts = [round(chunk * seconds * fps) for chunk in range(needed)]

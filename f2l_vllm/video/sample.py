@@ -43,6 +43,10 @@ class Sampling:
             if value is not None and not value > 0:
                 raise ValueError(f"Sampling.{name} must be positive, got {value!r}.")
 
+    def or_else(self, default: Sampling) -> Sampling:
+        """These values, and the default's where they are None."""
+        return replace(default, **{name: value for name, value in vars(self).items() if value is not None})
+
 
 @dataclass(frozen=True)
 class SampledVideo:

@@ -28,6 +28,17 @@ def test_what_the_user_says_wins(hypernetwork_model):
     assert argv.count("--host") == 1
 
 
+def test_chunks_make_the_rank_larger(hypernetwork_model, monkeypatch):
+    settings = {"F2L_CHUNK_SECONDS": "10", "F2L_MAX_CHUNKS": "7"}
+    argv = plan(str(hypernetwork_model), None, settings, []).argv
+    assert flag(argv, "--max-lora-rank") == "32"  # seven chunks at rank 4, and the bias
+    assert plan(str(hypernetwork_model), None, {"F2L_MAX_CHUNKS": "7"}, []).argv.count("8") == 1
+    with pytest.raises(ValueError, match="lower --max-chunks"):
+        plan(str(hypernetwork_model), None, {**settings, "F2L_MAX_CHUNKS": "1000"}, [])
+    with pytest.raises(ValueError, match="one of chunk_seconds and chunk_frames"):
+        plan(str(hypernetwork_model), None, {**settings, "F2L_CHUNK_FRAMES": "8"}, [])
+
+
 def test_plugins_of_others_stay_allowed(hypernetwork_model, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "theirs,f2l")
     assert plan(str(hypernetwork_model), None, {}, []).env["VLLM_PLUGINS"] == "theirs,f2l,f2l_files,f2l_cpu"

@@ -13,10 +13,12 @@ import httpx
 import openai
 import pytest
 from serving.server import Server
+from video.videos import write_video
 
 QUESTION = [{"role": "user", "content": "What is shown?"}]
 GREEDY = {"temperature": 0, "max_tokens": 12}
 KEY = "secret"
+CHUNKS = ("--chunk-seconds", "1", "--max-chunks", "3")
 
 
 def ask(server, model, **options):
@@ -42,15 +44,26 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def first_life(home, hypernetwork_model, clips):
+def details():
+    """What the first life said of its videos."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def first_life(home, hypernetwork_model, clips, details):
     """A server that made two videos ready and was stopped with Ctrl-C: its ids and answers, and how it ended."""
-    server = Server(hypernetwork_model, home)
+    server = Server(hypernetwork_model, home, *CHUNKS)
     server.wait_ready()
     answers = {}
     for clip in clips[:2]:
         file = server.client.files.create(file=clip, purpose="vision")
-        server.client.files.wait_for_processing(file.id, poll_interval=0.02)
+        file = server.client.files.wait_for_processing(file.id, poll_interval=0.02)
+        details[file.id] = file.model_extra["f2l"]
         answers[file.id] = ask(server, file.id)
+    long = server.client.files.create(file=write_video(home.parent / "long.mp4", frames=90, fps=10), purpose="vision")
+    long = server.client.files.wait_for_processing(long.id, poll_interval=0.02)
+    details[long.id] = long.model_extra["f2l"]
+    server.client.files.delete(long.id)
     children = set(server.descendants())
     code = server.stop()
     return answers, code, children
@@ -59,7 +72,7 @@ def first_life(home, hypernetwork_model, clips):
 @pytest.fixture(scope="module")
 def second_life(home, hypernetwork_model, first_life):
     """The same data folder served again, without workers, with room for one waiting video, behind a key."""
-    flags = ("--hypernetwork-workers", "0", "--queue-limit", "1", "--api-key", KEY)
+    flags = ("--hypernetwork-workers", "0", "--queue-limit", "1", "--api-key", KEY, *CHUNKS)
     server = Server(hypernetwork_model, home, *flags, api_key=KEY)
     try:
         server.wait_ready()
@@ -76,6 +89,17 @@ def test_ctrl_c_stops_everything_that_was_started(first_life):
     while (left := alive(children)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == set()
+
+
+def test_long_videos_become_chunks_and_too_long_ones_say_so(first_life, details, clips):
+    *ready, long = details.values()
+    for video in ready:
+        assert video["rank"] == 4 * (len(video["spans"]) + 1)
+        assert [span[0] for span in video["spans"]] == list(range(len(video["spans"])))
+    assert len(ready[0]["spans"]) > 1
+    assert long["stage"] == "error"
+    assert long["error"]["code"] == "video_too_long"
+    assert "--max-chunks" in long["error"]["message"]
 
 
 def test_ready_videos_answer_after_a_restart_without_work_done_again(first_life, second_life):
