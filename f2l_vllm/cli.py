@@ -59,6 +59,9 @@ def serve(
     chunk_seconds: ChunkSeconds = None,
     chunk_frames: ChunkFrames = None,
     max_chunks: MaxChunks = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=0, help="Tokens a pass: internalize waiting videos together.")
+    ] = None,
     home: Annotated[Path | None, typer.Option(help="Data folder (F2L_HOME).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the vllm command and stop.")] = False,
 ) -> None:
@@ -78,6 +81,7 @@ def serve(
         "F2L_CHUNK_SECONDS": chunk_seconds,
         "F2L_CHUNK_FRAMES": chunk_frames,
         "F2L_MAX_CHUNKS": max_chunks,
+        "F2L_BATCH_TOKENS": batch_tokens,
         "F2L_HOME": home,
     }
     extra = list(context.args)

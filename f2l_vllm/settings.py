@@ -26,6 +26,10 @@ class Settings(BaseSettings):
     chunk_seconds: float | None = Field(None, gt=0, description="Cut videos into chunks of this many seconds.")
     chunk_frames: int | None = Field(None, ge=1, description="Cut videos into chunks of this many frames.")
     max_chunks: int = Field(3, ge=1, description="Chunks there is room for: `serve` makes the LoRA rank large enough.")
+    batch_tokens: int = Field(
+        0, ge=0, description="Internalize waiting videos together, up to this many tokens a pass."
+    )
+    batch_videos: int = Field(8, ge=1, description="Videos that a worker takes at a time when `batch_tokens` is set.")
     worker_cpus: float = Field(1.0, ge=0, description="CPUs that Ray reserves for each worker.")
     worker_gpus: float = Field(0.0, ge=0, description="GPUs, or a fraction of one, that Ray reserves for each worker.")
     ray_address: str | None = Field(None, description="A running Ray cluster; default: a private one, started here.")
@@ -48,6 +52,11 @@ class Settings(BaseSettings):
     def data_folder(self) -> Path:
         """`home` with `~` expanded, absolute."""
         return self.home.expanduser().absolute()
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether videos are cut into chunks."""
+        return self.chunk_seconds is not None or self.chunk_frames is not None
 
     @property
     def sampling(self) -> dict[str, float]:

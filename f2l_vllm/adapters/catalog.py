@@ -192,14 +192,22 @@ class Catalog:
 
     def claim_job(self) -> Job | None:
         """Take the oldest waiting job; None when there is none."""
+        return next(iter(self.claim_jobs(1)), None)
+
+    def claim_jobs(self, limit: int) -> list[Job]:
+        """Take up to `limit` of the oldest waiting jobs.
+
+        A job that has cost a worker before is taken alone, so that it costs its neighbours nothing.
+        """
         with self._write() as connection:
-            oldest = select(jobs).where(jobs.c.running == 0).order_by(jobs.c.id).limit(1)
-            row = connection.execute(oldest.with_for_update(skip_locked=True)).first()
-            if row is None:
-                return None
-            values = {"running": 1, "attempts": row.attempts + 1}
-            connection.execute(update(jobs).where(jobs.c.id == row.id).values(values))
-            return Job(row.adapter_name, row.sha256, row.attempts + 1)
+            oldest = select(jobs).where(jobs.c.running == 0).order_by(jobs.c.id).limit(limit)
+            rows = list(connection.execute(oldest.with_for_update(skip_locked=True)))
+            if rows and rows[0].attempts > 0:
+                rows = rows[:1]
+            rows = [row for row in rows if row.attempts == 0 or row is rows[0]]
+            chosen = update(jobs).where(jobs.c.id.in_([row.id for row in rows]))
+            connection.execute(chosen.values(running=1, attempts=jobs.c.attempts + 1))
+            return [Job(row.adapter_name, row.sha256, row.attempts + 1) for row in rows]
 
     def advance(self, adapter_name: str, state: VideoState, progress: float) -> None:
         """A job's worker has reached `state`; `progress` is 0..1 within it."""

@@ -94,8 +94,7 @@ def _chunks(given: dict[str, str]) -> int:
     A setting that cannot be read stops here, not after the engine has started.
     """
     settings = Settings(**{name.removeprefix("F2L_").lower(): value for name, value in given.items()})  # type: ignore[arg-type]
-    chunked = settings.chunk_seconds is not None or settings.chunk_frames is not None
-    return settings.max_chunks if chunked else 1
+    return settings.max_chunks if settings.is_chunked else 1
 
 
 def _adapter_shape(weights: Path, chunks: int) -> tuple[int, list[str]]:

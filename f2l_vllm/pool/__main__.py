@@ -51,6 +51,8 @@ def main(spec_json: str) -> int:
         ray_address=settings.ray_address,
         job_attempts=settings.job_attempts,
         job_seconds=settings.job_seconds,
+        # Chunked videos are long: each fills a pass of its own.
+        batch=settings.batch_videos if settings.batch_tokens and not settings.is_chunked else 1,
     )
     pool = Pool(config, spec, catalog, Store(spec.home), on_event)
     while not pool.start(wait_seconds=1.0):

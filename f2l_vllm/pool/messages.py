@@ -29,6 +29,7 @@ class WorkerSpec:
     chunk_seconds: float | None = None
     chunk_frames: int | None = None
     max_chunks: int = 0
+    batch_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,4 @@ class Failed:
 
 
 Event = Progress | Published | Failed
+Outcome = Published | Failed

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from f2l_vllm.adapters.catalog import Catalog
 from f2l_vllm.adapters.store import Store
 from f2l_vllm.adapters.tables import Job
-from f2l_vllm.pool.messages import Event, Failed, Progress, Published, WorkerInfo, WorkerSpec
+from f2l_vllm.pool.messages import Event, Failed, Outcome, Progress, WorkerInfo, WorkerSpec
 from f2l_vllm.pool.worker import HypernetworkWorker
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ _OBJECT_STORE_BYTES = 100 * 2**20  # only small events pass through it
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """How many workers, and what Ray reserves for each."""
+    """How many workers, what Ray reserves for each, and how many jobs each takes at a time."""
 
     workers: int
     cpus: float
@@ -45,6 +45,7 @@ class PoolConfig:
     ray_address: str | None
     job_attempts: int
     job_seconds: float
+    batch: int = 1
 
 
 class Pool:
@@ -143,28 +144,28 @@ class _Lane(threading.Thread):
 
     def run(self) -> None:
         while not self._stopping():
-            job: Job | None = None
+            jobs: dict[str, Job] = {}
             try:
                 self._ensure_actor()
-                job = self._pool._catalog.claim_job()
-                if job is None:
-                    self._pool._stopping.wait(_IDLE_SECONDS)
+                jobs = {job.adapter_name: job for job in self._pool._catalog.claim_jobs(self._pool._config.batch)}
+                if jobs:
+                    self._run(jobs)
                 else:
-                    self._run(job)
+                    self._pool._stopping.wait(_IDLE_SECONDS)
             except Exception:
                 # A lane outlives whatever goes wrong around a job: a full disk, the database away, Ray restarting.
                 if not self._stopping():
                     logger.exception("a hypernetwork lane failed and goes on")
                     self._lose_actor("is replaced")  # it may still be at the job
-                    self._give_back(job)
+                    self._give_back(jobs)
                     self._pool._stopping.wait(_RESTART_SECONDS)
 
-    def _give_back(self, job: Job | None) -> None:
-        if job is not None:
+    def _give_back(self, jobs: dict[str, Job]) -> None:
+        for name in jobs:
             try:
-                self._pool._catalog.release_job(job.adapter_name)
+                self._pool._catalog.release_job(name)
             except Exception:
-                logger.exception("%s waits until the pool starts again", job.adapter_name)
+                logger.exception("%s waits until the pool starts again", name)
 
     def _stopping(self) -> bool:
         return self._pool._stopping.is_set()
@@ -201,32 +202,46 @@ class _Lane(threading.Thread):
             ray.kill(self._actor)
             self._actor = None
 
-    def _run(self, job: Job) -> None:
-        catalog, limit = self._pool._catalog, self._pool._config.job_attempts
+    def _run(self, jobs: dict[str, Job]) -> None:
+        """Run jobs on the actor together; each is taken out of `jobs` when it has ended or waits again."""
         try:
-            outcome = self._outcome(job)
+            for name, event in self._events(jobs):
+                self._pool._on_event(event)
+                if isinstance(event, Progress):
+                    self._pool._catalog.advance(name, event.state, event.fraction)
+                else:
+                    self._end(jobs.pop(name), event)
         except RayError as error:
             if self._stopping():
                 return
+            names = ", ".join(jobs)
             if isinstance(error, RayActorError):
-                self._lose_actor(f"died over {job.adapter_name} (attempt {job.attempts} of {limit})")
+                self._lose_actor(f"died over {names}")
             elif isinstance(error, GetTimeoutError):
-                self._lose_actor(f"took too long over {job.adapter_name} (attempt {job.attempts} of {limit})")
+                self._lose_actor(f"took too long over {names}")
             else:
                 # A process that failed once, out of memory or with a broken device, may fail for every video.
-                logger.exception("attempt %d of %d at %s failed", job.attempts, limit, job.adapter_name)
+                logger.exception("an attempt at %s failed", names)
                 self._lose_actor("is replaced")
                 self._pool._stopping.wait(_RESTART_SECONDS)
-            if job.attempts < limit:
-                catalog.release_job(job.adapter_name)
-                return
-            cause = getattr(error, "cause", None) or error
-            outcome = Failed(
-                "internalization_failed",
-                f"the video could not be internalized in {limit} attempts; the last one ended with "
-                f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}",
-            )
-        self._pool._on_event(outcome)
+            for name in list(jobs):
+                self._fail_attempt(jobs.pop(name), error)
+
+    def _events(self, jobs: dict[str, Job]) -> Iterator[tuple[str, Event]]:
+        """What the actor says of the jobs, as it happens, until the last has ended."""
+        assert self._actor is not None
+        seconds = self._pool._config.job_seconds * len(jobs)
+        deadline = time.monotonic() + seconds
+        method = self._actor.internalize.options(num_returns="streaming")
+        events = method.remote([(job.adapter_name, job.sha256) for job in jobs.values()])
+        while jobs:
+            ready, _ = ray.wait([events], timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise GetTimeoutError(f"no result within {seconds:.0f} s")
+            yield ray.get(next(events))
+
+    def _end(self, job: Job, outcome: Outcome) -> None:
+        catalog = self._pool._catalog
         if isinstance(outcome, Failed):
             catalog.fail_job(job.adapter_name, outcome.code, outcome.message)
             return
@@ -234,18 +249,18 @@ class _Lane(threading.Thread):
         if not catalog.wanted(job.adapter_name):  # every file was deleted meanwhile
             self._pool._store.remove_adapter(job.adapter_name)
 
-    def _outcome(self, job: Job) -> Published | Failed:
-        """Run the job on the actor, passing progress on; its last event."""
-        assert self._actor is not None
-        deadline = time.monotonic() + self._pool._config.job_seconds
-        method = self._actor.internalize.options(num_returns="streaming")
-        events = method.remote(job.adapter_name, job.sha256)
-        while True:
-            ready, _ = ray.wait([events], timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise GetTimeoutError(f"no result within {self._pool._config.job_seconds:.0f} s")
-            event: Event = ray.get(next(events))
-            if not isinstance(event, Progress):
-                return event
-            self._pool._on_event(event)
-            self._pool._catalog.advance(job.adapter_name, event.state, event.fraction)
+    def _fail_attempt(self, job: Job, error: RayError) -> None:
+        """The job waits again, or ends when it has cost too many workers."""
+        limit = self._pool._config.job_attempts
+        if job.attempts < limit:
+            self._pool._catalog.release_job(job.adapter_name)
+            return
+        cause = getattr(error, "cause", None) or error
+        reason = (str(cause).splitlines() or [""])[0]
+        outcome = Failed(
+            "internalization_failed",
+            f"the video could not be internalized in {limit} attempts; the last one ended with "
+            f"{type(cause).__name__}: {reason}",
+        )
+        self._pool._on_event(outcome)
+        self._end(job, outcome)

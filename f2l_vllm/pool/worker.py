@@ -6,14 +6,14 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from f2l_vllm.adapters.peft_format import AdapterError, BaseShapes, validate_adapter
+from f2l_vllm.adapters.peft_format import BaseShapes, validate_adapter
 from f2l_vllm.adapters.states import VideoState
 from f2l_vllm.adapters.store import Store
-from f2l_vllm.pool.messages import Event, Failed, Progress, Published, WorkerInfo, WorkerSpec
+from f2l_vllm.pool.messages import Event, Failed, Outcome, Progress, Published, WorkerInfo, WorkerSpec
 
 if TYPE_CHECKING:
     from f2l_vllm.hypernetwork.adapter import Adapter
@@ -50,39 +50,83 @@ class HypernetworkWorker:
         """Who this worker is; also how the pool learns that it has loaded and is alive."""
         return WorkerInfo(os.getpid(), os.uname().nodename, str(self._internalizer.device))
 
-    def internalize(self, adapter_name: str, sha256: str) -> Iterator[Event]:
-        """Decode, encode, generate, compose, check and publish; yields events, the last one `Published` or `Failed`.
+    def internalize(self, jobs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, Event]]:
+        """Decode, encode, generate, compose, check and publish; each event with the adapter's name it belongs to.
 
-        A Ray streaming generator: each event reaches the pool as it happens. Errors that are not the video's fault
-        are raised, and the pool tries the job again.
+        A Ray streaming generator: events reach the pool as they happen, the last of each job `Published` or `Failed`.
+        Errors that are no video's fault are raised, and the pool tries again what has not ended.
+
+        Args:
+            jobs: adapter names and the sha-256 of their videos; several pass through the models together.
         """
+        if len(jobs) > 1:
+            yield from self._together(jobs)
+            return
+        ((name, sha256),) = jobs
+        for event in self._alone(name, sha256):
+            yield name, event
+
+    def _alone(self, name: str, sha256: str) -> Iterator[Event]:
         from f2l_vllm.video.errors import VideoError
 
         started = time.perf_counter()
         path = self._store.video_path(sha256)
+        yield Progress(VideoState.DECODING, 0.0)
         try:
-            yield Progress(VideoState.DECODING, 0.0)
             adapter = yield from _events_of(
                 lambda report: self._internalizer.internalize(path, on_progress=report, chunking=self._chunking)
             )
-            yield Progress(VideoState.PUBLISHING, 0.0)
-            info = {**adapter.info, "internalize_seconds": time.perf_counter() - started}
-            yield self._publish(adapter_name, adapter, info)
         except VideoError as error:
             yield Failed(error.code, str(error))
-        except AdapterError as error:
-            yield Failed("adapter_rejected", f"the generated adapter failed its checks: {error}")
+            return
+        yield Progress(VideoState.PUBLISHING, 0.0)
+        yield self._publish(name, adapter, time.perf_counter() - started)
 
-    def _publish(self, name: str, adapter: Adapter, info: dict[str, object]) -> Published:
+    def _together(self, jobs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, Event]]:
+        from f2l_vllm.hypernetwork.internalizer import NotEnoughMemoryError
+        from f2l_vllm.video.errors import VideoError
+        from f2l_vllm.video.sample import SampledVideo, sample_video
+
+        started = time.perf_counter()
+        internalizer = self._internalizer
+        videos: dict[str, SampledVideo] = {}
+        for name, sha256 in jobs:
+            yield name, Progress(VideoState.DECODING, 0.0)
+            try:
+                path = self._store.video_path(sha256)
+                videos[name] = sample_video(path, internalizer.processor, internalizer.limits, internalizer.sampling)
+            except VideoError as error:
+                yield name, Failed(error.code, str(error))
+        decoded = time.perf_counter()
+        for name in videos:
+            yield name, Progress(VideoState.ENCODING, 0.0)
+        adapters: Sequence[Adapter | None]
+        try:
+            adapters = internalizer.internalize_many(list(videos.values()), max_tokens=self._spec.batch_tokens)
+        except NotEnoughMemoryError as error:
+            adapters = error.adapters
+        for name, adapter in zip(videos, adapters, strict=True):
+            if adapter is None:
+                yield name, Failed("not_enough_memory", "the worker has not enough memory for this video, even alone")
+                continue
+            yield name, Progress(VideoState.PUBLISHING, 0.0)
+            adapter.info["seconds"] = {"decode": (decoded - started) / len(jobs), **adapter.info["seconds"]}
+            yield name, self._publish(name, adapter, time.perf_counter() - started)
+
+    def _publish(self, name: str, adapter: Adapter, seconds: float) -> Outcome:
         spec = self._spec
+        info = {**adapter.info, "internalize_seconds": seconds}
 
         def write(directory: Path) -> None:
             adapter.save(directory, base_model=spec.base_name)
             validate_adapter(directory, self._shapes, max_rank=spec.max_rank)
 
-        directory = self._store.publish_adapter(name, write, {"base_model": spec.base_name, "info": info})
-        files = validate_adapter(directory, self._shapes, max_rank=spec.max_rank)
-        return Published(files.rank, files.bytes, dict(info))
+        try:
+            directory = self._store.publish_adapter(name, write, {"base_model": spec.base_name, "info": info})
+            files = validate_adapter(directory, self._shapes, max_rank=spec.max_rank)
+        except ValueError as error:  # not finite, or not of the base model's shape
+            return Failed("adapter_rejected", f"the generated adapter failed its checks: {error}")
+        return Published(files.rank, files.bytes, info)
 
 
 def _events_of(run: Callable[[Callable[[str, float], None]], Adapter]) -> Generator[Progress, None, Adapter]:

@@ -125,7 +125,6 @@ def worker_spec(settings: Settings, model: Path, hypernetwork: Path, max_rank: i
     Raises:
         ValueError: the engine's LoRA rank has no room for a chunk.
     """
-    chunked = settings.chunk_seconds is not None or settings.chunk_frames is not None
     rank = read_config(hypernetwork).rank
     chunks = max_rank // rank - 1  # the bias takes the rank of one chunk
     if chunks < 1:
@@ -143,5 +142,6 @@ def worker_spec(settings: Settings, model: Path, hypernetwork: Path, max_rank: i
         fps=settings.fps,
         chunk_seconds=settings.chunk_seconds,
         chunk_frames=settings.chunk_frames,
-        max_chunks=chunks if chunked else 0,
+        max_chunks=chunks if settings.is_chunked else 0,
+        batch_tokens=settings.batch_tokens,
     )

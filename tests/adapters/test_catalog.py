@@ -70,6 +70,19 @@ def test_the_queue_is_bounded_but_shared_bytes_need_no_room(catalog):
     add(catalog, limit=1)  # the same bytes: no new job
 
 
+def test_several_jobs_at_once_but_never_one_that_cost_a_worker(catalog):
+    for index in range(4):
+        add(catalog, adapter=f"f2l-{index}", sha=str(index))
+    first = catalog.claim_jobs(2)
+    assert [job.adapter_name for job in first] == ["f2l-0", "f2l-1"]
+    catalog.release_job("f2l-0")
+    assert [(job.adapter_name, job.attempts) for job in catalog.claim_jobs(8)] == [("f2l-0", 2)]
+    catalog.release_job("f2l-1")
+    assert [job.adapter_name for job in catalog.claim_jobs(8)] == ["f2l-1"]
+    assert [job.adapter_name for job in catalog.claim_jobs(8)] == ["f2l-2", "f2l-3"]
+    assert catalog.claim_jobs(8) == []
+
+
 def test_an_interrupted_job_is_first_in_line_again(catalog):
     add(catalog, adapter="f2l-1", sha="a")
     add(catalog, adapter="f2l-2", sha="b")

@@ -7,6 +7,8 @@ import signal
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from f2l_vllm.adapters.catalog import Catalog
 from f2l_vllm.adapters.peft_format import BaseShapes, validate_adapter
@@ -22,7 +24,7 @@ WAIT_SECONDS = 180
 class Bench:
     """A data folder with a pool of two workers over a random model."""
 
-    def __init__(self, home, model, workers=2, job_attempts=3):
+    def __init__(self, home, model, workers=2, job_attempts=3, batch=1):
         self.store = Store(home)
         self.catalog = Catalog(f"sqlite:///{home / 'catalog.sqlite3'}")
         self.events = []
@@ -36,8 +38,11 @@ class Bench:
             max_seconds=3600,
             max_pixels=10**7,
             threads=1,
+            batch_tokens=4096,
         )
-        config = PoolConfig(workers, cpus=0.5, gpus=0, ray_address=None, job_attempts=job_attempts, job_seconds=120)
+        config = PoolConfig(
+            workers, cpus=0.5, gpus=0, ray_address=None, job_attempts=job_attempts, job_seconds=120, batch=batch
+        )
         self.pool = Pool(config, spec, self.catalog, self.store, self.events.append)
 
     def add(self, path, name=None):
@@ -150,8 +155,40 @@ def test_a_video_deleted_while_in_work_leaves_nothing(bench, videos):
     assert not bench.store.adapter_path("f2l-deleted").exists()
 
 
+def test_jobs_taken_together_end_each_on_its_own_and_equal_alone(tmp_path, hypernetwork_model, videos, bench):
+    """The last to use the module's pool: one private Ray per process."""
+    (tmp_path / "home").mkdir()
+    expected = {path: load_file(weights_of(bench, bench.add(path))) for path in videos[0]}
+    bench.pool.stop()
+    together = Bench(tmp_path / "home", hypernetwork_model, workers=1, batch=8)
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"\0" * 5000)
+    records = {path: together.add(path) for path in [*videos[0][:2], bad, *videos[0][2:]]}
+    assert together.pool.start()
+    try:
+        assert together.wait(records[bad], VideoState.ERROR).error_code == "not_a_video"
+        for path, tensors in expected.items():
+            together.wait(records[path], VideoState.PROCESSED)
+            found = load_file(weights_of(together, records[path]))
+            for key, tensor in tensors.items():
+                torch.testing.assert_close(found[key].float(), tensor.float(), rtol=0.02, atol=2e-3)  # bf16 files
+        # A worker that dies over several videos loses none, and each is tried again alone.
+        (pid,) = together.pids(1)
+        again = [together.add(path, name=f"f2l-again-{i}") for i, path in enumerate([videos[1], *videos[0]])]
+        together.wait(again[0], VideoState.DECODING)
+        os.kill(pid, signal.SIGKILL)
+        for record in again:
+            together.wait(record, VideoState.PROCESSED)
+    finally:
+        together.pool.stop()
+
+
+def weights_of(bench, record):
+    bench.wait(record, VideoState.PROCESSED)
+    return bench.store.adapter_path(record.adapter_name) / "adapter_model.safetensors"
+
+
 def test_a_video_that_keeps_costing_workers_ends_as_an_error(tmp_path, hypernetwork_model, videos, bench):
-    bench.pool.stop()  # one private Ray per process; this is the module's last test
     last = Bench(tmp_path, hypernetwork_model, workers=1, job_attempts=1)
     assert last.pool.start()
     try:
