@@ -26,7 +26,7 @@ torch_shims.install()
 _ROLES = {
     "hypernetwork worker": "ray::HypernetworkWorker",
     "engine": "VLLM::EngineCore",
-    "ray": "ray",
+    "pool and ray": "ray",
 }
 
 
@@ -95,7 +95,7 @@ def memory(server: ServerProcess) -> dict[str, float]:
     """Peak resident MiB by role; pages that processes share are counted in each."""
     found = {"api server": record.peak_memory_mib(server.process.pid), **dict.fromkeys(_ROLES, 0.0)}
     for pid, command in server.descendants().items():
-        role = next((role for role, mark in _ROLES.items() if mark in command), "ray")
+        role = next((role for role, mark in _ROLES.items() if mark in command), "pool and ray")
         found[role] += record.peak_memory_mib(pid)
     return found
 
