@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from f2l_vllm.hypernetwork.files import sync
+
 MANIFEST_FILE = "manifest.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")
@@ -71,10 +73,9 @@ class Store:
         """Move an uploaded file into place; a second copy of the same bytes is dropped."""
         target = self.video_path(sha256)
         target.parent.mkdir(exist_ok=True)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync(temporary)
         os.replace(temporary, target)
-        _sync_directory(target.parent)
+        sync(target.parent)
         return target
 
     def remove_video(self, sha256: str) -> None:
@@ -100,11 +101,10 @@ class Store:
         try:
             write(work)
             files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(work.iterdir())}
-            _write_synced(work / MANIFEST_FILE, json.dumps({**manifest, "name": name, "files": files}, indent=1))
+            (work / MANIFEST_FILE).write_text(json.dumps({**manifest, "name": name, "files": files}, indent=1))
             for file in work.iterdir():
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
-            _sync_directory(work)
+                sync(file)
+            sync(work)
             if target.exists():
                 try:
                     self.verify_adapter(name)
@@ -112,7 +112,7 @@ class Store:
                 except StoreError:
                     self.remove_adapter(name)
             os.rename(work, target)
-            _sync_directory(target.parent)
+            sync(target.parent)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return target
@@ -161,18 +161,3 @@ def _remove(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

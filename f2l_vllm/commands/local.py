@@ -5,12 +5,17 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from f2l_vllm import models, torch_shims
+
+if TYPE_CHECKING:
+    from f2l_vllm.hypernetwork.adapter import Adapter
+    from f2l_vllm.hypernetwork.internalizer import Internalizer
 
 console = Console()
 
@@ -33,7 +38,7 @@ def _bar() -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True)
 
 
-def _internalizer(model: str, hypernetwork: str | None):  # type: ignore[no-untyped-def]  # heavy type, imported late
+def _internalizer(model: str, hypernetwork: str | None) -> tuple[Internalizer, Path]:
     torch_shims.install()
     from f2l_vllm.hypernetwork.internalizer import Internalizer
 
@@ -45,7 +50,7 @@ def _internalizer(model: str, hypernetwork: str | None):  # type: ignore[no-unty
         raise typer.BadParameter(str(error)) from error
 
 
-def _read(internalizer, video: Path, reading: Reading):  # type: ignore[no-untyped-def]
+def _read(internalizer: Internalizer, video: Path, reading: Reading) -> Adapter:
     from f2l_vllm.video.chunks import Chunking
     from f2l_vllm.video.errors import VideoError
     from f2l_vllm.video.sample import Sampling
@@ -90,7 +95,7 @@ def ask(video: Path, question: str, model: str, hypernetwork: str | None, max_to
     adapter = _read(internalizer, video, Reading())
     from f2l_vllm.hypernetwork.adapter import apply_adapter
 
-    processor, base = internalizer.processor, internalizer.model
+    processor, base = internalizer.processor, cast(Any, internalizer.model)  # transformers leaves `generate` untyped
     message = [{"role": "user", "content": [{"type": "text", "text": question}]}]
     inputs = processor.apply_chat_template(
         message, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -30,10 +30,10 @@ def atomic_directory(target: str | Path, overwrite: bool = False) -> Iterator[Pa
     try:
         yield staging
         for path in staging.iterdir():
-            _fsync(path)
-        _fsync(staging)
+            sync(path)
+        sync(staging)
         _move_into_place(staging, target, overwrite)
-        _fsync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -53,7 +53,8 @@ def _move_into_place(staging: Path, target: Path, overwrite: bool) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file's content, or a directory's entries, outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

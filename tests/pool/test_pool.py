@@ -29,7 +29,7 @@ class Bench:
         self.catalog = Catalog(f"sqlite:///{home / 'catalog.sqlite3'}")
         self.events = []
         self.shapes = BaseShapes.read(model)
-        spec = WorkerSpec(
+        self.spec = WorkerSpec(
             model=model,
             hypernetwork=model / "hypernetwork",
             home=home,
@@ -43,7 +43,7 @@ class Bench:
         config = PoolConfig(
             workers, cpus=0.5, gpus=0, ray_address=None, job_attempts=job_attempts, job_seconds=120, batch=batch
         )
-        self.pool = Pool(config, spec, self.catalog, self.store, self.events.append)
+        self.pool = Pool(config, self.spec, self.catalog, self.store, self.events.append)
 
     def add(self, path, name=None):
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -11,7 +11,6 @@ from pool.test_pool import Bench
 from video.videos import write_video
 
 from f2l_vllm.adapters.states import VideoState
-from f2l_vllm.pool.messages import WorkerSpec
 from f2l_vllm.pool.process import PoolProcess
 
 WAIT_SECONDS = 180
@@ -38,26 +37,13 @@ def session(pid):
     return found
 
 
-def spec(home, model):
-    return WorkerSpec(
-        model=model,
-        hypernetwork=model / "hypernetwork",
-        home=home,
-        base_name="base",
-        max_rank=64,
-        max_seconds=3600,
-        max_pixels=10**7,
-        threads=1,
-    )
-
-
 def test_a_killed_pool_is_replaced_and_a_stopped_one_leaves_nothing(tmp_path, hypernetwork_model, monkeypatch):
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("F2L_HOME", str(home))
     bench = Bench(home, hypernetwork_model)  # for its catalog and store; its own pool is never started
     outcomes = []
-    pool = PoolProcess(spec(home, hypernetwork_model), lambda outcome, seconds: outcomes.append((outcome, seconds)))
+    pool = PoolProcess(bench.spec, lambda outcome, seconds: outcomes.append((outcome, seconds)))
     pool.start()
     try:
         until(lambda: pool.workers == 1)
