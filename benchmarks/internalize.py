@@ -12,8 +12,10 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -21,6 +23,7 @@ from benchmarks import record
 from benchmarks.hypernetwork import restart_high_water_mark
 from benchmarks.hypernetwork_shapes import SHAPES, random_hypernetwork, save_model, save_released
 from f2l_vllm.hypernetwork.internalizer import Internalizer
+from f2l_vllm.hypernetwork.perceiver import LayerReader
 from f2l_vllm.training.render import write_mp4
 from f2l_vllm.training.world import sample_scenes
 from f2l_vllm.video.sample import Sampling
@@ -102,18 +105,17 @@ def measure(internalizer: Internalizer, video: Path, target: Path) -> dict[str, 
     """One video, from file to adapter."""
     encoder, hyper = internalizer.encoder, internalizer.hyper
     peaks = Peaks(restart_high_water_mark())
-    watched = {
+    watched: dict[tuple[Any, str], tuple[str, str]] = {
         (encoder, "see"): ("vision", "decode"),
-        (hyper, "perceive"): ("perceiver", "text"),
-        (hyper, "project"): ("head", "text"),
+        (LayerReader, "add"): ("perceiver", "text"),
+        (LayerReader, "latents"): ("perceiver", "text"),
+        (hyper, "project"): ("head", "perceiver"),
     }
-    for (owner, name), (stage, before) in watched.items():
-        setattr(owner, name, peaks.around(stage, before, getattr(owner, name)))
-    try:
+    with ExitStack() as stack:
+        for (owner, name), (stage, before) in watched.items():
+            function = peaks.around(stage, before, getattr(owner, name))
+            stack.enter_context(patch.object(owner, name, function))
         adapter = internalizer.internalize(video)
-    finally:
-        for owner, name in watched:
-            delattr(owner, name)
     started = time.perf_counter()
     adapter.save(target, base_model=hyper.config.base_model)
     seconds = {**adapter.info["seconds"], "export": time.perf_counter() - started}

@@ -248,17 +248,19 @@ class Internalizer:
         clock.lap("vision")
         num_layers = self.hyper.config.num_layers
         mask_BT = None if len(videos) == 1 else pad_mask([len(one) for one in ids]).to(self.device)
-        latents: list[Tensor] = []
+        reader = self.hyper.reader(mask_BT)
 
         def on_layer(index: int, features_BTD: Tensor) -> None:
             clock.lap("text")
-            latents.append(self.hyper.perceive(features_BTD, mask_BT))
+            reader.add(features_BTD)
             clock.lap("perceiver")
             report("encode", (index + 1) / num_layers)
 
         self.encoder.read(ids, visual, on_layer)
         report("generate", 0.0)
-        factors = self.hyper.project(torch.stack(latents, dim=1))
+        latents_BLQd = reader.latents()
+        clock.lap("perceiver")
+        factors = self.hyper.project(latents_BLQd)
         clock.lap("head")
         report("generate", 1.0)
         return [

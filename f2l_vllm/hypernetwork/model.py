@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from f2l_vllm.hypernetwork.adapter import Adapter, Factors
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.files import atomic_directory
-from f2l_vllm.hypernetwork.perceiver import EXPANSION, Perceiver
+from f2l_vllm.hypernetwork.perceiver import EXPANSION, LayerReader, Perceiver
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT = "f2l-hypernetwork-1"
-TOKENS_AT_ONCE = 4096  # of several layers in one pass of `generate`, when a layer has fewer
 
 
 class ResidualMLP(nn.Module):
@@ -153,6 +152,10 @@ class Hypernetwork(nn.Module):
         """Features of N (video, text layer) rows -> latents [N, M * R, d]. Rows do not see each other."""
         return self.perceiver(features_NTD, mask_NT)
 
+    def reader(self, mask_BT: Tensor | None = None) -> LayerReader:
+        """Takes what enters the text layers, a layer at a time; its `latents` are what `project` takes."""
+        return LayerReader(self.perceiver, mask_BT)
+
     def project(self, latents_BLQd: Tensor) -> Factors:
         """Latents of all L text layers [B, L, M * R, d] -> factors, as `forward` returns them."""
         latents = F.normalize(self.layers(latents_BLQd), dim=-1)
@@ -166,16 +169,13 @@ class Hypernetwork(nn.Module):
     @torch.no_grad()
     def generate(self, features_LTD: Tensor, mask_T: Tensor | None = None) -> Factors:
         """Factors of one chunk, without gradients and in bounded memory: module -> (A [L, R, I], B [L, R, O])."""
-        mask_BT = None if mask_T is None else mask_T[None]
-        self._check(features_LTD[None], mask_BT)
+        mask_1T = None if mask_T is None else mask_T[None]
+        self._check(features_LTD[None], mask_1T)
         device = self.head.weight.device
-        mask_1T = None if mask_BT is None else mask_BT.to(device).bool()
-        rows = max(1, TOKENS_AT_ONCE // max(1, features_LTD.shape[1]))
-        latents = [
-            self.perceive(part.to(device), None if mask_1T is None else mask_1T.expand(len(part), -1))
-            for part in features_LTD.split(rows)
-        ]
-        factors = self.project(torch.cat(latents)[None])
+        reader = self.reader(None if mask_1T is None else mask_1T.to(device).bool())
+        for features_TD in features_LTD:
+            reader.add(features_TD[None].to(device))
+        factors = self.project(reader.latents())
         return {name: (a[0], b[0]) for name, (a, b) in factors.items()}
 
     def combine(self, factors_list: Sequence[Factors]) -> Factors:

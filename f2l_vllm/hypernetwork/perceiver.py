@@ -3,8 +3,8 @@
 The context is long and the latents are few, so nothing but the projection to the latent width is computed per token.
 With x the token scaled to unit root mean square and w the weight of the context's norm, a key enters only as
 q . W_k (w * x) = (w * W_k^T q) . x and a value only as W_v (w * sum of p x). So W_k and w move into the queries and W_v
-behind the sum; x is the same for every block and computed once. The softmax runs over blocks of tokens and carries
-maximum and sum along.
+behind the sum; x is the same for every block and computed once. Attention runs over blocks of tokens, merged by the
+log-sum-exp of their scores.
 
 Shape suffixes: N rows (a video's text layer each; nothing crosses rows), T tokens, D hidden size, d latent size,
 Q latent queries, H query heads, G key/value heads, P query heads per key/value head, E head size, Z = G * Q * P.
@@ -23,7 +23,8 @@ from f2l_vllm.hypernetwork.blocks import mlp_in_blocks
 
 EXPANSION = 4  # hidden width of every MLP, in multiples of its reference width
 NORM_EPS = 1e-6
-SCORES_AT_ONCE = 2**19  # attention scores per block of tokens: 2 MiB in fp32, which stay in the cache
+SCORES_AT_ONCE = 2**20  # attention scores per block of tokens: 4 MiB in fp32, which stay in the cache
+CONTEXT_AT_ONCE = 2**23  # numbers of several layers' contexts that are read together: 32 MiB in fp32
 
 
 def unit_rms(x: Tensor) -> Tensor:
@@ -92,17 +93,17 @@ class GroupedAttention(nn.Module):
             mask_NT: the context's real tokens; None when all are.
         """
         queries_NZd = self._queries(latents_NQd)
-        scores = _wide(queries_NZd) @ _wide(latents_NQd).mT
-        top = scores.detach().amax(-1, keepdim=True)  # any constant does: it cancels, and needs no gradient
-        shares = torch.exp(scores - top)
-        total = shares.sum(-1, keepdim=True)
-        sum_NZd = _wide(shares.to(latents_NQd.dtype) @ latents_NQd)
-        if context_NTd is not None:
+        shares_NZQ, lse_NZ1 = _softmax(_wide(queries_NZd) @ _wide(latents_NQd).mT)
+        if context_NTd is None:
+            read_NZd = shares_NZQ.to(latents_NQd.dtype) @ latents_NQd
+        else:
             assert norm_d is not None
-            top_of_latents = top
-            read_NZd, total, top = _read(queries_NZd * norm_d, context_NTd, mask_NT, total, top)
-            sum_NZd = read_NZd * norm_d + sum_NZd * torch.exp(top_of_latents - top)
-        return self.o_proj(self._values((sum_NZd / total).to(latents_NQd.dtype), latents_NQd.shape[1]))
+            seen_NZd, seen_lse_NZ1 = _read(queries_NZd * norm_d, context_NTd, mask_NT)
+            both_NZ1 = torch.logaddexp(lse_NZ1, seen_lse_NZ1)
+            own_NZd = (shares_NZQ * torch.exp(lse_NZ1 - both_NZ1)) @ _wide(latents_NQd)
+            seen_NZd = seen_NZd * torch.exp(seen_lse_NZ1 - both_NZ1)
+            read_NZd = torch.addcmul(own_NZd, seen_NZd, norm_d.to(own_NZd.dtype)).to(latents_NQd.dtype)
+        return self.o_proj(self._values(read_NZd, latents_NQd.shape[1]))
 
     def _queries(self, latents_NQd: Tensor) -> Tensor:
         """Scaled queries of all heads, taken through W_k to the latent width: [N, Z, d]."""
@@ -121,34 +122,41 @@ class GroupedAttention(nn.Module):
         return out_GNQPE.permute(1, 2, 0, 3, 4).flatten(2)
 
 
-def _read(
-    queries_NZd: Tensor, context_NTd: Tensor, mask_NT: Tensor | None, total_NZ1: Tensor, top_NZ1: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Go on with a softmax over more keys, block by block: the keys are their own values.
-
-    Args:
-        total_NZ1, top_NZ1: sum of exp(score - top) over the keys so far, and the finite `top`.
+def _read(queries_NZd: Tensor, context_NTd: Tensor, mask_NT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax attention to keys that are their own values, block by block.
 
     Returns:
-        sum of exp(score - top) * context over the context [N, Z, d]; the new total and top.
+        what every query reads [N, Z, d], and the log-sum-exp of its scores [N, Z, 1].
     """
     rows, count, _ = queries_NZd.shape
     num_tokens = context_NTd.shape[1]
     # With gradients autograd keeps every block's scores, so blocks would save nothing.
     length = num_tokens if torch.is_grad_enabled() else max(1, SCORES_AT_ONCE // (rows * count))
     wide_NZd = _wide(queries_NZd)
-    read_NZd = torch.zeros_like(wide_NZd)
+    parts: tuple[Tensor, Tensor] | None = None
     for start in range(0, num_tokens, length):
         block_NTd = context_NTd[:, start : start + length]
         scores_NZT = wide_NZd @ _wide(block_NTd).mT
         if mask_NT is not None:
-            scores_NZT = scores_NZT.masked_fill(~mask_NT[:, None, start : start + length], float("-inf"))
-        before, top_NZ1 = top_NZ1, torch.maximum(top_NZ1, scores_NZT.detach().amax(-1, keepdim=True))
-        shares_NZT = torch.exp(scores_NZT - top_NZ1)
-        fade_NZ1 = torch.exp(before - top_NZ1)
-        total_NZ1 = total_NZ1 * fade_NZ1 + shares_NZT.sum(-1, keepdim=True)
-        read_NZd = read_NZd * fade_NZ1 + _wide(shares_NZT.to(block_NTd.dtype) @ block_NTd)
-    return read_NZd, total_NZ1, top_NZ1
+            # Not minus infinity: a block of nothing but padding has to have a softmax, to weigh nothing in the end.
+            padding_N1T = ~mask_NT[:, None, start : start + length]
+            scores_NZT = scores_NZT.masked_fill(padding_N1T, torch.finfo(scores_NZT.dtype).min)
+        shares_NZT, lse_NZ1 = _softmax(scores_NZT)
+        read_NZd = _wide(shares_NZT.to(block_NTd.dtype) @ block_NTd)
+        if parts is not None:
+            before_NZd, before_lse_NZ1 = parts
+            both_NZ1 = torch.logaddexp(before_lse_NZ1, lse_NZ1)
+            read_NZd = before_NZd * torch.exp(before_lse_NZ1 - both_NZ1) + read_NZd * torch.exp(lse_NZ1 - both_NZ1)
+            lse_NZ1 = both_NZ1
+        parts = (read_NZd, lse_NZ1)
+    assert parts is not None, "a context without tokens"
+    return parts
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the last axis and the log-sum-exp that belongs to it, without a second exponential."""
+    shares = torch.softmax(scores, dim=-1)
+    return shares, scores.amax(-1, keepdim=True) - shares.amax(-1, keepdim=True).log()
 
 
 class ResamplerLayer(nn.Module):
@@ -216,11 +224,49 @@ class Perceiver(nn.Module):
 
     def forward(self, features_NTD: Tensor, mask_NT: Tensor | None = None) -> Tensor:
         """features [N, T, D] of any dtype, mask [N, T] bool or None -> [N, num_outputs, d] in the weights' dtype."""
-        projection = self.modality_projection
-        context_NTd = mlp_in_blocks(self._context, features_NTD, projection.gate_proj.out_features)
+        return self.read(self.context(features_NTD), mask_NT)
+
+    def context(self, features_NTD: Tensor) -> Tensor:
+        """Features of any dtype -> what `read` takes: projected, of unit root mean square, [N, T, d]."""
+        return mlp_in_blocks(self._project, features_NTD, self.modality_projection.gate_proj.out_features)
+
+    def read(self, context_NTd: Tensor, mask_NT: Tensor | None = None) -> Tensor:
+        """`context` of N rows, mask [N, T] bool or None -> [N, num_outputs, d]."""
         return self.decoder(unit_rms(self.encoder(context_NTd, mask_NT)))
 
-    def _context(self, features: Tensor) -> Tensor:
-        """The projected tokens as every block of the encoder reads them, up to its norm's weight."""
+    def _project(self, features: Tensor) -> Tensor:
         projection = self.modality_projection
         return unit_rms(projection(features.to(projection.gate_proj.weight.dtype)))
+
+
+class LayerReader:
+    """Takes the features of one text layer after the other, keeping of each only its context, and that not for long.
+
+    Short contexts of several layers are read together: the weights that act on a row's few latents are far larger than
+    the latents, so more rows at a time cost hardly more.
+    """
+
+    def __init__(self, perceiver: Perceiver, mask_BT: Tensor | None = None) -> None:
+        self._perceiver = perceiver
+        self._mask_BT = mask_BT
+        self._contexts: list[Tensor] = []
+        self._latents: list[Tensor] = []
+
+    def add(self, features_BTD: Tensor) -> None:
+        """The next layer's features."""
+        self._contexts.append(self._perceiver.context(features_BTD))
+        if (len(self._contexts) + 1) * self._contexts[0].numel() > CONTEXT_AT_ONCE:
+            self._read()
+
+    def latents(self) -> Tensor:
+        """Latents of all layers so far, [B, L, num_outputs, d]."""
+        if self._contexts:
+            self._read()
+        return torch.cat(self._latents).transpose(0, 1)
+
+    def _read(self) -> None:
+        count = len(self._contexts)
+        context_NTd = torch.cat(self._contexts) if count > 1 else self._contexts[0]
+        self._contexts.clear()
+        mask_NT = None if self._mask_BT is None else self._mask_BT.repeat(count, 1)
+        self._latents.append(self._perceiver.read(context_NTd, mask_NT).unflatten(0, (count, -1)))

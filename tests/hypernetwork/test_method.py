@@ -101,15 +101,25 @@ def test_generate_equals_forward_and_ignores_padding_and_its_content() -> None:
                 torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
 
 
-def test_generate_gives_the_same_factors_when_it_takes_the_layers_one_at_a_time(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("layers_at_once", [1, 2, 3, 5])
+def test_layers_read_together_or_one_by_one_give_the_same_factors(
+    layers_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hyper = random_hypernetwork(SMALL)
-    features, mask = torch.randn(2, 9, 6), torch.tensor([True] * 8 + [False])
-    at_once = hyper.generate(features, mask)["down_proj"]
-    monkeypatch.setattr("f2l_vllm.hypernetwork.model.TOKENS_AT_ONCE", 1)
-    for have, want in zip(hyper.generate(features, mask)["down_proj"], at_once, strict=True):
-        torch.testing.assert_close(have, want, rtol=1e-6, atol=1e-6)
+    hyper = random_hypernetwork(replace(SMALL, num_layers=5))
+    features, mask = torch.randn(2, 5, 9, 6), torch.tensor([[True] * 8 + [False], [True] * 4 + [False] * 5])
+    expected = hyper(features, mask)["down_proj"]
+    monkeypatch.setattr("f2l_vllm.hypernetwork.perceiver.CONTEXT_AT_ONCE", layers_at_once * 2 * 9 * SMALL.latent_size)
+    read: list[int] = []
+    real = hyper.perceiver.read
+    monkeypatch.setattr(hyper.perceiver, "read", lambda x, mask: read.append(len(x)) or real(x, mask))
+    with torch.no_grad():
+        reader = hyper.reader(mask)
+        for layer in range(5):
+            reader.add(features[:, layer])
+        produced = hyper.project(reader.latents())["down_proj"]
+    assert read == {1: [2] * 5, 2: [4, 4, 2], 3: [6, 4], 5: [10]}[layers_at_once]
+    for have, want in zip(produced, expected, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
 
 
 def test_composition_concatenates_chunks_and_appends_the_bias_once() -> None:
