@@ -190,10 +190,6 @@ class Catalog:
 
     # Jobs
 
-    def claim_job(self) -> Job | None:
-        """Take the oldest waiting job; None when there is none."""
-        return next(iter(self.claim_jobs(1)), None)
-
     def claim_jobs(self, limit: int) -> list[Job]:
         """Take up to `limit` of the oldest waiting jobs.
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from f2l_vllm.hypernetwork.adapter import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
 from f2l_vllm.hypernetwork.base_model import module_path
+from f2l_vllm.hypernetwork.config import HypernetworkConfig
 
 
 class AdapterError(ValueError):
@@ -45,6 +46,20 @@ class BaseShapes:
             "down_proj": (inner, hidden),
         }
         return cls(text["num_hidden_layers"], modules)
+
+    def check(self, config: HypernetworkConfig) -> None:
+        """Whether the adapters of this hypernetwork fit the model.
+
+        Raises:
+            ValueError: they do not; the message says for which model the hypernetwork was made.
+        """
+        found = {name: self.modules.get(name) for name in config.modules}
+        if config.num_layers != self.layers or found != config.modules:
+            raise ValueError(
+                f"the hypernetwork was made for {config.base_model!r}, {config.num_layers} layers with "
+                f"{config.modules}; this model has {self.layers} layers with {found}: serve that model, or name a "
+                "hypernetwork for this one"
+            )
 
     def key(self, layer: int, module: str, factor: str) -> str:
         """The tensor's name in PEFT files: `factor` is `A` ([rank, d_in]) or `B` ([d_out, rank])."""

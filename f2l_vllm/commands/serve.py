@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from f2l_vllm import models
+from f2l_vllm.adapters.peft_format import BaseShapes
+from f2l_vllm.hypernetwork.model import read_config
 from f2l_vllm.settings import Settings, refuse_environment
 
 PLUGINS = ("f2l", "f2l_files", "f2l_cpu")
@@ -35,12 +37,15 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], vllm_fl
     """The `vllm serve` command for a model. Flags given by the user win over the defaults here.
 
     Raises:
-        ValueError: a setting that cannot work, no such model or hypernetwork, or adapters no server could take.
+        ValueError: a setting that cannot work, no such model or hypernetwork, two that do not fit together, or adapters
+            that no server could take.
     """
     refuse_environment(os.environ)
     directory = models.resolve(model)
     weights = models.resolve_hypernetwork(model, hypernetwork)
-    rank, modules = _adapter_shape(weights, _chunks(settings))
+    config = read_config(weights)
+    BaseShapes.read(directory).check(config)
+    rank = (_chunks(settings) + 1) * config.rank  # the bias takes the rank of one chunk
     allowed = [size for size in LORA_RANKS if size >= rank]
     if not allowed:
         raise ValueError(f"adapters would have rank {rank}, above vLLM's largest {LORA_RANKS[-1]}: lower --max-chunks")
@@ -49,7 +54,7 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], vllm_fl
         "--served-model-name": [model if not Path(model).exists() else directory.name],
         "--enable-lora": [],
         "--max-lora-rank": [str(allowed[0])],
-        "--lora-target-modules": modules,
+        "--lora-target-modules": sorted(config.modules),
         "--max-loras": [str(SLOTS)],
         "--max-cpu-loras": [str(HOST_SLOTS)],
         "--max-num-seqs": [str(SLOTS)],
@@ -95,11 +100,3 @@ def _chunks(given: dict[str, str]) -> int:
     """
     settings = Settings(**{name.removeprefix("F2L_").lower(): value for name, value in given.items()})  # type: ignore[arg-type]
     return settings.max_chunks if settings.is_chunked else 1
-
-
-def _adapter_shape(weights: Path, chunks: int) -> tuple[int, list[str]]:
-    """Largest total rank of a video's adapter, chunks and bias, and its target modules."""
-    from f2l_vllm.hypernetwork.model import read_config
-
-    config = read_config(weights)
-    return (chunks + 1) * config.rank, sorted(config.modules)

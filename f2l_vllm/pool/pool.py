@@ -83,11 +83,6 @@ class Pool:
             lane.start()
         return True
 
-    @property
-    def is_running(self) -> bool:
-        """Whether this process runs the workers of its data folder."""
-        return bool(self._lock.is_locked)
-
     def workers(self) -> list[WorkerInfo]:
         """The workers that are loaded and alive."""
         return [lane.info for lane in self._lanes if lane.info is not None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Collection, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +70,21 @@ def engine_limits(engine_client: Any) -> EngineLimits:
     modules = getattr(config, "target_modules", None)
     slots = config.max_cpu_loras or config.max_loras
     return EngineLimits(config.max_lora_rank, slots, frozenset(modules) if modules else None)
+
+
+def check_limits(limits: EngineLimits, *, rank: int, modules: Collection[str]) -> None:
+    """Refuse an engine that would not attach a video's adapter: it would answer from the base model, and say nothing.
+
+    Raises:
+        ValueError: the engine's rank is below `rank`, or it does not wrap one of `modules`; the message says the flag.
+    """
+    if rank > limits.max_rank:
+        raise ValueError(f"adapters have rank {rank}: start the engine with --max-lora-rank {rank} or more")
+    missing = sorted(set(modules) - limits.target_modules) if limits.target_modules is not None else []
+    if missing:
+        raise ValueError(
+            f"adapters change {', '.join(missing)}: name it in --lora-target-modules, or leave that flag out"
+        )
 
 
 def lora_registry(state: State) -> MutableMapping[str, LoRARequest]:

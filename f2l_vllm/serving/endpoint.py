@@ -24,6 +24,7 @@ torch_shims.install()
 from f2l_vllm import models  # noqa: E402  (torchvision must be importable first)
 from f2l_vllm.adapters.address import fingerprint  # noqa: E402
 from f2l_vllm.adapters.catalog import Catalog  # noqa: E402
+from f2l_vllm.adapters.peft_format import BaseShapes  # noqa: E402
 from f2l_vllm.adapters.store import Store  # noqa: E402
 from f2l_vllm.hypernetwork.model import read_config  # noqa: E402
 from f2l_vllm.pool.messages import WorkerSpec  # noqa: E402
@@ -78,6 +79,9 @@ class F2LEndpointPlugin:
         base_names = compat.base_model_names(state)
         model = models.resolve(args.model)
         hypernetwork = models.resolve_hypernetwork(args.model, settings.hypernetwork)
+        config = read_config(hypernetwork)
+        BaseShapes.read(model).check(config)
+        compat.check_limits(limits, rank=2 * config.rank, modules=config.modules)
         home = settings.data_folder
         store = Store(home)
         catalog = Catalog(settings.database_url)
@@ -91,7 +95,7 @@ class F2LEndpointPlugin:
         )
         pool = None
         if settings.hypernetwork_workers:
-            pool = PoolProcess(worker_spec(settings, model, hypernetwork, limits.max_rank), count_outcome)
+            pool = PoolProcess(worker_spec(settings, model, hypernetwork, limits.max_rank, config.rank), count_outcome)
             pool.start()
         # What is not set of how frames are taken is in the model's and hypernetwork's files, which the revisions cover.
         revisions = Revisions(fingerprint(model), fingerprint(hypernetwork), settings.sampling)
@@ -119,16 +123,8 @@ class F2LEndpointPlugin:
             self._service.catalog.close()
 
 
-def worker_spec(settings: Settings, model: Path, hypernetwork: Path, max_rank: int) -> WorkerSpec:
-    """What each worker loads, and how it reads videos.
-
-    Raises:
-        ValueError: the engine's LoRA rank has no room for a chunk.
-    """
-    rank = read_config(hypernetwork).rank
-    chunks = max_rank // rank - 1  # the bias takes the rank of one chunk
-    if chunks < 1:
-        raise ValueError(f"adapters have rank {2 * rank}: start the engine with --max-lora-rank {2 * rank} or more")
+def worker_spec(settings: Settings, model: Path, hypernetwork: Path, max_rank: int, chunk_rank: int) -> WorkerSpec:
+    """What each worker loads, and how it reads videos."""
     return WorkerSpec(
         model=model,
         hypernetwork=hypernetwork,
@@ -142,6 +138,6 @@ def worker_spec(settings: Settings, model: Path, hypernetwork: Path, max_rank: i
         fps=settings.fps,
         chunk_seconds=settings.chunk_seconds,
         chunk_frames=settings.chunk_frames,
-        max_chunks=chunks if settings.is_chunked else 0,
+        max_chunks=max_rank // chunk_rank - 1 if settings.is_chunked else 0,  # the bias takes the rank of one chunk
         batch_tokens=settings.batch_tokens,
     )

@@ -80,9 +80,6 @@ class Registry:
         self._secret = secrets.token_hex(16)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
     async def acquire(self, record: AdapterRecord) -> Lease:
         """Make the adapter resident and hold it.
 

@@ -29,8 +29,13 @@ def add(catalog, adapter="f2l-1", sha="a", tenant="t", expires_at=None, limit=10
     )
 
 
+def claim(catalog):
+    """The oldest waiting job, or None."""
+    return next(iter(catalog.claim_jobs(1)), None)
+
+
 def publish(catalog, adapter="f2l-1"):
-    assert catalog.claim_job().adapter_name == adapter
+    assert claim(catalog).adapter_name == adapter
     for stage in STAGES:
         catalog.advance(adapter, stage, 0.5)
     return catalog.finish_job(adapter, rank=16, size=100, info={"frames": 8})
@@ -40,7 +45,7 @@ def test_files_of_the_same_bytes_share_one_job_and_one_adapter(catalog):
     first, second = add(catalog), add(catalog)
     assert catalog.counts()[1:] == (1, 0)
     adapter = publish(catalog)
-    assert catalog.claim_job() is None
+    assert claim(catalog) is None
     states = catalog.states([first.id, second.id])
     assert set(states.values()) == {VideoState.PROCESSED}
     third = add(catalog)
@@ -50,7 +55,7 @@ def test_files_of_the_same_bytes_share_one_job_and_one_adapter(catalog):
 
 def test_a_file_that_joins_a_job_in_work_is_ready_with_it(catalog):
     first = add(catalog)
-    job = catalog.claim_job()
+    job = claim(catalog)
     catalog.advance(job.adapter_name, VideoState.DECODING, 0.5)
     second = add(catalog)
     catalog.advance(job.adapter_name, VideoState.ENCODING, 0.5)
@@ -86,25 +91,25 @@ def test_several_jobs_at_once_but_never_one_that_cost_a_worker(catalog):
 def test_an_interrupted_job_is_first_in_line_again(catalog):
     add(catalog, adapter="f2l-1", sha="a")
     add(catalog, adapter="f2l-2", sha="b")
-    job = catalog.claim_job()
+    job = claim(catalog)
     catalog.advance(job.adapter_name, VideoState.DECODING, 0.5)
     catalog.release_job(job.adapter_name)
-    again = catalog.claim_job()
+    again = claim(catalog)
     assert (again.adapter_name, again.attempts) == ("f2l-1", 2)
 
 
 def test_a_restart_releases_every_running_job(catalog):
     record = add(catalog)
-    catalog.claim_job()
+    claim(catalog)
     catalog.advance("f2l-1", VideoState.DECODING, 0.1)
     assert catalog.release_all_jobs() == 1
     assert catalog.file(record.id, "t").state is VideoState.UPLOADED
-    assert catalog.claim_job().attempts == 1  # a stop is not the video's fault
+    assert claim(catalog).attempts == 1  # a stop is not the video's fault
 
 
 def test_a_failed_job_tells_every_file_why(catalog):
     first, second = add(catalog), add(catalog)
-    catalog.claim_job()
+    claim(catalog)
     catalog.advance("f2l-1", VideoState.DECODING, 0.0)
     catalog.fail_job("f2l-1", "truncated_video", "cut short")
     for record in (first, second):
@@ -130,9 +135,9 @@ def test_deleting_the_last_file_orphans_adapter_and_bytes(catalog):
 def test_deleting_while_queued_drops_the_job_and_while_running_drops_the_result(catalog):
     queued = add(catalog)
     catalog.remove_file(queued.id, "t")
-    assert catalog.claim_job() is None
+    assert claim(catalog) is None
     running = add(catalog)
-    catalog.claim_job()
+    claim(catalog)
     catalog.remove_file(running.id, "t")
     assert not catalog.wanted("f2l-1")
     assert catalog.finish_job("f2l-1", rank=1, size=1, info={}) is None
@@ -184,7 +189,7 @@ def test_adapters_of_many_files_at_once(catalog):
 
 
 def publish_next(catalog):
-    name = catalog.claim_job().adapter_name
+    name = claim(catalog).adapter_name
     catalog.advance(name, VideoState.PUBLISHING, 0.0)
     catalog.finish_job(name, rank=16, size=100, info={})
 
@@ -205,12 +210,12 @@ def test_each_job_is_claimed_once_by_many_threads(catalog):
         add(catalog, adapter=f"f2l-{index}", sha=f"{index % 10}", limit=100)
     claimed, lock = [], threading.Lock()
 
-    def claim():
-        while (job := catalog.claim_job()) is not None:
+    def take_all():
+        while (job := claim(catalog)) is not None:
             with lock:
                 claimed.append(job.adapter_name)
 
-    threads = [threading.Thread(target=claim) for _ in range(8)]
+    threads = [threading.Thread(target=take_all) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

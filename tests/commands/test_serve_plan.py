@@ -1,5 +1,6 @@
 import pytest
 
+from f2l_vllm import models
 from f2l_vllm.commands.serve import PLUGINS, plan
 
 
@@ -37,6 +38,11 @@ def test_chunks_make_the_rank_larger(hypernetwork_model, monkeypatch):
         plan(str(hypernetwork_model), None, {**settings, "F2L_MAX_CHUNKS": "1000"}, [])
     with pytest.raises(ValueError, match="one of chunk_seconds and chunk_frames"):
         plan(str(hypernetwork_model), None, {**settings, "F2L_CHUNK_FRAMES": "8"}, [])
+
+
+def test_a_hypernetwork_for_another_model_is_refused_before_anything_starts(hypernetwork_model):
+    with pytest.raises(ValueError, match="this model has 4 layers"):
+        plan(str(hypernetwork_model), str(models.resolve("f2l-tiny") / "hypernetwork"), {}, [])
 
 
 def test_plugins_of_others_stay_allowed(hypernetwork_model, monkeypatch):

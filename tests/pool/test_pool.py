@@ -138,9 +138,8 @@ def test_a_job_whose_worker_is_killed_is_done_by_another(bench, videos):
 def test_only_one_pool_serves_a_data_folder(bench, hypernetwork_model):
     other = Bench(bench.store.home, hypernetwork_model)
     assert not other.pool.start()
-    assert not other.pool.is_running
-    other.pool.stop()
-    assert bench.pool.is_running
+    other.pool.stop()  # not its to stop
+    assert bench.pids(2)
 
 
 def test_a_video_deleted_while_in_work_leaves_nothing(bench, videos):

@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 import vllm
 from starlette.datastructures import State
+from vllm.config import LoRAConfig
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.openai.chat_completion import api_router as chat_router
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -98,6 +99,23 @@ def test_an_engine_without_lora_is_refused():
     engine = Namespace(vllm_config=Namespace(lora_config=None))
     with pytest.raises(ValueError, match="--enable-lora"):
         compat.engine_limits(engine)
+
+
+def test_an_engine_that_would_not_attach_an_adapter_is_refused():
+    engine = Namespace(
+        vllm_config=Namespace(
+            lora_config=LoRAConfig(max_lora_rank=16, max_loras=1, max_cpu_loras=2, target_modules=["q_proj"])
+        )
+    )
+    limits = compat.engine_limits(engine)
+    assert (limits.max_rank, limits.host_slots, limits.target_modules) == (16, 2, {"q_proj"})
+    compat.check_limits(limits, rank=16, modules=["q_proj"])
+    with pytest.raises(ValueError, match="--max-lora-rank 32"):
+        compat.check_limits(limits, rank=32, modules=["q_proj"])
+    with pytest.raises(ValueError, match="down_proj: name it in --lora-target-modules"):
+        compat.check_limits(limits, rank=16, modules=["down_proj", "q_proj"])
+    everything = compat.EngineLimits(max_rank=16, host_slots=2, target_modules=None)
+    compat.check_limits(everything, rank=16, modules=["down_proj"])
 
 
 def test_environments_that_bypass_or_open_the_server_are_refused(monkeypatch):
