@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from f2l_vllm.hypernetwork.blocks import mlp_in_blocks
+from f2l_vllm.hypernetwork.blocks import linear, mlp_in_blocks
 
 EXPANSION = 4  # hidden width of every MLP, in multiples of its reference width
 NORM_EPS = 1e-6
@@ -62,7 +62,8 @@ class GatedMLP(nn.Module):
         if torch.is_grad_enabled():
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         # In place: fresh memory for the widest tensors costs as much time as what is computed there.
-        return self.down_proj(F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x)))
+        gate = F.silu(linear(x, self.gate_proj.weight), inplace=True)
+        return linear(gate.mul_(linear(x, self.up_proj.weight)), self.down_proj.weight)
 
 
 class GroupedAttention(nn.Module):

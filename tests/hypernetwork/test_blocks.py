@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from f2l_vllm.hypernetwork.blocks import HIDDEN_AT_ONCE, mlp_in_blocks
+from f2l_vllm.hypernetwork.blocks import HIDDEN_AT_ONCE, linear, mlp_in_blocks
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from hypernetwork.test_method import SMALL, random_hypernetwork, reference_factors
@@ -132,3 +132,15 @@ def test_in_bfloat16_factors_stay_within_three_percent(kv_heads: int) -> None:
     for have, want in zip(rounded, exact, strict=True):
         assert have.dtype == torch.bfloat16
         assert ((have.float() - want).norm() / want.norm()).item() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (1, 1, 24), (3, 1100, 24)], ids=str)
+@torch.no_grad()
+def test_linear_is_torchs_whatever_computes_it(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(40, 24, dtype=dtype)
+    x = torch.randn(*shape[:-1], 48, dtype=dtype)[..., ::2]
+    torch.testing.assert_close(linear(x, weight), torch.nn.functional.linear(x, weight))
+    x = x.contiguous()
+    torch.testing.assert_close(linear(x, weight), torch.nn.functional.linear(x, weight))
