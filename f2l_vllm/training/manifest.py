@@ -8,7 +8,6 @@ split, metadata`. Relative video paths are relative to the manifest's folder. An
 from __future__ import annotations
 
 import json
-import math
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 from f2l_vllm.hypernetwork.files import sync
 
 _MAY_BE_EMPTY = ("target_text",)  # an example whose answer `f2l-vllm targets` has yet to write
+_FOREVER_S = 1e9  # no second of a video; also what is infinite or no number
 _PUBLISHED_EXTRAS = ("clip_start_sec", "clip_end_sec")  # where a clip that is a file of its own was cut from
 
 
@@ -57,7 +57,7 @@ class Example:
         if start is None and end is None:
             return None
         for name, second in (("start", start), ("end", end)):
-            if isinstance(second, bool) or not isinstance(second, int | float) or not math.isfinite(second):
+            if isinstance(second, bool) or not isinstance(second, int | float) or not abs(second) < _FOREVER_S:
                 raise ValueError(
                     f"metadata.{name} is {second!r}; a span needs start and end, both in seconds. Give both, or "
                     "neither for the whole video."
