@@ -9,10 +9,10 @@ TORCH := torch==2.13.0
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test lint format bench clean
+.PHONY: help setup serve demo test test-full-size lint format bench clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv with everything in it (once; about 7 GB)
 
@@ -31,6 +31,9 @@ demo: $(STAMP) ## The whole way once: video in, answers out, compared with frame
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest
+
+test-full-size: $(STAMP) ## Run the tests on models of the released shapes (10 minutes, 15 GB of memory)
+	$(BIN)/python -m pytest tests/full_size -m full_size
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.encoder import INSTRUCTION, VideoEncoder
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.training import stages
+from f2l_vllm.training.loop import Loop
 from f2l_vllm.training.optimizer import MuonAdamW, warm_constant_linear
 from f2l_vllm.training.packing import PackedBatch, answer_loss, pack
 from f2l_vllm.training.prompts import Clip, Prompts, Turn, times_of
@@ -62,40 +63,33 @@ def train_hypernetwork(
     hypernetwork: Hypernetwork,
     model: SmolVLMForConditionalGeneration,
     processor: SmolVLMProcessor,
+    loop: Loop,
     *,
     steps: int,
-    seed: int,
-    on_progress: stages.Progress | None = None,
 ) -> dict[str, float]:
     """Train the hypernetwork in place; the model stays as it is.
 
     Returns:
-        The first loss and the last, smoothed one.
+        As `Loop.run`.
     """
-    randomness = stages.Randomness.of(NAME, seed)
-    rng = randomness.rng
-    torch.manual_seed(seed)
+    torch.manual_seed(loop.seed)
     model.eval().requires_grad_(False)
     prompts = Prompts(processor)
     optimizer = MuonAdamW(hypernetwork.named_parameters(), muon_lr=0.01, adamw_lr=2e-3)
-    losses = stages.Losses()
-    hypernetwork.train()
-    for step in range(steps):
-        scenes, pieces = _lesson(prompts, rng, mixed=step > steps * 0.3)
-        size = stages.draw_size(rng)
-        features = []
+
+    def step_loss(randomness: stages.Randomness, step: int) -> tuple[Tensor, dict[str, float]]:
+        scenes, pieces = _lesson(prompts, randomness, loop, mixed=step > steps * 0.3)
+        size = stages.draw_size(randomness.rng)
+        chunks = []
         for piece_scenes, clips in pieces:
             pixels = stages.film(piece_scenes, times_of(clips), size, processor.video_processor, randomness)
-            features.append(encode(model, prompts, clips, pixels))
-        chunks = [hypernetwork(features_BLTD) for features_BLTD in features]
-        batch = text_only_batch(prompts, [draw_turns(scene, prompts, rng, with_video=False) for scene in scenes], model)
+            chunks.append(hypernetwork(encode(model, prompts, clips, pixels)))
+        turns = [draw_turns(scene, prompts, randomness.rng, with_video=False) for scene in scenes]
+        batch = text_only_batch(prompts, turns, model)
         hidden = adapted_hidden(model, batch, hypernetwork.combine(chunks), hypernetwork.scale)
-        loss = answer_loss(hidden, batch.labels, model.lm_head)
-        optimizer.step(loss, warm_constant_linear(step, steps))
-        losses.add(loss.item())
-        stages.report(on_progress, NAME, step, steps, {"loss": losses.smoothed})
-    hypernetwork.eval()
-    return losses.summary()
+        return answer_loss(hidden, batch.labels, model.lm_head), {}
+
+    return loop.run(NAME, hypernetwork, optimizer, step_loss, steps=steps, schedule=warm_constant_linear)
 
 
 @torch.no_grad()
@@ -135,23 +129,25 @@ def adapted_hidden(
 Pieces = list[tuple[list[Scene], list[Clip]]]
 
 
-def _lesson(prompts: Prompts, rng: random.Random, *, mixed: bool) -> tuple[list[Scene], Pieces]:
+def _lesson(prompts: Prompts, randomness: stages.Randomness, loop: Loop, *, mixed: bool) -> tuple[list[Scene], Pieces]:
     """The scenes asked about, and the videos (chunks of each adapter) in which they are seen."""
-    kind = rng.random()
+    shared, rng = randomness.shared, randomness.rng
+    kind = shared.random()
     if mixed and kind < _CUT_SHARE:
-        return cut_in_time(prompts, rng, rng.choice((2, 2, 3, 4)), rng.choice((4, 6, 8)))
+        count, num_frames = shared.choice((2, 2, 3, 4)), shared.choice((4, 6, 8))
+        rows = BATCH if count == 2 else max(8, 2 * BATCH // count)
+        return cut_in_time(prompts, rng, count, num_frames, loop.share(rows))
     if kind < _CUT_SHARE + _PAIR_SHARE:
-        return pairs(prompts, rng, BATCH, 8 if not mixed else rng.choice((4, 8)))
-    num_frames = frame_count(rng) if mixed else 8
-    scenes = [draw_scene(rng) for _ in range(batch_size(num_frames))]
+        return pairs(prompts, rng, loop.share(BATCH), 8 if not mixed else shared.choice((4, 8)))
+    num_frames = frame_count(shared) if mixed else 8
+    scenes = [draw_scene(rng) for _ in range(loop.share(batch_size(num_frames)))]
     return scenes, [(scenes, [prompts.draw_clip(num_frames, rng) for _ in scenes])]
 
 
 def cut_in_time(
-    prompts: Prompts, rng: random.Random, count: int, num_frames: int, rows: int | None = None, split: str = "train"
+    prompts: Prompts, rng: random.Random, count: int, num_frames: int, rows: int, split: str = "train"
 ) -> tuple[list[Scene], Pieces]:
     """Scenes filmed once, the frames cut into `count` consecutive pieces of `num_frames`."""
-    rows = rows or (BATCH if count == 2 else max(8, 2 * BATCH // count))
     scenes = [draw_scene(rng, split) for _ in range(rows)]
     clips = [prompts.draw_clip(count * num_frames, rng) for _ in scenes]
     pieces = []

@@ -6,10 +6,12 @@ that share the parameter's memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 _NOT_MATRICES = ("embed", "lm_head", "patch_embedding", "scaler", "bias", "latents")
 
@@ -18,7 +20,8 @@ class MuonAdamW:
     """One optimizer over named parameters.
 
     Args:
-        muon_lr, adamw_lr: learning rates before the schedule's factor.
+        muon_lr, adamw_lr: learning rates before the schedule's factor. Without a `muon_lr` AdamW takes everything.
+        weight_decay: of the matrices; the rest has none.
         clip: limit of the gradient's norm, over all parameters.
     """
 
@@ -26,7 +29,7 @@ class MuonAdamW:
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         *,
-        muon_lr: float,
+        muon_lr: float | None,
         adamw_lr: float,
         weight_decay: float = 0.01,
         clip: float = 1.0,
@@ -48,24 +51,42 @@ class MuonAdamW:
                 self._slices.append((parameter, views))
                 matrices += views
         self.clip = clip
-        self._rates = (muon_lr, adamw_lr)
-        self._muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay)
-        self._adamw = torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._rates: list[float] = []
+        if muon_lr is None:
+            groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+            self._optimizers.append(torch.optim.AdamW(groups, lr=adamw_lr))
+            self._rates.append(adamw_lr)
+            return
+        self._optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay))
+        self._optimizers.append(torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0))
+        self._rates += [muon_lr, adamw_lr]
 
-    def step(self, loss: Tensor, factor: float) -> float:
-        """Back-propagate, clip, update with the learning rates times `factor`; returns the gradient's norm."""
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
         for parameter in self.parameters:
             parameter.grad = None
-        loss.backward()
+
+    def step(self, factor: float) -> float:
+        """Clip, update with the learning rates times `factor`; returns the gradient's norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
         for parameter, views in self._slices:
             for index, view in enumerate(views):
                 view.grad = None if parameter.grad is None else parameter.grad[index]
-        for optimizer, rate in zip((self._muon, self._adamw), self._rates, strict=True):
+        for optimizer, rate in zip(self._optimizers, self._rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
             optimizer.step()
         return float(norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers, for `load_state_dict`."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self._optimizers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the optimizer of `state` was; its parameters have to be set by their module."""
+        for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
 
 
 def warm_constant_linear(step: int, steps: int, *, warmup: int = 60, decay_from: float = 0.5) -> float:
@@ -75,3 +96,14 @@ def warm_constant_linear(step: int, steps: int, *, warmup: int = 60, decay_from:
     done = step / max(1, steps)
     decay = 1.0 if done < decay_from else max(0.02, 1 - (done - decay_from) / (1 - decay_from))
     return min(1.0, (step + 1) / warmup) * decay
+
+
+def warm_cosine(step: int, steps: int, *, warmup_share: float = 0.03) -> float:
+    """The schedule's factor: linear warm-up over a share of the steps, then half a cosine down to zero.
+
+    Source: Frames2LoRA (arXiv 2606.04351), training appendix.
+    """
+    warmup = max(1, round(steps * warmup_share))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

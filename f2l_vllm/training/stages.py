@@ -27,15 +27,21 @@ _SIZE_WEIGHTS = (4, 3, 2, 1, 1)
 
 @dataclass(slots=True)
 class Randomness:
-    """The two random sources of a stage, from one seed."""
+    """Random sources of one name, seed and process.
+
+    Attributes:
+        rng, torch_rng: this process's own.
+        shared: draws the same in every process: what decides how long a step takes.
+    """
 
     rng: random.Random
     torch_rng: torch.Generator
+    shared: random.Random
 
     @classmethod
-    def of(cls, stage: str, seed: int) -> Randomness:
-        rng = random.Random(f"{stage}:{seed}")
-        return cls(rng, torch.Generator().manual_seed(rng.randrange(1 << 31)))
+    def of(cls, name: str, seed: int, process: int = 0) -> Randomness:
+        rng = random.Random(f"{name}:{seed}:{process}")
+        return cls(rng, torch.Generator().manual_seed(rng.randrange(1 << 31)), random.Random(f"{name}:{seed}"))
 
 
 @contextmanager

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import SmolVLMForConditionalGeneration, SmolVLMProcessor
 
 from f2l_vllm.training import stages
 from f2l_vllm.training.auxiliary import PatchHead, patch_targets
+from f2l_vllm.training.loop import Loop
 from f2l_vllm.training.optimizer import MuonAdamW, warm_constant_linear
 from f2l_vllm.training.world import draw_scene
 
@@ -17,34 +20,28 @@ _SCENES, _FRAMES = 48, 6
 
 
 def train_vision(
-    model: SmolVLMForConditionalGeneration,
-    processor: SmolVLMProcessor,
-    *,
-    steps: int,
-    seed: int,
-    on_progress: stages.Progress | None = None,
+    model: SmolVLMForConditionalGeneration, processor: SmolVLMProcessor, loop: Loop, *, steps: int
 ) -> dict[str, float]:
     """Train the vision tower in place to name colour, shape and place of what each patch shows.
 
     Returns:
-        The first loss and the last, smoothed one.
+        As `Loop.run`.
     """
-    randomness = stages.Randomness.of(NAME, seed)
-    torch.manual_seed(seed)
+    torch.manual_seed(loop.seed)
     tower = model.model.vision_model
     config: Any = model.config
     head = PatchHead(config.vision_config.hidden_size)
     named = [*tower.named_parameters(), *((f"embed_{name}", p) for name, p in head.named_parameters())]
     optimizer = MuonAdamW(named, muon_lr=0.02, adamw_lr=2e-3)
-    losses = stages.Losses()
-    for step in range(steps):
-        scenes = [draw_scene(randomness.rng, two_shapes=0.6) for _ in range(_SCENES)]
-        times_BT = torch.rand(_SCENES, _FRAMES, generator=randomness.torch_rng)
+    count = loop.share(_SCENES)
+
+    def step_loss(randomness: stages.Randomness, _step: int) -> tuple[Tensor, dict[str, float]]:
+        scenes = [draw_scene(randomness.rng, two_shapes=0.6) for _ in range(count)]
+        times_BT = torch.rand(count, _FRAMES, generator=randomness.torch_rng)
         size = stages.draw_size(randomness.rng)
         pixels = stages.film(scenes, times_BT, size, processor.video_processor, randomness)
         features = tower(pixel_values=pixels.flatten(0, 1)).last_hidden_state
-        loss, parts = head.loss(features, patch_targets(scenes, times_BT, size))
-        optimizer.step(loss, warm_constant_linear(step, steps, warmup=30))
-        losses.add(loss.item())
-        stages.report(on_progress, NAME, step, steps, {"loss": losses.smoothed, **parts})
-    return losses.summary()
+        return head.loss(features, patch_targets(scenes, times_BT, size))
+
+    trained = nn.ModuleDict({"tower": tower, "head": head})
+    return loop.run(NAME, trained, optimizer, step_loss, steps=steps, schedule=partial(warm_constant_linear, warmup=30))

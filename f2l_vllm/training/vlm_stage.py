@@ -9,13 +9,16 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import SmolVLMForConditionalGeneration, SmolVLMProcessor
 
 from f2l_vllm.training import phrases, stages
 from f2l_vllm.training.auxiliary import PatchHead, VelocityHead, patch_targets
+from f2l_vllm.training.loop import Loop
 from f2l_vllm.training.optimizer import MuonAdamW, warm_constant_linear
 from f2l_vllm.training.packing import answer_loss, pack
 from f2l_vllm.training.prompts import Prompts, Turn, times_of
@@ -59,20 +62,17 @@ REFINEMENT = Course("refinement", 0.008, 8e-4, 0.0, 0.0, 0.75, 3, 0.0, 0.0, 0.2)
 def train_vlm(
     model: SmolVLMForConditionalGeneration,
     processor: SmolVLMProcessor,
+    loop: Loop,
     *,
     steps: int,
-    seed: int,
     course: Course = FIRST,
-    on_progress: stages.Progress | None = None,
 ) -> dict[str, float]:
     """Train all of the model in place on questions with the video in the context, and some without any.
 
     Returns:
-        The first loss and the last, smoothed one.
+        As `Loop.run`.
     """
-    randomness = stages.Randomness.of(course.name, seed)
-    rng = randomness.rng
-    torch.manual_seed(seed)
+    torch.manual_seed(loop.seed)
     prompts = Prompts(processor)
     config: Any = model.config
     text_config = config.text_config
@@ -80,12 +80,12 @@ def train_vlm(
     heads = [*patch_head.named_parameters(), *velocity_head.named_parameters()]
     named = [*model.named_parameters(), *((f"embed_{name}", p) for name, p in heads)]
     optimizer = MuonAdamW(named, muon_lr=course.muon_lr, adamw_lr=course.adamw_lr)
-    losses = stages.Losses()
-    model.train()
-    for step in range(steps):
+
+    def step_loss(randomness: stages.Randomness, step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = randomness.rng
         mixed = step > steps * course.mixed_from
-        num_frames = frame_count(rng) if mixed else processor.video_processor.num_frames
-        count = batch_size(num_frames)
+        num_frames = frame_count(randomness.shared) if mixed else processor.video_processor.num_frames
+        count = loop.share(batch_size(num_frames))
         scenes = [_lesson(rng, course, easy=step < steps * course.easy_until) for _ in range(count)]
         clips = [prompts.draw_clip(num_frames, rng) for _ in scenes]
         times_BT, size = times_of(clips), stages.draw_size(rng)
@@ -109,18 +109,19 @@ def train_vlm(
             output_hidden_states=True,
         )
         answers = answer_loss(output.last_hidden_state, batch.labels, model.lm_head)
+        if not course.seen_weight and not course.moved_weight:
+            return answers, {"answers": answers.item()}
         targets = patch_targets(scenes, times_BT, size)
         seen, _ = patch_head.loss(output.image_hidden_states.last_hidden_state, targets)
         visual = batch.input_ids == config.image_token_id
         last_input = output.hidden_states[-2][visual].unflatten(0, (count, -1))
         moved = velocity_head.loss(last_input, targets)
         loss = answers + course.seen_weight * seen + course.moved_weight * moved
-        optimizer.step(loss, warm_constant_linear(step, steps, decay_from=course.decay_from))
-        losses.add(answers.item())
-        figures = {"loss": losses.smoothed, "seen": seen.item(), "moved": moved.item()}
-        stages.report(on_progress, course.name, step, steps, figures)
-    model.eval()
-    return losses.summary()
+        return loss, {"answers": answers.item(), "seen": seen.item(), "moved": moved.item()}
+
+    trained = nn.ModuleDict({"model": model, "patches": patch_head, "velocity": velocity_head})
+    schedule = partial(warm_constant_linear, decay_from=course.decay_from)
+    return loop.run(course.name, trained, optimizer, step_loss, steps=steps, schedule=schedule)
 
 
 def frame_count(rng: random.Random) -> int:

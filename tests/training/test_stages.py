@@ -1,13 +1,20 @@
 """Every stage learns: a few steps reduce its loss. And the optimizer behind them does what it says."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from f2l_vllm.training import hypernetwork_stage, recipe, vision_stage, vlm_stage
 from f2l_vllm.training.checkpoint import build_model, build_processor
-from f2l_vllm.training.optimizer import MuonAdamW, warm_constant_linear
+from f2l_vllm.training.loop import LOG_FILE, Loop
+from f2l_vllm.training.optimizer import MuonAdamW, warm_constant_linear, warm_cosine
 
 
 @pytest.fixture(scope="module")
@@ -17,16 +24,15 @@ def processor():
 
 def test_a_few_steps_of_vision_reduce_its_loss(processor):
     done: list[float] = []
-    losses = vision_stage.train_vision(
-        build_model(processor), processor, steps=12, seed=0, on_progress=lambda stage, part: done.append(part)
-    )
+    loop = Loop(on_progress=lambda stage, part: done.append(part))
+    losses = vision_stage.train_vision(build_model(processor), processor, loop, steps=12)
     assert losses["loss"] < 0.95 * losses["first_loss"]
     assert done == [(step + 1) / 12 for step in range(12)]
 
 
 def test_a_few_steps_of_the_model_reduce_its_loss(processor, monkeypatch):
     monkeypatch.setattr(vlm_stage, "BATCH", 8)
-    losses = vlm_stage.train_vlm(build_model(processor), processor, steps=16, seed=0)
+    losses = vlm_stage.train_vlm(build_model(processor), processor, Loop(), steps=16)
     assert losses["loss"] < 0.97 * losses["first_loss"]
 
 
@@ -36,7 +42,7 @@ def test_a_few_steps_of_the_hypernetwork_reduce_its_loss_and_leave_the_model_alo
     model = build_model(processor)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     hypernetwork = hypernetwork_stage.build_hypernetwork(model, "tiny", seed=0)
-    losses = hypernetwork_stage.train_hypernetwork(hypernetwork, model, processor, steps=16, seed=0)
+    losses = hypernetwork_stage.train_hypernetwork(hypernetwork, model, processor, Loop(), steps=16)
     assert losses["loss"] < 0.97 * losses["first_loss"]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -72,18 +78,66 @@ def test_a_stopped_run_goes_on_with_the_first_stage_that_is_missing(tmp_path, mo
     assert not (tmp_path / ".stages").exists()
 
 
-def test_results_of_another_seed_are_not_continued(tmp_path):
-    class Counter(torch.nn.Linear):
-        runs = 0
+def test_another_seed_does_not_go_on_with_this_ones_run(tmp_path, processor, monkeypatch):
+    monkeypatch.setattr(vision_stage, "_SCENES", 2)
+    vision_stage.train_vision(build_model(processor), processor, Loop(tmp_path, seed=0), steps=2)
+    with pytest.raises(ValueError, match=r"another run \(other seed"):
+        vision_stage.train_vision(build_model(processor), processor, Loop(tmp_path, seed=1), steps=2)
 
-        def train_it(self, *, steps):
-            self.runs += 1
-            return {"loss": 0.0}
 
-    module = Counter(2, 2)
-    for seed in (0, 0, 1):
-        recipe._Run(tmp_path, seed, {"vision": 5}, {}).stage("vision", module, module.train_it)
-    assert module.runs == 2
+SHORT_RUN = """
+import sys
+from pathlib import Path
+from f2l_vllm import torch_shims
+torch_shims.install()
+from f2l_vllm.training import vlm_stage, vision_stage, recipe
+vlm_stage.BATCH, vision_stage._SCENES = 2, 4
+import f2l_vllm.training.loop as loop
+loop.LOG_EVERY = 1
+init = loop.Loop.__init__
+loop.Loop.__init__ = lambda self, folder, **options: init(self, folder, **options, save_seconds=0.5)
+recipe.STEPS = {"vision": 8, "vlm": 40, "refinement": 2, "hypernetwork": 4}
+recipe.hypernetwork_stage.BATCH = 2
+recipe.make_model(Path(sys.argv[1]), score_videos=0)
+"""
+
+
+def short_run(folder: Path, *launch: str) -> subprocess.Popen:
+    program = [sys.executable, *launch] if launch else [sys.executable]
+    script = folder.parent / "short_run.py"
+    script.write_text(SHORT_RUN)
+    return subprocess.Popen([*program, str(script), str(folder)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def curve(folder: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "cpu_seconds"} for line in lines]
+
+
+def test_a_killed_run_goes_on_and_takes_the_steps_it_would_have_taken(tmp_path):
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    assert short_run(unbroken).wait(120) == 0
+    process = short_run(killed)
+    deadline = time.monotonic() + 60
+    checkpoint = killed / ".stages" / "vlm.ckpt"
+    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    step = torch.load(checkpoint, weights_only=True)["step"]
+    assert step < 40, "killed in the middle of a stage"
+    assert short_run(killed).wait(120) == 0
+    assert curve(killed) == curve(unbroken)
+    for name in ("model.safetensors", "hypernetwork/model.safetensors"):
+        assert (killed / name).read_bytes() == (unbroken / name).read_bytes()
+
+
+def test_two_processes_share_the_steps_and_agree(tmp_path):
+    folder = tmp_path / "model"
+    assert short_run(folder, "-m", "torch.distributed.run", "--nproc-per-node", "2").wait(180) == 0
+    report = json.loads((folder / "training.json").read_text())
+    assert report["processes"] == 2
+    assert [line["step"] for line in curve(folder) if line["stage"] == "vlm"] == list(range(1, 41))
 
 
 @pytest.mark.parametrize("budget", [{"minutes": 0}, {"scale": -1.0}])
@@ -101,8 +155,12 @@ def test_stacked_matrices_are_updated_like_single_ones():
     apart = MuonAdamW([*((str(i), p) for i, p in enumerate(singles)), ("scaler", scalar)], muon_lr=0.05, adamw_lr=0.1)
     apart.clip = 1e9
     for _ in range(3):
-        together.step((stacked - target).square().sum(), 1.0)
-        apart.step(sum((single - goal).square().sum() for single, goal in zip(singles, target, strict=True)), 1.0)
+        for optimizer in (together, apart):
+            optimizer.zero_grad()
+        (stacked - target).square().sum().backward()
+        sum((single - goal).square().sum() for single, goal in zip(singles, target, strict=True)).backward()
+        for optimizer in (together, apart):
+            optimizer.step(1.0)
     torch.testing.assert_close(stacked.detach(), torch.stack([single.detach() for single in singles]))
 
 
@@ -112,3 +170,11 @@ def test_the_schedule_warms_up_holds_and_ends_near_zero():
     assert factors[9:100] == [1.0] * 91
     assert factors[150] == pytest.approx(0.5)
     assert factors[-1] == pytest.approx(0.02)
+
+
+def test_the_cosine_warms_up_and_ends_near_zero():
+    factors = [warm_cosine(step, 1000) for step in range(1000)]
+    assert factors[0] == pytest.approx(1 / 30)
+    assert factors[29:31] == [1.0, 1.0]
+    assert factors[515] == pytest.approx(0.5, abs=0.01)
+    assert factors[-1] < 1e-4
