@@ -164,6 +164,79 @@ def train(
     run(output, seed, scale)
 
 
+@app.command("eval")
+def evaluate(
+    world: Annotated[
+        str | None, typer.Option(help="Fresh videos of the synthetic world: held-out (the default) or train.")
+    ] = None,
+    videos: Annotated[int, typer.Option(min=1, help="How many videos of the world.")] = 64,
+    seed: Annotated[int, typer.Option(help="Which videos and questions of the world.")] = 0,
+    phrasing: Annotated[str, typer.Option(help="The world's wordings: seen or unseen in training.")] = "seen",
+    manifest: Annotated[
+        Path | None, typer.Option(help="JSONL manifest to ask from instead.", exists=True, dir_okay=False)
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Only this split of the manifest.")] = None,
+    arms: Annotated[str, typer.Option(help="Ways of answering, by comma.")] = "adapter,frames,none,wrong-video",
+    composition: Annotated[bool, typer.Option("--composition", help="Also the video in 1, 2 and 4 chunks.")] = False,
+    model: Model = DEFAULT_MODEL,
+    hypernetwork: Hypernetwork = None,
+    through: Annotated[str, typer.Option(help="Who answers: server or transformers.")] = "server",
+    base_url: Annotated[str | None, typer.Option(help="A running server, e.g. http://127.0.0.1:8000/v1.")] = None,
+    api_key: Annotated[str, typer.Option(envvar="F2L_API_KEY", help="Its API key.")] = "none",
+    serve_flags: Annotated[str, typer.Option(help="More flags for the server that is started, in quotes.")] = "",
+    max_frames: MaxFrames = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; default: 64, manifests 256.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Questions in work at a time.")] = 8,
+    metric: Annotated[
+        str | None, typer.Option(help="exact_match, f1 or judge; default: exact_match, manifests judge or f1.")
+    ] = None,
+    margin: Annotated[float | None, typer.Option(help="Of non-inferiority; default: 0.05, judge 0.15.")] = None,
+    equivalence_margin: Annotated[float, typer.Option(help="Of equivalence.")] = 0.05,
+    judge_base_url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint that judges answers.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Its model.")] = None,
+    judge_api_key_env: Annotated[str, typer.Option(help="Variable that holds its API key.")] = "OPENAI_API_KEY",
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder for videos and answers, to resume in; default: temporary.", file_okay=False),
+    ] = None,
+    json_to: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    markdown_to: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here.")] = None,
+) -> None:
+    """Say how good answers are: from adapters, from frames in context, from neither, under another video's adapter."""
+    import os
+
+    from f2l_vllm.commands.evaluate import Source, run
+    from f2l_vllm.evaluation.setup import JudgeSetup, Setup
+
+    if (judge_base_url is None) != (judge_model is None):
+        raise typer.BadParameter("a judge is an endpoint and a model: give --judge-base-url and --judge-model")
+    judge = None
+    if judge_base_url is not None and judge_model is not None:
+        judge = JudgeSetup(judge_base_url, judge_model, os.environ.get(judge_api_key_env, "none"))
+    try:
+        source = Source(world, videos, seed, phrasing, manifest, split)
+        setup = Setup(
+            model=model,
+            hypernetwork=hypernetwork,
+            arms=tuple(arm.strip() for arm in arms.split(",")),
+            composition=composition,
+            through=through,
+            base_url=base_url,
+            api_key=api_key,
+            serve_flags=serve_flags,
+            max_frames=max_frames,
+            max_tokens=max_tokens or (64 if manifest is None else 256),
+            concurrency=concurrency,
+            judge=judge,
+            metric=metric,
+            margin=margin,
+            equivalence_margin=equivalence_margin,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    run(source, setup, work, json_to, markdown_to)
+
+
 @app.command()
 def demo(
     video: Annotated[Path | None, typer.Argument(help="Your own mp4; default: one is made.")] = None,

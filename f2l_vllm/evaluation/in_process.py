@@ -1,0 +1,136 @@
+"""Answers from transformers and the hypernetwork in this process, without a server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+
+from f2l_vllm import models
+from f2l_vllm.evaluation.questions import (
+    ADAPTER,
+    FRAMES,
+    NONE,
+    WRONG_VIDEO,
+    Ask,
+    Clip,
+    Reply,
+    Skipped,
+    by_video_read,
+    chunks_of,
+)
+from f2l_vllm.evaluation.server import OnReply, OnSkip
+from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter
+from f2l_vllm.hypernetwork.internalizer import Internalizer
+from f2l_vllm.video.chunks import Chunking
+from f2l_vllm.video.errors import VideoError
+from f2l_vllm.video.sample import SampledVideo, Sampling, open_source, sample_video
+
+_AT_ONCE = 12  # questions of one video answered together
+
+
+class TransformersAnswers:
+    """Greedy answers, the questions about a video together.
+
+    Args:
+        max_frames: frames read of a video or chunk; as the hypernetwork was trained when None.
+        max_tokens: of an answer.
+
+    Raises:
+        ValueError: no such model or hypernetwork, or two that do not fit together.
+    """
+
+    def __init__(self, model: str, hypernetwork: str | None, *, max_frames: int | None, max_tokens: int) -> None:
+        directory, weights = models.resolve(model), models.resolve_hypernetwork(model, hypernetwork)
+        in_fp32 = model in models.shipped() and not torch.cuda.is_available()  # as it is served
+        self.internalizer = Internalizer.load(directory, weights, dtype=torch.float32 if in_fp32 else None)
+        self.internalizer.sampling = Sampling(max_frames).or_else(self.internalizer.sampling)
+        self._model = cast(Any, self.internalizer.model)  # transformers leaves `generate` untyped
+        self._processor = self.internalizer.processor
+        self._processor.tokenizer.padding_side = "left"
+        self._max_tokens = max_tokens
+
+    @torch.no_grad()
+    def answer(self, asks: Sequence[Ask], on_reply: OnReply, on_skip: OnSkip) -> None:
+        """Answer everything; each video is watched once for each arm that needs it.
+
+        Args:
+            on_reply: called with every answer.
+            on_skip: called for every video that cannot be used, with its reason.
+        """
+        for clip, about in by_video_read(asks):
+            adapter: Adapter | None = None  # of the whole video, as two arms use it
+            for arm in dict.fromkeys(ask.arm for ask in about):
+                some = [ask for ask in about if ask.arm == arm]
+                try:
+                    if arm == NONE:
+                        replies = self.replies(some)
+                    elif arm == FRAMES:
+                        replies = self.replies(some, video=self._sample(clip))
+                    elif arm in (ADAPTER, WRONG_VIDEO):
+                        adapter = adapter or self.internalizer.internalize(clip.path)
+                        replies = self.replies(some, adapter)
+                    else:
+                        replies = self.replies(some, self._compose(clip, chunks_of(arm)))
+                except VideoError as error:
+                    on_skip(Skipped(clip.id, f"{error.code}: {error.message}", arm))
+                    continue
+                for ask, reply in zip(some, replies, strict=True):
+                    on_reply(ask, reply)
+
+    @torch.no_grad()
+    def replies(
+        self, asks: Sequence[Ask], adapter: Adapter | None = None, video: SampledVideo | None = None
+    ) -> list[Reply]:
+        """Answer questions alike: under an adapter, with a video's frames in context, or neither."""
+        found: list[Reply] = []
+        for first in range(0, len(asks), _AT_ONCE):
+            found += self._together(asks[first : first + _AT_ONCE], adapter, video)
+        return found
+
+    def _sample(self, clip: Clip) -> SampledVideo:
+        sampling = Sampling(self.internalizer.sampling.max_frames)
+        return sample_video(clip.path, self._processor, self.internalizer.limits, sampling)
+
+    def _compose(self, clip: Clip, chunks: int) -> Adapter:
+        """The adapter of a video cut into so many chunks of equal length."""
+        info = open_source(clip.path, self.internalizer.limits).info
+        chunking = Chunking(seconds=info.frame_count / info.fps / chunks, max_chunks=chunks)
+        return self.internalizer.internalize(clip.path, chunking=chunking)
+
+    def _together(self, asks: Sequence[Ask], adapter: Adapter | None, video: SampledVideo | None) -> list[Reply]:
+        started = time.perf_counter()
+        texts = [self._prompt(ask.question.text, with_video=video is not None) for ask in asks]
+        if video is None:
+            inputs = self._processor.tokenizer(texts, return_tensors="pt", padding=True)
+        else:
+            inputs = self._processor(
+                text=texts,
+                videos=[[video.frames]] * len(texts),
+                video_metadata=[[video.metadata]] * len(texts),
+                do_sample_frames=False,
+                return_tensors="pt",
+                padding=True,
+            )
+        inputs = inputs.to(self._model.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
+        with apply_adapter(self._model, adapter) if adapter else nullcontext():
+            output = self._model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
+        answers = self._processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        seconds = (time.perf_counter() - started) / len(asks)
+        visual = (inputs["input_ids"] == self._model.config.image_token_id).sum(1).tolist()
+        prompt = inputs["attention_mask"].sum(1).tolist()
+        return [
+            Reply(text.strip(), tokens, seen, None, seconds)
+            for text, tokens, seen in zip(answers, prompt, visual, strict=True)
+        ]
+
+    def _prompt(self, question: str, *, with_video: bool) -> str:
+        parts = [{"type": "video"}] if with_video else []
+        message = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+        prompt: str = self._processor.apply_chat_template([message], add_generation_prompt=True)
+        return prompt

@@ -1,0 +1,149 @@
+"""An evaluation from questions to figures: answer what is not answered yet, judge, score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from f2l_vllm import models
+from f2l_vllm.adapters.address import fingerprint
+from f2l_vllm.evaluation import environment
+from f2l_vllm.evaluation.answers import Answer, AnswerLog
+from f2l_vllm.evaluation.judge import Judge
+from f2l_vllm.evaluation.questions import ADAPTER, COMPOSITION_ARMS, Ask, QuestionSet, Reply, Skipped, plan
+from f2l_vllm.evaluation.scores import F1, JUDGE, NON_INFERIORITY_MARGINS, Scores
+from f2l_vllm.evaluation.server import ServerAnswers, started_server
+from f2l_vllm.evaluation.setup import TRANSFORMERS, Setup
+
+Progress = Callable[[str, int, int], None]  # stage, done, of how many
+JUDGEMENTS_FOLDER = "judgements"
+
+
+def evaluate(questions: QuestionSet, setup: Setup, work: Path, on_progress: Progress | None = None) -> dict[str, Any]:
+    """Ask every question in every arm and score the answers.
+
+    What `work` holds of an earlier evaluation of the same configuration is not asked again.
+
+    Returns:
+        as JSON: `arms`, `comparisons`, `table`, `composition`, `skipped`, `configuration`, `machine`, `versions`; see
+        docs/evaluation.md.
+
+    Raises:
+        ValueError: something cannot be asked, or `work` holds answers of another configuration.
+        ServerFailed: the server did not start.
+        openai.APIError: the server or the judge stopped answering; what was answered is kept.
+    """
+    report = on_progress or (lambda stage, done, total: None)
+    asks = plan(questions.clips, (*setup.arms, *(COMPOSITION_ARMS if setup.composition else ())))
+    skipped = list(questions.skipped)
+    identity = _identity(questions, setup)
+    with AnswerLog(work, identity) as log:
+        _answer(asks, setup, log, skipped, report)
+        keys = {(ask.arm, ask.question.id) for ask in asks}
+        judged_by = _judge(log, keys, setup, work, report)
+        answers = [answer for key, answer in log.answers.items() if key in keys]
+    metric = setup.metric or (JUDGE if setup.judge and questions.metric == F1 else questions.metric)
+    margins = NON_INFERIORITY_MARGINS | ({} if setup.margin is None else {metric: setup.margin})
+    scores = Scores(
+        answers, metric, apart=questions.apart, margins=margins, equivalence_margin=setup.equivalence_margin
+    )
+    report("scoring", 0, 1)
+    main = ADAPTER if ADAPTER in setup.arms else setup.arms[0]
+    result = {
+        "arms": {arm: scores.arm(arm) for arm in setup.arms},
+        "comparisons": {f"{main} - {arm}": scores.comparison(main, arm) for arm in setup.arms if arm != main},
+        "table": scores.rows(setup.arms),
+        "skipped": [asdict(one) for one in skipped],
+        "configuration": identity
+        | {
+            "arms": list(setup.arms),
+            "metric": metric,
+            "types_apart": sorted(questions.apart),
+            "non_inferiority_margins": margins,
+            "equivalence_margin": setup.equivalence_margin,
+            "judge": judged_by,
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": environment.machine(),
+        "versions": environment.versions(),
+    }
+    if setup.composition:
+        result["composition"] = scores.composition()
+    report("scoring", 1, 1)
+    return result
+
+
+def _identity(questions: QuestionSet, setup: Setup) -> dict[str, Any]:
+    """What answers depend on."""
+    identity: dict[str, Any] = {
+        **questions.identity,
+        "through": setup.through,
+        "max_frames": setup.max_frames,
+        "max_tokens": setup.max_tokens,
+    }
+    if setup.base_url is not None:
+        identity["served_model"] = _server_answers(setup, setup.base_url).base_model()
+    if setup.base_url is None or setup.composition:
+        identity["model"] = setup.model
+        identity["model_revision"] = fingerprint(models.resolve(setup.model))
+        weights = models.resolve_hypernetwork(setup.model, setup.hypernetwork)
+        identity["hypernetwork_revision"] = fingerprint(weights)
+    return identity
+
+
+def _answer(asks: list[Ask], setup: Setup, log: AnswerLog, skipped: list[Skipped], report: Progress) -> None:
+    """Ask what the log does not hold."""
+    left = [ask for ask in asks if (ask.arm, ask.question.id) not in log.answers]
+    in_process = [ask for ask in left if setup.through == TRANSFORMERS or ask.arm in COMPOSITION_ARMS]
+    of_server = [ask for ask in left if setup.through != TRANSFORMERS and ask.arm not in COMPOSITION_ARMS]
+    done = len(asks) - len(left)
+
+    def on_reply(ask: Ask, reply: Reply) -> None:
+        nonlocal done
+        log.append(Answer.of(ask, reply))
+        done += 1
+        report("answering", done, len(asks))
+
+    report("answering", done, len(asks))
+    if of_server and setup.base_url is not None:
+        _server_answers(setup, setup.base_url).answer(of_server, on_reply, skipped.append)
+    elif of_server:
+        report("starting the server", 0, 1)
+        with started_server(setup.model, setup.hypernetwork, setup.max_frames, setup.serve_flags) as base_url:
+            report("starting the server", 1, 1)
+            _server_answers(setup, base_url).answer(of_server, on_reply, skipped.append)
+    if in_process:
+        from f2l_vllm.evaluation.in_process import TransformersAnswers
+
+        answerer = TransformersAnswers(
+            setup.model, setup.hypernetwork, max_frames=setup.max_frames, max_tokens=setup.max_tokens
+        )
+        answerer.answer(in_process, on_reply, skipped.append)
+
+
+def _server_answers(setup: Setup, base_url: str) -> ServerAnswers:
+    return ServerAnswers(
+        base_url,
+        setup.api_key,
+        concurrency=setup.concurrency,
+        max_tokens=setup.max_tokens,
+        counts_visual_tokens=setup.base_url is None,
+    )
+
+
+def _judge(
+    log: AnswerLog, keys: set[tuple[str, str]], setup: Setup, work: Path, report: Progress
+) -> dict[str, Any] | None:
+    """Judge these answers and put the scores into the log; by whom."""
+    if setup.judge is None:
+        return None
+    judge = Judge(
+        setup.judge.base_url, setup.judge.model, setup.judge.api_key, work / JUDGEMENTS_FOLDER, setup.concurrency
+    )
+    answers = [answer for key, answer in log.answers.items() if key in keys]
+    judgements = judge.score(answers, lambda done, total: report("judging", done, total))
+    log.replace(replace(answer, judge=judgements[answer.key].score) for answer in answers)
+    return judge.configuration()

@@ -1,0 +1,75 @@
+"""How an evaluation answers its questions and scores the answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from f2l_vllm import models
+from f2l_vllm.evaluation.questions import ARMS
+from f2l_vllm.evaluation.scores import EQUIVALENCE_MARGIN, JUDGE, METRICS
+
+SERVER, TRANSFORMERS = WAYS = ("server", "transformers")
+
+
+@dataclass(frozen=True)
+class JudgeSetup:
+    """An OpenAI-compatible endpoint that judges."""
+
+    base_url: str
+    model: str
+    api_key: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How questions are answered and scored.
+
+    Attributes:
+        model: what `f2l-vllm serve` takes.
+        hypernetwork: the model's own when None.
+        arms: some of `questions.ARMS`.
+        composition: also ask under adapters of the video in 1, 2 and 4 chunks, in process.
+        through: `server` or `transformers`.
+        base_url: a running server (ending in `/v1`) in place of one started for the evaluation.
+        serve_flags: more flags for the server that is started.
+        max_frames: frames read of a video, in every arm; as the hypernetwork was trained when None.
+        max_tokens: of an answer.
+        concurrency: questions in work at a time.
+        metric: the metric of the headline; the question set's own when None.
+        margin: non-inferiority margin of that metric; the metric's own when None.
+
+    Raises:
+        ValueError: values that make no sense together; says which.
+    """
+
+    model: str = models.DEFAULT_MODEL
+    hypernetwork: str | None = None
+    arms: tuple[str, ...] = ARMS
+    composition: bool = False
+    through: str = SERVER
+    base_url: str | None = None
+    api_key: str = field(default="none", repr=False)
+    serve_flags: str = ""
+    max_frames: int | None = None
+    max_tokens: int = 64
+    concurrency: int = 8
+    judge: JudgeSetup | None = None
+    metric: str | None = None
+    margin: float | None = None
+    equivalence_margin: float = EQUIVALENCE_MARGIN
+
+    def __post_init__(self) -> None:
+        if not self.arms or set(self.arms) - set(ARMS) or len(set(self.arms)) < len(self.arms):
+            raise ValueError(f"arms are some of {', '.join(ARMS)}, each once; got {', '.join(self.arms) or 'none'}")
+        if self.through not in WAYS:
+            raise ValueError(f"questions are answered through {' or '.join(WAYS)}, not {self.through!r}")
+        if self.through == TRANSFORMERS and (self.base_url or self.serve_flags):
+            raise ValueError("a server's address or flags make no sense when transformers answers: leave them out")
+        if self.base_url and (self.serve_flags or self.max_frames):
+            raise ValueError("a running server has its flags and its number of frames: leave them out, or the address")
+        if self.metric is not None and self.metric not in METRICS:
+            raise ValueError(f"unknown metric {self.metric!r}: choose one of {', '.join(METRICS)}")
+        if self.metric == JUDGE and self.judge is None:
+            raise ValueError("the metric 'judge' needs a judge: name its endpoint and model")
+        if not all(margin > 0 for margin in (self.margin or 1, self.equivalence_margin)):
+            raise ValueError("a margin is the largest difference that counts as none: it must be positive")
