@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from f2l_vllm import __version__
+from f2l_vllm.commands.manifest import app as manifest_app
 
 app = typer.Typer(
     name="f2l-vllm",
@@ -256,6 +257,40 @@ def doctor(model: Model = DEFAULT_MODEL, hypernetwork: Hypernetwork = None) -> N
     from f2l_vllm.commands.doctor import doctor as run
 
     run(model, hypernetwork)
+
+
+@app.command()
+def targets(
+    manifest: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Questions about videos, as JSONL.")],
+    output: Annotated[Path, typer.Option("-o", "--output", dir_okay=False, help="The manifest with answers to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="Who answers: as for serve, or a name on the server; default: its first model.")
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="Let a running server answer, e.g. http://127.0.0.1:8000/v1.")
+    ] = None,
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Its API key.")] = "none",
+    shard: Annotated[str, typer.Option(help="i/n: only every n-th video, from the i-th on.")] = "0/1",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+    concurrency: Annotated[int, typer.Option(min=1, help="Clips a server is asked about at a time.")] = 8,
+    max_frames: MaxFrames = None,
+    fps: Fps = None,
+    report: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write what is left out, and why, to this JSONL file.")
+    ] = None,
+) -> None:
+    """Let the base model, with the frames in context, write the answers to learn. Goes on where it was stopped."""
+    from f2l_vllm.commands.targets import write_locally, write_through_server
+
+    if base_url is None:
+        write_locally(manifest, output, model or DEFAULT_MODEL, shard, max_tokens, max_frames, fps, report)
+        return
+    if max_frames is not None or fps is not None:
+        raise typer.BadParameter("a server reads frames as it was started to: give it --media-io-kwargs instead")
+    write_through_server(manifest, output, base_url, api_key, model, shard, max_tokens, concurrency, report)
+
+
+app.add_typer(manifest_app, name="manifest")
 
 
 def main() -> None:
