@@ -1,0 +1,90 @@
+"""What all plots share: colours that everyone tells apart, error bars, titles, legends outside of the data, files."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from numpy.typing import NDArray
+
+from f2l_vllm.evaluation.questions import ADAPTER, FRAMES, NONE, WRONG_VIDEO
+
+# Okabe and Ito's palette, told apart with any colour vision; markers and hatches say the same without colour.
+BLUE, ORANGE, GREEN, PINK, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
+COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, VERMILION)
+MARKERS = ("o", "s", "^", "D", "v", "P")
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")
+GREY = "#6b7280"
+COLOUR_MAP = "cividis"
+
+ARM_NAMES = {
+    ADAPTER: "adapter (no visual token)",
+    FRAMES: "frames in context",
+    NONE: "question alone",
+    WRONG_VIDEO: "another video's adapter",
+}
+METRIC_NAMES = {"exact_match": "exact match", "f1": "token F1", "judge": "judge score"}
+METRIC_RANGES = {"exact_match": (0.0, 1.0), "f1": (0.0, 1.0), "judge": (0.0, 5.0)}
+
+_DPI = 150
+
+
+def figure(width: float, height: float) -> Figure:
+    """An empty figure, inches, laid out so that nothing overlaps."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def title(of: Figure, subject: str, details: str) -> None:
+    """What the picture is about above it, and how it was measured below."""
+    of.suptitle(subject, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    of.supxlabel(details, x=0.01, ha="left", fontsize=9, color=GREY)
+
+
+def axis(at: Axes, x: str = "", y: str = "", name: str = "") -> None:
+    """Label an axis pair, with a light grid behind the data."""
+    at.set_xlabel(x)
+    at.set_ylabel(y)
+    at.set_title(name, loc="left")
+    at.spines[["top", "right"]].set_visible(False)
+    at.set_axisbelow(True)
+
+
+def plain_ticks(along: Axis) -> None:
+    """Plain numbers at 1, 2, 5, 10 ... of a logarithmic axis."""
+    along.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    along.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    along.set_minor_locator(NullLocator())
+
+
+def bars_of(estimates: Sequence[dict[str, Any]], key: str = "score") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Heights [N], NaN where there is none, and error bars [2, N], zero where there is no interval."""
+    values = np.array([np.nan if e[key] is None else e[key] for e in estimates], dtype=np.float64)
+    ends = np.array([e["ci95"] or (v, v) for e, v in zip(estimates, values, strict=True)], dtype=np.float64)
+    errors = np.abs(ends.T - values)
+    return values, np.nan_to_num(errors)
+
+
+def legend(of: Figure, at: Axes) -> None:
+    """One legend for all panels, beside them."""
+    handles, labels = at.get_legend_handles_labels()
+    of.legend(handles, labels, loc="outside right center", frameon=False)
+
+
+def save(of: Figure, path: Path) -> Path:
+    """Write a PNG file, whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.png")
+    try:
+        of.savefig(staging, dpi=_DPI, facecolor="white")
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+    return path
