@@ -137,5 +137,7 @@ def _last(hidden_1TD: Tensor) -> Tensor:
 
 
 def _ids(processor: Any, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> list[int]:
-    text = processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+    text = processor.tokenizer.apply_chat_template(
+        messages, chat_template=processor.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False
+    )
     return list(processor.tokenizer.encode(text, add_special_tokens=False))  # the template writes them

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -99,11 +101,7 @@ def test_answers_part_at_their_first_word_or_after_the_words_they_share(processo
 
 
 def test_an_answer_that_cannot_follow_its_prompt_is_refused(processor) -> None:
-    class Reversed:
-        tokenizer = processor.tokenizer
-
-        def apply_chat_template(self, messages, **options):
-            return processor.apply_chat_template(messages[::-1], **options)
-
+    template = "{% for message in messages | reverse %}{{ message['content'][0]['text'] }}{% endfor %}"
+    answer_first = SimpleNamespace(tokenizer=processor.tokenizer, chat_template=template)
     with pytest.raises(ValueError, match="chat template"):
-        contest(Reversed(), "What colour is the circle?", "Red.", [])
+        contest(answer_first, "What colour is the circle?", "Red.", [])

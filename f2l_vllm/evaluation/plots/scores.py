@@ -38,6 +38,8 @@ def _by_type(result: dict[str, Any], path: Path) -> Path:
             edgecolor="white",
             error_kw={"elinewidth": 1, "capsize": 2},
         )
+        for place in places[heights == 0]:
+            at.text(0.004, place, "0", va="center", fontsize=7, color=style.GREY)
     several = len({row["dataset"] for row in rows}) > 1
     names = [f"{row['dataset']}: {row['type']}" if several else row["type"] for row in rows]
     labels = [f"{name}{' (apart)' if row.get('apart') else ''}" for name, row in zip(names, rows, strict=True)]

@@ -50,7 +50,9 @@ def _ttft(row: dict[str, Any], which: str) -> float | None:
 
 def _heat_maps(rows: list[dict[str, Any]], quantities: list[_Quantity], path: Path) -> Path:
     frames, edges, arms = (_values(rows, name) for name in ("frames", "resolution", "arm"))
-    of = style.figure(2 + len(quantities) * (1.2 + 0.75 * len(frames)), 1.6 + len(arms) * (1.2 + 0.5 * len(edges)))
+    of = style.figure(
+        2 + len(quantities) * max(4.2, 1.2 + 0.75 * len(frames)), 1.6 + len(arms) * (1.2 + 0.5 * len(edges))
+    )
     panels = of.subplots(len(arms), len(quantities), squeeze=False)
     for column, quantity in enumerate(quantities):
         found = [value for row in rows if (value := quantity.of(row)) is not None]
