@@ -202,11 +202,18 @@ def evaluate(
     ] = None,
     json_to: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     markdown_to: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Also over frames and resolution.")] = False,
+    sweep_frames: Annotated[str, typer.Option(help="Numbers of frames, by comma.")] = "4,8,16,32,64",
+    sweep_resolutions: Annotated[str, typer.Option(help="Longest edges of the file, by comma.")] = "160,320,640",
+    diagnostics: Annotated[bool, typer.Option("--diagnostics", help="Also where in an adapter answers are.")] = False,
+    plots: Annotated[Path | None, typer.Option(help="Folder for plots of all that was measured.")] = None,
+    browse: Annotated[Path | None, typer.Option(help="Folder for a page of videos and answers; must be new.")] = None,
 ) -> None:
     """Say how good answers are: from adapters, from frames in context, from neither, under another video's adapter."""
     import os
 
     from f2l_vllm.commands.evaluate import Source, run
+    from f2l_vllm.commands.evaluation_extras import Extras
     from f2l_vllm.evaluation.setup import JudgeSetup, Setup
 
     if (judge_base_url is None) != (judge_model is None):
@@ -233,9 +240,10 @@ def evaluate(
             margin=margin,
             equivalence_margin=equivalence_margin,
         )
+        extras = Extras.of(sweep, sweep_frames, sweep_resolutions, diagnostics, plots, browse, setup)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    run(source, setup, work, json_to, markdown_to)
+    run(source, setup, extras, work, json_to, markdown_to)
 
 
 @app.command()

@@ -20,12 +20,14 @@ from openai import APIError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from f2l_vllm.commands.evaluation_extras import Extras
 from f2l_vllm.commands.server_process import ServerFailed
 from f2l_vllm.evaluation import report
 from f2l_vllm.evaluation.questions import QuestionSet
 from f2l_vllm.evaluation.run import evaluate
 from f2l_vllm.evaluation.setup import Setup
 from f2l_vllm.evaluation.sources import manifest_questions, world_questions
+from f2l_vllm.training.world import Scene, sample_scenes
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 _TERMINATED = 128 + signal.SIGTERM
@@ -67,6 +69,12 @@ class Source:
             on_progress=lambda n, of: bars("making videos", n, of),
         )
 
+    def scenes(self) -> list[Scene] | None:
+        """The world's scenes, in the order of the videos; None for a manifest."""
+        if self.manifest is not None:
+            return None
+        return sample_scenes(self.videos, self.seed, self.world or "held-out")
+
 
 class Bars:
     """A progress bar per stage."""
@@ -81,7 +89,9 @@ class Bars:
         self._progress.update(self._tasks[stage], completed=done, total=total)
 
 
-def run(source: Source, setup: Setup, work: Path | None, json_to: Path | None, markdown_to: Path | None) -> None:
+def run(
+    source: Source, setup: Setup, extras: Extras, work: Path | None, json_to: Path | None, markdown_to: Path | None
+) -> None:
     """Evaluate, print a short table, and write the results; exit with 1 when it cannot be done."""
     for path in (json_to, markdown_to):
         if path is not None and path.is_dir():
@@ -90,7 +100,10 @@ def run(source: Source, setup: Setup, work: Path | None, json_to: Path | None, m
         try:
             with _progress() as progress:
                 bars = Bars(progress)
-                result = evaluate(source.questions(folder, bars), setup, folder, bars)
+                questions = source.questions(folder, bars)
+                result = evaluate(questions, setup, folder, bars)
+                result |= extras.measure(questions, source.scenes(), setup, folder, bars)
+            written = extras.show(result, folder, questions.metric)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         except (ServerFailed, APIError) as error:
@@ -103,6 +116,8 @@ def run(source: Source, setup: Setup, work: Path | None, json_to: Path | None, m
         write(json_to, json.dumps(result | {"command": _command()}, indent=1) + "\n")
     if markdown_to is not None:
         write(markdown_to, report.markdown(result))
+    for path in written:
+        console.print(f"written: {path}", highlight=False, soft_wrap=True)
 
 
 def show(result: dict[str, Any]) -> None:
