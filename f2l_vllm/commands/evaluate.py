@@ -103,7 +103,13 @@ def run(
                 questions = source.questions(folder, bars)
                 result = evaluate(questions, setup, folder, bars)
                 result |= extras.measure(questions, source.scenes(), setup, folder, bars)
-            written = extras.show(result, folder, questions.metric)
+            show(result)
+            if json_to is not None:
+                write(json_to, json.dumps(result | {"command": _command()}, indent=1) + "\n")
+            if markdown_to is not None:
+                write(markdown_to, report.markdown(result))
+            for path in extras.show(result, folder, questions.metric):
+                console.print(f"written: {path}", highlight=False, soft_wrap=True)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         except (ServerFailed, APIError) as error:
@@ -111,13 +117,6 @@ def run(
             if work is not None:
                 console.print(f"what was answered is kept in {work}: repeat the command to go on")
             raise typer.Exit(1) from error
-    show(result)
-    if json_to is not None:
-        write(json_to, json.dumps(result | {"command": _command()}, indent=1) + "\n")
-    if markdown_to is not None:
-        write(markdown_to, report.markdown(result))
-    for path in written:
-        console.print(f"written: {path}", highlight=False, soft_wrap=True)
 
 
 def show(result: dict[str, Any]) -> None:
