@@ -20,6 +20,7 @@ from openai import APIError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from f2l_vllm import models
 from f2l_vllm.commands.evaluation_extras import Extras
 from f2l_vllm.commands.server_process import ServerFailed
 from f2l_vllm.evaluation import report
@@ -98,6 +99,8 @@ def run(
             raise typer.BadParameter(f"{path} is a directory: name a file to write")
     with _working_folder(work) as folder, _stoppable():
         try:
+            if setup.base_url is None:
+                models.resolve_hypernetwork(setup.model, setup.hypernetwork)  # said before any video is made
             with _progress() as progress:
                 bars = Bars(progress)
                 questions = source.questions(folder, bars)
@@ -113,7 +116,8 @@ def run(
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         except (ServerFailed, APIError) as error:
-            console.print(str(error), style="red", markup=False, highlight=False)
+            where = f"{error.request.url}: " if isinstance(error, APIError) else ""
+            console.print(f"{where}{error}", style="red", markup=False, highlight=False)
             if work is not None:
                 console.print(f"what was answered is kept in {work}: repeat the command to go on")
             raise typer.Exit(1) from error

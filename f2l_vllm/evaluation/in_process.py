@@ -132,5 +132,7 @@ class TransformersAnswers:
     def _prompt(self, question: str, *, with_video: bool) -> str:
         parts = [{"type": "video"}] if with_video else []
         message = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
-        prompt: str = self._processor.apply_chat_template([message], add_generation_prompt=True)
+        prompt: str = self._processor.tokenizer.apply_chat_template(
+            [message], chat_template=self._processor.chat_template, add_generation_prompt=True, tokenize=False
+        )
         return prompt
