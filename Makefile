@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test test-full-size lint format bench clean
+.PHONY: help setup serve demo test test-full-size lint format bench model clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ format: $(STAMP) ## Rewrite in the house style
 
 bench: $(STAMP) ## Measure start-up, upload to ready, first token and memory of the default model
 	$(BIN)/python -m benchmarks.startup --json benchmarks/results/startup.json
+
+model: $(STAMP) ## Make the default model again, in build/model (an hour on 2 cores; goes on where it was stopped)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m f2l_vllm.cli make-model build/model
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -9,6 +9,7 @@ import typer
 
 from f2l_vllm import __version__
 from f2l_vllm.commands.manifest import app as manifest_app
+from f2l_vllm.commands import training
 
 app = typer.Typer(
     name="f2l-vllm",
@@ -153,18 +154,6 @@ def convert(
     run(checkpoint, output, base_model)
 
 
-@app.command()
-def train(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for model and hypernetwork.")],
-    seed: Annotated[int, typer.Option(help="Seed of data and weights.")] = 0,
-    scale: Annotated[float, typer.Option(min=0.001, help="Fraction of the full number of steps.")] = 1.0,
-) -> None:
-    """Build the synthetic world, the default model and its hypernetwork from nothing. Resumes where it stopped."""
-    from f2l_vllm.commands.local import train as run
-
-    run(output, seed, scale)
-
-
 @app.command("eval")
 def evaluate(
     world: Annotated[
@@ -183,7 +172,7 @@ def evaluate(
     hypernetwork: Hypernetwork = None,
     through: Annotated[str, typer.Option(help="Who answers: server or transformers.")] = "server",
     base_url: Annotated[str | None, typer.Option(help="A running server, e.g. http://127.0.0.1:8000/v1.")] = None,
-    api_key: Annotated[str, typer.Option(envvar="F2L_API_KEY", help="Its API key.")] = "none",
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Its API key.")] = "none",
     serve_flags: Annotated[str, typer.Option(help="More flags for the server that is started, in quotes.")] = "",
     max_frames: MaxFrames = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; default: 64, manifests 256.")] = None,
@@ -265,6 +254,10 @@ def doctor(model: Model = DEFAULT_MODEL, hypernetwork: Hypernetwork = None) -> N
     from f2l_vllm.commands.doctor import doctor as run
 
     run(model, hypernetwork)
+
+
+app.command()(training.train)
+app.command("make-model")(training.make_model)
 
 
 @app.command()

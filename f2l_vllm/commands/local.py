@@ -1,4 +1,4 @@
-"""Commands that need no server of their own: internalize, ask, convert, train."""
+"""Commands that need no server of their own: internalize, ask, convert."""
 
 from __future__ import annotations
 
@@ -141,18 +141,3 @@ def convert(checkpoint: str, output: Path, base_model: str | None) -> None:
         raise typer.BadParameter(str(error)) from error
     config = hypernetwork.config
     console.print(f"{output}: rank {config.rank}, {', '.join(config.modules)}, for {config.base_model}")
-
-
-def train(output: Path, seed: int, scale: float) -> None:
-    """Make model and hypernetwork from nothing."""
-    torch_shims.install()
-    from f2l_vllm.training import make_model
-
-    with _bar() as bar:
-        task = bar.add_task("starting", total=1.0)
-
-        def report(stage: str, fraction: float) -> None:
-            bar.update(task, description=stage, completed=fraction)
-
-        summary = make_model(output, seed=seed, scale=scale, on_progress=report)
-    console.print_json(data=summary)

@@ -67,6 +67,11 @@ class Loop:
         return self._processes.num_processes
 
     @property
+    def process(self) -> int:
+        """Which of them this is, from 0."""
+        return self._processes.process_index
+
+    @property
     def is_main(self) -> bool:
         """True in the process that writes files and talks."""
         return bool(self._processes.is_main_process)

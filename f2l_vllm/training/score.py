@@ -36,6 +36,7 @@ Question = tuple[str, str, str]  # text, true answer, type
 _BATCH = 32
 _MP4_SECONDS = (2.5, 4.0, 6.0, 8.0, 10.0)
 _MP4_FPS = (10, 24, 30)
+_FRAME_COUNTS = (4, 16, 32, 64)  # beside the processor's own 8
 
 
 @dataclass
@@ -258,8 +259,12 @@ def score_model(
         "held-out, unseen triples only": scorer.score_tensors(new_triples, seed=seed, arms=short),
         "held-out, unseen phrasing": scorer.score_tensors(held_out[: scenes // 2], seed=seed, unseen_phrasing=True),
         "fresh scenes of the training distribution": scorer.score_tensors(known, seed=seed, arms=short),
-        "held-out, 4 frames": scorer.score_tensors(held_out[: scenes // 4], seed=seed, num_frames=4, arms=short),
-        "held-out, 16 frames": scorer.score_tensors(held_out[: scenes // 4], seed=seed, num_frames=16, arms=short),
+        **{
+            f"held-out, {count} frames": scorer.score_tensors(
+                held_out[: scenes // 4], seed=seed, num_frames=count, arms=short
+            )
+            for count in _FRAME_COUNTS
+        },
         "held-out, composed adapters": scorer.score_composed(videos=scenes // 4, seed=seed),
     }
     with tempfile.TemporaryDirectory() as folder:

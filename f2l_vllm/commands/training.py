@@ -1,0 +1,144 @@
+"""Commands that train: a hypernetwork for any model from manifests, and the default model from nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from f2l_vllm import models, torch_shims
+
+console = Console()
+
+NewModules = Annotated[str, typer.Option(help="Linears a new hypernetwork adapts, separated by commas.")]
+
+
+def train(
+    output: Annotated[Path, typer.Argument(help="Folder for the hypernetwork; an unfinished run in it goes on.")],
+    manifest: Annotated[list[Path], typer.Option(help="JSONL manifest; may be given several times.")],
+    model: Annotated[str, typer.Option(help="Base model: shipped model, directory, or hub id.")] = "f2l-tiny",
+    split: Annotated[str | None, typer.Option(help="Only the manifests' examples of this split.")] = None,
+    validation: Annotated[Path | None, typer.Option(help="Manifest whose loss is taken before and after.")] = None,
+    hypernetwork: Annotated[
+        str | None, typer.Option(help="Start from this one: directory, released .pt file, or hub id.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="LoRA rank of a new hypernetwork.")] = 16,
+    latent_size: Annotated[int, typer.Option(min=1, help="Width of a new hypernetwork's latents.")] = 512,
+    blocks: Annotated[int, typer.Option(min=1, help="Cross-attention layers of a new hypernetwork.")] = 9,
+    modules: NewModules = "down_proj",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default: by --epochs.")] = None,
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the videos.")] = 1.0,
+    videos: Annotated[int, typer.Option(min=1, help="Videos per step, of all processes together.")] = 8,
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts of a step computed one after the other.")] = 1,
+    questions: Annotated[int, typer.Option(min=1, help="Most questions about a video in a step.")] = 8,
+    frames: Annotated[str, typer.Option(help="Numbers of frames to mix, e.g. 8,12,16; default: the sampling's.")] = "",
+    chunks: Annotated[str, typer.Option(help="Numbers of chunks to mix, e.g. 1,1,2.")] = "1",
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-4,
+    muon_rate: Annotated[float | None, typer.Option(help="Of Muon, which then takes the matrices.")] = None,
+    kl: Annotated[float, typer.Option(min=0.0, help="Weight of the divergence from the model with frames.")] = 0.0,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16; weights stay in fp32.")] = "fp32",
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and choices.")] = 0,
+) -> None:
+    """Train a hypernetwork for any SmolVLM from manifests. Goes on where it was killed; `torchrun` shares the steps."""
+    torch_shims.install()
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from f2l_vllm.hypernetwork.base_model import module_sizes, text_model_of
+    from f2l_vllm.hypernetwork.config import HypernetworkConfig
+    from f2l_vllm.hypernetwork.model import Hypernetwork
+    from f2l_vllm.training.loop import Loop
+    from f2l_vllm.training.manifest import read_manifest
+    from f2l_vllm.training.trainer import RUN_FOLDER, Trainer, TrainingOptions, train_to
+
+    try:
+        options = TrainingOptions(
+            epochs=epochs,
+            steps=steps,
+            videos=videos,
+            accumulate=accumulate,
+            questions=questions,
+            learning_rate=learning_rate,
+            muon_rate=muon_rate,
+            kl=kl,
+            frames=_numbers(frames),
+            chunks=_numbers(chunks),
+            precision=precision,
+        )
+        examples = [example for path in manifest for example in read_manifest(path, split)]
+        held_out = [] if validation is None else read_manifest(validation)
+        directory = models.resolve(model)
+        base = AutoModelForImageTextToText.from_pretrained(str(directory), dtype="auto")
+        processor = AutoProcessor.from_pretrained(str(directory))
+        if hypernetwork is not None:
+            hyper = Hypernetwork.load(models.resolve_hypernetwork(model, hypernetwork), base_model=str(directory))
+        else:
+            torch.manual_seed(seed)
+            text_config: Any = text_model_of(base).config
+            hyper = Hypernetwork(
+                HypernetworkConfig(
+                    base_model=model,
+                    num_layers=text_config.num_hidden_layers,
+                    feature_size=text_config.hidden_size,
+                    modules=module_sizes(base, modules.split(",")),
+                    rank=rank,
+                    latent_size=latent_size,
+                    num_blocks=blocks,
+                )
+            )
+        with _bar() as bar:
+            task = bar.add_task("training", total=1.0)
+            loop = Loop(
+                output / RUN_FOLDER,
+                seed=seed,
+                on_progress=lambda stage, done: bar.update(task, description=stage, completed=done),
+            )
+            report = train_to(output, Trainer(base, processor, hyper, loop), examples, options, held_out)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if loop.is_main:
+        console.print_json(data=report)
+
+
+def make_model(
+    output: Annotated[Path, typer.Argument(help="Folder for model and hypernetwork; an unfinished run goes on.")],
+    seed: Annotated[int, typer.Option(help="Seed of data and weights.")] = 0,
+    scale: Annotated[float, typer.Option(min=0.001, help="Fraction of the full number of steps.")] = 1.0,
+    base: Annotated[Path | None, typer.Option(help="Train only a hypernetwork, for the model in this folder.")] = None,
+    score_videos: Annotated[int, typer.Option(min=0, help="Held-out mp4 files asked about in the end.")] = 64,
+) -> None:
+    """Make the default model from nothing: the synthetic world, a tiny SmolVLM, its hypernetwork, and their scores."""
+    torch_shims.install()
+    from f2l_vllm.training import make_model as run
+
+    try:
+        with _bar() as bar:
+            task = bar.add_task("starting", total=1.0)
+            report = run(
+                output,
+                seed=seed,
+                scale=scale,
+                base=base,
+                score_videos=score_videos,
+                on_progress=lambda stage, done: bar.update(task, description=stage, completed=done),
+            )
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if "bytes" in report:  # the process that wrote them
+        console.print(json.dumps(report, indent=2))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no list of whole numbers; write them like 8,12,16.") from error
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)

@@ -1,0 +1,286 @@
+"""A hypernetwork for any model is trained from manifests: the right loss, real files, and nothing lost to a kill."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from f2l_vllm import models
+from f2l_vllm.hypernetwork.adapter import apply_factors
+from f2l_vllm.hypernetwork.base_model import module_sizes
+from f2l_vllm.hypernetwork.config import HypernetworkConfig
+from f2l_vllm.hypernetwork.model import Hypernetwork
+from f2l_vllm.training.conversations import Conversations
+from f2l_vllm.training.lessons import Lessons, cut
+from f2l_vllm.training.loop import LOG_FILE, Loop
+from f2l_vllm.training.manifest import Example, write_manifest
+from f2l_vllm.training.optimizer import MuonAdamW
+from f2l_vllm.training.render import write_mp4
+from f2l_vllm.training.trainer import Trainer, TrainingOptions
+from f2l_vllm.training.world import sample_scenes
+from f2l_vllm.video.sample import Sampling, sample_video
+
+TINY = models.resolve("f2l-tiny")
+QUESTIONS = [("What happens?", "A red circle moves.", "caption"), ("How many shapes are there?", "Two.", "count")]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory) -> list[Example]:
+    folder = tmp_path_factory.mktemp("videos")
+    made = []
+    for number, scene in enumerate(sample_scenes(4, seed=3)):
+        video = write_mp4(scene, folder / f"{number}.mp4", size=(64, 48), seconds=3)
+        asked = scene.questions(random.Random(number))
+        asked.append(("Describe the video.", scene.caption(), "caption"))
+        made += [
+            Example(f"{number}-{index}", video, question, answer, kind, "world", "train")
+            for index, (question, answer, kind) in enumerate(asked)
+        ]
+    return made
+
+
+def new_hypernetwork(model: torch.nn.Module, seed: int = 0) -> Hypernetwork:
+    torch.manual_seed(seed)
+    text_config = model.config.text_config
+    config = HypernetworkConfig(
+        base_model="f2l-tiny",
+        num_layers=text_config.num_hidden_layers,
+        feature_size=text_config.hidden_size,
+        modules=module_sizes(model, ["down_proj"]),
+        rank=4,
+        latent_size=32,
+        num_blocks=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+    )
+    return Hypernetwork(config)
+
+
+@pytest.fixture
+def trainer(processor) -> Trainer:
+    model = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
+    return Trainer(model, processor, new_hypernetwork(model), Loop())
+
+
+def test_prefix_and_turns_are_the_prompts_the_template_writes(processor):
+    prefix, (turns,) = Conversations(processor).turns([QUESTIONS])
+    for (question, answer, _), turn in zip(QUESTIONS, turns, strict=True):
+        user = {"role": "user", "content": [{"type": "text", "text": question}]}
+        prompt = processor.apply_chat_template([user], add_generation_prompt=True, tokenize=True)[0]
+        assert [*prefix, *turn.ids[: turn.answer_start]] == prompt
+        assert processor.decode(turn.ids[turn.answer_start :]) == f" {answer}<end_of_utterance>"
+
+
+def test_turns_about_a_video_follow_its_frames(processor, examples):
+    sampled = sample_video(examples[0].video_path, processor)
+    prefix, turns = Conversations(processor).turns_about(sampled, QUESTIONS)
+    for (question, _, _), turn in zip(QUESTIONS, turns, strict=True):
+        content = [{"type": "video", "video": sampled.frames}, {"type": "text", "text": question}]
+        whole = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"do_sample_frames": False, "video_metadata": [[sampled.metadata]]},
+        )
+        assert [*prefix, *turn.ids[: turn.answer_start]] == list(whole["input_ids"][0])
+
+
+def test_a_template_that_does_not_lead_to_the_answer_is_refused(processor, monkeypatch):
+    monkeypatch.setattr(processor, "chat_template", "{% for m in messages %}{{ m['role'] }}{% endfor %}Reply:")
+    with pytest.raises(ValueError, match="generation prompt"):
+        Conversations(processor)
+
+
+def lessons_of(examples, processor, **options) -> Lessons:
+    return Lessons(examples, processor, sampling=Sampling(), **options)
+
+
+def test_an_epoch_shows_every_video_once_and_asks_its_own_questions(processor, examples):
+    lessons = lessons_of(examples, processor, questions=3)
+    assert len(lessons) == 4
+    epochs = [lessons.take(4 * epoch, 4, random.Random(0), random.Random(0)) for epoch in range(2)]
+    for taken in epochs:
+        assert len({lesson.whole.frames.tobytes() for lesson in taken}) == 4
+        assert all(len(lesson.asked) == 3 for lesson in taken)
+    for lesson in epochs[0]:
+        mine = [
+            e
+            for e in examples
+            if sample_video(e.video_path, processor).frames.tobytes() == lesson.whole.frames.tobytes()
+        ]
+        assert set(lesson.asked) <= {(e.prompt, e.target_text, e.task_type) for e in mine}
+    first_of = [[lesson.whole.frames.tobytes() for lesson in taken] for taken in epochs]
+    assert first_of[0] != first_of[1], "another order in every epoch"
+
+
+def test_pieces_hold_all_frames_once_and_keep_their_times(processor, examples):
+    whole = sample_video(examples[0].video_path, processor)
+    pieces = cut(whole, 3)
+    assert [second for piece in pieces for second in piece.timestamps] == whole.timestamps
+    assert sum(len(piece.frames) for piece in pieces) == len(whole.frames)
+    assert max(len(piece.frames) for piece in pieces) - min(len(piece.frames) for piece in pieces) <= 1
+
+
+def test_a_video_that_cannot_be_used_is_left_out_with_its_reason(processor, examples, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    lessons = lessons_of([Example("x", broken, "What?", "No.", "caption", "world", "train"), *examples], processor)
+    taken = lessons.take(0, 5, random.Random(0), random.Random(0))
+    assert len(taken) == 5
+    ((key, reason),) = lessons.unusable.items()
+    assert "broken.mp4" in key
+    assert "not_a_video" in reason
+    with pytest.raises(ValueError, match="None of the 1 videos"):
+        lessons_of([Example("x", broken, "What?", "No.", "caption", "world", "train")], processor).take(
+            0, 1, random.Random(0), random.Random(0)
+        )
+
+
+def test_examples_without_answers_are_refused(processor, examples):
+    silent = Example("y", examples[0].video_path, "What?", "", "caption", "world", "train")
+    with pytest.raises(ValueError, match="f2l-vllm targets"):
+        lessons_of([silent], processor)
+
+
+@pytest.mark.parametrize("wrong", [{"videos": 0}, {"kl": -1.0}, {"chunks": ()}, {"precision": "int8"}, {"steps": 0}])
+def test_options_that_cannot_be_used_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TrainingOptions(**wrong)
+
+
+def answer_logits(trainer: Trainer, lesson, factors, row: int, question: int, *, with_video: bool) -> tuple:
+    """Logits where one answer's tokens are predicted, and the tokens, from a prompt of its own, nothing packed."""
+    if with_video:
+        prefix, turns = trainer.conversations.turns_about(lesson.whole, lesson.asked)
+    else:
+        prefix, (turns,) = trainer.conversations.turns([lesson.asked])
+    turn = turns[question]
+    ids = torch.tensor([[*prefix, *turn.ids]])
+    inputs = {"input_ids": ids}
+    if with_video:
+        inputs["pixel_values"] = trainer.encoder.prepare(lesson.whole)["pixel_values"]
+    mine = {name: (a[row], b[row]) for name, (a, b) in factors.items()}
+    with apply_factors(trainer.model, mine, trainer.hyper.scale):
+        logits = trainer.model(**inputs).logits[0]
+    count = len(turn.ids) - turn.answer_start
+    return logits[-count - 1 : -1], ids[0, -count:]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_the_loss_is_the_cross_entropy_under_each_videos_own_adapter(trainer, examples, chunks):
+    for scaler in trainer.hyper.scaler_B.parameters():
+        scaler.fill_(0.01)
+    lessons = lessons_of(examples, trainer.processor, questions=3, chunks=(chunks,), frames=(4,)).take(
+        0, 2, random.Random(1), random.Random(1)
+    )
+    assert [len(lesson.chunks) for lesson in lessons] == [chunks, chunks]
+    options = TrainingOptions(kl=0.5)
+    loss, figures = trainer.loss(lessons, options)
+    pieces = [trainer.hyper(*trainer.features([lesson.chunks[index] for lesson in lessons])) for index in range(chunks)]
+    factors = trainer.hyper.combine(pieces)
+    none = {name: (a * 0, b) for name, (a, b) in factors.items()}
+    student, teacher, truth = [], [], []
+    for row, lesson in enumerate(lessons):
+        for question in range(len(lesson.asked)):
+            logits, ids = answer_logits(trainer, lesson, factors, row, question, with_video=False)
+            student.append(logits)
+            truth.append(ids)
+            teacher.append(answer_logits(trainer, lesson, none, row, question, with_video=True)[0])
+    answers = torch.nn.functional.cross_entropy(torch.cat(student), torch.cat(truth))
+    p, q = torch.cat(teacher).softmax(-1), torch.cat(student).softmax(-1)
+    divergence = (p * (p.log() - q.log())).sum(-1).mean()
+    assert figures["answers"] == pytest.approx(answers.item(), abs=1e-4)
+    assert figures["kl"] == pytest.approx(divergence.item(), abs=1e-4)
+    assert loss.item() == pytest.approx(answers.item() + 0.5 * divergence.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_few_steps_reduce_the_loss_on_videos_and_leave_the_model_alone(trainer, examples, precision):
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    options = TrainingOptions(
+        steps=12, videos=4, questions=4, learning_rate=3e-3, muon_rate=0.02, precision=precision, chunks=(1, 2)
+    )
+    result = trainer.train(examples, options, validation=examples)
+    assert result["validation_loss"]["after"] < 0.9 * result["validation_loss"]["before"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+    assert next(trainer.hyper.parameters()).dtype == torch.float32
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_step(processor, examples, monkeypatch):
+    gradients: list[list[torch.Tensor]] = []
+
+    def keep(optimizer: MuonAdamW, factor: float) -> float:
+        gradients.append([parameter.grad.clone() for parameter in optimizer.parameters])
+        return 0.0
+
+    monkeypatch.setattr(MuonAdamW, "step", keep)
+    # Answers of one length: the mean over parts is then the mean over all tokens.
+    same = [example for example in examples if example.task_type in ("count", "has shape")]
+    for accumulate in (1, 2):
+        model = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
+        trainer = Trainer(model, processor, new_hypernetwork(model), Loop())
+        trainer.train(same, TrainingOptions(steps=1, videos=4, accumulate=accumulate))
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-3)
+
+
+def train_command(folder: Path, manifest: Path, *launch: str) -> list[str]:
+    options = "--rank 4 --latent-size 32 --blocks 1 --steps 60 --videos 2 --questions 3 --frames 4 --chunks 1,2"
+    command = ["-m", "f2l_vllm.cli", "train", str(folder), "--manifest", str(manifest), *options.split(" ")]
+    return [sys.executable, *launch, *command]
+
+
+def curve(folder: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "cpu_seconds"} for line in lines]
+
+
+def test_the_command_goes_on_after_a_kill_as_if_there_had_been_none(examples, tmp_path):
+    manifest = tmp_path / "manifest.jsonl"
+    write_manifest(manifest, examples)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    assert subprocess.run(train_command(unbroken, manifest), env=environment).returncode == 0
+    process = subprocess.Popen(train_command(killed, manifest), env=environment)
+    log = killed / ".run" / LOG_FILE
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "hypernetwork").exists(), "killed before the end"
+    assert subprocess.run(train_command(killed, manifest), env=environment).returncode == 0
+    assert curve(killed) == curve(unbroken)
+    assert not (killed / ".run").exists()
+    for name in ("config.json", "model.safetensors"):
+        assert (killed / "hypernetwork" / name).read_bytes() == (unbroken / "hypernetwork" / name).read_bytes()
+    assert Hypernetwork.load(killed / "hypernetwork").config.rank == 4
+
+
+def test_other_options_do_not_go_on_with_this_run(examples, processor, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
+    for steps, expected in ((2, None), (3, "other steps")):
+        trainer = Trainer(model, processor, new_hypernetwork(model), Loop(tmp_path))
+        options = TrainingOptions(steps=steps, videos=1, questions=1)
+        if expected is None:
+            trainer.train(examples, options)
+        else:
+            with pytest.raises(ValueError, match=expected):
+                trainer.train(examples, options)
