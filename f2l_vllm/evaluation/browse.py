@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from f2l_vllm.evaluation.answers import ANSWERS_FILE, Answer
-from f2l_vllm.evaluation.questions import ADAPTER, ARMS, FRAMES, NONE, WRONG_VIDEO
+from f2l_vllm.evaluation.questions import ADAPTER, ARMS, COMPOSITION_ARMS, FRAMES, NONE, WRONG_VIDEO
 from f2l_vllm.hypernetwork.files import atomic_directory
 from f2l_vllm.training.manifest import write_jsonl
 
@@ -33,6 +33,7 @@ _ARM_MEANS = {
     FRAMES: "the frames in the prompt",
     NONE: "the question alone",
     WRONG_VIDEO: "the question alone, under another video's adapter",
+    **{arm: f"the question alone, under the adapter of the video in {arm}" for arm in COMPOSITION_ARMS},
 }
 
 
@@ -77,6 +78,7 @@ def write_page(answers: Sequence[Answer], videos: Path, output: Path, *, metric:
     """
     if not answers:
         raise ValueError("there are no answers to show: run the evaluation first")
+    answers = sorted(answers, key=lambda one: (one.video, one.type, one.id, one.arm))  # not as they arrived
     files = {answer.video: videos / answer.video for answer in answers}
     missing = [str(path) for path in files.values() if not path.is_file()]
     if missing:
@@ -126,11 +128,12 @@ def _render(answers: Sequence[Answer], sources: dict[str, str], metric: str, tit
 
 def _in_order(arms: set[str]) -> list[str]:
     """The known arms first, in their order."""
-    return [*(arm for arm in ARMS if arm in arms), *sorted(arms - set(ARMS))]
+    known = (*ARMS, *COMPOSITION_ARMS)
+    return [*(arm for arm in known if arm in arms), *sorted(arms - set(known))]
 
 
 def _notes(answer: Answer) -> list[str]:
-    notes = [f"F1 {answer.f1:.2f}"] if 0 < answer.f1 < 1 else []
+    notes = [f"F1 {answer.f1:.2f}"] if answer.f1 > 0 and not answer.exact_match else []
     if answer.judge is not None:
         notes.append(f"judge {answer.judge:g}")
     notes.append(f"{answer.prompt_tokens} tokens")
