@@ -34,7 +34,8 @@ def markdown(result: dict[str, Any]) -> str:
     margin = configuration["non_inferiority_margins"][metric]
     lines = [
         f"{_METRICS[metric].capitalize()}, mean [95 % interval over videos, BCa bootstrap]; non-inferior by a margin "
-        f"of {margin:g}, equivalent within ±{configuration['equivalence_margin']:g} (paired t tests over videos, 5 %).",
+        f"of {margin:g}, equivalent within ±{configuration['equivalence_margin']:g} (paired t tests over videos, 5 %). "
+        "A figure without an interval: every video has that value, or there is one video.",
         "",
         *_grid(header, rows, left=2),
     ]
@@ -119,7 +120,8 @@ def _figure(value: float | None, digits: int = 3) -> str:
 
 
 def _interval(ci95: Sequence[float] | None) -> str:
-    return "" if ci95 is None else f"[{ci95[0]:.3f}, {ci95[1]:.3f}]"
+    """Nothing without spread: an interval of no width would claim a certainty that equal values do not give."""
+    return "" if ci95 is None or ci95[0] == ci95[1] else f"[{ci95[0]:.3f}, {ci95[1]:.3f}]"
 
 
 def _grid(header: list[str], rows: list[list[str]], left: int) -> list[str]:

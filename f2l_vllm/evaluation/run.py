@@ -42,9 +42,9 @@ def evaluate(questions: QuestionSet, setup: Setup, work: Path, on_progress: Prog
     identity = _identity(questions, setup)
     with AnswerLog(work, identity) as log:
         _answer(asks, setup, log, skipped, report)
-        keys = {(ask.arm, ask.question.id) for ask in asks}
+        keys = [(ask.arm, ask.question.id) for ask in asks]
         judged_by = _judge(log, keys, setup, work, report)
-        answers = [answer for key, answer in log.answers.items() if key in keys]
+        answers = [log.answers[key] for key in keys if key in log.answers]
     metric = setup.metric or (JUDGE if setup.judge and questions.metric == F1 else questions.metric)
     margins = NON_INFERIORITY_MARGINS | ({} if setup.margin is None else {metric: setup.margin})
     scores = Scores(
@@ -135,7 +135,7 @@ def _server_answers(setup: Setup, base_url: str) -> ServerAnswers:
 
 
 def _judge(
-    log: AnswerLog, keys: set[tuple[str, str]], setup: Setup, work: Path, report: Progress
+    log: AnswerLog, keys: list[tuple[str, str]], setup: Setup, work: Path, report: Progress
 ) -> dict[str, Any] | None:
     """Judge these answers and put the scores into the log; by whom."""
     if setup.judge is None:
@@ -143,7 +143,7 @@ def _judge(
     judge = Judge(
         setup.judge.base_url, setup.judge.model, setup.judge.api_key, work / JUDGEMENTS_FOLDER, setup.concurrency
     )
-    answers = [answer for key, answer in log.answers.items() if key in keys]
+    answers = [log.answers[key] for key in keys if key in log.answers]
     judgements = judge.score(answers, lambda done, total: report("judging", done, total))
     log.replace(replace(answer, judge=judgements[answer.key].score) for answer in answers)
     return judge.configuration()
