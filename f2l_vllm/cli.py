@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from f2l_vllm import __version__
-from f2l_vllm.commands.manifest import app as manifest_app
 from f2l_vllm.commands import training
+from f2l_vllm.commands.manifest import app as manifest_app
 
 app = typer.Typer(
     name="f2l-vllm",
