@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from f2l_vllm import models, torch_shims
+from f2l_vllm import torch_shims
 
 console = Console()
 
@@ -48,6 +48,7 @@ def train(
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from f2l_vllm import models
     from f2l_vllm.hypernetwork.base_model import module_sizes, text_model_of
     from f2l_vllm.hypernetwork.config import HypernetworkConfig
     from f2l_vllm.hypernetwork.model import Hypernetwork
