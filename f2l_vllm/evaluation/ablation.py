@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from f2l_vllm.evaluation.directions import (
-    decompose,
+    Directions,
     rebuild,
     strongest,
     without_layers,
@@ -66,13 +66,15 @@ def layer_curves(layers: int) -> dict[str, Curve]:
     }
 
 
-def cut_all(adapter: Adapter, cuts: set[Cut], seed: int) -> Iterator[tuple[Cut, Adapter | None]]:
+def cut_all(
+    adapter: Adapter, directions: dict[str, Directions], cuts: set[Cut], seed: int
+) -> Iterator[tuple[Cut, Adapter | None]]:
     """What is left of an adapter by each cut, on its device; None for nothing.
 
     Args:
+        directions: of the adapter, as `decompose` gives them.
         seed: of the random directions.
     """
-    directions = decompose(adapter)
     device = next(iter(adapter.factors.values()))[0].device
     for cut in sorted(cuts, key=lambda cut: (cut.kind, cut.count, sorted(cut.layers))):
         if cut.kind == INTACT:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -96,7 +96,8 @@ class _Diagnosis:
         for name, norms_L in update_norms(adapter).items():
             self._norms[name].append(norms_L.cpu())
             self._strengths[name].append(directions[name].strengths_LK)
-        self._score(clip, asked, adapter, seed)
+        cuts = {cut for curves in self._curves.values() for curve in curves.values() for _, cut in curve}
+        self._score(clip, asked, cut_all(adapter, directions, cuts, seed))
         for question in asked:
             self._attribute(clip, question, adapter)
 
@@ -131,11 +132,10 @@ class _Diagnosis:
             },
         }
 
-    def _score(self, clip: Clip, asked: list[Question], adapter: Adapter, seed: int) -> None:
+    def _score(self, clip: Clip, asked: list[Question], parts: Iterable[tuple[Cut, Adapter | None]]) -> None:
         """Ask everything under every part of the adapter."""
-        cuts = {cut for curves in self._curves.values() for curve in curves.values() for _, cut in curve}
         asks = [Ask(clip, question, ADAPTER, clip) for question in asked]
-        for cut, part in cut_all(adapter, cuts, seed):
+        for cut, part in parts:
             for ask, reply in zip(asks, self._answers.replies(asks, part), strict=True):
                 score = measure(Answer.of(ask, reply), self._metric)
                 assert score is not None  # only a judge leaves answers without a score

@@ -20,6 +20,7 @@ from f2l_vllm.evaluation.ablation import (
     layer_curves,
     rank_curves,
 )
+from f2l_vllm.evaluation.directions import decompose
 from f2l_vllm.hypernetwork.adapter import Adapter
 
 
@@ -51,7 +52,7 @@ def test_layer_curves_leave_out_one_layer_or_grow_from_either_end() -> None:
 def test_cuts_leave_the_directions_and_layers_they_name(adapter: Adapter) -> None:
     cuts = {Cut(INTACT), Cut(NONE), Cut("layers", layers=frozenset({1}))}
     cuts |= {Cut(name, 3) for name in RANK_CURVES}
-    left = dict(cut_all(adapter, cuts, seed=0))
+    left = dict(cut_all(adapter, decompose(adapter), cuts, seed=0))
     assert set(left) == cuts
     assert left[Cut(INTACT)] is adapter
     assert left[Cut(NONE)] is None
