@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shlex
+import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +149,7 @@ def started_server(model: str, hypernetwork: str | None, max_frames: int | None,
             server.wait_ready()
             yield f"{server.url}/v1"
         finally:
-            server.stop()
+            _stop(server)
 
 
 async def together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
@@ -159,6 +162,17 @@ async def together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+
+
+def _stop(server: ServerProcess) -> None:
+    """Stop it, or where it does not stop in time, kill it with all it has started: the answers are there already."""
+    started = server.descendants()
+    try:
+        server.stop()
+    except subprocess.TimeoutExpired:
+        for process in started:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
 
 class _NotInternalizedError(Exception):
