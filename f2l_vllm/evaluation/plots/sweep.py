@@ -51,7 +51,7 @@ def _ttft(row: dict[str, Any], which: str) -> float | None:
 def _heat_maps(rows: list[dict[str, Any]], quantities: list[_Quantity], path: Path) -> Path:
     frames, edges, arms = (_values(rows, name) for name in ("frames", "resolution", "arm"))
     of = style.figure(
-        2 + len(quantities) * max(4.2, 1.2 + 0.75 * len(frames)), 1.6 + len(arms) * (1.2 + 0.5 * len(edges))
+        2 + len(quantities) * max(3.5, 1.2 + 0.75 * len(frames)), 1.6 + len(arms) * (1.4 + 0.5 * len(edges))
     )
     panels = of.subplots(len(arms), len(quantities), squeeze=False)
     for column, quantity in enumerate(quantities):
@@ -74,7 +74,7 @@ def _heat_maps(rows: list[dict[str, Any]], quantities: list[_Quantity], path: Pa
             at.grid(which="minor", color="white", linewidth=2)
             at.tick_params(which="both", length=0)
             at.spines[:].set_visible(False)
-            at.set_title(f"{quantity.name}: {style.ARM_NAMES.get(arm, arm)}", loc="left", fontsize=10)
+            at.set_title(f"{quantity.name}\n{style.ARM_NAMES.get(arm, arm)}", loc="left", fontsize=10)
             if line == len(arms) - 1:
                 at.set_xlabel("frames read")
             if column == 0:
