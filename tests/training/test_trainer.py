@@ -242,7 +242,7 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_step(processor, exampl
 
 
 def train_command(folder: Path, manifest: Path, *launch: str) -> list[str]:
-    options = "--rank 4 --latent-size 32 --blocks 1 --steps 60 --videos 2 --questions 3 --frames 4 --chunks 1,2"
+    options = "--rank 4 --latent-size 32 --blocks 1 --steps 30 --videos 2 --questions 3 --frames 4 --chunks 1,2"
     command = ["-m", "f2l_vllm.cli", "train", str(folder), "--manifest", str(manifest), *options.split(" ")]
     return [sys.executable, *launch, *command]
 
