@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 HIDDEN_AT_ONCE = 2**22  # hidden activations of an MLP per block: 16 MiB in fp32, large enough for full matmul speed
 
 
@@ -40,8 +41,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear` without gradients.
 
     In fp32 on a CPU oneDNN computes it, as it does in bf16: torch itself asks MKL there, which on AMD processors leaves
-    a sixth of the speed unused.
+    a sixth of the speed unused. The operator is the one torch's compiler emits and is no public interface: a torch
+    without it loses the speed, nothing else.
     """
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)

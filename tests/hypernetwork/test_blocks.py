@@ -134,10 +134,14 @@ def test_in_bfloat16_factors_stay_within_three_percent(kv_heads: int) -> None:
         assert ((have.float() - want).norm() / want.norm()).item() < 0.03
 
 
+@pytest.mark.parametrize("has_onednn", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (1, 1, 24), (3, 1100, 24)], ids=str)
 @torch.no_grad()
-def test_linear_is_torchs_whatever_computes_it(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_linear_is_torchs_whatever_computes_it(
+    dtype: torch.dtype, shape: tuple[int, ...], has_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("f2l_vllm.hypernetwork.blocks._HAS_ONEDNN", has_onednn)
     torch.manual_seed(0)
     weight = torch.randn(40, 24, dtype=dtype)
     x = torch.randn(*shape[:-1], 48, dtype=dtype)[..., ::2]
