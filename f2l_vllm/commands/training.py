@@ -110,7 +110,7 @@ def make_model(
     seed: Annotated[int, typer.Option(help="Seed of data and weights.")] = 0,
     scale: Annotated[float, typer.Option(min=0.001, help="Fraction of the full number of steps.")] = 1.0,
     base: Annotated[Path | None, typer.Option(help="Train only a hypernetwork, for the model in this folder.")] = None,
-    score_videos: Annotated[int, typer.Option(min=0, help="Held-out mp4 files asked about in the end.")] = 64,
+    score_scenes: Annotated[int, typer.Option(min=0, help="Held-out scenes asked about in the end.")] = 512,
 ) -> None:
     """Make the default model from nothing: the synthetic world, a tiny SmolVLM, its hypernetwork, and their scores."""
     torch_shims.install()
@@ -124,7 +124,7 @@ def make_model(
                 seed=seed,
                 scale=scale,
                 base=base,
-                score_videos=score_videos,
+                score_scenes=score_scenes,
                 on_progress=lambda stage, done: bar.update(task, description=stage, completed=done),
             )
     except (ValueError, OSError) as error:

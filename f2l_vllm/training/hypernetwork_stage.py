@@ -21,7 +21,7 @@ from f2l_vllm.hypernetwork.base_model import module_sizes
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.encoder import INSTRUCTION, VideoEncoder
 from f2l_vllm.hypernetwork.model import Hypernetwork
-from f2l_vllm.training import stages
+from f2l_vllm.training import precision, stages
 from f2l_vllm.training.loop import Loop
 from f2l_vllm.training.optimizer import MuonAdamW, warm_constant_linear
 from f2l_vllm.training.packing import PackedBatch, answer_loss, pack
@@ -83,13 +83,17 @@ def train_hypernetwork(
         chunks = []
         for piece_scenes, clips in pieces:
             pixels = stages.film(piece_scenes, times_of(clips), size, processor.video_processor, randomness)
-            chunks.append(hypernetwork(encode(model, prompts, clips, pixels)))
+            with precision.mixed():
+                features = encode(model, prompts, clips, pixels)
+            chunks.append(hypernetwork(features))
         turns = [draw_turns(scene, prompts, randomness.rng, with_video=False) for scene in scenes]
         batch = text_only_batch(prompts, turns, model)
-        hidden = adapted_hidden(model, batch, hypernetwork.combine(chunks), hypernetwork.scale)
-        return answer_loss(hidden, batch.labels, model.lm_head), {}
+        with precision.mixed():
+            hidden = adapted_hidden(model, batch, hypernetwork.combine(chunks), hypernetwork.scale)
+            return answer_loss(hidden, batch, model.lm_head), {}
 
-    return loop.run(NAME, hypernetwork, optimizer, step_loss, steps=steps, schedule=warm_constant_linear)
+    with precision.attention_in_fp32(model):
+        return loop.run(NAME, hypernetwork, optimizer, step_loss, steps=steps, schedule=warm_constant_linear)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ class MuonAdamW:
 
     Args:
         muon_lr, adamw_lr: learning rates before the schedule's factor. Without a `muon_lr` AdamW takes everything.
+        slow: factor on the learning rates of the parameters whose name has this prefix: (prefix, factor).
         weight_decay: of the matrices; the rest has none.
         clip: limit of the gradient's norm, over all parameters.
     """
@@ -33,33 +34,35 @@ class MuonAdamW:
         adamw_lr: float,
         weight_decay: float = 0.01,
         clip: float = 1.0,
+        slow: tuple[str, float] | None = None,
     ) -> None:
         self.parameters: list[nn.Parameter] = []
         self._slices: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
-        matrices: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
+        matrices: dict[float, list[nn.Parameter]] = {}
+        others: dict[float, list[nn.Parameter]] = {}
         for name, parameter in named_parameters:
             if not parameter.requires_grad:
                 continue
             self.parameters.append(parameter)
+            pace = slow[1] if slow and name.startswith(slow[0]) else 1.0
             if any(word in name for word in _NOT_MATRICES) or parameter.ndim not in (2, 3):
-                others.append(parameter)
+                others.setdefault(pace, []).append(parameter)
             elif parameter.ndim == 2:
-                matrices.append(parameter)
+                matrices.setdefault(pace, []).append(parameter)
             else:
                 views = [nn.Parameter(view) for view in parameter.data]
                 self._slices.append((parameter, views))
-                matrices += views
+                matrices.setdefault(pace, []).extend(views)
         self.clip = clip
         self._optimizers: list[torch.optim.Optimizer] = []
         self._rates: list[float] = []
+        decayed, free = _groups(matrices, weight_decay), _groups(others, 0.0)
         if muon_lr is None:
-            groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-            self._optimizers.append(torch.optim.AdamW(groups, lr=adamw_lr))
+            self._optimizers.append(torch.optim.AdamW([*decayed, *free], lr=adamw_lr))
             self._rates.append(adamw_lr)
             return
-        self._optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay))
-        self._optimizers.append(torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0))
+        self._optimizers.append(torch.optim.Muon(decayed, lr=muon_lr))
+        self._optimizers.append(torch.optim.AdamW(free, lr=adamw_lr, betas=(0.9, 0.98)))
         self._rates += [muon_lr, adamw_lr]
 
     def zero_grad(self) -> None:
@@ -75,7 +78,7 @@ class MuonAdamW:
                 view.grad = None if parameter.grad is None else parameter.grad[index]
         for optimizer, rate in zip(self._optimizers, self._rates, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = rate * factor
+                group["lr"] = rate * factor * group["pace"]
             optimizer.step()
         return float(norm)
 
@@ -87,6 +90,10 @@ class MuonAdamW:
         """Go on where the optimizer of `state` was; its parameters have to be set by their module."""
         for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
+
+
+def _groups(parameters: dict[float, list[nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    return [{"params": some, "weight_decay": weight_decay, "pace": pace} for pace, some in parameters.items()]
 
 
 def warm_constant_linear(step: int, steps: int, *, warmup: int = 60, decay_from: float = 0.5) -> float:

@@ -75,14 +75,18 @@ def pack(
     return PackedBatch(input_ids, position_ids, mask[:, None], labels, spans)
 
 
-def answer_loss(hidden: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
-    """Mean cross-entropy over the answers' tokens; logits are computed where there is a label, nowhere else.
+def answer_loss(hidden: Tensor, batch: PackedBatch, lm_head: nn.Module) -> Tensor:
+    """Cross-entropy of the answers, each the mean over its own tokens, so that a caption weighs no more than a "Yes.".
+
+    Logits are computed where there is a label, nowhere else.
 
     Args:
         hidden: the text model's output [B, S, D].
     """
-    wanted = labels != IGNORED
-    return nn.functional.cross_entropy(lm_head(hidden[wanted]).float(), labels[wanted])
+    wanted = batch.labels != IGNORED
+    losses = nn.functional.cross_entropy(lm_head(hidden[wanted]).float(), batch.labels[wanted], reduction="none")
+    weights = torch.tensor([1 / (b - a) for spans in batch.spans for a, b in spans for _ in range(a, b)])
+    return (losses * weights.to(losses)).sum() / sum(len(spans) for spans in batch.spans)
 
 
 def exact_matches(hidden: Tensor, batch: PackedBatch, lm_head: nn.Module) -> list[list[bool]]:

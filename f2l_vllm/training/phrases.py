@@ -1,7 +1,8 @@
 """What is asked about a scene, in which words, and the true answer.
 
-Every question type has several phrasings; some are kept out of training (`UNSEEN`), to see whether the model learned
-the question or the sentence. Both spellings, colour and color, occur.
+Every question type has several phrasings, now and then with a mention of the video before or after them; some are kept
+out of training (`UNSEEN`), to see whether the model learned the question or the sentence. Both spellings, colour and
+color, occur.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "Which color is {it}?",
         "What is the colour of {it}?",
         "What is the color of {it}?",
+        "Tell me the colour of {it}.",
+        "Name the color of {it}.",
     ),
     "shape": (
         "What shape is {it}?",
@@ -32,6 +35,9 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "What is {it}?",
         "What is the shape of {it}?",
         "What kind of shape is {it}?",
+        "What shape does {it} have?",
+        "Tell me the shape of {it}.",
+        "Name the shape of {it}.",
     ),
     "action of shape": (
         "What does {it} do?",
@@ -39,6 +45,10 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "What happens to {it}?",
         "What happens with {it}?",
         "What does {it} do in the video?",
+        "What do you see {it} do?",
+        "Tell me what {it} does.",
+        "Describe what {it} does.",
+        "What action does {it} perform?",
     ),
     "action of colour": (
         "What does {it} do?",
@@ -46,6 +56,10 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "What happens to {it}?",
         "What happens with {it}?",
         "What does {it} do in the video?",
+        "What do you see {it} do?",
+        "Tell me what {it} does.",
+        "Describe what {it} does.",
+        "What action does {it} perform?",
     ),
     "direction": (
         "Which way does {it} move?",
@@ -54,6 +68,8 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "Which way does {it} go?",
         "Where does {it} move?",
         "Where is {it} going?",
+        "What way does {it} go?",
+        "Tell me which way {it} moves.",
     ),
     "count": (
         "How many shapes are there?",
@@ -62,6 +78,9 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "How many objects are in the video?",
         "How many shapes do you see?",
         "Count the shapes.",
+        "How many things do you see?",
+        "Tell me how many shapes there are.",
+        "What is the number of shapes?",
     ),
     "background": (
         "What is the background?",
@@ -70,6 +89,9 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "Which colour is the background?",
         "What is the colour of the background?",
         "What is the background color?",
+        "Which background is there?",
+        "Tell me the colour of the background.",
+        "Name the background color.",
     ),
     "has colour": (
         "Is there a {x} object?",
@@ -78,18 +100,24 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "Do you see a {x} shape?",
         "Do you see anything {x}?",
         "Is there a {x} object in the video?",
+        "Can you see anything {x}?",
+        "Is something {x} there?",
     ),
     "has shape": (
         "Is there a {x}?",
         "Do you see a {x}?",
         "Is there a {x} in the video?",
         "Does the video show a {x}?",
+        "Can you see a {x}?",
+        "Is a {x} there?",
     ),
     "has object": (
         "Is there a {x}?",
         "Do you see a {x}?",
         "Is there a {x} in the video?",
         "Does the video show a {x}?",
+        "Can you see a {x}?",
+        "Is a {x} there?",
     ),
     CAPTION: (
         "Describe the video.",
@@ -102,6 +130,8 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "What does the video show?",
         "What is this video about?",
         "Caption this video.",
+        "Tell me what happens in the video.",
+        "Summarize the video.",
         INTERNALIZE,
     ),
 }
@@ -122,6 +152,9 @@ QUESTION_TYPES = tuple(kind for kind in PHRASINGS if kind != CAPTION)
 DOES_NOT_MOVE = "It does not move."
 _BY_COLOUR = ("the {0} object", "the {0} shape", "the {0} one")
 _NUMBERS = ("Zero", "One", "Two")
+_FRAMED = 0.2  # share of questions with a mention of the video put in front or behind
+_IN_FRONT = ("In the video, ", "In this video, ", "Looking at the video, ")
+_BEHIND = (" in the video", " in this video")
 
 
 def ask(scene: Scene, kind: str, rng: random.Random, *, unseen: bool = False) -> tuple[str, str, str]:
@@ -130,7 +163,7 @@ def ask(scene: Scene, kind: str, rng: random.Random, *, unseen: bool = False) ->
     Args:
         unseen: use the phrasing that training never uses.
     """
-    template = UNSEEN[kind] if unseen else rng.choice(PHRASINGS[kind])
+    template = UNSEEN[kind] if unseen else _frame(rng.choice(PHRASINGS[kind]), kind, rng)
     if kind == CAPTION:
         return template, caption(scene), kind
     if kind == "count":
@@ -145,6 +178,22 @@ def ask(scene: Scene, kind: str, rng: random.Random, *, unseen: bool = False) ->
         moving = [shape for shape in scene.shapes if shape.action.startswith("moves ")]
         target = rng.choice(moving) if moving and rng.random() < 0.7 else target
     return template.format(it=_reference(target, kind, rng)), _answer(target, kind), kind
+
+
+def _frame(template: str, kind: str, rng: random.Random) -> str:
+    """Now and then, the phrasing with a mention of the video around it; never one that is kept out of training."""
+    if "video" in template or kind == CAPTION or rng.random() >= _FRAMED:
+        return template
+    framed = rng.choice([*_in_front(template), *_behind(template)])
+    return template if framed in UNSEEN.values() else framed
+
+
+def _in_front(template: str) -> list[str]:
+    return [f"{words}{template[0].lower()}{template[1:]}" for words in _IN_FRONT]
+
+
+def _behind(template: str) -> list[str]:
+    return [f"{template[:-1]}{words}{template[-1]}" for words in _BEHIND]
 
 
 def caption(scene: Scene) -> str:
@@ -170,7 +219,7 @@ def corpus() -> Iterator[str]:
     things = [*colours, *shapes, *(f"{colour} {shape}" for colour in colours for shape in shapes)]
     questions = []
     for kind in PHRASINGS:
-        for template in (*PHRASINGS[kind], UNSEEN[kind]):
+        for template in (*PHRASINGS[kind], UNSEEN[kind], *_in_front(PHRASINGS[kind][0]), *_behind(PHRASINGS[kind][0])):
             fill = references if "{it}" in template else things if "{x}" in template else [""]
             questions += [template.format(it=word, x=word) for word in fill]
     for question in questions:

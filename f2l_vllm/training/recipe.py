@@ -22,8 +22,8 @@ from f2l_vllm.training.vlm_stage import FIRST, REFINEMENT, train_vlm
 
 MODEL_NAME = "f2l-tiny"
 REPORT_FILE = "training.json"
-STEPS = {vision_stage.NAME: 600, FIRST.name: 1300, REFINEMENT.name: 500, hypernetwork_stage.NAME: 600}
-FULL_MINUTES = 40.0  # of one quiet core, for STEPS
+STEPS = {vision_stage.NAME: 800, FIRST.name: 2000, REFINEMENT.name: 700, hypernetwork_stage.NAME: 1400}
+FULL_MINUTES = 45.0  # of one quiet core, for STEPS
 _STAGES_FOLDER = ".stages"
 
 
@@ -33,7 +33,7 @@ def make_model(
     seed: int = 0,
     minutes: float | None = None,
     scale: float = 1.0,
-    score_videos: int = 64,
+    score_scenes: int = 512,
     base: str | Path | None = None,
     on_progress: stages.Progress | None = None,
 ) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def make_model(
         output_dir: becomes a model directory with a `hypernetwork` folder; an unfinished run in it is continued.
         minutes: about how long training may take on one quiet core; None for the full recipe. Replaces `scale`.
         scale: factor on every stage's steps.
-        score_videos: mp4 files written, internalized and asked about in the end; 0 leaves the scores out.
+        score_scenes: held-out scenes asked about in the end; 0 leaves the scores out.
         base: a model directory written by this function: only a hypernetwork for its model is trained.
         on_progress: called with a stage's name and how much of it is done, from 0 to 1.
 
@@ -84,8 +84,8 @@ def make_model(
             save_checkpoint(output_dir, processor, model)
             hypernetwork.save(output_dir / "hypernetwork", torch.bfloat16, overwrite=True)
             report["bytes"] = _sizes(output_dir)
-            if score_videos:
-                report["scores"] = score_model(output_dir, videos=score_videos, on_progress=on_progress)
+            if score_scenes:
+                report["scores"] = score_model(output_dir, scenes=score_scenes)
             (output_dir / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
             (output_dir / _STAGES_FOLDER / LOG_FILE).replace(output_dir / LOG_FILE)
             shutil.rmtree(output_dir / _STAGES_FOLDER)

@@ -1,17 +1,15 @@
 """How well a trained model answers, beside the controls that give the figure its meaning.
 
 Arms: `adapter` (the question alone, under the video's adapter), `in context` (the frames in the prompt), `neither`
-(the question alone: what guessing gives), `wrong video` (under the adapter of another video). Every video is asked one
+(the question alone: what guessing gives), `wrong video` (under the adapter of another video). Every scene is asked one
 question of each type, so the mean over questions is the macro mean over types. Exact match, greedy.
 """
 
 from __future__ import annotations
 
 import random
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,22 +18,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from f2l_vllm.hypernetwork.adapter import Adapter, Factors, apply_adapter
-from f2l_vllm.hypernetwork.internalizer import Internalizer
+from f2l_vllm.hypernetwork.adapter import Factors
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.training import phrases, stages
 from f2l_vllm.training.hypernetwork_stage import adapted_hidden, cut_in_time, encode, pairs, text_only_batch
 from f2l_vllm.training.packing import exact_matches, pack
 from f2l_vllm.training.prompts import Prompts, Turn, times_of
-from f2l_vllm.training.render import write_mp4
 from f2l_vllm.training.world import Scene, sample_scenes
-from f2l_vllm.video.sample import SampledVideo, sample_video
 
 ADAPTER, IN_CONTEXT, NEITHER, WRONG_VIDEO = ARMS = ("adapter", "in context", "neither", "wrong video")
 Question = tuple[str, str, str]  # text, true answer, type
 _BATCH = 32
-_MP4_SECONDS = (2.5, 4.0, 6.0, 8.0, 10.0)
-_MP4_FPS = (10, 24, 30)
 _FRAME_COUNTS = (4, 16, 32, 64)  # beside the processor's own 8
 
 
@@ -70,7 +63,6 @@ class Scorer:
         self.processor = AutoProcessor.from_pretrained(directory)
         self.model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
         self.hypernetwork = Hypernetwork.load(directory / "hypernetwork").float().eval()
-        self.internalizer = Internalizer(self.model, self.hypernetwork, self.processor)
         self.prompts = Prompts(self.processor)
 
     def questions(self, scenes: Sequence[Scene], seed: int, *, unseen: bool = False) -> list[list[Question]]:
@@ -130,67 +122,6 @@ class Scorer:
                 self._count_text_only(tally, self.questions(scenes, seed + first), self.hypernetwork.combine(chunks))
         return tallies
 
-    @torch.no_grad()
-    def score_mp4(
-        self, scenes: Sequence[Scene], folder: Path, *, seed: int, on_progress: stages.Progress | None = None
-    ) -> dict[str, Tally]:
-        """Every arm on real mp4 files, decoded and sampled as the server does, answers generated token by token."""
-        tallies = {arm: Tally() for arm in ARMS}
-        asked = self.questions(scenes, seed)
-        other: Adapter | None = None
-        for number, (scene, questions) in enumerate(zip(scenes, asked, strict=True)):
-            path = write_mp4(
-                scene,
-                folder / f"{number}.mp4",
-                size=stages.FRAME_SIZES[number % len(stages.FRAME_SIZES)],
-                fps=_MP4_FPS[number % len(_MP4_FPS)],
-                seconds=_MP4_SECONDS[number % len(_MP4_SECONDS)],
-            )
-            sampled = sample_video(path, self.processor)
-            adapter = self.internalizer.internalize_frames(sampled)
-            other = other or self.internalizer.internalize(write_mp4(_unlike(scene), folder / "other.mp4"))
-            texts = [question for question, _, _ in questions]
-            replies = {
-                ADAPTER: self.answer(texts, adapter=adapter),
-                IN_CONTEXT: self.answer(texts, video=sampled),
-                NEITHER: self.answer(texts),
-                WRONG_VIDEO: self.answer(texts, adapter=other),
-            }
-            other = adapter
-            for arm, answers in replies.items():
-                for (_, truth, kind), answer in zip(questions, answers, strict=True):
-                    tallies[arm].answers[kind].append(answer == truth)
-            if on_progress:
-                on_progress("score", (number + 1) / len(scenes))
-        return tallies
-
-    @torch.no_grad()
-    def answer(
-        self, questions: Sequence[str], *, adapter: Adapter | None = None, video: SampledVideo | None = None
-    ) -> list[str]:
-        """Greedy answers to questions, each on its own, without the space in front."""
-        texts = [self._prompt(question, video) for question in questions]
-        if video is None:
-            inputs = self.processor.tokenizer(texts, return_tensors="pt", padding=True)
-        else:
-            inputs = self.processor(
-                text=texts,
-                videos=[[video.frames]] * len(texts),
-                video_metadata=[[video.metadata]] * len(texts),
-                do_sample_frames=False,
-                return_tensors="pt",
-                padding=True,
-            )
-        with apply_adapter(self.model, adapter) if adapter else nullcontext():
-            output = self.model.generate(**inputs, max_new_tokens=40, do_sample=False)
-        new = output[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
-
-    def _prompt(self, question: str, video: SampledVideo | None) -> str:
-        parts = [{"type": "video"}] if video else []
-        message = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
-        return self.processor.apply_chat_template([message], add_generation_prompt=True)
-
     def _turns(self, asked: list[list[Question]], *, with_video: bool) -> list[list[Turn]]:
         return [[self.prompts.turn(*question, with_video=with_video) for question in row] for row in asked]
 
@@ -214,10 +145,6 @@ class Scorer:
         _count(tally, asked, exact_matches(hidden, batch, self.model.lm_head))
 
 
-def _unlike(scene: Scene) -> Scene:
-    return next(other for other in sample_scenes(8, 0) if other.key != scene.key)
-
-
 def _factors_of(arm: str, factors: Factors) -> Factors:
     if arm == NEITHER:
         return {}
@@ -233,42 +160,31 @@ def _count(tally: Tally, asked: list[list[Question]], matches: list[list[bool]])
 
 
 @stages.one_thread()
-def score_model(
-    directory: str | Path,
-    *,
-    scenes: int = 512,
-    videos: int = 64,
-    seed: int = 1000,
-    on_progress: stages.Progress | None = None,
-) -> dict[str, Any]:
-    """Score a model directory on scenes it was not trained on.
+def score_model(directory: str | Path, *, scenes: int = 512, seed: int = 1000) -> dict[str, Any]:
+    """Score a model directory on fresh scenes drawn as the processor would give them; `f2l-vllm eval` scores mp4 files.
 
     Args:
-        scenes: fresh scenes per split scored from drawn frames.
-        videos: held-out scenes scored through mp4 files.
+        scenes: held-out scenes; parts beside the main one take half or a quarter of them.
 
     Returns:
         Part -> arm -> {exact_match, interval_95, videos, caption_exact_match, by_type}.
     """
     scorer = Scorer(directory)
-    held_out, known = sample_scenes(scenes, seed, "held-out"), sample_scenes(scenes // 2, seed, "train")
+    half, quarter = max(1, scenes // 2), max(1, scenes // 4)
+    held_out, known = sample_scenes(scenes, seed, "held-out"), sample_scenes(half, seed, "train")
     new_triples = [scene for scene in held_out if scene.has_unseen_triple]
     short = (ADAPTER, IN_CONTEXT)
     parts = {
         "held-out scenes": scorer.score_tensors(held_out, seed=seed),
         "held-out, unseen triples only": scorer.score_tensors(new_triples, seed=seed, arms=short),
-        "held-out, unseen phrasing": scorer.score_tensors(held_out[: scenes // 2], seed=seed, unseen_phrasing=True),
+        "held-out, unseen phrasing": scorer.score_tensors(held_out[:half], seed=seed, unseen_phrasing=True),
         "fresh scenes of the training distribution": scorer.score_tensors(known, seed=seed, arms=short),
         **{
             f"held-out, {count} frames": scorer.score_tensors(
-                held_out[: scenes // 4], seed=seed, num_frames=count, arms=short
+                held_out[:quarter], seed=seed, num_frames=count, arms=short
             )
             for count in _FRAME_COUNTS
         },
-        "held-out, composed adapters": scorer.score_composed(videos=scenes // 4, seed=seed),
+        "held-out, composed adapters": scorer.score_composed(videos=quarter, seed=seed),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        parts["held-out mp4 files"] = scorer.score_mp4(
-            sample_scenes(videos, seed + 1, "held-out"), Path(folder), seed=seed, on_progress=on_progress
-        )
     return {part: {arm: tally.summary() for arm, tally in tallies.items()} for part, tallies in parts.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import SmolVLMForConditionalGeneration, SmolVLMProcessor
 
-from f2l_vllm.training import stages
+from f2l_vllm.training import precision, stages
 from f2l_vllm.training.auxiliary import PatchHead, patch_targets
 from f2l_vllm.training.loop import Loop
 from f2l_vllm.training.optimizer import MuonAdamW, warm_constant_linear
@@ -40,8 +40,11 @@ def train_vision(
         times_BT = torch.rand(count, _FRAMES, generator=randomness.torch_rng)
         size = stages.draw_size(randomness.rng)
         pixels = stages.film(scenes, times_BT, size, processor.video_processor, randomness)
-        features = tower(pixel_values=pixels.flatten(0, 1)).last_hidden_state
+        with precision.mixed():
+            features = tower(pixel_values=pixels.flatten(0, 1)).last_hidden_state
         return head.loss(features, patch_targets(scenes, times_BT, size))
 
     trained = nn.ModuleDict({"tower": tower, "head": head})
-    return loop.run(NAME, trained, optimizer, step_loss, steps=steps, schedule=partial(warm_constant_linear, warmup=30))
+    schedule = partial(warm_constant_linear, warmup=30)
+    with precision.attention_in_fp32(model):
+        return loop.run(NAME, trained, optimizer, step_loss, steps=steps, schedule=schedule)

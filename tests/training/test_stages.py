@@ -66,10 +66,10 @@ def test_a_stopped_run_goes_on_with_the_first_stage_that_is_missing(tmp_path, mo
     with monkeypatch.context() as stopped:
         stopped.setattr(hypernetwork_stage, "train_hypernetwork", stop)
         with pytest.raises(KeyboardInterrupt):
-            recipe.make_model(tmp_path, scale=0.001, score_videos=0)
+            recipe.make_model(tmp_path, scale=0.001, score_scenes=0)
     trained: list[str] = []
     report = recipe.make_model(
-        tmp_path, scale=0.001, score_videos=0, on_progress=lambda stage, _: trained.append(stage)
+        tmp_path, scale=0.001, score_scenes=0, on_progress=lambda stage, _: trained.append(stage)
     )
     assert set(trained) == {"hypernetwork"}
     assert list(report["stages"]) == ["vision", "vlm", "refinement", "hypernetwork"]
@@ -98,7 +98,7 @@ init = loop.Loop.__init__
 loop.Loop.__init__ = lambda self, folder, **options: init(self, folder, **options, save_seconds=0.5)
 recipe.STEPS = {"vision": 8, "vlm": 40, "refinement": 2, "hypernetwork": 4}
 recipe.hypernetwork_stage.BATCH = 2
-recipe.make_model(Path(sys.argv[1]), score_videos=0)
+recipe.make_model(Path(sys.argv[1]), score_scenes=0)
 """
 
 

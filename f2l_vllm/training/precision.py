@@ -1,0 +1,51 @@
+"""bf16 matrix products for the default model's training, where the CPU computes them faster than fp32 ones.
+
+Weights, norms, the residual stream and attention stay in fp32: torch's CPU attention is slower in bf16, three times so
+backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+_ATTENTION = "sdpa_fp32"
+
+
+def mixed() -> AbstractContextManager[Any]:
+    """Autocast to bf16 on a CPU with bf16 instructions; elsewhere fp32, for emulated bf16 is slower."""
+    return torch.autocast("cpu", torch.bfloat16) if _has_fast_bf16() else nullcontext()
+
+
+@contextmanager
+def attention_in_fp32(model: nn.Module) -> Iterator[None]:
+    """Have a transformers model attend in fp32 under `mixed`, and as before when the block ends."""
+    owner: Any = model
+    owner.set_attn_implementation(_ATTENTION)
+    try:
+        yield
+    finally:
+        owner.set_attn_implementation("sdpa")
+
+
+def _has_fast_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    with torch.autocast("cpu", enabled=False):
+        out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **kwargs)
+    return out, None
+
+
+AttentionInterface.register(_ATTENTION, _attend)
+AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
