@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -15,6 +16,8 @@ import httpx
 
 START_SECONDS = 600.0
 STOP_SECONDS = 60.0
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
 
 
 class ServerFailed(RuntimeError):
@@ -53,7 +56,11 @@ class ServerProcess:
         ]
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(env or {})},
+                preexec_fn=_stop_with_parent if sys.platform == "linux" else None,
             )
 
     def wait_ready(self) -> None:
@@ -105,6 +112,11 @@ class ServerProcess:
             self.process.kill()
             self.process.wait()
             raise
+
+
+def _stop_with_parent() -> None:
+    """Have Linux send SIGTERM to this process when its parent is killed: nobody else would stop the server then."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port() -> int:

@@ -49,10 +49,11 @@ def train(
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from f2l_vllm import models
+    from f2l_vllm.evaluation.plots import plot_training
     from f2l_vllm.hypernetwork.base_model import module_sizes, text_model_of
     from f2l_vllm.hypernetwork.config import HypernetworkConfig
     from f2l_vllm.hypernetwork.model import Hypernetwork
-    from f2l_vllm.training.loop import Loop
+    from f2l_vllm.training.loop import LOG_FILE, Loop
     from f2l_vllm.training.manifest import read_manifest
     from f2l_vllm.training.trainer import RUN_FOLDER, Trainer, TrainingOptions, train_to
 
@@ -102,6 +103,7 @@ def train(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     if loop.is_main:
+        plot_training(output / RUN_FOLDER / LOG_FILE, output)
         console.print_json(data=report)
 
 
@@ -114,7 +116,9 @@ def make_model(
 ) -> None:
     """Make the default model from nothing: the synthetic world, a tiny SmolVLM, its hypernetwork, and their scores."""
     torch_shims.install()
+    from f2l_vllm.evaluation.plots import plot_training
     from f2l_vllm.training import make_model as run
+    from f2l_vllm.training.loop import LOG_FILE
 
     try:
         with _bar() as bar:
@@ -130,6 +134,7 @@ def make_model(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     if "bytes" in report:  # the process that wrote them
+        plot_training(output / LOG_FILE, output)
         console.print(json.dumps(report, indent=2))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,16 +12,13 @@ from f2l_vllm.evaluation.questions import Clip, Question, QuestionSet, Skipped
 from f2l_vllm.training import phrases
 from f2l_vllm.training.clips import UnusableVideoError, clip_file
 from f2l_vllm.training.manifest import Example, read_manifest
-from f2l_vllm.training.render import write_mp4
-from f2l_vllm.training.stages import FRAME_SIZES
-from f2l_vllm.training.world import Scene, sample_scenes
+from f2l_vllm.training.world import sample_scenes
+from f2l_vllm.training.world_manifest import Film
 
 Progress = Callable[[int, int], None]  # done, of how many
 
 VIDEOS_FOLDER = "videos"
 PHRASINGS = ("seen", "unseen")
-_SECONDS = (2.5, 4.0, 6.0, 8.0, 10.0)
-_FPS = (10, 24, 30)
 
 
 def world_questions(
@@ -47,11 +43,14 @@ def world_questions(
     if phrasing not in PHRASINGS:
         raise ValueError(f"unknown phrasing {phrasing!r}: choose one of {', '.join(PHRASINGS)}")
     scenes = sample_scenes(videos, seed, split)
+    (work / VIDEOS_FOLDER).mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"questions:{seed}")
     clips = []
     for index, scene in enumerate(scenes):
         name = f"{split}-{seed}-{index:04d}"
-        path = _video(scene, index, work / VIDEOS_FOLDER / f"{name}.mp4")
+        path = work / VIDEOS_FOLDER / f"{name}.mp4"
+        if not path.exists():
+            Film.draw(random.Random(name)).shoot(scene, path)
         asked = [
             phrases.ask(scene, kind, rng, unseen=phrasing == "unseen")
             for kind in (*phrases.QUESTION_TYPES, phrases.CAPTION)
@@ -101,25 +100,6 @@ def manifest_questions(
     digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
     identity = {"manifest": manifest.name, "sha256": digest, "split": split}
     return QuestionSet(identity, tuple(clips), "f1", skipped=tuple(skipped))
-
-
-def _video(scene: Scene, index: int, path: Path) -> Path:
-    """Write a scene's file unless it is there."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.mp4")
-        try:
-            write_mp4(
-                scene,
-                staging,
-                size=FRAME_SIZES[index % len(FRAME_SIZES)],
-                fps=_FPS[index % len(_FPS)],
-                seconds=_SECONDS[index % len(_SECONDS)],
-            )
-            os.replace(staging, path)
-        finally:
-            staging.unlink(missing_ok=True)
-    return path
 
 
 def _name(path: Path, work: Path) -> str:

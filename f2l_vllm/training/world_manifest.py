@@ -37,6 +37,15 @@ class Film:
         """Sizes, rates and lengths as cameras, phones and screens make them."""
         return cls(rng.choice(FRAME_SIZES), rng.choice(_RATES), rng.choice(_SECONDS))
 
+    def shoot(self, scene: Scene, path: Path) -> None:
+        """Write the file, which is there only when it is whole."""
+        staging = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.mp4")
+        try:
+            write_mp4(scene, staging, self.size, self.fps, self.seconds)
+            os.replace(staging, path)
+        finally:
+            staging.unlink(missing_ok=True)
+
     def shot(self, path: Path) -> bool:
         """True when the file is there and is such a film, from its first to its last frame."""
         try:
@@ -81,7 +90,7 @@ def write_world(
         rng = random.Random(f"{DATASET}:{name}")
         film, path = Film.draw(rng), folder / VIDEOS / f"{name}.mp4"
         if not film.shot(path):
-            _film(scene, film, path)
+            film.shoot(scene, path)
             filmed += 1
         kinds = KINDS if questions_per_video is None else rng.sample(KINDS, questions_per_video)
         examples += [_example(scene, film, path, split, kind, rng) for kind in kinds]
@@ -89,15 +98,6 @@ def write_world(
             on_progress(number + 1, videos)
     write_manifest(folder / MANIFEST, examples)
     return folder / MANIFEST, filmed
-
-
-def _film(scene: Scene, film: Film, path: Path) -> None:
-    staging = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.mp4")
-    try:
-        write_mp4(scene, staging, film.size, film.fps, film.seconds)
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def _example(scene: Scene, film: Film, path: Path, split: str, kind: str, rng: random.Random) -> Example:

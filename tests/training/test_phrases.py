@@ -73,9 +73,20 @@ def test_caption_names_every_shape_once_and_the_background():
             assert caption.lower().count(f"a {shape.colour} {shape.shape} {shape.action}") == 1
 
 
-def test_phrasings_kept_for_evaluation_are_never_used_in_training():
-    for kind, unseen in phrases.UNSEEN.items():
-        assert unseen not in phrases.PHRASINGS[kind]
+@pytest.mark.parametrize("kind", phrases.QUESTION_TYPES)
+def test_training_never_asks_in_the_words_kept_for_evaluation(kind):
+    kept = re.compile(re.escape(phrases.UNSEEN[kind]).replace(r"\{it\}", ".+").replace(r"\{x\}", ".+"), re.IGNORECASE)
+    asked = [question for _, question, _ in _asked(kind, count=3000)]
+    assert not [question for question in asked if kept.fullmatch(question)]
+    assert all(kept.fullmatch(question) for _, question, _ in _asked(kind, unseen=True, count=20))
+
+
+def test_some_questions_mention_the_video_before_or_after_the_rest():
+    asked = [question for _, question, _ in _asked("colour", count=2000)]
+    before = [question for question in asked if question.startswith(("In the video, ", "In this video, ", "Looking"))]
+    after = [question for question in asked if question.endswith(("in the video?", "in this video?", "video."))]
+    assert 0.05 < len(before) / 2000 < 0.2
+    assert 0.02 < len(after) / 2000 < 0.2
 
 
 def test_a_scene_asks_one_question_of_every_type():

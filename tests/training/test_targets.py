@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from f2l_vllm import models
 from f2l_vllm.cli import app
+from f2l_vllm.evaluation.in_process import TransformersAnswers
+from f2l_vllm.evaluation.questions import FRAMES, Ask, Clip, Question
 from f2l_vllm.training.manifest import Example, read_manifest, write_manifest
-from f2l_vllm.training.score import Scorer
 from f2l_vllm.training.targets import Shard, partial_path, write_targets
 from f2l_vllm.training.teacher import Answer, LocalTeacher, TeacherError
 from f2l_vllm.training.world_manifest import write_world
-from f2l_vllm.video.sample import Sampling, sample_video
+from f2l_vllm.video.sample import Sampling
 
 NAME = models.DEFAULT_MODEL
 
@@ -44,12 +45,16 @@ def answered(world, teacher, tmp_path_factory) -> Path:
 
 
 def test_the_answers_are_the_models_with_the_frames_in_context(world, answered):
-    scorer = Scorer(models.resolve(NAME))
+    reference = TransformersAnswers(NAME, None, max_frames=None, max_tokens=40)
     before, after = read_manifest(world), read_manifest(answered)
     assert [example.id for example in after] == [example.id for example in before]
     for first in range(0, len(before), 3):
-        video = sample_video(before[first].video_path, scorer.processor)
-        expected = [scorer.answer([example.prompt], video=video)[0] for example in before[first : first + 3]]
+        some = before[first : first + 3]
+        questions = [Question(e.id, e.prompt, e.target_text, e.task_type, e.dataset) for e in some]
+        clip = Clip(some[0].id, some[0].video_path, some[0].video_path, tuple(questions))
+        expected: list[str] = []
+        asks = [Ask(clip, question, FRAMES, clip) for question in questions]
+        reference.answer(asks, lambda _, reply: expected.append(reply.text), pytest.fail)  # noqa: B023
         assert [example.target_text for example in after[first : first + 3]] == expected
     right = sum(a.target_text == b.target_text for a, b in zip(after, before, strict=True))
     assert right > len(before) * 0.7  # without the frames it would be a third
