@@ -89,14 +89,14 @@ class PatchHead(nn.Module):
 
 
 class VelocityHead(nn.Module):
-    """Reads movement off the text model's last layer input at the visual tokens; used in training only."""
+    """Reads movement off what enters a text layer at the visual tokens; used in training only."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.embed = nn.Linear(hidden_size, 3)
 
-    def loss(self, features: Tensor, targets: PatchTargets) -> Tensor:
-        """Args: features [B, T * V, D]."""
+    def forward(self, features: Tensor, targets: PatchTargets) -> Tensor:
+        """The loss of features [B, T * V, D]."""
         moving = targets.moving.flatten(1)
         normed = nn.functional.rms_norm(features, features.shape[-1:])
         if not moving.any():

@@ -76,17 +76,18 @@ def pack(
 
 
 def answer_loss(hidden: Tensor, batch: PackedBatch, lm_head: nn.Module) -> Tensor:
-    """Cross-entropy of the answers, each the mean over its own tokens, so that a caption weighs no more than a "Yes.".
+    """Mean cross-entropy over the answers' tokens, an answer of n tokens weighing as much as the root of n.
 
-    Logits are computed where there is a label, nowhere else.
+    Weighed by token, captions drown out "Yes."; weighed alike, too little is learned from captions, in which the model
+    first tells two shapes apart. Logits are computed where there is a label, nowhere else.
 
     Args:
         hidden: the text model's output [B, S, D].
     """
     wanted = batch.labels != IGNORED
     losses = nn.functional.cross_entropy(lm_head(hidden[wanted]).float(), batch.labels[wanted], reduction="none")
-    weights = torch.tensor([1 / (b - a) for spans in batch.spans for a, b in spans for _ in range(a, b)])
-    return (losses * weights.to(losses)).sum() / sum(len(spans) for spans in batch.spans)
+    weights = torch.tensor([(b - a) ** -0.5 for spans in batch.spans for a, b in spans for _ in range(a, b)]).to(losses)
+    return (losses * weights).sum() / weights.sum()
 
 
 def exact_matches(hidden: Tensor, batch: PackedBatch, lm_head: nn.Module) -> list[list[bool]]:

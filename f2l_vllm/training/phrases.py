@@ -225,7 +225,8 @@ def corpus() -> Iterator[str]:
     for question in questions:
         yield from (question, f" {question}", question.lower(), f" {question.lower()}")
     answers = [*(f"{word.capitalize()}." for word in (*colours, *backgrounds, *_NUMBERS)), "Yes.", "No."]
-    answers += [f"A {shape}." for shape in shapes] + [f"It {action}." for action in world.ACTIONS] + [DOES_NOT_MOVE]
+    answers += [f"A {shape}." for shape in shapes] + [DOES_NOT_MOVE]
+    answers += [f"The {c} {s} {a}." for c in colours for s in shapes for a in world.ACTIONS]
     answers += [f"{direction.capitalize()}." for direction in world.DIRECTIONS]
     answers += [f"A {c} {s} {a} and a {c} {s} {a} on a" for c in colours for s in shapes for a in world.ACTIONS]
     answers += [f"on a {background} background." for background in backgrounds]
@@ -256,7 +257,8 @@ def _answer(target: MovingShape, kind: str) -> str:
         if not target.action.startswith("moves "):
             return DOES_NOT_MOVE
         return f"{target.action.removeprefix('moves ').capitalize()}."
-    return f"It {target.action}."
+    # A whole sentence: writing the name out first, the model finds the action where a caption has it, behind its shape.
+    return f"The {target.phrase}."
 
 
 def _thing(scene: Scene, kind: str, rng: random.Random) -> tuple[str, bool]:

@@ -22,8 +22,8 @@ from f2l_vllm.training.vlm_stage import FIRST, REFINEMENT, train_vlm
 
 MODEL_NAME = "f2l-tiny"
 REPORT_FILE = "training.json"
-STEPS = {vision_stage.NAME: 800, FIRST.name: 2000, REFINEMENT.name: 700, hypernetwork_stage.NAME: 1400}
-FULL_MINUTES = 45.0  # of one quiet core, for STEPS
+STEPS = {vision_stage.NAME: 800, FIRST.name: 1500, REFINEMENT.name: 500, hypernetwork_stage.NAME: 1200}
+FULL_MINUTES = 37.0  # of one quiet core, for STEPS
 _STAGES_FOLDER = ".stages"
 
 

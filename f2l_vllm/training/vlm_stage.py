@@ -39,7 +39,6 @@ class Course:
         easy_until: part of the stage that shows mostly single, moving shapes.
         mixed_from: from which part of the stage on the number of frames varies from 4 to 64.
         two_shapes: share of scenes with two shapes, after the easy part.
-        motion_questions: how many of each video's questions are about motion.
         seen_weight, moved_weight: of the auxiliary losses for what patches show and how it moves.
         decay_from: part of the stage from which the learning rates fall.
     """
@@ -50,14 +49,13 @@ class Course:
     easy_until: float
     mixed_from: float
     two_shapes: float
-    motion_questions: int
     seen_weight: float
     moved_weight: float
     decay_from: float
 
 
-FIRST = Course("vlm", 0.02, 2e-3, 0.2, 0.6, 0.5, 2, 0.2, 0.5, 0.5)
-REFINEMENT = Course("refinement", 0.008, 8e-4, 0.0, 0.0, 0.75, 3, 0.0, 0.0, 0.2)
+FIRST = Course("vlm", 0.02, 2e-3, 0.2, 0.6, 0.6, 0.2, 0.5, 0.5)
+REFINEMENT = Course("refinement", 0.008, 8e-4, 0.0, 0.0, 0.75, 0.0, 0.0, 0.2)
 
 
 def train_vlm(
@@ -77,8 +75,11 @@ def train_vlm(
     prompts = Prompts(processor)
     config: Any = model.config
     text_config = config.text_config
-    patch_head, velocity_head = PatchHead(config.vision_config.hidden_size), VelocityHead(text_config.hidden_size)
-    heads = [*patch_head.named_parameters(), *velocity_head.named_parameters()]
+    patch_head = PatchHead(config.vision_config.hidden_size)
+    # In the middle too: where a movement is known early, the layers left can tell whose it is.
+    layers = (text_config.num_hidden_layers // 2, text_config.num_hidden_layers - 1)
+    velocity_heads = nn.ModuleList(VelocityHead(text_config.hidden_size) for _ in layers)
+    heads = [*patch_head.named_parameters(), *velocity_heads.named_parameters()]
     named = [*model.named_parameters(), *((f"embed_{name}", p) for name, p in heads)]
     tower = ("model.vision_model.", _VISION_PACE)
     optimizer = MuonAdamW(named, muon_lr=course.muon_lr, adamw_lr=course.adamw_lr, slow=tower)
@@ -92,10 +93,7 @@ def train_vlm(
         clips = [prompts.draw_clip(num_frames, rng) for _ in scenes]
         times_BT, size = times_of(clips), stages.draw_size(rng)
         pixels = stages.film(scenes, times_BT, size, processor.video_processor, randomness)
-        turns = [
-            draw_turns(scene, prompts, rng, text_only_share=0.5, motion_questions=course.motion_questions)
-            for scene in scenes
-        ]
+        turns = [draw_turns(scene, prompts, rng, text_only_share=0.25) for scene in scenes]
         batch = pack(
             [prompts.video_prefix(clip) for clip in clips],
             turns,
@@ -117,12 +115,14 @@ def train_vlm(
         targets = patch_targets(scenes, times_BT, size)
         seen, _ = patch_head.loss(output.image_hidden_states.last_hidden_state, targets)
         visual = batch.input_ids == config.image_token_id
-        last_input = output.hidden_states[-2][visual].unflatten(0, (count, -1))
-        moved = velocity_head.loss(last_input, targets)
+        moved = torch.zeros(())
+        for layer, head in zip(layers, velocity_heads, strict=True):
+            entering = output.hidden_states[layer][visual].unflatten(0, (count, -1))
+            moved = moved + head(entering, targets)
         loss = answers + course.seen_weight * seen + course.moved_weight * moved
         return loss, {"answers": answers.item(), "seen": seen.item(), "moved": moved.item()}
 
-    trained = nn.ModuleDict({"model": model, "patches": patch_head, "velocity": velocity_head})
+    trained = nn.ModuleDict({"model": model, "patches": patch_head, "velocity": velocity_heads})
     schedule = partial(warm_constant_linear, decay_from=course.decay_from)
     with precision.attention_in_fp32(model):
         return loop.run(course.name, trained, optimizer, step_loss, steps=steps, schedule=schedule)
@@ -144,20 +144,18 @@ def draw_turns(
     *,
     text_only_share: float = 0.0,
     with_video: bool = True,
-    motion_questions: int = 2,
 ) -> list[Turn]:
-    """`QUESTIONS` questions of different types about a scene, some about motion, and a request for a caption.
+    """`QUESTIONS` questions of different types about a scene, all types about motion among them, and one for a caption.
 
     Args:
         text_only_share: how often one of the questions is asked without the video.
         with_video: whether the others are asked with it.
     """
-    count = QUESTIONS
-    motion = rng.sample(_MOTION_TYPES, motion_questions)
-    others = rng.sample([kind for kind in phrases.QUESTION_TYPES if kind not in _MOTION_TYPES], count - len(motion))
-    blind = rng.randrange(count) if rng.random() < text_only_share else -1
+    others = [kind for kind in phrases.QUESTION_TYPES if kind not in _MOTION_TYPES]
+    others = rng.sample(others, QUESTIONS - len(_MOTION_TYPES))
+    blind = rng.randrange(QUESTIONS) if rng.random() < text_only_share else -1
     turns = []
-    for index, kind in enumerate([*motion, *others, phrases.CAPTION]):
+    for index, kind in enumerate([*_MOTION_TYPES, *others, phrases.CAPTION]):
         question, answer, _ = phrases.ask(scene, kind, rng)
         if rng.random() < _ROUGH and question != phrases.INTERNALIZE:
             question = phrases.roughen(question, rng)
