@@ -47,8 +47,8 @@ format: $(STAMP) ## Rewrite in the house style
 bench: $(STAMP) ## Measure start-up, upload to ready, first token and memory of the default model
 	$(BIN)/python -m benchmarks.startup --json benchmarks/results/startup.json
 
-model: $(STAMP) ## Make the default model again, in build/model (an hour on 2 cores; goes on where it was stopped)
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m f2l_vllm.cli make-model build/model
+model: $(STAMP) ## Make the default model again, in build/model (40 minutes on a core; goes on where it was stopped)
+	$(BIN)/f2l-vllm make-model build/model
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -35,7 +35,7 @@ def test_answers_about_a_shape_are_true_of_exactly_the_one_named(kind, unseen):
             "colour": f"{shape.colour.title()}.",
             "shape": f"A {shape.shape}.",
             "direction": f"{shape.action.split()[1].title()}." if moves else "It does not move.",
-        }.get(kind, f"It {shape.action}.")
+        }.get(kind, f"The {shape.phrase}.")
         assert answer == truth
         given_away = {"colour": shape.colour, "shape": shape.shape}.get(kind)
         assert given_away is None or given_away not in question

@@ -9,6 +9,7 @@ from f2l_vllm import models
 from f2l_vllm.evaluation.in_process import TransformersAnswers
 from f2l_vllm.evaluation.questions import ADAPTER, ARMS, FRAMES, NONE, WRONG_VIDEO, Ask, Reply, plan
 from f2l_vllm.evaluation.sources import world_questions
+from f2l_vllm.training import make_model
 from f2l_vllm.training.score import IN_CONTEXT, NEITHER, Scorer
 from f2l_vllm.training.world import sample_scenes
 
@@ -34,6 +35,14 @@ def test_drawn_frames_give_the_same_picture():
     tallies = scorer.score_tensors(sample_scenes(32, seed=90211, split="held-out"), seed=6)
     score = {arm: tally.summary()["exact_match"] for arm, tally in tallies.items()}
     assert score[ADAPTER] - score[NEITHER] > 0.8 * (score[IN_CONTEXT] - score[NEITHER])
+
+
+def test_a_short_training_learns_to_answer_from_adapters(tmp_path):
+    report = make_model(tmp_path, base=models.resolve(models.DEFAULT_MODEL), scale=0.05, score_scenes=64)
+    stage = report["stages"]["hypernetwork"]
+    assert stage["loss"] < 0.7 * stage["first_loss"]
+    scores = report["scores"]["held-out scenes"]
+    assert scores[ADAPTER]["exact_match"] > scores[NEITHER]["exact_match"] + 0.1
 
 
 def test_the_report_belongs_to_the_files():
