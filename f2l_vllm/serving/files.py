@@ -22,7 +22,8 @@ from f2l_vllm.adapters.store import MANIFEST_FILE
 from f2l_vllm.adapters.tables import AdapterRecord, FileRecord
 from f2l_vllm.serving import compat
 from f2l_vllm.serving.errors import bad_request, video_not_found
-from f2l_vllm.serving.service import TENANT, VideoService
+from f2l_vllm.serving.service import VideoService
+from f2l_vllm.serving.tenants import tenant_of
 from f2l_vllm.serving.uploads import inspect, receive
 
 router = APIRouter()
@@ -45,6 +46,7 @@ async def create_file(request: Request) -> JSONResponse:
         await inspect(temporary, videos.settings)
         record = await videos.enter(
             temporary,
+            tenant=tenant_of(request),
             sha256=upload.sha256,
             size=upload.bytes,
             filename=upload.filename,
@@ -67,7 +69,7 @@ async def list_files(
     """The caller's files, newest first, a page at a time."""
     videos = service(request)
     try:
-        data, more = await asyncio.to_thread(_page, videos, after, limit, order == "desc", purpose)
+        data, more = await asyncio.to_thread(_page, videos, tenant_of(request), after, limit, order == "desc", purpose)
     except KeyError as error:
         raise bad_request("invalid_cursor", f"'after' names no file of yours: {after!r}.", "after") from error
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
@@ -78,13 +80,13 @@ async def list_files(
 async def retrieve_file(file_id: str, request: Request) -> JSONResponse:
     """One file."""
     videos = service(request)
-    return JSONResponse(_one(videos, videos.file(file_id)))
+    return JSONResponse(_one(videos, videos.file(file_id, tenant_of(request))))
 
 
 @router.delete("/v1/files/{file_id}")
 async def delete_file(file_id: str, request: Request) -> JSONResponse:
     """Delete a file; its adapter and bytes go when no other file shares them and no answer is being written."""
-    await service(request).remove(file_id)
+    await service(request).remove(file_id, tenant_of(request))
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
 
@@ -92,7 +94,7 @@ async def delete_file(file_id: str, request: Request) -> JSONResponse:
 async def file_content(file_id: str, request: Request) -> FileResponse:
     """The bytes as uploaded."""
     videos = service(request)
-    record = videos.file(file_id)
+    record = videos.file(file_id, tenant_of(request))
     path = videos.store.video_path(record.sha256)
     return FileResponse(path, media_type="application/octet-stream", filename=record.filename)
 
@@ -101,11 +103,12 @@ async def file_content(file_id: str, request: Request) -> FileResponse:
 async def file_events(file_id: str, request: Request) -> StreamingResponse:
     """Server-sent events with the file object whenever it changes, until it is processed, failed or gone."""
     videos = service(request)
-    videos.file(file_id)
+    tenant = tenant_of(request)
+    videos.file(file_id, tenant)
 
     async def events() -> AsyncIterator[str]:
         last = None
-        while not videos.is_stopping and (record := videos.catalog.file(file_id, TENANT)) is not None:
+        while not videos.is_stopping and (record := videos.catalog.file(file_id, tenant)) is not None:
             if (record.state, record.progress) != last:
                 last = (record.state, record.progress)
                 yield f"data: {json.dumps(_one(videos, record))}\n\n"
@@ -121,7 +124,7 @@ async def file_events(file_id: str, request: Request) -> StreamingResponse:
 async def file_adapter(file_id: str, request: Request) -> Response:
     """The PEFT adapter as a tar archive; plain vLLM and peft load what it holds."""
     videos = service(request)
-    record = await videos.ready(file_id, wait=0.0)
+    record = await videos.ready(file_id, tenant_of(request), wait=0.0)
     try:
         archive = await asyncio.to_thread(_tar, videos.store.adapter_path(record.adapter_name))
     except FileNotFoundError as error:
@@ -134,10 +137,11 @@ async def file_adapter(file_id: str, request: Request) -> Response:
 async def list_models(request: Request) -> JSONResponse:
     """The base model, and every ready video of the caller as a model of its own."""
     videos = service(request)
+    tenant = tenant_of(request)
     base = await compat.base_model_cards(request.app.state)
 
     def cards() -> list[dict[str, Any]]:
-        records, _ = videos.catalog.files(TENANT, after=None, limit=1 << 20, descending=False)
+        records, _ = videos.catalog.files(tenant, after=None, limit=1 << 20, descending=False)
         return [_model_card(base[0], record) for record in records if record.state is VideoState.PROCESSED]
 
     return JSONResponse({"object": "list", "data": base + await asyncio.to_thread(cards)})
@@ -150,7 +154,7 @@ async def retrieve_model(model: str, request: Request) -> JSONResponse:
     for card in base:
         if card["id"] == model:
             return JSONResponse(card)
-    return JSONResponse(_model_card(base[0], await service(request).ready(model, wait=0.0)))
+    return JSONResponse(_model_card(base[0], await service(request).ready(model, tenant_of(request), wait=0.0)))
 
 
 @router.get("/ready")
@@ -191,10 +195,10 @@ def _one(videos: VideoService, record: FileRecord) -> dict[str, Any]:
 
 
 def _page(
-    videos: VideoService, after: str | None, limit: int, descending: bool, purpose: str | None
+    videos: VideoService, tenant: str, after: str | None, limit: int, descending: bool, purpose: str | None
 ) -> tuple[list[dict[str, Any]], bool]:
     catalog = videos.catalog
-    records, more = catalog.files(TENANT, after=after, limit=limit, descending=descending, purpose=purpose)
+    records, more = catalog.files(tenant, after=after, limit=limit, descending=descending, purpose=purpose)
     adapters = catalog.adapters_of(records)
     return [file_object(record, adapters.get(record.adapter_name)) for record in records], more
 

@@ -16,6 +16,7 @@ from f2l_vllm.serving.errors import APIError, bad_request
 from f2l_vllm.serving.questions import FILE_PREFIX, Options, file_ids, options, with_frames, without_videos
 from f2l_vllm.serving.registry import Lease
 from f2l_vllm.serving.service import VideoService
+from f2l_vllm.serving.tenants import tenant_of
 
 
 class LeasedStream:
@@ -61,7 +62,7 @@ class _Handler:
     async def _answer(self, method: Any, request: Any, raw_request: Request | None, file_id: str, wait: float) -> Any:
         """Let the inner handler answer from the file's adapter, under a lease."""
         asked = request.model
-        lease = await self._service.lease(file_id, wait, param="model")
+        lease = await self._service.lease(file_id, tenant_of(raw_request), wait, param="model")
         token = compat.asked_model.set(asked)
         result = None
         try:
@@ -103,7 +104,7 @@ class ChatHandler(_Handler):
         return await self._answer(self._inner.create_chat_completion, request, raw_request, ids[0], how.wait)
 
     async def _answer_from_frames(self, request: Any, raw_request: Request | None, file_id: str) -> Any:
-        record = self._service.file(file_id, "model")
+        record = self._service.file(file_id, tenant_of(raw_request), "model")
         cap = self._service.settings.max_frames_bytes
         if record.bytes > cap:
             message = f"Videos above {cap / 1e6:.0f} MB are answered from their adapter only: leave out f2l.mode."

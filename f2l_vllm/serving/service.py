@@ -24,8 +24,6 @@ from f2l_vllm.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# One tenant until keys tell callers apart; the catalog keeps tenants separate already.
-TENANT = "default"
 _MAINTENANCE_SECONDS = 5.0
 _REMAKES = 1
 
@@ -74,7 +72,15 @@ class VideoService:
         self._entering = [asyncio.Lock() for _ in range(64)]
 
     async def enter(
-        self, temporary: Path, *, sha256: str, size: int, filename: str, purpose: str, expires_at: float | None
+        self,
+        temporary: Path,
+        *,
+        tenant: str,
+        sha256: str,
+        size: int,
+        filename: str,
+        purpose: str,
+        expires_at: float | None,
     ) -> FileRecord:
         """Keep an uploaded and inspected video and enter it in the catalog.
 
@@ -86,7 +92,7 @@ class VideoService:
             try:
                 record = await asyncio.to_thread(
                     self.catalog.add_file,
-                    tenant=TENANT,
+                    tenant=tenant,
                     filename=filename,
                     purpose=purpose,
                     size=size,
@@ -105,29 +111,29 @@ class VideoService:
         metrics.UPLOAD_BYTES.inc(size)
         return record
 
-    def file(self, file_id: str, param: str | None = None) -> FileRecord:
-        """The caller's file.
+    def file(self, file_id: str, tenant: str, param: str | None = None) -> FileRecord:
+        """The tenant's file.
 
         Raises:
             APIError: `video_not_found`.
         """
-        record = self.catalog.file(file_id, TENANT)
+        record = self.catalog.file(file_id, tenant)
         if record is None:
             raise video_not_found(file_id, param)
         return record
 
-    async def ready(self, file_id: str, wait: float, param: str | None = None) -> FileRecord:
+    async def ready(self, file_id: str, tenant: str, wait: float, param: str | None = None) -> FileRecord:
         """The file once it is processed, waiting up to `wait` seconds.
 
         Raises:
             APIError: `video_not_found`, `video_failed`, or `video_not_ready` when the time is over.
         """
         started = time.monotonic()
-        record = self.file(file_id, param)
+        record = self.file(file_id, tenant, param)
         while record.state in IN_WORK and (left := started + wait - time.monotonic()) > 0:
             await self._watcher.wait(file_id, left)
             self._refuse_when_stopping()
-            record = self.file(file_id, param)
+            record = self.file(file_id, tenant, param)
         if wait > 0:
             metrics.WAIT_SECONDS.observe(time.monotonic() - started)
         if record.state is VideoState.ERROR:
@@ -136,7 +142,7 @@ class VideoService:
             raise video_not_ready(file_id, record.state, wait)
         return record
 
-    async def lease(self, file_id: str, wait: float, param: str | None = None) -> Lease:
+    async def lease(self, file_id: str, tenant: str, wait: float, param: str | None = None) -> Lease:
         """The video's adapter, resident and held for one question; made again first if its files were damaged.
 
         Raises:
@@ -144,7 +150,7 @@ class VideoService:
         """
         deadline = time.monotonic() + wait
         for _ in range(_REMAKES + 1):
-            record = await self.ready(file_id, max(0.0, deadline - time.monotonic()), param)
+            record = await self.ready(file_id, tenant, max(0.0, deadline - time.monotonic()), param)
             adapter = self.catalog.adapter(record.adapter_name)
             if adapter is None:
                 raise video_not_found(file_id, param)  # deleted between the two look-ups
@@ -157,13 +163,13 @@ class VideoService:
         message = f"The adapter of '{file_id}' is damaged each time it is made: check the disk that holds F2L_HOME."
         raise APIError(HTTPStatus.INTERNAL_SERVER_ERROR, "adapter_damaged", message)
 
-    async def remove(self, file_id: str) -> None:
+    async def remove(self, file_id: str, tenant: str) -> None:
         """Delete a file: catalog first, then whatever nobody else refers to.
 
         Raises:
             APIError: `video_not_found`.
         """
-        removal = await asyncio.to_thread(self.catalog.remove_file, file_id, TENANT)
+        removal = await asyncio.to_thread(self.catalog.remove_file, file_id, tenant)
         if removal is None:
             raise video_not_found(file_id)
         await self._clean(removal)
