@@ -14,7 +14,7 @@ from f2l_vllm.adapters.address import adapter_name
 from f2l_vllm.adapters.catalog import Catalog, QueueFull, Removal
 from f2l_vllm.adapters.states import IN_WORK, VideoState
 from f2l_vllm.adapters.store import Store
-from f2l_vllm.adapters.tables import FileRecord
+from f2l_vllm.adapters.tables import AdapterRecord, FileRecord
 from f2l_vllm.pool.process import PoolProcess
 from f2l_vllm.serving import metrics
 from f2l_vllm.serving.errors import APIError, HTTPStatus, video_failed, video_not_found, video_not_ready
@@ -157,11 +157,15 @@ class VideoService:
             try:
                 return await self.registry.acquire(adapter)
             except AdapterLost as error:
-                logger.warning("making an adapter again: %s", error)
-                await asyncio.to_thread(self.store.remove_adapter, adapter.name)
-                await asyncio.to_thread(self.catalog.forget_adapter, adapter, queue_limit=1 << 30)
+                await self.remake(adapter, error)
         message = f"The adapter of '{file_id}' is damaged each time it is made: check the disk that holds F2L_HOME."
         raise APIError(HTTPStatus.INTERNAL_SERVER_ERROR, "adapter_damaged", message)
+
+    async def remake(self, adapter: AdapterRecord, error: AdapterLost) -> None:
+        """Let an adapter whose files were found missing or damaged be made again; its files wait for it meanwhile."""
+        logger.warning("making an adapter again: %s", error)
+        await asyncio.to_thread(self.store.remove_adapter, adapter.name)
+        await asyncio.to_thread(self.catalog.forget_adapter, adapter, queue_limit=1 << 30)
 
     async def remove(self, file_id: str, tenant: str) -> None:
         """Delete a file: catalog first, then whatever nobody else refers to.
