@@ -12,6 +12,8 @@ from pathlib import Path
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from f2l_vllm.video.fetch import FetchPolicy
+
 
 class Settings(BaseSettings):
     """Operator settings; each field is the environment variable `F2L_<FIELD>`."""
@@ -42,6 +44,11 @@ class Settings(BaseSettings):
     max_video_seconds: float = Field(4 * 3600.0, gt=0, description="Longest video, seconds.")
     max_video_pixels: int = Field(8192 * 4320, ge=1, description="Largest frame, pixels.")
 
+    allowed_media_domains: str = Field(
+        "", description="Hosts that videos may be fetched from, by comma; not public addresses must be listed too."
+    )
+    fetch_seconds: float = Field(60.0, gt=0, description="Longest a video may take to be fetched, seconds.")
+
     @model_validator(mode="after")
     def _one_way_to_cut(self) -> Settings:
         if self.chunk_seconds is not None and self.chunk_frames is not None:
@@ -57,6 +64,12 @@ class Settings(BaseSettings):
     def is_chunked(self) -> bool:
         """Whether videos are cut into chunks."""
         return self.chunk_seconds is not None or self.chunk_frames is not None
+
+    @property
+    def fetch_policy(self) -> FetchPolicy:
+        """What may be fetched for a question: from nowhere unless hosts are listed."""
+        hosts = tuple(host.strip() for host in self.allowed_media_domains.split(",") if host.strip())
+        return FetchPolicy(hosts, self.max_upload_bytes, self.fetch_seconds)
 
     @property
     def sampling(self) -> dict[str, float]:
