@@ -44,6 +44,14 @@ class Settings(BaseSettings):
     max_video_seconds: float = Field(4 * 3600.0, gt=0, description="Longest video, seconds.")
     max_video_pixels: int = Field(8192 * 4320, ge=1, description="Largest frame, pixels.")
 
+    tenants: Path | None = Field(None, description="JSON or TOML file of tenants, each with its list of API keys.")
+    open_routes: str = Field(
+        "/health,/ready,/ping,/version,/metrics", description="Routes that need no API key, by comma."
+    )
+    extra_routes: str = Field("", description="Routes of vLLM's to open besides those that are needed, by comma.")
+    max_body_bytes: int = Field(
+        128 << 20, ge=1, description="Largest body of a request that is not an upload; a data URI is a part of it."
+    )
     allowed_media_domains: str = Field(
         "", description="Hosts that videos may be fetched from, by comma; not public addresses must be listed too."
     )
@@ -68,8 +76,7 @@ class Settings(BaseSettings):
     @property
     def fetch_policy(self) -> FetchPolicy:
         """What may be fetched for a question: from nowhere unless hosts are listed."""
-        hosts = tuple(host.strip() for host in self.allowed_media_domains.split(",") if host.strip())
-        return FetchPolicy(hosts, self.max_upload_bytes, self.fetch_seconds)
+        return FetchPolicy(tuple(listed(self.allowed_media_domains)), self.max_upload_bytes, self.fetch_seconds)
 
     @property
     def sampling(self) -> dict[str, float]:
@@ -81,6 +88,11 @@ class Settings(BaseSettings):
     def database_url(self) -> str:
         """The catalog's SQLAlchemy URL: SQLite in the data folder."""
         return f"sqlite:///{self.data_folder / 'catalog.sqlite3'}"
+
+
+def listed(text: str) -> list[str]:
+    """What a comma separates."""
+    return [entry for part in text.split(",") if (entry := part.strip())]
 
 
 def refuse_environment(environment: Mapping[str, str]) -> None:

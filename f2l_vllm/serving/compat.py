@@ -13,7 +13,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI
 from starlette.datastructures import State
 from vllm.lora.request import LoRARequest
 
@@ -21,9 +20,6 @@ from f2l_vllm.settings import refuse_environment
 
 SUPPORTED_VLLM = "0.32"
 FIRST_ADAPTER_ID = 1 << 20  # int32 in the engine
-# Routes that answer without --api-key in front of them, and that nobody needs to reach a server that has one.
-OPEN_ROUTES = {"/health", "/ready", "/metrics", "/ping", "/version"}
-GUARDED_PREFIXES = ("/v1", "/v2", "/inference", "/cohere")
 # What the client asked for, while its request is set up: responses carry it instead of an adapter's name.
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
 
@@ -158,16 +154,9 @@ def is_stopping(state: State) -> bool:
     return bool(getattr(getattr(state, "server", None), "should_exit", False))
 
 
-def close_unguarded_routes(app: FastAPI) -> None:
-    """With an API key, take away the routes that vLLM's key check does not cover (`/invocations`, `/tokenize` …)."""
-    if not (getattr(app.state.args, "api_key", None) or os.environ.get("VLLM_API_KEY")):
-        return
-    kept = [
-        route
-        for route in app.router.routes
-        if (path := getattr(route, "path", "")) in OPEN_ROUTES or path.startswith(GUARDED_PREFIXES)
-    ]
-    app.router.routes[:] = kept
+def api_keys(args: Any) -> list[str]:
+    """The keys of `--api-key`, else the one in VLLM_API_KEY, as vLLM's own check takes them."""
+    return [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
 
 
 async def engine_is_healthy(engine_client: Any) -> bool:

@@ -29,12 +29,14 @@ from f2l_vllm.adapters.store import Store  # noqa: E402
 from f2l_vllm.hypernetwork.model import read_config  # noqa: E402
 from f2l_vllm.pool.messages import WorkerSpec  # noqa: E402
 from f2l_vllm.pool.process import PoolProcess  # noqa: E402
-from f2l_vllm.serving import compat, errors  # noqa: E402
+from f2l_vllm.serving import compat, errors, media  # noqa: E402, F401  (media guards vLLM's own fetching)
 from f2l_vllm.serving.files import router  # noqa: E402
 from f2l_vllm.serving.handlers import ChatHandler, CompletionHandler, Guard  # noqa: E402
 from f2l_vllm.serving.registry import Registry  # noqa: E402
+from f2l_vllm.serving.routes import Door, keep_listed_routes  # noqa: E402
 from f2l_vllm.serving.service import Revisions, VideoService, count_outcome  # noqa: E402
-from f2l_vllm.settings import Settings  # noqa: E402
+from f2l_vllm.serving.tenants import Keys  # noqa: E402
+from f2l_vllm.settings import Settings, listed  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +48,16 @@ class F2LEndpointPlugin:
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
+        self._app: FastAPI | None = None
         self._service: VideoService | None = None
         self._maintenance: asyncio.Task[None] | None = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, the error envelope, and the shutdown of what `init_state` starts."""
+        """Add the routes, take away those not listed, and add the error envelope and the shutdown."""
+        settings = Settings()
         app.include_router(router)
-        compat.close_unguarded_routes(app)
+        keep_listed_routes(app, [*listed(settings.open_routes), *listed(settings.extra_routes)])
+        self._app = app
         app.add_exception_handler(errors.APIError, errors.answer)
         inner = app.router.lifespan_context
 
@@ -75,6 +80,12 @@ class F2LEndpointPlugin:
         compat.log_like_vllm("f2l_vllm")
         compat.check_environment(args)
         settings = Settings()
+        keys = Keys(compat.api_keys(args), settings.tenants)
+        assert self._app is not None, "vLLM attaches routes first"
+        # Added last it is outermost, before vLLM's own check, whose answer OpenAI clients cannot read.
+        self._app.add_middleware(
+            Door, keys=keys, open_routes=listed(settings.open_routes), max_body_bytes=settings.max_body_bytes
+        )
         limits = compat.engine_limits(engine_client)
         base_names = compat.base_model_names(state)
         model = models.resolve(args.model)
@@ -111,6 +122,8 @@ class F2LEndpointPlugin:
         )
         compat.guard_other_servings(state, Guard)
         logger.info("serving videos: model %s, hypernetwork %s, data in %s", base_names[0], hypernetwork, home)
+        if keys.is_open:
+            logger.info("no API key is set: whoever reaches this server may use it")
 
     async def _stop(self) -> None:
         if self._maintenance is not None:

@@ -56,8 +56,13 @@ def video_failed(file_id: str, code: str | None, message: str | None) -> APIErro
 
 
 async def answer(_request: Request, error: Exception) -> JSONResponse:
-    """The exception handler: `APIError` as an OpenAI error envelope."""
+    """The exception handler for `APIError`."""
     assert isinstance(error, APIError)
+    return response(error)
+
+
+def response(error: APIError) -> JSONResponse:
+    """An error as OpenAI's envelope, counted."""
     metrics.ERRORS.labels(error.code).inc()
     kinds = {HTTPStatus.NOT_FOUND: "not_found_error", HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error"}
     kind = kinds.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")

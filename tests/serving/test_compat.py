@@ -83,10 +83,17 @@ def test_the_server_says_that_it_stops_before_it_waits_for_requests():
     assert compat.is_stopping(state)
 
 
-def test_the_key_check_covers_these_prefixes():
-    from vllm.entrypoints.serve.middleware import authenticate
+def test_keys_are_those_of_vllms_own_check(monkeypatch):
+    from vllm.entrypoints.serve.middleware import register
 
-    assert compat.GUARDED_PREFIXES == authenticate.GUARDED_PREFIX
+    source = inspect.getsource(register.init_entrypoints_middleware)
+    assert "for key in (args.api_key or [envs.VLLM_API_KEY]) if key" in source
+    assert compat.api_keys(Namespace(api_key=["a", "b"])) == ["a", "b"]
+    monkeypatch.setenv("VLLM_API_KEY", "c")
+    assert compat.api_keys(Namespace(api_key=None)) == ["c"]
+    assert compat.api_keys(Namespace(api_key=["a"])) == ["a"]
+    monkeypatch.delenv("VLLM_API_KEY")
+    assert compat.api_keys(Namespace(api_key=None)) == []
 
 
 def test_the_endpoint_plugin_fits_vllms_protocol():
