@@ -165,7 +165,7 @@ class VideoService:
         """Let an adapter whose files were found missing or damaged be made again; its files wait for it meanwhile."""
         logger.warning("making an adapter again: %s", error)
         await asyncio.to_thread(self.store.remove_adapter, adapter.name)
-        await asyncio.to_thread(self.catalog.forget_adapter, adapter, queue_limit=1 << 30)
+        await asyncio.to_thread(self.catalog.forget_adapter, adapter)
 
     async def remove(self, file_id: str, tenant: str) -> None:
         """Delete a file: catalog first, then whatever nobody else refers to.
@@ -211,8 +211,8 @@ class VideoService:
             async with self._entering_lock(removal.file.sha256):
                 if not self.catalog.has_video(removal.file.sha256):
                     await asyncio.to_thread(self.store.remove_video, removal.file.sha256)
-        if removal.orphaned_adapter is not None:
-            await self.registry.remove(removal.orphaned_adapter)
+        for adapter in removal.orphaned_adapters:
+            await self.registry.remove(adapter)
 
     def _entering_lock(self, sha256: str) -> asyncio.Lock:
         return self._entering[int(sha256[:8], 16) % len(self._entering)]

@@ -3,17 +3,10 @@ import time
 
 import pytest
 
-from f2l_vllm.adapters.catalog import Catalog, QueueFull
+from f2l_vllm.adapters.catalog import QueueFull
 from f2l_vllm.adapters.states import VideoState
 
 STAGES = (VideoState.DECODING, VideoState.ENCODING, VideoState.PUBLISHING)
-
-
-@pytest.fixture
-def catalog(tmp_path):
-    catalog = Catalog(f"sqlite:///{tmp_path / 'catalog.sqlite3'}")
-    yield catalog
-    catalog.close()
 
 
 def add(catalog, adapter="f2l-1", sha="a", tenant="t", expires_at=None, limit=10):
@@ -122,10 +115,10 @@ def test_deleting_the_last_file_orphans_adapter_and_bytes(catalog):
     first, second = add(catalog), add(catalog)
     publish(catalog)
     removal = catalog.remove_file(first.id, "t")
-    assert removal.orphaned_adapter is None
+    assert removal.orphaned_adapters == []
     assert not removal.orphaned_video
     removal = catalog.remove_file(second.id, "t")
-    assert removal.orphaned_adapter.name == "f2l-1"
+    assert [adapter.name for adapter in removal.orphaned_adapters] == ["f2l-1"]
     assert removal.orphaned_video
     assert catalog.adapter("f2l-1") is None
     assert catalog.file(second.id, "t") is None
@@ -179,8 +172,9 @@ def test_pages_follow_upload_order(catalog):
         catalog.files("t", after="file-unknown", limit=1, descending=True)
 
 
-def test_adapters_of_many_files_at_once(catalog):
-    records = [add(catalog, adapter=f"f2l-{i}", sha="a", limit=2000) for i in range(1200)]
+def test_adapters_of_more_files_than_a_query_takes(catalog, monkeypatch):
+    monkeypatch.setattr("f2l_vllm.adapters.catalog._PARAMETERS", 5)
+    records = [add(catalog, adapter=f"f2l-{i}", sha="a", limit=20) for i in range(12)]
     assert catalog.adapters_of(records) == {}
     for _ in range(3):
         publish_next(catalog)
@@ -197,11 +191,11 @@ def publish_next(catalog):
 def test_a_damaged_adapter_sends_its_files_back_to_work(catalog):
     record = add(catalog)
     adapter = publish(catalog)
-    catalog.forget_adapter(adapter, queue_limit=10)
+    catalog.forget_adapter(adapter)
     assert catalog.adapter("f2l-1") is None
     assert catalog.file(record.id, "t").state is VideoState.UPLOADED
     assert publish(catalog) is not None
-    catalog.forget_adapter(adapter, queue_limit=10)  # a late witness of the old damage
+    catalog.forget_adapter(adapter)  # a late witness of the old damage
     assert catalog.adapter("f2l-1") is not None
 
 
