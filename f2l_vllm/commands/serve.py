@@ -45,7 +45,7 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], vllm_fl
     weights = models.resolve_hypernetwork(model, hypernetwork)
     config = read_config(weights)
     BaseShapes.read(directory).check(config)
-    rank = (_chunks(settings) + 1) * config.rank  # the bias takes the rank of one chunk
+    rank = (_chunks(settings, config.rank) + 1) * config.rank  # the bias takes the rank of one chunk
     allowed = [size for size in LORA_RANKS if size >= rank]
     if not allowed:
         raise ValueError(f"adapters would have rank {rank}, above vLLM's largest {LORA_RANKS[-1]}: lower --max-chunks")
@@ -93,10 +93,13 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _chunks(given: dict[str, str]) -> int:
-    """The most chunks of a video, from the flags given and the environment.
+def _chunks(given: dict[str, str], chunk_rank: int) -> int:
+    """How many chunks an adapter has room for, from the flags given and the environment: those of one long video, or of
+    several videos in one question. What nobody asked for is no reason to ask vLLM for more than it has.
 
     A setting that cannot be read stops here, not after the engine has started.
     """
     settings = Settings(**{name.removeprefix("F2L_").lower(): value for name, value in given.items()})  # type: ignore[arg-type]
-    return settings.max_chunks if settings.is_chunked else 1
+    if settings.is_chunked or "max_chunks" in settings.model_fields_set:
+        return settings.max_chunks
+    return max(1, min(settings.max_chunks, LORA_RANKS[-1] // chunk_rank - 1))
