@@ -35,15 +35,13 @@ class StoreUnavailable(Unavailable):
 
 
 class AdapterIdsExhausted(Unavailable):
-    """Every int32 adapter id of this catalog has been given out; none is ever given twice."""
+    """Every adapter id of this catalog has been given out; none is ever given twice."""
 
     code = "adapter_ids_exhausted"
     full = True
 
-    def __init__(self, message: str = "") -> None:
-        super().__init__(
-            message or "all 2,147,483,647 adapter ids of this catalog are used: start with a new F2L_DATABASE_URL"
-        )
+    def __init__(self, message: str = "every adapter id of this catalog is used: start with a new one") -> None:
+        super().__init__(message)
 
 
 @contextmanager

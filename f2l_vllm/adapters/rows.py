@@ -14,7 +14,8 @@ from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, adapters, files,
 
 LIVE = [state.value for state in VideoState if state not in (VideoState.DELETED, VideoState.EXPIRED)]
 GONE = (VideoState.DELETED, VideoState.EXPIRED)
-LAST_ID = 2**31 - 1  # engines keep LoRA int ids in int32 tensors
+# Engines keep LoRA int ids in int32 tensors, and a server leaves the first 2^20 to the operator's own adapters.
+LAST_ID = 2**31 - 1 - 2**20
 
 
 class QueueFull(RuntimeError):
