@@ -12,7 +12,9 @@ from pathlib import Path
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from f2l_vllm.video.decoder import DecodeLimits
 from f2l_vllm.video.fetch import FetchPolicy
+from f2l_vllm.video.probe import Limits
 
 
 class Settings(BaseSettings):
@@ -21,6 +23,11 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="F2L_", extra="ignore", frozen=True)
 
     home: Path = Field(Path("~/.f2l"), description="Data folder: videos, adapters, catalog.")
+    database_url: str | None = Field(None, description="Catalog: SQLite or PostgreSQL by URL; default: in the folder.")
+    store: str | None = Field(None, description="Where videos and adapters are kept, any fsspec URL; default: the folder.")
+    cache_bytes: int = Field(16 << 30, ge=0, description="How much of a remote store is kept in the folder; 0: no limit.")
+    hot_bytes: int = Field(256 << 20, ge=0, description="Memory (/dev/shm) for adapters used most, bytes; 0: none.")
+    warm_adapters: int = Field(256, ge=0, description="Adapters made resident at start, those used last first.")
     hypernetwork: str | None = Field(None, description="Hypernetwork: directory, released .pt file, or hub id.")
     hypernetwork_workers: int = Field(1, ge=0, description="Ray actors that internalize videos; 0: none here.")
     max_frames: int | None = Field(None, ge=1, description="Frames read of a video or chunk; default: as trained.")
@@ -44,6 +51,9 @@ class Settings(BaseSettings):
     max_video_seconds: float = Field(4 * 3600.0, gt=0, description="Longest video, seconds.")
     max_video_pixels: int = Field(8192 * 4320, ge=1, description="Largest frame, pixels.")
 
+    decode_memory_bytes: int = Field(4 << 30, ge=1 << 28, description="Address space of a decoding process, bytes.")
+    decode_seconds: float = Field(300.0, gt=0, description="CPU seconds a video may take to decode.")
+    max_decoded_bytes: int = Field(2 << 30, ge=1, description="Decoded frames of a video or chunk, bytes.")
     tenants: Path | None = Field(None, description="JSON or TOML file of tenants, each with its list of API keys.")
     open_routes: str = Field(
         "/health,/ready,/ping,/version,/metrics", description="Routes that need no API key, by comma."
@@ -56,6 +66,10 @@ class Settings(BaseSettings):
         "", description="Hosts that videos may be fetched from, by comma; not public addresses must be listed too."
     )
     fetch_seconds: float = Field(60.0, gt=0, description="Longest a video may take to be fetched, seconds.")
+    url_seconds: float = Field(
+        86400.0, gt=0, description="How long a video named by address is kept after its last use, seconds."
+    )
+    max_composed: int = Field(1024, ge=1, description="Adapters composed of several videos or chunks that are kept.")
 
     @model_validator(mode="after")
     def _one_way_to_cut(self) -> Settings:
@@ -74,6 +88,16 @@ class Settings(BaseSettings):
         return self.chunk_seconds is not None or self.chunk_frames is not None
 
     @property
+    def decode_limits(self) -> DecodeLimits:
+        """What decoding a video may cost."""
+        return DecodeLimits(self.decode_memory_bytes, self.decode_seconds, self.max_decoded_bytes)
+
+    @property
+    def video_limits(self) -> Limits:
+        """What an uploaded video may be, by its size and header."""
+        return Limits(self.max_upload_bytes, self.max_video_seconds, self.max_video_pixels)
+
+    @property
     def fetch_policy(self) -> FetchPolicy:
         """What may be fetched for a question: from nowhere unless hosts are listed."""
         return FetchPolicy(tuple(listed(self.allowed_media_domains)), self.max_upload_bytes, self.fetch_seconds)
@@ -85,9 +109,9 @@ class Settings(BaseSettings):
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
-    def database_url(self) -> str:
-        """The catalog's SQLAlchemy URL: SQLite in the data folder."""
-        return f"sqlite:///{self.data_folder / 'catalog.sqlite3'}"
+    def catalog_url(self) -> str:
+        """The catalog's SQLAlchemy URL."""
+        return self.database_url or f"sqlite:///{self.data_folder / 'catalog.sqlite3'}"
 
 
 def listed(text: str) -> list[str]:

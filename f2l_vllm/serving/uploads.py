@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
-import sys
 import time
 from dataclasses import dataclass
+from functools import cache
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -19,11 +17,15 @@ from starlette.types import Message
 
 from f2l_vllm.serving.errors import APIError, bad_request
 from f2l_vllm.settings import Settings
+from f2l_vllm.video.decoder import DecodeLimits, Decoders
+from f2l_vllm.video.errors import VideoError
+from f2l_vllm.video.probe import VideoInfo
 
 PURPOSES = ("vision", "user_data")
 _OVERHEAD_BYTES = 1 << 20  # multipart boundaries and the other fields
-_INSPECT_SECONDS = 60.0
+_INSPECT_SECONDS = 20.0
 _EXPIRY_SECONDS = (3600, 2592000)  # what the OpenAI API accepts: one hour to thirty days
+_IDLE_ANCHORS = ("last_used_at", "last_active_at")  # ours, and what other OpenAI objects call it
 _STATUS = {"file_too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE}
 
 
@@ -37,6 +39,8 @@ class Upload:
     filename: str
     purpose: str
     expires_at: float | None
+    idle_seconds: float | None = None
+    pinned: bool = False
 
 
 async def receive(request: Request, temporary: Path, settings: Settings) -> Upload:
@@ -58,47 +62,41 @@ async def receive(request: Request, temporary: Path, settings: Settings) -> Uplo
                     "invalid_request", "The field 'file' is missing: send the video's bytes in it.", "file"
                 )
             purpose = _purpose(form)
-            expires_at = _expires_at(form)
+            expires_at, idle_seconds = _expiry(form)
+            pinned = _pinned(form)
             sha256, size = await asyncio.to_thread(_store, upload, temporary)
             if size == 0:
                 raise bad_request("empty_file", "The file is empty: send the video's bytes.", "file")
             if size > cap:
                 raise too_large(cap)
-            return Upload(temporary, sha256, size, (upload.filename or "video")[:1024], purpose, expires_at)
+            filename = (upload.filename or "video")[:1024]
+            return Upload(temporary, sha256, size, filename, purpose, expires_at, idle_seconds, pinned)
     except HTTPException as error:  # Starlette's words for a body that is no multipart form
         raise bad_request("invalid_request", str(error.detail)) from error
 
 
-async def inspect(path: Path, settings: Settings) -> dict[str, Any]:
-    """Probe a received file; its header as a dictionary.
+async def inspect(path: Path, settings: Settings) -> VideoInfo:
+    """Probe a received file in another process and refuse what is no video, or too large a one.
 
     Raises:
         APIError: what is wrong with the video, by the codes of `f2l_vllm.video.errors`.
     """
-    limits = {
-        "max_bytes": settings.max_upload_bytes,
-        "max_duration_s": settings.max_video_seconds,
-        "max_pixels": settings.max_video_pixels,
-    }
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "f2l_vllm.video.inspect", str(path), json.dumps(limits)),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
+
+    def probe() -> VideoInfo:
+        with _inspectors().lend() as decoder:
+            return decoder.probe(path, settings.video_limits)
+
     try:
-        output, _ = await asyncio.wait_for(process.communicate(), _INSPECT_SECONDS)
-        answer: dict[str, Any] = json.loads(output)
-    except (TimeoutError, ValueError) as error:
-        message = "The file's header cannot be read in reasonable time and memory: convert it to H.264 in an mp4 file."
-        raise bad_request("not_a_video", message, "file") from error
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if "code" in answer:
-        status = _STATUS.get(answer["code"], HTTPStatus.BAD_REQUEST)
-        raise APIError(status, answer["code"], answer["message"], param="file")
-    return answer
+        return await asyncio.to_thread(probe)
+    except VideoError as error:
+        raise APIError(
+            _STATUS.get(error.code, HTTPStatus.BAD_REQUEST), error.code, error.message, param="file"
+        ) from None
+
+
+@cache
+def _inspectors() -> Decoders:
+    return Decoders(2, DecodeLimits(seconds=_INSPECT_SECONDS))
 
 
 def too_large(cap: int) -> APIError:
@@ -144,12 +142,24 @@ def _purpose(form: FormData) -> str:
     return str(purpose)
 
 
-def _expires_at(form: FormData) -> float | None:
+def _expiry(form: FormData) -> tuple[float | None, float | None]:
+    """When the file expires, Unix seconds, and by how much each use moves that on, seconds."""
     anchor, seconds = form.get("expires_after[anchor]"), form.get("expires_after[seconds]")
     if anchor is None and seconds is None:
-        return None
+        return None, None
     low, high = _EXPIRY_SECONDS
-    if anchor != "created_at" or not str(seconds).isdecimal() or not low <= int(str(seconds)) <= high:
-        message = f"expires_after needs the anchor 'created_at' and between {low} and {high} seconds."
+    known = anchor == "created_at" or anchor in _IDLE_ANCHORS
+    if not known or not str(seconds).isdecimal() or not low <= int(str(seconds)) <= high:
+        message = (
+            f"expires_after needs the anchor 'created_at' or 'last_used_at' and between {low} and {high} seconds."
+        )
         raise bad_request("invalid_expires_after", message, "expires_after")
-    return time.time() + int(str(seconds))
+    length = float(str(seconds))
+    return time.time() + length, None if anchor == "created_at" else length
+
+
+def _pinned(form: FormData) -> bool:
+    pinned = form.get("f2l[pinned]", "false")
+    if pinned not in ("true", "false"):
+        raise bad_request("invalid_f2l_options", "The field 'f2l[pinned]' is 'true' or 'false'.", "f2l")
+    return pinned == "true"
