@@ -67,16 +67,27 @@ class Catalog(Jobs):
         queue_limit: int,
         idle_seconds: float | None = None,
         pinned: bool = False,
+        tenant_limit: int | None = None,
+        job_attempts: int = 1,
     ) -> FileRecord:
         """Enter a file; ready at once if its adapter exists, else waiting for the adapter's job.
 
         Raises:
-            QueueFull: the adapter needs a new job and `queue_limit` jobs wait already. Nothing is entered then.
+            QueueFull: the adapter needs a new job and `queue_limit` jobs wait already, or `tenant_limit` jobs for this
+                tenant. Nothing is entered then.
         """
         with self._write() as connection:
             ready = adapter_of(connection, adapter_name) is not None
             if not ready:
-                ensure_job(connection, adapter_name, sha256, queue_limit)
+                ensure_job(
+                    connection,
+                    adapter_name,
+                    sha256,
+                    queue_limit,
+                    tenant=tenant,
+                    tenant_limit=tenant_limit,
+                    job_attempts=job_attempts,
+                )
             file_id = f"file-{secrets.token_hex(12)}"
             values = {
                 "id": file_id,
@@ -141,6 +152,11 @@ class Catalog(Jobs):
         with self._read() as connection:
             query = select(files.c.id).where(files.c.sha256 == sha256, files.c.state.in_(LIVE)).limit(1)
             return connection.scalar(query) is not None
+
+    def videos_in_work(self) -> set[str]:
+        """The sha-256 of every video that a job is about."""
+        with self._read() as connection:
+            return set(connection.scalars(select(jobs.c.sha256)))
 
     def pin_file(self, file_id: str, tenant: str, pinned: bool) -> FileRecord | None:
         """Keep a file from expiring, or let it expire again; None when there is no such file."""
@@ -295,19 +311,21 @@ class Catalog(Jobs):
         """Bring every file to the present revisions of model, hypernetwork and sampling; how many wait, and failed.
 
         A file whose adapter's name is not `name_of(sha256)` is never answered from that adapter. It is ready if the
-        adapter of the right name exists, else it waits for that to be made in the background from the stored bytes;
-        without bytes it fails with `adapter_of_other_revision`. The old adapter stays until the new one is ready, so
-        that a start with the wrong models loses nothing.
+        adapter of the right name exists, else it waits for that to be made in the background from the stored bytes,
+        those used last first; without bytes it fails with `adapter_of_other_revision`. The old adapter stays until the
+        new one is ready, so that a start with the wrong models loses nothing.
         """
-        query = select(files.c.id, files.c.sha256, files.c.adapter_name).where(files.c.state.in_(LIVE))
+        used = func.coalesce(files.c.last_used_at, files.c.created_at)
+        query = select(files).where(files.c.state.in_(LIVE)).order_by(used.desc())
         with self._read() as connection:
-            stale = [row.id for row in connection.execute(query) if name_of(row.sha256) != row.adapter_name]
+            rows = connection.execute(query)
+            stale = [(row.id, row.tenant) for row in rows if name_of(row.sha256) != row.adapter_name]
         waiting = failed = 0
         for start in range(0, len(stale), _ADOPTED_AT_ONCE):
             with self._write() as connection:
-                chosen = select(files).where(files.c.id.in_(stale[start : start + _ADOPTED_AT_ONCE]))
-                for row in connection.execute(chosen).all():
-                    state = _adopt(connection, file_record(row), name_of(row.sha256), has_video)
+                for file_id, tenant in stale[start : start + _ADOPTED_AT_ONCE]:
+                    record = file_of(connection, file_id, tenant)
+                    state = None if record is None else _adopt(connection, record, name_of(record.sha256), has_video)
                     waiting += state is VideoState.UPLOADED
                     failed += state is VideoState.ERROR
         return waiting, failed

@@ -2,34 +2,62 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import Connection, Row, and_, delete, select, update
 
 from f2l_vllm.adapters.database import Database
 from f2l_vllm.adapters.errors import AdapterIdsExhausted
-from f2l_vllm.adapters.rows import adapter_of, files_of, insert_adapter, move, release
+from f2l_vllm.adapters.rows import EXHAUSTED, adapter_of, files_of, insert_adapter, is_referred_to, move, release
 from f2l_vllm.adapters.states import IN_WORK, VideoState
 from f2l_vllm.adapters.tables import AdapterRecord, Job, files, jobs
+
+__all__ = ["EXHAUSTED", "Jobs"]
 
 
 class Jobs(Database):
     """What the pool does with the catalog."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._turn = 0
+        self._turns: dict[str | None, int] = {}  # tenant -> its last turn, in this process
+
     def claim_jobs(self, limit: int) -> list[Job]:
-        """Take up to `limit` of the oldest waiting jobs; those that nobody waits for come last.
+        """Take up to `limit` waiting jobs: tenants take turns, each with its oldest; what nobody waits for comes last.
 
         A job that has cost a worker before is taken alone, so that it costs its neighbours nothing.
         """
+        waiting = and_(files.c.adapter_name == jobs.c.adapter_name, files.c.state.in_(IN_WORK))
+        query = select(jobs, files.c.tenant).outerjoin(files, waiting).where(jobs.c.running == 0)
+        with self._read() as connection:
+            if connection.scalar(select(jobs.c.id).where(jobs.c.running == 0).limit(1)) is None:
+                return []  # idle lanes take no write lock
         with self._write() as connection:
-            oldest = select(jobs).where(jobs.c.running == 0).order_by(jobs.c.background, jobs.c.id).limit(limit)
-            rows = list(connection.execute(oldest))
-            if rows and rows[0].attempts > 0:
+            order = self._in_turns(connection.execute(query.order_by(jobs.c.background, jobs.c.id)).all())[:limit]
+            if not order:
+                return []
+            rows = [row for row in order if row.attempts == 0 or row is order[0]]
+            if rows[0].attempts > 0:
                 rows = rows[:1]
-            rows = [row for row in rows if row.attempts == 0 or row is rows[0]]
+            for row in rows:
+                self._turn += 1
+                self._turns[row.tenant] = self._turn
             chosen = update(jobs).where(jobs.c.id.in_([row.id for row in rows]))
             connection.execute(chosen.values(running=1, attempts=jobs.c.attempts + 1))
             return [Job(row.adapter_name, row.sha256, row.attempts + 1) for row in rows]
+
+    def _in_turns(self, rows: Sequence[Row[Any]]) -> list[Row[Any]]:
+        """Rows of jobs and who waits for them, oldest first, in the order of their turns; each job once."""
+        seen: Counter[str | None] = Counter()
+        keys = []
+        for row in rows:
+            keys.append((row.background, seen[row.tenant], self._turns.get(row.tenant, 0), row.id))
+            seen[row.tenant] += 1
+        in_order = [row for _, row in sorted(zip(keys, rows, strict=True), key=lambda pair: pair[0])]
+        return list({row.id: row for row in reversed(in_order)}.values())[::-1]  # a job's first place counts
 
     def advance(self, adapter_name: str, state: VideoState, progress: float) -> None:
         """A job's worker has reached `state`; `progress` is 0..1 within it."""
@@ -68,20 +96,27 @@ class Jobs(Database):
     def release_job(self, adapter_name: str, *, blameless: bool = False) -> None:
         """A worker died over the job: it waits again, first in line (jobs are taken in the order they came).
 
-        `blameless` when the video had no part in it: the attempt does not count.
+        `blameless` when the video had no part in it: the attempt does not count. A job that nobody waits for any more
+        goes.
         """
         with self._write() as connection:
             release(connection, [adapter_name])
+            _drop_unwanted(connection, [adapter_name])
             if blameless:
                 counted = (jobs.c.adapter_name == adapter_name) & (jobs.c.attempts > 0)
                 connection.execute(update(jobs).where(counted).values(attempts=jobs.c.attempts - 1))
 
-    def release_all_jobs(self) -> int:
-        """No pool is running: whatever was in work waits again, and a stop costs no attempt. Returns how many."""
+    def release_all_jobs(self, *, blameless: bool) -> int:
+        """No pool is running: whatever was in work waits again. Returns how many jobs were.
+
+        `blameless` after a stop in order: the attempt does not count.
+        """
         with self._write() as connection:
             names = list(connection.scalars(select(jobs.c.adapter_name).where(jobs.c.running == 1)))
-            connection.execute(update(jobs).where(jobs.c.running == 1).values(attempts=jobs.c.attempts - 1))
+            if blameless:
+                connection.execute(update(jobs).where(jobs.c.running == 1).values(attempts=jobs.c.attempts - 1))
             release(connection, names)
+            _drop_unwanted(connection, names)
             return len(names)
 
     def hurry_job(self, adapter_name: str) -> None:
@@ -99,3 +134,8 @@ class Jobs(Database):
             if adapter_of(connection, adapter_name) is not None:
                 return True
             return any(record.state is not VideoState.ERROR for record in files_of(connection, adapter_name))
+
+
+def _drop_unwanted(connection: Connection, names: Collection[str]) -> None:
+    unwanted = [name for name in names if not is_referred_to(connection, name)]
+    connection.execute(delete(jobs).where(jobs.c.adapter_name.in_(unwanted)))

@@ -13,6 +13,7 @@ from f2l_vllm.adapters.states import IN_WORK, VideoState, check_transition
 from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, adapters, files, jobs, parts
 
 LIVE = [state.value for state in VideoState if state not in (VideoState.DELETED, VideoState.EXPIRED)]
+EXHAUSTED = "internalization_failed"  # the error of a video that cost a worker in each of its attempts
 GONE = (VideoState.DELETED, VideoState.EXPIRED)
 # Engines keep LoRA int ids in int32 tensors, and a server leaves the first 2^20 to the operator's own adapters.
 LAST_ID = 2**31 - 1 - 2**20
@@ -72,9 +73,23 @@ def move(connection: Connection, records: Collection[FileRecord], state: VideoSt
 
 
 def ensure_job(
-    connection: Connection, adapter_name: str, sha256: str, queue_limit: int | None, *, background: bool = False
+    connection: Connection,
+    adapter_name: str,
+    sha256: str,
+    queue_limit: int | None,
+    *,
+    background: bool = False,
+    tenant: str | None = None,
+    tenant_limit: int | None = None,
+    job_attempts: int = 1,
 ) -> None:
-    """Enter a job for this adapter unless there is one; `queue_limit` bounds those that somebody waits for.
+    """Enter a job for this adapter unless there is one.
+
+    Args:
+        queue_limit: bounds the waiting jobs that somebody waits for.
+        background: nobody waits for it.
+        tenant: who asks; `tenant_limit` bounds the waiting jobs that are for files of its.
+        job_attempts: of a job; a video that has cost all of them before gets one.
 
     Raises:
         QueueFull: there is no room for it.
@@ -85,13 +100,22 @@ def ensure_job(
         if known.background and not background:
             connection.execute(update(jobs).where(of_adapter).values(background=False))
         return
-    if queue_limit is not None:
-        waiting = select(func.count()).select_from(jobs).where(jobs.c.running == 0, jobs.c.background.is_(False))
-        queued = connection.scalar(waiting) or 0
-        if queued >= queue_limit:
+    waiting = select(func.count(jobs.c.id.distinct())).where(jobs.c.running == 0, jobs.c.background.is_(False))
+    theirs = waiting.join(files, files.c.adapter_name == jobs.c.adapter_name)
+    theirs = theirs.where(files.c.tenant == tenant, files.c.state.in_(IN_WORK))
+    for query, limit in ((waiting, queue_limit), (theirs, tenant_limit)):
+        if limit is not None and (queued := connection.scalar(query) or 0) >= limit:
             raise QueueFull(queued, retry_after=max(1, queued // 4))
-    values = {"adapter_name": adapter_name, "sha256": sha256, "running": 0, "attempts": 0, "created_at": time.time()}
-    connection.execute(insert(jobs).values({**values, "background": background}))
+    poisonous = select(files.c.id).where(files.c.adapter_name == adapter_name, files.c.error_code == EXHAUSTED).limit(1)
+    values = {
+        "adapter_name": adapter_name,
+        "sha256": sha256,
+        "running": 0,
+        "attempts": 0 if connection.scalar(poisonous) is None else job_attempts - 1,
+        "background": background,
+        "created_at": time.time(),
+    }
+    connection.execute(insert(jobs).values(values))
 
 
 def release(connection: Connection, names: Collection[str]) -> None:
