@@ -18,7 +18,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from f2l_vllm.adapters.states import IN_WORK, VideoState
-from f2l_vllm.adapters.store import MANIFEST_FILE
+from f2l_vllm.adapters.store import MANIFEST_FILE, StoreError
 from f2l_vllm.adapters.tables import AdapterRecord, FileRecord
 from f2l_vllm.serving import compat
 from f2l_vllm.serving.errors import bad_request, video_not_found
@@ -52,6 +52,8 @@ async def create_file(request: Request) -> JSONResponse:
             filename=upload.filename,
             purpose=upload.purpose,
             expires_at=upload.expires_at,
+            idle_seconds=upload.idle_seconds,
+            pinned=upload.pinned,
         )
     finally:
         temporary.unlink(missing_ok=True)
@@ -83,6 +85,19 @@ async def retrieve_file(file_id: str, request: Request) -> JSONResponse:
     return JSONResponse(_one(videos, videos.file(file_id, tenant_of(request))))
 
 
+@router.post("/v1/files/{file_id}")
+async def update_file(file_id: str, request: Request) -> JSONResponse:
+    """Pin a file, `{"f2l": {"pinned": true}}`, or let it go again: a pinned file does not expire."""
+    try:
+        match await request.json():
+            case {"f2l": {"pinned": bool(pinned)}}:
+                videos = service(request)
+                return JSONResponse(_one(videos, await videos.pin(file_id, tenant_of(request), pinned)))
+    except (ValueError, RecursionError):
+        pass
+    raise bad_request("invalid_request", 'A file is updated by a JSON body like {"f2l": {"pinned": true}}.', "f2l")
+
+
 @router.delete("/v1/files/{file_id}")
 async def delete_file(file_id: str, request: Request) -> JSONResponse:
     """Delete a file; its adapter and bytes go when no other file shares them and no answer is being written."""
@@ -95,7 +110,10 @@ async def file_content(file_id: str, request: Request) -> FileResponse:
     """The bytes as uploaded."""
     videos = service(request)
     record = videos.file(file_id, tenant_of(request))
-    path = videos.store.video_path(record.sha256)
+    try:
+        path = await asyncio.to_thread(videos.store.fetch_video, record.sha256)
+    except StoreError as error:
+        raise video_not_found(file_id) from error  # deleted between look-up and read
     return FileResponse(path, media_type="application/octet-stream", filename=record.filename)
 
 
@@ -126,8 +144,8 @@ async def file_adapter(file_id: str, request: Request) -> Response:
     videos = service(request)
     record = await videos.ready(file_id, tenant_of(request), wait=0.0)
     try:
-        archive = await asyncio.to_thread(_tar, videos.store.adapter_path(record.adapter_name))
-    except FileNotFoundError as error:
+        archive = await asyncio.to_thread(lambda: _tar(videos.store.load_path(record.adapter_name)))
+    except (FileNotFoundError, StoreError) as error:
         raise video_not_found(file_id) from error  # deleted between look-up and read
     disposition = f'attachment; filename="{record.adapter_name}.tar"'
     return Response(archive, media_type="application/x-tar", headers={"Content-Disposition": disposition})
@@ -172,6 +190,7 @@ def file_object(record: FileRecord, adapter: AdapterRecord | None) -> dict[str, 
     """A file as the OpenAI API shows it; `f2l` holds stage, progress, and what is known of the adapter."""
     shown = {VideoState.PROCESSED: "processed", VideoState.ERROR: "error"}.get(record.state, "uploaded")
     details: dict[str, Any] = {"stage": record.state.value, "progress": round(record.progress, 3)}
+    details |= {"pinned": record.pinned, "last_used_at": record.last_used_at and int(record.last_used_at)}
     if adapter is not None:
         details |= {"adapter": adapter.name, "rank": adapter.rank, "adapter_bytes": adapter.bytes, **adapter.info}
     if record.state is VideoState.ERROR:
@@ -181,7 +200,7 @@ def file_object(record: FileRecord, adapter: AdapterRecord | None) -> dict[str, 
         "object": "file",
         "bytes": record.bytes,
         "created_at": int(record.created_at),
-        "expires_at": None if record.expires_at is None else int(record.expires_at),
+        "expires_at": None if record.expires_at is None or record.pinned else int(record.expires_at),
         "filename": record.filename,
         "purpose": record.purpose,
         "status": shown,
