@@ -1,4 +1,4 @@
-"""Where the API server leans on vLLM's internals, for vLLM 0.32; the engine's side is in `residency` and `worker_manager`.
+"""Where the API server leans on vLLM's internals, for vLLM 0.32; `residency` and `worker_manager` do in the engine.
 
 Each function names what it relies on; `tests/serving/test_compat.py` holds a contract test for each, so that another
 vLLM version fails there first, with a sentence, and not in production.
