@@ -7,6 +7,7 @@ from http import HTTPStatus
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
+from f2l_vllm.adapters.errors import Unavailable
 from f2l_vllm.serving import metrics
 
 
@@ -45,7 +46,7 @@ def video_not_ready(file_id: str, state: str, waited: float) -> APIError:
         f"Video '{file_id}' is still being internalized (stage '{state}') after waiting {waited:g} s. Ask again later, "
         "poll GET /v1/files/{id} until its status is 'processed', or allow a longer wait with the X-F2L-Wait header."
     )
-    headers = {"Retry-After": "5", "X-Should-Retry": "false"}
+    headers = {"Retry-After": "5", "X-Should-Retry": "false", "X-F2L-File": file_id}
     return APIError(HTTPStatus.CONFLICT, "video_not_ready", message, headers=headers)
 
 
@@ -53,6 +54,16 @@ def video_failed(file_id: str, code: str | None, message: str | None) -> APIErro
     """422: the video could not be internalized; asking again will not help."""
     text = f"Video '{file_id}' could not be internalized ({code}): {message} Delete it and upload another file."
     return APIError(HTTPStatus.UNPROCESSABLE_ENTITY, "video_failed", text)
+
+
+async def answer_unavailable(request: Request, error: Exception) -> JSONResponse:
+    """The exception handler: a catalog or store that cannot take part now, with a time to come back."""
+    assert isinstance(error, Unavailable)
+    advice = "the operator has to make room." if error.full else "nothing was changed; ask again in some seconds."
+    status = HTTPStatus.INSUFFICIENT_STORAGE if error.full else HTTPStatus.SERVICE_UNAVAILABLE
+    text = str(error)
+    message = f"{text[:1].upper()}{text[1:]}: {advice}"
+    return await answer(request, APIError(status, error.code, message, headers={"Retry-After": "5"}))
 
 
 async def answer(_request: Request, error: Exception) -> JSONResponse:
