@@ -56,8 +56,10 @@ class Jobs(Database):
         for row in rows:
             keys.append((row.background, seen[row.tenant], self._turns.get(row.tenant, 0), row.id))
             seen[row.tenant] += 1
-        in_order = [row for _, row in sorted(zip(keys, rows, strict=True), key=lambda pair: pair[0])]
-        return list({row.id: row for row in reversed(in_order)}.values())[::-1]  # a job's first place counts
+        first: dict[int, Row[Any]] = {}
+        for _, row in sorted(zip(keys, rows, strict=True), key=lambda pair: pair[0]):
+            first.setdefault(row.id, row)  # a job of several tenants comes at the first of its places
+        return list(first.values())
 
     def advance(self, adapter_name: str, state: VideoState, progress: float) -> None:
         """A job's worker has reached `state`; `progress` is 0..1 within it."""
