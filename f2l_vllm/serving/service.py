@@ -76,7 +76,7 @@ class VideoService:
         self._watcher = Watcher(catalog, is_stopping)
         self._writers = ThreadPoolExecutor(_WRITERS, "f2l-catalog")
         self._used: dict[str, float] = {}  # file ids, and when they were asked about
-        self._cleaned = 0.0
+        self._cleaned = -_CLEANING_SECONDS
         # Keeping bytes and entering them, or forgetting both, is one step for videos whose hashes share a lock.
         self._entering = [asyncio.Lock() for _ in range(64)]
 
@@ -224,6 +224,7 @@ class VideoService:
 
     async def warm(self, limit: int) -> None:
         """Make the adapters resident that were used last, up to `limit`, so that their next questions find them."""
+        self.store.pin(await asyncio.to_thread(self.catalog.pinned_adapters))
         for adapter in await asyncio.to_thread(self.catalog.recent_adapters, limit):
             try:
                 (await self.registry.acquire(adapter)).release()
@@ -240,24 +241,32 @@ class VideoService:
         return self._is_stopping()
 
     async def maintain(self) -> None:
-        """Note use, expire files, tidy up and refresh gauges, until cancelled."""
+        """`tidy` every few seconds, until cancelled."""
         while True:
             try:
-                await self._note_use()
-                for removal in await self._write(self.catalog.expire_files, time.time()):
-                    await self._clean(removal)
-                if time.monotonic() - self._cleaned > _CLEANING_SECONDS:
-                    await self._tidy()
-                    self._cleaned = time.monotonic()
-                states, queued, running = await asyncio.to_thread(self.catalog.counts)
-                for state in VideoState:
-                    metrics.VIDEOS.labels(state.value).set(states.get(state.value, 0))
-                metrics.JOBS.labels("queued").set(queued)
-                metrics.JOBS.labels("running").set(running)
-                metrics.WORKERS.set(self.pool.workers if self.pool is not None else 0)
+                await self.tidy()
             except Exception:
                 logger.exception("maintenance failed and goes on")
             await asyncio.sleep(_MAINTENANCE_SECONDS)
+
+    async def tidy(self) -> None:
+        """Note use, expire files, keep what grows within its bounds, and refresh gauges."""
+        await self._note_use()
+        for removal in await self._write(self.catalog.expire_files, time.time()):
+            await self._clean(removal)
+        if time.monotonic() - self._cleaned > _CLEANING_SECONDS:
+            await self._write(self.catalog.purge, time.time() - _TOMBSTONE_SECONDS)
+            for adapter in await self._write(self.catalog.drop_abandoned):
+                await self.registry.remove(adapter)
+            self._cleaned = time.monotonic()
+        self.store.pin(await asyncio.to_thread(self.catalog.pinned_adapters))
+        await asyncio.to_thread(self.store.trim, await asyncio.to_thread(self.catalog.videos_in_work))
+        states, queued, running = await asyncio.to_thread(self.catalog.counts)
+        for state in VideoState:
+            metrics.VIDEOS.labels(state.value).set(states.get(state.value, 0))
+        metrics.JOBS.labels("queued").set(queued)
+        metrics.JOBS.labels("running").set(running)
+        metrics.WORKERS.set(self.pool.workers if self.pool is not None else 0)
 
     async def _clean(self, removal: Removal) -> None:
         """Remove what nobody refers to any more. The catalog has forgotten it: what fails here is swept later."""
@@ -288,14 +297,6 @@ class VideoService:
             except Unavailable:
                 self._used = {**used_files, **self._used}
                 raise
-
-    async def _tidy(self) -> None:
-        """Bounds: rows of files that are gone, adapters that no file refers to, the cache of a remote store."""
-        await self._write(self.catalog.purge, time.time() - _TOMBSTONE_SECONDS)
-        for adapter in await self._write(self.catalog.drop_abandoned):
-            await self.registry.remove(adapter)
-        self.store.pin(await asyncio.to_thread(self.catalog.pinned_adapters))
-        await asyncio.to_thread(self.store.trim, await asyncio.to_thread(self.catalog.videos_in_work))
 
     async def _look_up(self, file_id: str, tenant: str, param: str | None) -> FileRecord:
         return await asyncio.to_thread(self.file, file_id, tenant, param)
