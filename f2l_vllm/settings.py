@@ -24,8 +24,12 @@ class Settings(BaseSettings):
 
     home: Path = Field(Path("~/.f2l"), description="Data folder: videos, adapters, catalog.")
     database_url: str | None = Field(None, description="Catalog: SQLite or PostgreSQL by URL; default: in the folder.")
-    store: str | None = Field(None, description="Where videos and adapters are kept, any fsspec URL; default: the folder.")
-    cache_bytes: int = Field(16 << 30, ge=0, description="How much of a remote store is kept in the folder; 0: no limit.")
+    store: str | None = Field(
+        None, description="Where videos and adapters are kept, any fsspec URL; default: the folder."
+    )
+    cache_bytes: int = Field(
+        16 << 30, ge=0, description="How much of a remote store is kept in the folder; 0: no limit."
+    )
     hot_bytes: int = Field(256 << 20, ge=0, description="Memory (/dev/shm) for adapters used most, bytes; 0: none.")
     warm_adapters: int = Field(256, ge=0, description="Adapters made resident at start, those used last first.")
     hypernetwork: str | None = Field(None, description="Hypernetwork: directory, released .pt file, or hub id.")
@@ -43,6 +47,9 @@ class Settings(BaseSettings):
     worker_gpus: float = Field(0.0, ge=0, description="GPUs, or a fraction of one, that Ray reserves for each worker.")
     ray_address: str | None = Field(None, description="A running Ray cluster; default: a private one, started here.")
     queue_limit: int = Field(256, ge=1, description="Videos that may wait for a worker before `queue_full`.")
+    queue_share: float = Field(
+        0.5, gt=0, le=1, description="Part of the queue that one tenant may fill; with `tenants` only."
+    )
     job_attempts: int = Field(3, ge=1, description="Workers a video may cost before it is marked `error`.")
     job_seconds: float = Field(600.0, gt=0, description="Longest a worker may take over one video, seconds.")
     wait_seconds: float = Field(30.0, ge=0, description="How long a question waits for a video in work, seconds.")
@@ -86,6 +93,11 @@ class Settings(BaseSettings):
     def is_chunked(self) -> bool:
         """Whether videos are cut into chunks."""
         return self.chunk_seconds is not None or self.chunk_frames is not None
+
+    @property
+    def tenant_queue_limit(self) -> int | None:
+        """Videos of one tenant that may wait."""
+        return None if self.tenants is None else max(1, int(self.queue_limit * self.queue_share))
 
     @property
     def decode_limits(self) -> DecodeLimits:
