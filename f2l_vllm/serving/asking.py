@@ -113,6 +113,8 @@ class Asking:
         if sum(one.record.bytes for one in named) > cap:
             message = f"Videos above {cap / 1e6:.0f} MB are answered from their adapter only: leave out f2l.mode."
             raise bad_request("video_too_large_for_frames", message, "f2l")
+        for one in named:
+            self._service.note_use(one.record)
         return {one.video: await asyncio.to_thread(self._data_uri, one.record) for one in named}
 
     async def _part(self, one: Named, tenant: str, wait: float) -> Part:

@@ -144,6 +144,10 @@ class VideoService:
             raise video_not_found(file_id, param)
         return record
 
+    def note_use(self, record: FileRecord) -> None:
+        """The file was asked about: what expires by disuse lives on from now."""
+        self._used[record.id] = time.time()
+
     async def ready(self, file_id: str, tenant: str, wait: float, param: str | None = None) -> FileRecord:
         """The file once it is processed, waiting up to `wait` seconds.
 
@@ -151,8 +155,8 @@ class VideoService:
             APIError: `video_not_found`, `video_failed`, or `video_not_ready` when the time is over.
         """
         started = time.monotonic()
-        self._used[file_id] = time.time()
         record = await self._look_up(file_id, tenant, param)
+        self.note_use(record)
         if record.state is VideoState.UPLOADED and wait > 0:
             await asyncio.to_thread(self.catalog.hurry_job, record.adapter_name)
         while record.state in IN_WORK and (left := started + wait - time.monotonic()) > 0:
