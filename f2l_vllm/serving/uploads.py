@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from functools import cache
 from http import HTTPStatus
 from pathlib import Path
 
-from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.types import Message
+from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
 
 from f2l_vllm.serving.errors import APIError, bad_request
 from f2l_vllm.settings import Settings
@@ -47,32 +47,33 @@ async def receive(request: Request, temporary: Path, settings: Settings) -> Uplo
     """Read `POST /v1/files` into `temporary`.
 
     Raises:
-        APIError: `file_too_large`, `invalid_request`, `invalid_purpose`, `invalid_expires_after`, `empty_file`.
+        APIError: `file_too_large`, `invalid_request`, `incomplete_upload`, `invalid_purpose`, `invalid_expires_after`,
+            `empty_file`.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise bad_request(
             "invalid_request", "POST /v1/files takes multipart/form-data with the fields file and purpose."
         )
     cap = settings.max_upload_bytes
+    target = _Target(temporary, cap)
     try:
-        async with _Capped(request, cap).form(max_files=1, max_fields=16) as form:
-            upload = form.get("file")
-            if not isinstance(upload, UploadFile):
-                raise bad_request(
-                    "invalid_request", "The field 'file' is missing: send the video's bytes in it.", "file"
-                )
-            purpose = _purpose(form)
-            expires_at, idle_seconds = _expiry(form)
-            pinned = _pinned(form)
-            sha256, size = await asyncio.to_thread(_store, upload, temporary)
-            if size == 0:
-                raise bad_request("empty_file", "The file is empty: send the video's bytes.", "file")
-            if size > cap:
-                raise too_large(cap)
-            filename = (upload.filename or "video")[:1024]
-            return Upload(temporary, sha256, size, filename, purpose, expires_at, idle_seconds, pinned)
-    except HTTPException as error:  # Starlette's words for a body that is no multipart form
-        raise bad_request("invalid_request", str(error.detail)) from error
+        form = await _Parser(request.headers, _capped(request, cap), target).parse()
+    except MultiPartException as error:
+        raise bad_request("invalid_request", error.message) from error
+    except ClientDisconnect as error:
+        raise bad_request("incomplete_upload", "The upload ended before the whole file was here.") from error
+    finally:
+        target.close()
+    upload = form.get("file")
+    if not isinstance(upload, UploadFile):
+        raise bad_request("invalid_request", "The field 'file' is missing: send the video's bytes in it.", "file")
+    purpose = _purpose(form)
+    expires_at, idle_seconds = _expiry(form)
+    pinned = _pinned(form)
+    if target.size == 0:
+        raise bad_request("empty_file", "The file is empty: send the video's bytes.", "file")
+    sha256 = target.digest.hexdigest()
+    return Upload(temporary, sha256, target.size, _filename(upload.filename), purpose, expires_at, idle_seconds, pinned)
 
 
 async def inspect(path: Path, settings: Settings) -> VideoInfo:
@@ -105,33 +106,66 @@ def too_large(cap: int) -> APIError:
     return APIError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "file_too_large", message, param="file")
 
 
-class _Capped(Request):
-    """A request whose body may not grow past the cap, whatever its Content-Length says."""
+class _Target:
+    """Where an upload's bytes go as they come: hashed, and to their place on disk, once."""
 
-    def __init__(self, request: Request, cap: int) -> None:
-        self._left = cap + _OVERHEAD_BYTES
+    def __init__(self, path: Path, cap: int) -> None:
+        self._file = path.open("wb")
         self._cap = cap
-        if int(request.headers.get("content-length", 0)) > self._left:
-            raise too_large(cap)
-        self._inner = request.receive
-        super().__init__(request.scope, self._receive_capped)
+        self.digest = hashlib.sha256()
+        self.size = 0
 
-    async def _receive_capped(self) -> Message:
-        message = await self._inner()
-        self._left -= len(message.get("body", b""))
-        if self._left < 0:
+    def write(self, data: bytes) -> int:
+        """Append.
+
+        Raises:
+            APIError: `file_too_large`.
+        """
+        self.size += len(data)
+        if self.size > self._cap:
             raise too_large(self._cap)
-        return message
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def seek(self, _offset: int) -> int:
+        """The end of the part: nothing is read back."""
+        return 0
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._file.close()
 
 
-def _store(upload: UploadFile, path: Path) -> tuple[str, int]:
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as target:
-        while chunk := upload.file.read(1 << 20):
-            digest.update(chunk)
-            target.write(chunk)
-            size += len(chunk)
-    return digest.hexdigest(), size
+class _Parser(MultiPartParser):
+    """Starlette's parser, with the one file going to a target instead of a temporary file of its own."""
+
+    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], target: _Target) -> None:
+        super().__init__(headers, stream, max_files=1, max_fields=16, max_part_size=1 << 16)
+        self._target = target
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        if self._current_part.file is not None:
+            self._current_part.file.file.close()
+            self._current_part.file.file = self._target  # type: ignore[assignment]
+
+
+async def _capped(request: Request, cap: int) -> AsyncGenerator[bytes, None]:
+    """The body, which may not grow past the cap, whatever its Content-Length says."""
+    left = cap + _OVERHEAD_BYTES
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > left:
+        raise too_large(cap)
+    async for piece in request.stream():
+        left -= len(piece)
+        if left < 0:
+            raise too_large(cap)
+        yield piece
+
+
+def _filename(given: str | None) -> str:
+    """A name to show, never a path to open: what cannot be printed is left out."""
+    return "".join(letter for letter in given or "" if letter.isprintable())[:1024] or "video"
 
 
 def _purpose(form: FormData) -> str:
@@ -149,10 +183,8 @@ def _expiry(form: FormData) -> tuple[float | None, float | None]:
         return None, None
     low, high = _EXPIRY_SECONDS
     known = anchor == "created_at" or anchor in _IDLE_ANCHORS
-    if not known or not str(seconds).isdecimal() or not low <= int(str(seconds)) <= high:
-        message = (
-            f"expires_after needs the anchor 'created_at' or 'last_used_at' and between {low} and {high} seconds."
-        )
+    if not known or not str(seconds).isdecimal() or len(str(seconds)) > 9 or not low <= int(str(seconds)) <= high:
+        message = f"expires_after needs the anchor 'created_at' or 'last_used_at' and between {low} and {high} seconds."
         raise bad_request("invalid_expires_after", message, "expires_after")
     length = float(str(seconds))
     return time.time() + length, None if anchor == "created_at" else length
