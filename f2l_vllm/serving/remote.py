@@ -45,7 +45,7 @@ class RemoteVideos:
         Raises:
             APIError: the codes of `f2l_vllm.video.fetch`, of `POST /v1/files` and of `VideoService.enter`.
         """
-        key = (tenant, hashlib.sha256(url.encode()).hexdigest())
+        key = (tenant, await asyncio.to_thread(_digest, url))  # a data URI may be long
         return await _once(self._fetching, key, lambda: self._fetch(url, tenant))
 
     async def _fetch(self, url: str, tenant: str) -> FileRecord:
@@ -100,6 +100,10 @@ async def _once(running: _Running, key: tuple[str, str], work: Callable[[], _Wor
 
         task.add_done_callback(ended)
     return await asyncio.shield(task)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _hash(path: Path) -> str:

@@ -50,7 +50,7 @@ def source(response):
 
 def metric(server, name):
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    return float(next(line.rsplit(" ", 1)[1] for line in lines if line.startswith(f"{name} ")))
+    return float(next((line.rsplit(" ", 1)[1] for line in lines if line.startswith(f"{name} ")), 0))
 
 
 def adapter_folder(server, name):
