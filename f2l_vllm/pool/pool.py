@@ -214,6 +214,8 @@ class _Lane(threading.Thread):
     def _run(self, jobs: dict[str, Job]) -> None:
         """Run jobs on the actor together; each is taken out of `jobs` when it has ended or waits again."""
         self._end_poisonous(jobs)
+        if not jobs:
+            return
         try:
             for name, event in self._events(jobs):
                 self._pool._on_event(event)
