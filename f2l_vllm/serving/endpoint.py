@@ -113,7 +113,6 @@ class F2LEndpointPlugin:
         pool = None
         if settings.hypernetwork_workers:
             pool = PoolProcess(worker_spec(settings, model, hypernetwork, limits.max_rank, config.rank), count_outcome)
-            pool.start()
         # What is not set of how frames are taken is in the model's and hypernetwork's files, which the revisions cover.
         revisions = Revisions(fingerprint(model), fingerprint(hypernetwork), settings.sampling)
         self._service = VideoService(
