@@ -88,7 +88,7 @@ def test_forms_that_are_refused(client, form, expected):
 
 @pytest.mark.parametrize(
     ("given", "shown"),
-    [("a/../b.mp4", "a/../b.mp4"), ("", "video"), ("\x07\x1b[31mred", "[31mred"), ("x" * 5000, "x" * 1024)],
+    [("a/../b.mp4", "a/../b.mp4"), ("", "video"), ("\x07\x1b[31mred", "[31mred"), ("x" * 2000, "x" * 1024)],
 )
 def test_names_that_can_be_shown(client, given, shown):
     part = f'--b\r\nContent-Disposition: form-data; name="file"; filename="{given}"\r\n\r\nx\r\n'
