@@ -1,4 +1,4 @@
-"""The video service of one API server: uploads, readiness, leases and removal, over catalog, store, pool and engine."""
+"""The video service of one API server: uploads, readiness and removal, over catalog, store, pool and engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from f2l_vllm.adapters.tables import AdapterRecord, FileRecord
 from f2l_vllm.pool.process import PoolProcess
 from f2l_vllm.serving import metrics
 from f2l_vllm.serving.errors import APIError, HTTPStatus, video_failed, video_not_found, video_not_ready
-from f2l_vllm.serving.registry import AdapterLost, Lease, Registry
+from f2l_vllm.serving.registry import AdapterLost, Registry
 from f2l_vllm.serving.watcher import Watcher
 from f2l_vllm.settings import Settings
 
@@ -31,7 +31,6 @@ _MAINTENANCE_SECONDS = 5.0
 _CLEANING_SECONDS = 60.0
 _TOMBSTONE_SECONDS = 3600.0  # how long a page of files can go on from one that was deleted
 _WRITERS = 4  # threads that may wait for a busy catalog, so that those that read files and catalog never do
-_REMAKES = 1
 
 
 @dataclass(frozen=True)
@@ -170,25 +169,6 @@ class VideoService:
         if record.state in IN_WORK:
             raise video_not_ready(file_id, record.state, wait)
         return record
-
-    async def lease(self, file_id: str, tenant: str, wait: float, param: str | None = None) -> Lease:
-        """The video's adapter, resident and held for one question; made again first if its files were damaged.
-
-        Raises:
-            APIError: as `ready`.
-        """
-        deadline = time.monotonic() + wait
-        for _ in range(_REMAKES + 1):
-            record = await self.ready(file_id, tenant, max(0.0, deadline - time.monotonic()), param)
-            adapter = await asyncio.to_thread(self.catalog.adapter, record.adapter_name)
-            if adapter is None:
-                raise video_not_found(file_id, param)  # deleted between the two look-ups
-            try:
-                return await self.registry.acquire(adapter)
-            except AdapterLost as error:
-                await self.remake(adapter, error)
-        message = f"The adapter of '{file_id}' is damaged each time it is made: check the disk that holds F2L_HOME."
-        raise APIError(HTTPStatus.INTERNAL_SERVER_ERROR, "adapter_damaged", message)
 
     async def remake(self, adapter: AdapterRecord, error: AdapterLost) -> None:
         """Let an adapter whose files were found missing or damaged be made again; its files wait for it meanwhile."""

@@ -69,7 +69,8 @@ class Bench:
             self.catalog.finish_job(found[0].adapter_name, rank=16, size=1, info={})
 
     async def ask(self, file):
-        (await self.service.lease(file.id, T, 0.0)).release()
+        record = await self.service.ready(file.id, T, 0.0)
+        (await self.registry.acquire(self.catalog.adapter(record.adapter_name))).release()
         await asyncio.sleep(0)
 
 
