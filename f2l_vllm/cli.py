@@ -65,6 +65,9 @@ def serve(
         int | None, typer.Option(min=0, help="Tokens a pass: internalize waiting videos together.")
     ] = None,
     home: Annotated[Path | None, typer.Option(help="Data folder (F2L_HOME).")] = None,
+    tenants: Annotated[
+        Path | None, typer.Option(help="JSON or TOML file of tenants and their API keys.", exists=True, dir_okay=False)
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the vllm command and stop.")] = False,
 ) -> None:
     """Start Ray, the hypernetwork workers and vLLM's OpenAI server. Any other flag goes to `vllm serve`."""
@@ -85,6 +88,7 @@ def serve(
         "F2L_MAX_CHUNKS": max_chunks,
         "F2L_BATCH_TOKENS": batch_tokens,
         "F2L_HOME": home,
+        "F2L_TENANTS": tenants.absolute() if tenants is not None else None,
     }
     extra = list(context.args)
     if model.startswith("-"):  # no model named: what stands in its place is a flag for vLLM

@@ -12,6 +12,10 @@ from pathlib import Path
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from f2l_vllm.video.decoder import DecodeLimits
+from f2l_vllm.video.fetch import FetchPolicy
+from f2l_vllm.video.probe import Limits
+
 
 class Settings(BaseSettings):
     """Operator settings; each field is the environment variable `F2L_<FIELD>`."""
@@ -19,6 +23,15 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="F2L_", extra="ignore", frozen=True)
 
     home: Path = Field(Path("~/.f2l"), description="Data folder: videos, adapters, catalog.")
+    database_url: str | None = Field(None, description="Catalog: SQLite or PostgreSQL by URL; default: in the folder.")
+    store: str | None = Field(
+        None, description="Where videos and adapters are kept, any fsspec URL; default: the folder."
+    )
+    cache_bytes: int = Field(
+        16 << 30, ge=0, description="How much of a remote store is kept in the folder; 0: no limit."
+    )
+    hot_bytes: int = Field(256 << 20, ge=0, description="Memory (/dev/shm) for adapters used most, bytes; 0: none.")
+    warm_adapters: int = Field(256, ge=0, description="Adapters made resident at start, those used last first.")
     hypernetwork: str | None = Field(None, description="Hypernetwork: directory, released .pt file, or hub id.")
     hypernetwork_workers: int = Field(1, ge=0, description="Ray actors that internalize videos; 0: none here.")
     max_frames: int | None = Field(None, ge=1, description="Frames read of a video or chunk; default: as trained.")
@@ -34,6 +47,9 @@ class Settings(BaseSettings):
     worker_gpus: float = Field(0.0, ge=0, description="GPUs, or a fraction of one, that Ray reserves for each worker.")
     ray_address: str | None = Field(None, description="A running Ray cluster; default: a private one, started here.")
     queue_limit: int = Field(256, ge=1, description="Videos that may wait for a worker before `queue_full`.")
+    queue_share: float = Field(
+        0.5, gt=0, le=1, description="Part of the queue that one tenant may fill; with `tenants` only."
+    )
     job_attempts: int = Field(3, ge=1, description="Workers a video may cost before it is marked `error`.")
     job_seconds: float = Field(600.0, gt=0, description="Longest a worker may take over one video, seconds.")
     wait_seconds: float = Field(30.0, ge=0, description="How long a question waits for a video in work, seconds.")
@@ -41,6 +57,26 @@ class Settings(BaseSettings):
     max_frames_bytes: int = Field(64 << 20, ge=1, description="Largest video answered from its frames, bytes.")
     max_video_seconds: float = Field(4 * 3600.0, gt=0, description="Longest video, seconds.")
     max_video_pixels: int = Field(8192 * 4320, ge=1, description="Largest frame, pixels.")
+
+    decode_memory_bytes: int = Field(4 << 30, ge=1 << 28, description="Address space of a decoding process, bytes.")
+    decode_seconds: float = Field(300.0, gt=0, description="CPU seconds a video may take to decode.")
+    max_decoded_bytes: int = Field(2 << 30, ge=1, description="Decoded frames of a video or chunk, bytes.")
+    tenants: Path | None = Field(None, description="JSON or TOML file of tenants, each with its list of API keys.")
+    open_routes: str = Field(
+        "/health,/ready,/ping,/version,/metrics", description="Routes that need no API key, by comma."
+    )
+    extra_routes: str = Field("", description="Routes of vLLM's to open besides those that are needed, by comma.")
+    max_body_bytes: int = Field(
+        128 << 20, ge=1, description="Largest body of a request that is not an upload; a data URI is a part of it."
+    )
+    allowed_media_domains: str = Field(
+        "", description="Hosts that videos may be fetched from, by comma; not public addresses must be listed too."
+    )
+    fetch_seconds: float = Field(60.0, gt=0, description="Longest a video may take to be fetched, seconds.")
+    url_seconds: float = Field(
+        86400.0, gt=0, description="How long a video named by address is kept after its last use, seconds."
+    )
+    max_composed: int = Field(1024, ge=1, description="Adapters composed of several videos or chunks that are kept.")
 
     @model_validator(mode="after")
     def _one_way_to_cut(self) -> Settings:
@@ -59,15 +95,40 @@ class Settings(BaseSettings):
         return self.chunk_seconds is not None or self.chunk_frames is not None
 
     @property
+    def tenant_queue_limit(self) -> int | None:
+        """Videos of one tenant that may wait."""
+        return None if self.tenants is None else max(1, int(self.queue_limit * self.queue_share))
+
+    @property
+    def decode_limits(self) -> DecodeLimits:
+        """What decoding a video may cost."""
+        return DecodeLimits(self.decode_memory_bytes, self.decode_seconds, self.max_decoded_bytes)
+
+    @property
+    def video_limits(self) -> Limits:
+        """What an uploaded video may be, by its size and header."""
+        return Limits(self.max_upload_bytes, self.max_video_seconds, self.max_video_pixels)
+
+    @property
+    def fetch_policy(self) -> FetchPolicy:
+        """What may be fetched for a question: from nowhere unless hosts are listed."""
+        return FetchPolicy(tuple(listed(self.allowed_media_domains)), self.max_upload_bytes, self.fetch_seconds)
+
+    @property
     def sampling(self) -> dict[str, float]:
         """What was set of how frames are taken: it shapes the adapters, and is part of their names."""
         names = ("max_frames", "fps", "chunk_seconds", "chunk_frames")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
-    def database_url(self) -> str:
-        """The catalog's SQLAlchemy URL: SQLite in the data folder."""
-        return f"sqlite:///{self.data_folder / 'catalog.sqlite3'}"
+    def catalog_url(self) -> str:
+        """The catalog's SQLAlchemy URL."""
+        return self.database_url or f"sqlite:///{self.data_folder / 'catalog.sqlite3'}"
+
+
+def listed(text: str) -> list[str]:
+    """What a comma separates."""
+    return [entry for part in text.split(",") if (entry := part.strip())]
 
 
 def refuse_environment(environment: Mapping[str, str]) -> None:

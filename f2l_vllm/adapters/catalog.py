@@ -1,33 +1,43 @@
 """The catalog: which files exist, which adapter answers for each, and which adapters are still to be made.
 
 It is the one truth about a video's state; servers and pools in any number of processes share it. Every method is one
-transaction. A job stands for one adapter, so a thousand uploads of the same bytes wait for the same job.
+transaction, and raises `Unavailable` when the database is busy, full or away; nothing is changed then.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, and_, delete, func, insert, select, update
+from sqlalchemy import Connection, and_, bindparam, case, delete, exists, func, insert, or_, select, update
 
-from f2l_vllm.adapters.states import IN_WORK, VideoState, check_transition
-from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, Job, adapters, files, jobs, open_engine
+from f2l_vllm.adapters.jobs import Jobs
+from f2l_vllm.adapters.rows import (
+    GONE,
+    LIVE,
+    QueueFull,
+    adapter_of,
+    adapter_record,
+    drop_adapters,
+    drop_unwanted,
+    ensure_job,
+    file_of,
+    file_record,
+    files_of,
+    insert_adapter,
+    move,
+)
+from f2l_vllm.adapters.states import VideoState
+from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, adapters, files, jobs, parts
 
-_LIVE = [state.value for state in VideoState if state not in (VideoState.DELETED, VideoState.EXPIRED)]
-_GONE = (VideoState.DELETED, VideoState.EXPIRED)
+__all__ = ["Catalog", "QueueFull", "Removal"]
 
-
-class QueueFull(RuntimeError):
-    """No room for another job; `retry_after` is a guess in seconds."""
-
-    def __init__(self, queued: int, retry_after: int) -> None:
-        super().__init__(f"{queued} videos are waiting to be internalized already")
-        self.retry_after = retry_after
+OTHER_REVISION = "adapter_of_other_revision"
+_ADOPTED_AT_ONCE = 200
+_PARAMETERS = 500  # databases bound the number of parameters
 
 
 @dataclass(frozen=True)
@@ -35,29 +45,12 @@ class Removal:
     """A file that left the catalog, and what nobody refers to any more because of it."""
 
     file: FileRecord
-    orphaned_adapter: AdapterRecord | None
+    orphaned_adapters: list[AdapterRecord]
     orphaned_video: bool
 
 
-class Catalog:
+class Catalog(Jobs):
     """Files, adapters and jobs in one database."""
-
-    def __init__(self, url: str) -> None:
-        self._engine = open_engine(url)
-
-    def close(self) -> None:
-        """Close every connection."""
-        self._engine.dispose()
-
-    @contextmanager
-    def _read(self) -> Iterator[Connection]:
-        with self._engine.connect().execution_options(read=True) as connection:
-            yield connection
-
-    @contextmanager
-    def _write(self) -> Iterator[Connection]:
-        with self._engine.begin() as connection:
-            yield connection
 
     # Files
 
@@ -72,16 +65,29 @@ class Catalog:
         adapter_name: str,
         expires_at: float | None,
         queue_limit: int,
+        idle_seconds: float | None = None,
+        pinned: bool = False,
+        tenant_limit: int | None = None,
+        job_attempts: int = 1,
     ) -> FileRecord:
         """Enter a file; ready at once if its adapter exists, else waiting for the adapter's job.
 
         Raises:
-            QueueFull: the adapter needs a new job and `queue_limit` jobs wait already. Nothing is entered then.
+            QueueFull: the adapter needs a new job and `queue_limit` jobs wait already, or `tenant_limit` jobs for this
+                tenant. Nothing is entered then.
         """
         with self._write() as connection:
-            ready = connection.scalar(select(adapters.c.id).where(adapters.c.name == adapter_name)) is not None
+            ready = adapter_of(connection, adapter_name) is not None
             if not ready:
-                _ensure_job(connection, adapter_name, sha256, queue_limit)
+                ensure_job(
+                    connection,
+                    adapter_name,
+                    sha256,
+                    queue_limit,
+                    tenant=tenant,
+                    tenant_limit=tenant_limit,
+                    job_attempts=job_attempts,
+                )
             file_id = f"file-{secrets.token_hex(12)}"
             values = {
                 "id": file_id,
@@ -95,19 +101,19 @@ class Catalog:
                 "progress": 1.0 if ready else 0.0,
                 "created_at": time.time(),
                 "expires_at": expires_at,
+                "idle_seconds": idle_seconds,
+                "pinned": pinned,
             }
             connection.execute(insert(files).values(values))
-            record = _file(connection, file_id, tenant)
+            record = file_of(connection, file_id, tenant)
             assert record is not None
             return record
 
     def file(self, file_id: str, tenant: str) -> FileRecord | None:
         """The file, or None: unknown, deleted, expired or another tenant's."""
         with self._read() as connection:
-            record = _file(connection, file_id, tenant)
-        if record is None or record.state in _GONE or _is_past(record.expires_at):
-            return None
-        return record
+            record = file_of(connection, file_id, tenant)
+        return None if record is None or record.state in GONE or _is_due(record) else record
 
     def files(
         self, tenant: str, *, after: str | None, limit: int, descending: bool, purpose: str | None = None
@@ -117,210 +123,261 @@ class Catalog:
         Raises:
             KeyError: `after` names no file of this tenant.
         """
-        query = select(files).where(files.c.tenant == tenant, files.c.state.in_(_LIVE), _not_past())
+        query = select(files).where(files.c.tenant == tenant, files.c.state.in_(LIVE), _not_due())
         if purpose is not None:
             query = query.where(files.c.purpose == purpose)
         with self._read() as connection:
             if after is not None:
-                cursor = _file(connection, after, tenant)
+                cursor = file_of(connection, after, tenant)
                 if cursor is None:
                     raise KeyError(after)
                 edge = cursor.number
                 query = query.where(files.c.number < edge if descending else files.c.number > edge)
             order = files.c.number.desc() if descending else files.c.number
             rows = connection.execute(query.order_by(order).limit(limit + 1)).all()
-        return [_record(row) for row in rows[:limit]], len(rows) > limit
+        return [file_record(row) for row in rows[:limit]], len(rows) > limit
 
     def states(self, file_ids: Collection[str]) -> dict[str, VideoState]:
         """The states of these files; unknown ids are absent."""
+        asked = list(file_ids)
+        found: dict[str, VideoState] = {}
         with self._read() as connection:
-            rows = connection.execute(select(files.c.id, files.c.state).where(files.c.id.in_(file_ids)))
-            return {row.id: VideoState(row.state) for row in rows}
+            for start in range(0, len(asked), _PARAMETERS):
+                query = select(files.c.id, files.c.state).where(files.c.id.in_(asked[start : start + _PARAMETERS]))
+                found |= {row.id: VideoState(row.state) for row in connection.execute(query)}
+        return found
 
     def has_video(self, sha256: str) -> bool:
         """Whether any live file has these bytes."""
         with self._read() as connection:
-            query = select(files.c.id).where(files.c.sha256 == sha256, files.c.state.in_(_LIVE)).limit(1)
+            query = select(files.c.id).where(files.c.sha256 == sha256, files.c.state.in_(LIVE)).limit(1)
             return connection.scalar(query) is not None
+
+    def videos_in_work(self) -> set[str]:
+        """The sha-256 of every video that a job is about."""
+        with self._read() as connection:
+            return set(connection.scalars(select(jobs.c.sha256)))
+
+    def pin_file(self, file_id: str, tenant: str, pinned: bool) -> FileRecord | None:
+        """Keep a file from expiring, or let it expire again; None when there is no such file."""
+        with self._write() as connection:
+            record = file_of(connection, file_id, tenant)
+            if record is None or record.state in GONE or _is_due(record):
+                return None
+            connection.execute(update(files).where(files.c.id == file_id).values(pinned=pinned))
+            return file_of(connection, file_id, tenant)
+
+    def touch(self, used_files: Mapping[str, float], used_adapters: Mapping[str, float]) -> None:
+        """Note when files (by id) and adapters (by name) were last used; what expires by disuse lives on from then."""
+        with self._write() as connection:
+            if used_files:
+                moment = bindparam("moment", type_=files.c.last_used_at.type)
+                idle = (files.c.idle_seconds.isnot(None), moment + files.c.idle_seconds)
+                expires_at = case(idle, else_=files.c.expires_at)
+                chosen = update(files).where(files.c.id == bindparam("used"))
+                rows = [{"used": file_id, "moment": at} for file_id, at in sorted(used_files.items())]
+                connection.execute(chosen.values(last_used_at=moment, expires_at=expires_at), rows)
+            if used_adapters:
+                chosen = update(adapters).where(adapters.c.name == bindparam("used"))
+                rows = [{"used": name, "moment": at} for name, at in sorted(used_adapters.items())]
+                connection.execute(chosen.values(last_used_at=bindparam("moment")), rows)
 
     def remove_file(self, file_id: str, tenant: str) -> Removal | None:
         """Delete a file id; None when there is no such file. Its queued job goes too if nobody else waits for it."""
         with self._write() as connection:
-            record = _file(connection, file_id, tenant)
-            if record is None or record.state in _GONE:
+            record = file_of(connection, file_id, tenant)
+            if record is None or record.state in GONE:
                 return None
             return _remove(connection, record, VideoState.DELETED)
 
     def expire_files(self, now: float) -> list[Removal]:
-        """Expire every file whose time has come."""
+        """Expire every file whose time has come, unless it is pinned."""
+        due = select(files).where(files.c.expires_at <= now, files.c.state.in_(LIVE), files.c.pinned.is_(False))
+        with self._read() as connection:
+            if connection.execute(due.limit(1)).first() is None:
+                return []
         with self._write() as connection:
-            due = select(files).where(files.c.expires_at <= now, files.c.state.in_(_LIVE))
-            return [_remove(connection, _record(row), VideoState.EXPIRED) for row in connection.execute(due).all()]
+            return [_remove(connection, file_record(row), VideoState.EXPIRED) for row in connection.execute(due).all()]
+
+    def purge(self, before: float) -> int:
+        """Forget the rows of files that were deleted or expired before this moment. Returns how many."""
+        with self._write() as connection:
+            over = and_(files.c.state.in_([state.value for state in GONE]), files.c.ended_at < before)
+            return connection.execute(delete(files).where(over)).rowcount
 
     # Adapters
 
     def adapter(self, name: str) -> AdapterRecord | None:
         """The published adapter of this name, or None."""
         with self._read() as connection:
-            return _adapter(connection, name)
+            return adapter_of(connection, name)
 
     def adapters_of(self, records: Collection[FileRecord]) -> dict[str, AdapterRecord]:
         """The published adapters of these files, by name."""
         names = sorted({record.adapter_name for record in records if record.state is VideoState.PROCESSED})
         found: dict[str, AdapterRecord] = {}
         with self._read() as connection:
-            for start in range(0, len(names), 500):  # databases bound the number of parameters
-                query = select(adapters).where(adapters.c.name.in_(names[start : start + 500]))
-                found |= {row.name: AdapterRecord(**row._mapping) for row in connection.execute(query)}
+            for start in range(0, len(names), _PARAMETERS):
+                query = select(adapters).where(adapters.c.name.in_(names[start : start + _PARAMETERS]))
+                found |= {row.name: adapter_record(row) for row in connection.execute(query)}
         return found
 
-    def forget_adapter(self, adapter: AdapterRecord, *, queue_limit: int) -> None:
+    def recent_adapters(self, limit: int) -> list[AdapterRecord]:
+        """The adapters of ready files, pinned first, then those used last (or made last), at most `limit`."""
+        of_file = and_(files.c.adapter_name == adapters.c.name, files.c.state == VideoState.PROCESSED)
+        pinned = exists().where(of_file, files.c.pinned.is_(True))
+        used = func.coalesce(adapters.c.last_used_at, adapters.c.created_at)
+        first = case((pinned, 1), else_=0).desc()
+        query = select(adapters).where(exists().where(of_file)).order_by(first, used.desc()).limit(limit)
+        with self._read() as connection:
+            return [adapter_record(row) for row in connection.execute(query)]
+
+    def pinned_adapters(self) -> set[str]:
+        """The names of the adapters that pinned files answer from."""
+        query = select(files.c.adapter_name).where(files.c.pinned.is_(True), files.c.state == VideoState.PROCESSED)
+        with self._read() as connection:
+            return set(connection.scalars(query.distinct()))
+
+    def forget_adapter(self, adapter: AdapterRecord) -> None:
         """An adapter was found missing or damaged: its files wait again, for a new job under the same name.
 
-        Nothing happens when it is forgotten already, or made again meanwhile.
+        Nothing happens when it is forgotten already, or made again meanwhile. A composed one is only forgotten.
         """
         name = adapter.name
         with self._write() as connection:
             if connection.execute(delete(adapters).where(adapters.c.id == adapter.id)).rowcount == 0:
                 return
-            waiting = [record for record in _files_of(connection, name) if record.state is VideoState.PROCESSED]
+            waiting = [record for record in files_of(connection, name) if record.state is VideoState.PROCESSED]
             if waiting:
-                _ensure_job(connection, name, waiting[0].sha256, queue_limit)
-            _move(connection, waiting, VideoState.UPLOADED)
+                ensure_job(connection, name, waiting[0].sha256, None)
+            move(connection, waiting, VideoState.UPLOADED)
+            if adapter.composed:
+                connection.execute(delete(parts).where(parts.c.composed == name))
 
-    # Jobs
+    def drop_abandoned(self) -> list[AdapterRecord]:
+        """Take out adapters that no file refers to: those of other revisions, once their successors are made."""
+        named = or_(files.c.adapter_name == adapters.c.name, files.c.previous_adapter == adapters.c.name)
+        kept = exists().where(named, files.c.state.in_(LIVE))
+        query = select(adapters.c.name).where(adapters.c.composed.is_(False), ~kept)
+        with self._read() as connection:
+            names = list(connection.scalars(query))
+        if not names:
+            return []
+        with self._write() as connection:
+            return drop_unwanted(connection, names)
 
-    def claim_jobs(self, limit: int) -> list[Job]:
-        """Take up to `limit` of the oldest waiting jobs.
+    # Composed adapters
 
-        A job that has cost a worker before is taken alone, so that it costs its neighbours nothing.
+    def add_composed(
+        self, name: str, made_of: Sequence[str], *, rank: int, size: int, info: dict[str, Any]
+    ) -> AdapterRecord | None:
+        """Enter an adapter composed of others; it leaves with the first of them. The one there is, if there is one.
+
+        None when a part has left the catalog meanwhile.
+
+        Raises:
+            AdapterIdsExhausted: there is no int32 id left.
         """
         with self._write() as connection:
-            oldest = select(jobs).where(jobs.c.running == 0).order_by(jobs.c.id).limit(limit)
-            rows = list(connection.execute(oldest.with_for_update(skip_locked=True)))
-            if rows and rows[0].attempts > 0:
-                rows = rows[:1]
-            rows = [row for row in rows if row.attempts == 0 or row is rows[0]]
-            chosen = update(jobs).where(jobs.c.id.in_([row.id for row in rows]))
-            connection.execute(chosen.values(running=1, attempts=jobs.c.attempts + 1))
-            return [Job(row.adapter_name, row.sha256, row.attempts + 1) for row in rows]
-
-    def advance(self, adapter_name: str, state: VideoState, progress: float) -> None:
-        """A job's worker has reached `state`; `progress` is 0..1 within it."""
-        with self._write() as connection:
-            waiting = [record for record in _files_of(connection, adapter_name) if record.state in IN_WORK]
-            _move(connection, [r for r in waiting if r.state is not state], state)
-            ids = [record.id for record in waiting]
-            connection.execute(update(files).where(files.c.id.in_(ids)).values(progress=progress))
-
-    def finish_job(self, adapter_name: str, *, rank: int, size: int, info: dict[str, Any]) -> AdapterRecord | None:
-        """The adapter is published: its files are ready. None when every file was deleted meanwhile."""
-        with self._write() as connection:
-            connection.execute(delete(jobs).where(jobs.c.adapter_name == adapter_name))
-            waiting = [record for record in _files_of(connection, adapter_name) if record.state in IN_WORK]
-            if not waiting:
+            found = adapter_of(connection, name)
+            if found is not None:
+                return found
+            names = sorted(set(made_of))
+            there = select(func.count()).select_from(adapters).where(adapters.c.name.in_(names))
+            if connection.scalar(there) != len(names):
                 return None
-            values = {"name": adapter_name, "rank": rank, "bytes": size, "info": info, "created_at": time.time()}
-            connection.execute(insert(adapters).values(values))
-            _move(connection, waiting, VideoState.PROCESSED, progress=1.0)
-            return _adapter(connection, adapter_name)
+            record = insert_adapter(
+                connection, {"name": name, "rank": rank, "bytes": size, "info": info, "composed": True}
+            )
+            connection.execute(insert(parts), [{"composed": name, "part": part} for part in names])
+            return record
 
-    def fail_job(self, adapter_name: str, code: str, message: str) -> None:
-        """The video cannot be internalized: every file waiting for it says why."""
-        with self._write() as connection:
-            connection.execute(delete(jobs).where(jobs.c.adapter_name == adapter_name))
-            waiting = [record for record in _files_of(connection, adapter_name) if record.state in IN_WORK]
-            _move(connection, waiting, VideoState.ERROR, error_code=code, error_message=message[:2048])
-
-    def release_job(self, adapter_name: str) -> None:
-        """A worker died over the job: it waits again, first in line (jobs are taken in the order they came)."""
-        with self._write() as connection:
-            _release(connection, [adapter_name])
-
-    def release_all_jobs(self) -> int:
-        """No pool is running: whatever was in work waits again, and a stop costs no attempt. Returns how many."""
-        with self._write() as connection:
-            names = list(connection.scalars(select(jobs.c.adapter_name).where(jobs.c.running == 1)))
-            connection.execute(update(jobs).where(jobs.c.running == 1).values(attempts=jobs.c.attempts - 1))
-            _release(connection, names)
-            return len(names)
-
-    def wanted(self, adapter_name: str) -> bool:
-        """Whether any file waits for this adapter or answers from it."""
+    def oldest_composed(self, keep: int) -> list[AdapterRecord]:
+        """The composed adapters beyond the `keep` used (or made) last, which may be removed."""
+        used = func.coalesce(adapters.c.last_used_at, adapters.c.created_at)
+        query = select(adapters).where(adapters.c.composed.is_(True)).order_by(used.desc()).offset(keep)
         with self._read() as connection:
-            return any(record.state is not VideoState.ERROR for record in _files_of(connection, adapter_name))
+            return [adapter_record(row) for row in connection.execute(query)]
+
+    def remove_composed(self, name: str) -> list[AdapterRecord]:
+        """Take a composed adapter out, with what is composed of it; the records of all of them."""
+        with self._write() as connection:
+            found = adapter_of(connection, name)
+            return drop_adapters(connection, [name]) if found is not None and found.composed else []
+
+    # Revisions
+
+    def adopt(self, name_of: Callable[[str], str], has_video: Callable[[str], bool]) -> tuple[int, int]:
+        """Bring every file to the present revisions of model, hypernetwork and sampling; how many wait, and failed.
+
+        A file whose adapter's name is not `name_of(sha256)` is never answered from that adapter. It is ready if the
+        adapter of the right name exists, else it waits for that to be made in the background from the stored bytes,
+        those used last first; without bytes it fails with `adapter_of_other_revision`. The old adapter stays until the
+        new one is ready, so that a start with the wrong models loses nothing.
+        """
+        used = func.coalesce(files.c.last_used_at, files.c.created_at)
+        query = select(files).where(files.c.state.in_(LIVE)).order_by(used.desc())
+        with self._read() as connection:
+            rows = connection.execute(query)
+            stale = [(row.id, row.tenant) for row in rows if name_of(row.sha256) != row.adapter_name]
+        waiting = failed = 0
+        for start in range(0, len(stale), _ADOPTED_AT_ONCE):
+            with self._write() as connection:
+                for file_id, tenant in stale[start : start + _ADOPTED_AT_ONCE]:
+                    record = file_of(connection, file_id, tenant)
+                    state = None if record is None else _adopt(connection, record, name_of(record.sha256), has_video)
+                    waiting += state is VideoState.UPLOADED
+                    failed += state is VideoState.ERROR
+        return waiting, failed
 
     def counts(self) -> tuple[dict[str, int], int, int]:
         """Files by state, jobs waiting, jobs running."""
         with self._read() as connection:
-            by_state = select(files.c.state, func.count()).where(files.c.state.in_(_LIVE)).group_by(files.c.state)
+            by_state = select(files.c.state, func.count()).where(files.c.state.in_(LIVE)).group_by(files.c.state)
             states = {row[0]: row[1] for row in connection.execute(by_state)}
             by_running = select(jobs.c.running, func.count()).group_by(jobs.c.running)
             running = {row[0]: row[1] for row in connection.execute(by_running)}
         return states, running.get(0, 0), running.get(1, 0)
 
 
-def _is_past(moment: float | None) -> bool:
-    return moment is not None and moment <= time.time()
+def _is_due(record: FileRecord) -> bool:
+    return not record.pinned and record.expires_at is not None and record.expires_at <= time.time()
 
 
-def _not_past() -> Any:
-    return (files.c.expires_at.is_(None)) | (files.c.expires_at > time.time())
-
-
-def _record(row: Row[Any]) -> FileRecord:
-    return FileRecord(**{**row._mapping, "state": VideoState(row.state)})
-
-
-def _file(connection: Connection, file_id: str, tenant: str) -> FileRecord | None:
-    row = connection.execute(select(files).where(files.c.id == file_id, files.c.tenant == tenant)).first()
-    return None if row is None else _record(row)
-
-
-def _adapter(connection: Connection, name: str) -> AdapterRecord | None:
-    row = connection.execute(select(adapters).where(adapters.c.name == name)).first()
-    return None if row is None else AdapterRecord(**row._mapping)
-
-
-def _files_of(connection: Connection, adapter_name: str) -> list[FileRecord]:
-    query: Select[Any] = select(files).where(files.c.adapter_name == adapter_name, files.c.state.in_(_LIVE))
-    return [_record(row) for row in connection.execute(query)]
-
-
-def _move(connection: Connection, records: Collection[FileRecord], state: VideoState, **values: Any) -> None:
-    for record in records:
-        check_transition(record.state, state)
-    ids = [record.id for record in records]
-    values = {"progress": 0.0, **values, "state": state}
-    connection.execute(update(files).where(files.c.id.in_(ids)).values(values))
-
-
-def _ensure_job(connection: Connection, adapter_name: str, sha256: str, queue_limit: int) -> None:
-    if connection.scalar(select(jobs.c.id).where(jobs.c.adapter_name == adapter_name)) is not None:
-        return
-    queued = connection.scalar(select(func.count()).select_from(jobs).where(jobs.c.running == 0)) or 0
-    if queued >= queue_limit:
-        raise QueueFull(queued, retry_after=max(1, queued // 4))
-    values = {"adapter_name": adapter_name, "sha256": sha256, "running": 0, "attempts": 0, "created_at": time.time()}
-    connection.execute(insert(jobs).values(values))
-
-
-def _release(connection: Connection, names: list[str]) -> None:
-    connection.execute(update(jobs).where(jobs.c.adapter_name.in_(names)).values(running=0))
-    for name in names:
-        at_work = [r for r in _files_of(connection, name) if r.state in IN_WORK and r.state is not VideoState.UPLOADED]
-        _move(connection, at_work, VideoState.UPLOADED)
+def _not_due() -> Any:
+    return or_(files.c.pinned, files.c.expires_at.is_(None), files.c.expires_at > time.time())
 
 
 def _remove(connection: Connection, record: FileRecord, state: VideoState) -> Removal:
-    _move(connection, [record], state)
-    adapter = None
-    if not _files_of(connection, record.adapter_name):
-        adapter = _adapter(connection, record.adapter_name)
-        connection.execute(delete(adapters).where(adapters.c.name == record.adapter_name))
-        # A running job is left to its worker, which finds that nobody waits and drops the result.
-        waiting = and_(jobs.c.adapter_name == record.adapter_name, jobs.c.running == 0)
-        connection.execute(delete(jobs).where(waiting))
-    same_bytes = select(func.count()).select_from(files).where(files.c.sha256 == record.sha256)
-    left = connection.scalar(same_bytes.where(files.c.state.in_(_LIVE)))
-    return Removal(record, adapter, orphaned_video=not left)
+    move(connection, [record], state)
+    dropped = drop_unwanted(connection, [record.adapter_name, record.previous_adapter])
+    same_bytes = exists().where(files.c.sha256 == record.sha256, files.c.state.in_(LIVE))
+    return Removal(record, dropped, orphaned_video=not connection.scalar(select(same_bytes)))
+
+
+def _adopt(
+    connection: Connection, record: FileRecord, name: str, has_video: Callable[[str], bool]
+) -> VideoState | None:
+    """Give one file the adapter name of the present revisions; the state it is in then, None if it stays as it is."""
+    old = record.adapter_name
+    ready = adapter_of(connection, name) is not None
+    if record.state in GONE or old == name or (record.state is VideoState.ERROR and not ready):
+        return None
+    details: dict[str, Any]
+    state, details = VideoState.PROCESSED, {"progress": 1.0, "error_code": None, "error_message": None}
+    if not ready and has_video(record.sha256):
+        state, details = VideoState.UPLOADED, {}
+        ensure_job(connection, name, record.sha256, None, background=True)
+    elif not ready:
+        message = (
+            "Its adapter was made with another model, hypernetwork or sampling, and its bytes are no longer stored."
+        )
+        state, details = VideoState.ERROR, {"error_code": OTHER_REVISION, "error_message": message}
+    previous = old if adapter_of(connection, old) is not None else record.previous_adapter
+    if state is not record.state:
+        move(connection, [record], state, **details)
+    chosen = update(files).where(files.c.id == record.id)
+    connection.execute(chosen.values(adapter_name=name, previous_adapter=None if previous == name else previous))
+    if not files_of(connection, old):
+        connection.execute(delete(jobs).where(jobs.c.adapter_name == old))
+    return state

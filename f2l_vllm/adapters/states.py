@@ -22,14 +22,15 @@ _S = VideoState
 IN_WORK = frozenset({_S.UPLOADED, _S.DECODING, _S.ENCODING, _S.PUBLISHING})
 _ENDS = {_S.ERROR, _S.EXPIRED, _S.DELETED}
 # A file may join a job that is already in work, so it may skip stages. A stage falls back to `uploaded` when the worker
-# dies; `processed` does so only when the adapter is found missing or damaged and is made again.
+# dies; `processed` does so only when the adapter is found missing or damaged, or was made under other revisions of the
+# models, and is made again. Without the video's bytes that is an error, until the old revisions are served again.
 TRANSITIONS: dict[VideoState, frozenset[VideoState]] = {
     _S.UPLOADED: frozenset({_S.DECODING, _S.ENCODING, _S.PUBLISHING, _S.PROCESSED, *_ENDS}),
     _S.DECODING: frozenset({_S.ENCODING, _S.PUBLISHING, _S.UPLOADED, _S.PROCESSED, *_ENDS}),
     _S.ENCODING: frozenset({_S.PUBLISHING, _S.UPLOADED, _S.PROCESSED, *_ENDS}),
     _S.PUBLISHING: frozenset({_S.PROCESSED, _S.UPLOADED, *_ENDS}),
-    _S.PROCESSED: frozenset({_S.UPLOADED, _S.EXPIRED, _S.DELETED}),
-    _S.ERROR: frozenset({_S.EXPIRED, _S.DELETED}),
+    _S.PROCESSED: frozenset({_S.UPLOADED, _S.ERROR, _S.EXPIRED, _S.DELETED}),
+    _S.ERROR: frozenset({_S.PROCESSED, _S.EXPIRED, _S.DELETED}),
     _S.EXPIRED: frozenset({_S.DELETED}),
     _S.DELETED: frozenset(),
 }

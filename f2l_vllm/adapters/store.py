@@ -6,7 +6,8 @@ Layout under `F2L_HOME`::
     adapters/<name>/                 PEFT files and manifest.json (sizes and sha-256 of each file)
     tmp/                             work in progress
 
-Everything is written under `tmp/`, synced, and renamed into place.
+Everything is written under `tmp/`, synced, and renamed into place. With a remote store (`F2L_STORE`) that is where
+everything is kept, and these folders are a cache of what is used here, bounded in bytes by `trim`.
 """
 
 from __future__ import annotations
@@ -18,15 +19,22 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from f2l_vllm.adapters.errors import disk_errors
+from f2l_vllm.adapters.hot import HotSet
+from f2l_vllm.adapters.remote import MANIFEST_FILE, Remote
 from f2l_vllm.hypernetwork.files import sync
 
-MANIFEST_FILE = "manifest.json"
+__all__ = ["MANIFEST_FILE", "Store", "StoreError"]
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_YOUNG_SECONDS = 60.0  # what was used this recently is not taken from the cache: somebody may be about to open it
 
 
 class StoreError(RuntimeError):
@@ -34,13 +42,45 @@ class StoreError(RuntimeError):
 
 
 class Store:
-    """One data folder on a local file system, shared by the server and its workers."""
+    """One data folder on a local file system, shared by the server and its workers, and what lies behind it.
 
-    def __init__(self, home: Path) -> None:
+    Every method that reads or writes raises `StoreUnavailable` when the disk is full or read-only, or the remote store
+    is away; nothing half-written is left then.
+    """
+
+    def __init__(self, home: Path, *, url: str | None = None, cache_bytes: int = 0, hot_bytes: int = 0) -> None:
+        """
+        Args:
+            home: the data folder.
+            url: the remote store, any fsspec URL; None: the data folder is the store.
+            cache_bytes: how much of a remote store is kept in the data folder; 0: no limit.
+            hot_bytes: how much is kept on /dev/shm besides; 0: nothing.
+        """
         self.home = home
         self._videos, self._adapters, self._tmp = home / "videos", home / "adapters", home / "tmp"
-        for folder in (self._videos, self._adapters, self._tmp):
-            folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors("use its data folder"):
+            for folder in (self._videos, self._adapters, self._tmp):
+                folder.mkdir(parents=True, exist_ok=True)
+        self._remote = None if url is None else Remote(url)
+        self._cache_bytes = cache_bytes
+        self._hot = HotSet.open(home, hot_bytes)
+        self._in_use: Callable[[str], bool] = lambda _name: False
+
+    def protect(self, in_use: Callable[[str], bool]) -> None:
+        """Have `in_use(adapter name)` asked before an adapter is taken from the cache or the hot set."""
+        self._in_use = in_use
+        if self._hot is not None:
+            self._hot.in_use = in_use
+
+    def pin(self, names: set[str]) -> None:
+        """These adapters, and no others, stay in the hot set however long they are not used."""
+        if self._hot is not None:
+            self._hot.pinned = frozenset(names)
+
+    def close(self) -> None:
+        """Give the memory of the hot set back."""
+        if self._hot is not None:
+            self._hot.close()
 
     def sweep(self, keep: Callable[[str], bool], older_than_s: float = 3600.0) -> None:
         """Remove what an interrupted process left: work in progress, and what nobody refers to.
@@ -56,6 +96,30 @@ class Store:
         for entry in [*self._adapters.iterdir(), *self._videos.glob("*/*")]:
             if _changed(entry) < limit and not keep(entry.name):
                 _remove(entry)
+        if self._hot is not None:
+            for name in self._hot.names():
+                if not keep(name):
+                    self._hot.remove(name)
+        if self._remote is not None:
+            self._remote.sweep(keep, older_than_s)
+
+    def trim(self, videos_in_use: set[str], young_s: float = _YOUNG_SECONDS) -> int:
+        """Bring the cache of a remote store under its limit, least recently used out first; the bytes freed.
+
+        What is in use stays, and what was used within `young_s` seconds, even if that is more than the limit.
+        """
+        if self._remote is None or not self._cache_bytes:
+            return 0
+        entries = [(*_used(path), path) for path in [*self._adapters.iterdir(), *self._videos.glob("*/*")]]
+        over = sum(size for _, size, _ in entries) - self._cache_bytes
+        freed = 0
+        for used, size, path in sorted(entries):
+            if freed >= over or used > time.time() - young_s:
+                break
+            if path.name not in videos_in_use and not self._in_use(path.name):
+                self._drop(path)
+                freed += size
+        return freed
 
     def temporary(self) -> Path:
         """A fresh path for work in progress, on the same file system as everything else."""
@@ -64,7 +128,7 @@ class Store:
     # Videos
 
     def video_path(self, sha256: str) -> Path:
-        """Where the video with these bytes lies, whether or not it is there."""
+        """Where the video with these bytes lies in the data folder, whether or not it is there."""
         if not _SHA256.fullmatch(sha256):
             raise ValueError(f"not a sha-256: {sha256!r}")
         return self._videos / sha256[:2] / sha256
@@ -72,23 +136,77 @@ class Store:
     def keep_video(self, temporary: Path, sha256: str) -> Path:
         """Move an uploaded file into place; a second copy of the same bytes is dropped."""
         target = self.video_path(sha256)
-        target.parent.mkdir(exist_ok=True)
-        sync(temporary)
-        os.replace(temporary, target)
-        sync(target.parent)
+        with disk_errors("keep a video"):
+            if self._remote is not None:
+                self._remote.put_video(temporary, sha256)
+            target.parent.mkdir(exist_ok=True)
+            sync(temporary)
+            os.replace(temporary, target)
+            sync(target.parent)
         return target
+
+    def fetch_video(self, sha256: str) -> Path:
+        """The video's bytes as a local file, fetched and checked if they are not here.
+
+        Raises:
+            StoreError: they are nowhere, or not what was uploaded.
+        """
+        path = self.video_path(sha256)
+        if self._remote is None:
+            if not path.is_file():
+                raise StoreError(f"the video {sha256} is missing")
+            return path
+        if _touch(path):
+            return path
+        with self._work() as work:
+            try:
+                self._remote.get_video(sha256, work)
+            except FileNotFoundError as error:
+                raise StoreError(f"the video {sha256} is missing") from error
+            if _sha256(work) != sha256:
+                raise StoreError(f"the video {sha256} differs from what was uploaded")
+            with disk_errors("keep a video"):
+                path.parent.mkdir(exist_ok=True)
+                os.replace(work, path)
+        return path
+
+    def has_video(self, sha256: str) -> bool:
+        """Whether the bytes are stored."""
+        return self._remote.has_video(sha256) if self._remote is not None else self.video_path(sha256).is_file()
 
     def remove_video(self, sha256: str) -> None:
         """Forget the bytes; nothing happens if they are gone already."""
-        self.video_path(sha256).unlink(missing_ok=True)
+        with disk_errors("remove a video"):
+            self.video_path(sha256).unlink(missing_ok=True)
+        if self._remote is not None:
+            self._remote.remove_video(sha256)
 
     # Adapters
 
     def adapter_path(self, name: str) -> Path:
-        """The directory of this adapter, whether or not it is there."""
+        """The directory of this adapter in the data folder, whether or not it is there."""
         if not _NAME.fullmatch(name):
             raise ValueError(f"not an adapter name: {name!r}")
         return self._adapters / name
+
+    def load_path(self, name: str) -> Path:
+        """A local directory to load the adapter from: whole, checked, fetched if need be, in memory if there is room.
+
+        Raises:
+            StoreError: no such adapter, or a file that is missing or differs from what was written.
+        """
+        path = self.adapter_path(name)
+        if self._hot is None:
+            self.verify_adapter(name)
+            return path
+        if (copy := self._hot.path(name)) is not None:
+            try:
+                _verify(copy, name)
+                return copy
+            except StoreError:
+                self._hot.remove(name)
+        self.verify_adapter(name)
+        return self._hot.put(name, path) or path
 
     def publish_adapter(self, name: str, write: Callable[[Path], None], manifest: dict[str, Any]) -> Path:
         """Let `write` fill a directory, add the manifest, and rename the whole into place.
@@ -97,51 +215,130 @@ class Store:
         nothing is left behind then.
         """
         target = self.adapter_path(name)
-        work = self.temporary()
-        try:
+        with self._work() as work, disk_errors("keep an adapter"):
             write(work)
             files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(work.iterdir())}
             (work / MANIFEST_FILE).write_text(json.dumps({**manifest, "name": name, "files": files}, indent=1))
             for file in work.iterdir():
                 sync(file)
             sync(work)
-            if target.exists():
-                try:
-                    self.verify_adapter(name)
-                    return target
-                except StoreError:
-                    self.remove_adapter(name)
-            os.rename(work, target)
-            sync(target.parent)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+            try:
+                self.verify_adapter(name)
+            except StoreError:
+                if self._remote is not None:
+                    self._remote.put_adapter(work, name)
+                self._drop(target)
+                os.rename(work, target)
+                sync(target.parent)
+            else:
+                if self._remote is not None and not self._remote.has_adapter(name):
+                    self._remote.put_adapter(target, name)
         return target
 
     def verify_adapter(self, name: str) -> dict[str, Any]:
-        """Check every file against the manifest and return it.
+        """Check every file against the manifest and return it; a cached copy that is damaged is fetched again.
 
         Raises:
             StoreError: no such adapter, or a file that is missing or differs from what was written.
         """
-        directory = self.adapter_path(name)
+        path = self.adapter_path(name)
+        if self._remote is None:
+            return _verify(path, name)
         try:
-            manifest: dict[str, Any] = json.loads((directory / MANIFEST_FILE).read_text())
-            for file, entry in manifest["files"].items():
-                path = directory / file
-                if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
-                    raise StoreError(f"adapter {name}: {file} differs from what was written")
-        except (OSError, ValueError, KeyError) as error:
-            raise StoreError(f"adapter {name} is missing or damaged: {error}") from error
+            manifest = _verify(path, name)
+        except StoreError:
+            return self._fetch_adapter(name, self._remote)
+        _touch(path)
         return manifest
 
     def remove_adapter(self, name: str) -> None:
         """Remove an adapter in one step (a rename), then its files."""
+        path = self.adapter_path(name)
+        if self._hot is not None:
+            self._hot.remove(name)
+        with disk_errors("remove an adapter"):
+            self._drop(path)
+        if self._remote is not None:
+            self._remote.remove_adapter(name)
+
+    def _fetch_adapter(self, name: str, remote: Remote) -> dict[str, Any]:
+        path = self.adapter_path(name)
+        with self._work() as work, disk_errors("keep an adapter"):
+            work.mkdir()
+            try:
+                remote.get_adapter_file(name, MANIFEST_FILE, work / MANIFEST_FILE)
+                for file in _manifest(work, name)["files"]:
+                    remote.get_adapter_file(name, file, work / file)
+            except FileNotFoundError as error:
+                raise StoreError(f"adapter {name} is missing or damaged: {error}") from error
+            manifest = _verify(work, name)
+            self._drop(path)
+            try:
+                os.rename(work, path)
+            except OSError:
+                _verify(path, name)  # somebody else fetched it meanwhile
+        return manifest
+
+    def _drop(self, path: Path) -> None:
+        """Take a file or directory out of the data folder in one step, then its bytes."""
         grave = self.temporary()
         try:
-            os.rename(self.adapter_path(name), grave)
+            os.rename(path, grave)
         except FileNotFoundError:
             return
-        shutil.rmtree(grave)
+        _remove(grave)
+
+    @contextmanager
+    def _work(self) -> Iterator[Path]:
+        """A fresh path, of which nothing is left afterwards."""
+        work = self.temporary()
+        try:
+            yield work
+        finally:
+            _remove(work)
+
+
+def _manifest(directory: Path, name: str) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((directory / MANIFEST_FILE).read_text())
+        if manifest["name"] != name:
+            raise StoreError(f"adapter {name}: {manifest['name']} lies in its place")
+        if not all(_FILE.fullmatch(file) for file in manifest["files"]):
+            raise StoreError(f"adapter {name}: its manifest names files that are none of an adapter's")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"adapter {name} is missing or damaged: {error}") from error
+    return manifest
+
+
+def _verify(directory: Path, name: str) -> dict[str, Any]:
+    manifest = _manifest(directory, name)
+    try:
+        for file, entry in manifest["files"].items():
+            path = directory / file
+            if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+                raise StoreError(f"adapter {name}: {file} differs from what was written")
+    except (OSError, KeyError, TypeError) as error:
+        raise StoreError(f"adapter {name} is missing or damaged: {error}") from error
+    return manifest
+
+
+def _touch(path: Path) -> bool:
+    """Note that a cached entry was used; whether it is there."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _used(path: Path) -> tuple[float, int]:
+    """When a cached entry was used, and its bytes."""
+    try:
+        status = path.stat()
+        size = sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else status.st_size
+    except FileNotFoundError:  # gone meanwhile
+        return time.time(), 0
+    return status.st_mtime, size
 
 
 def _changed(path: Path) -> float:

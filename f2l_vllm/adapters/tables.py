@@ -1,4 +1,4 @@
-"""The catalog's tables, its records, and the engine they live in (SQLite in WAL mode)."""
+"""The catalog's tables and its records."""
 
 from __future__ import annotations
 
@@ -8,28 +8,26 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     Column,
-    Connection,
-    Engine,
     Float,
     Index,
     Integer,
     MetaData,
     String,
     Table,
-    create_engine,
-    event,
-    make_url,
+    false,
 )
 
 from f2l_vllm.adapters.states import VideoState
 
 metadata = MetaData()
+_Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up by itself in INTEGER columns only
 
 files = Table(
     "files",
     metadata,
-    Column("number", Integer, primary_key=True, autoincrement=True),  # upload order: the list's cursor
+    Column("number", _Number, primary_key=True, autoincrement=True),  # upload order: the list's cursor
     Column("id", String(64), nullable=False, unique=True),
     Column("tenant", String(128), nullable=False),
     Column("filename", String(1024), nullable=False),
@@ -37,12 +35,17 @@ files = Table(
     Column("bytes", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False, index=True),
     Column("adapter_name", String(128), nullable=False, index=True),
+    Column("previous_adapter", String(128), index=True),  # of other revisions, kept until the new one is made
     Column("state", String(16), nullable=False, index=True),
     Column("progress", Float, nullable=False, default=0.0),
     Column("error_code", String(64)),
     Column("error_message", String(2048)),
     Column("created_at", Float, nullable=False),
+    Column("last_used_at", Float),
     Column("expires_at", Float, index=True),
+    Column("idle_seconds", Float),  # set: `expires_at` moves on with each use
+    Column("pinned", Boolean, nullable=False, server_default=false()),
+    Column("ended_at", Float, index=True),
     sqlite_autoincrement=True,
 )
 Index("files_by_tenant", files.c.tenant, files.c.number)
@@ -51,23 +54,34 @@ Index("files_by_tenant", files.c.tenant, files.c.number)
 adapters = Table(
     "adapters",
     metadata,
-    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("id", _Number, primary_key=True, autoincrement=True),
     Column("name", String(128), nullable=False, unique=True),
     Column("rank", Integer, nullable=False),
     Column("bytes", BigInteger, nullable=False),
     Column("info", JSON, nullable=False),
     Column("created_at", Float, nullable=False),
+    Column("last_used_at", Float),
+    Column("composed", Boolean, nullable=False, server_default=false()),
     sqlite_autoincrement=True,
+)
+
+# Which adapters a composed one is made of. By name: a part that is made again is the same part.
+parts = Table(
+    "parts",
+    metadata,
+    Column("composed", String(128), primary_key=True),
+    Column("part", String(128), primary_key=True, index=True),
 )
 
 jobs = Table(
     "jobs",
     metadata,
-    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("id", _Number, primary_key=True, autoincrement=True),
     Column("adapter_name", String(128), nullable=False, unique=True),
     Column("sha256", String(64), nullable=False),
     Column("running", Integer, nullable=False, default=0),
     Column("attempts", Integer, nullable=False, default=0),
+    Column("background", Boolean, nullable=False, server_default=false()),  # nobody waits for it
     Column("created_at", Float, nullable=False),
     sqlite_autoincrement=True,
 )
@@ -75,7 +89,10 @@ jobs = Table(
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file id of one tenant. Times are Unix seconds; `progress` is 0..1 within the state."""
+    """One file id of one tenant. Times are Unix seconds; `progress` is 0..1 within the state.
+
+    `idle_seconds` moves `expires_at` on with each use; a pinned file does not expire.
+    """
 
     number: int
     id: str
@@ -91,6 +108,11 @@ class FileRecord:
     error_message: str | None
     created_at: float
     expires_at: float | None
+    previous_adapter: str | None = None
+    last_used_at: float | None = None
+    idle_seconds: float | None = None
+    pinned: bool = False
+    ended_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +125,8 @@ class AdapterRecord:
     bytes: int
     info: dict[str, Any]
     created_at: float
+    last_used_at: float | None = None
+    composed: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,28 +136,3 @@ class Job:
     adapter_name: str
     sha256: str
     attempts: int
-
-
-def open_engine(url: str) -> Engine:
-    """An engine with the tables in it.
-
-    SQLite runs in WAL mode and takes its write lock when a write transaction begins: two writers wait for each other
-    instead of failing half-way. Reads begin with the execution option `read=True` and never wait.
-    """
-    sqlite = make_url(url).get_backend_name() == "sqlite"
-    engine = create_engine(url, connect_args={"timeout": 30.0, "check_same_thread": False} if sqlite else {})
-    if sqlite:
-
-        @event.listens_for(engine, "connect")
-        def _configure(connection: Any, _record: Any) -> None:
-            connection.isolation_level = None  # transactions begin in `_begin`, nowhere else
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-
-        @event.listens_for(engine, "begin")
-        def _begin(connection: Connection) -> None:
-            read = connection.get_execution_options().get("read", False)
-            connection.exec_driver_sql("BEGIN" if read else "BEGIN IMMEDIATE")
-
-    metadata.create_all(engine)
-    return engine

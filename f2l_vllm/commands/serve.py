@@ -14,6 +14,7 @@ from pathlib import Path
 from f2l_vllm import models
 from f2l_vllm.adapters.peft_format import BaseShapes
 from f2l_vllm.hypernetwork.model import read_config
+from f2l_vllm.serving.tenants import Keys
 from f2l_vllm.settings import Settings, refuse_environment
 
 PLUGINS = ("f2l", "f2l_files", "f2l_cpu")
@@ -45,7 +46,8 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], vllm_fl
     weights = models.resolve_hypernetwork(model, hypernetwork)
     config = read_config(weights)
     BaseShapes.read(directory).check(config)
-    rank = (_chunks(settings) + 1) * config.rank  # the bias takes the rank of one chunk
+    chosen = _read(settings)
+    rank = (_chunks(chosen, config.rank) + 1) * config.rank  # the bias takes the rank of one chunk
     allowed = [size for size in LORA_RANKS if size >= rank]
     if not allowed:
         raise ValueError(f"adapters would have rank {rank}, above vLLM's largest {LORA_RANKS[-1]}: lower --max-chunks")
@@ -63,6 +65,8 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], vllm_fl
         # Small enough that fp32 costs nothing, and processors without fast bf16 are spared its emulation.
         defaults["--dtype"] = ["float32"]
     given = {flag.split("=")[0].replace("_", "-") for flag in vllm_flags if flag.startswith("--")}
+    server_keys = [os.environ.get("VLLM_API_KEY", ""), *(["given"] if "--api-key" in given else [])]
+    Keys([key for key in server_keys if key], chosen.tenants)  # stops here if they cannot work
     argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory), *vllm_flags]
     for flag, values in defaults.items():
         if flag not in given:
@@ -72,9 +76,6 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], vllm_fl
         **settings,
         "F2L_HYPERNETWORK": str(weights),
         "VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, *PLUGINS])),
-        # Media fetched for a question must not follow redirects into private networks, nor retry for minutes.
-        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
-        "VLLM_MEDIA_FETCH_MAX_RETRIES": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         # Spinning OpenMP threads starve the API server and the engine's loop on small machines; read at load time.
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
@@ -93,10 +94,14 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _chunks(given: dict[str, str]) -> int:
-    """The most chunks of a video, from the flags given and the environment.
+def _read(given: dict[str, str]) -> Settings:
+    """Flags given and the environment. A setting that cannot be read stops here, not after the engine has started."""
+    return Settings(**{name.removeprefix("F2L_").lower(): value for name, value in given.items()})  # type: ignore[arg-type]
 
-    A setting that cannot be read stops here, not after the engine has started.
-    """
-    settings = Settings(**{name.removeprefix("F2L_").lower(): value for name, value in given.items()})  # type: ignore[arg-type]
-    return settings.max_chunks if settings.is_chunked else 1
+
+def _chunks(settings: Settings, chunk_rank: int) -> int:
+    """How many chunks an adapter has room for: those of one long video, or of several videos in one question. What
+    nobody asked for is no reason to ask vLLM for more than it has."""
+    if settings.is_chunked or "max_chunks" in settings.model_fields_set:
+        return settings.max_chunks
+    return max(1, min(settings.max_chunks, LORA_RANKS[-1] // chunk_rank - 1))

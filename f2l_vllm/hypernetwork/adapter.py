@@ -8,7 +8,7 @@ The adapted linear is y = W x + s * B^T (A x); source: Frames2LoRA (arXiv 2606.0
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,11 +112,60 @@ class Adapter:
             FileExistsError: the directory holds something.
             ValueError: a factor is not finite.
         """
-        tensors = self.tensors(dtype)
-        config = peft_config(self.rank, sorted(self.factors), base_model)
-        with atomic_directory(directory) as staging:
-            (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_tensors(self.tensors(dtype), directory, base_model)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], directory: str | Path, base_model: str) -> None:
+    """Write PEFT tensors, the scale folded in, as `Adapter.save` does. Raises FileExistsError as it does."""
+    rank = next(tensor.shape[0] for key, tensor in tensors.items() if _is_a(key))
+    modules = sorted({key.split(".")[-3] for key in tensors})
+    config = peft_config(rank, modules, base_model)
+    with atomic_directory(directory) as staging:
+        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(dict(tensors), staging / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def compose_tensors(parts: Sequence[tuple[Mapping[str, Tensor], Sequence[int]]], chunk_rank: int) -> dict[str, Tensor]:
+    """Compose saved adapters in rank space: the chosen chunks in the order named, then the bias once.
+
+    Bit for bit what `Adapter.tensors` gives of the adapter that the hypernetwork composes from the same chunks.
+
+    Args:
+        parts: PEFT tensors of an adapter of rank (K + 1) R, and which of its K chunks to take.
+        chunk_rank: R.
+
+    Returns:
+        PEFT tensors of rank (chunks + 1) R.
+
+    Raises:
+        ValueError: no chunk, a chunk that an adapter does not have, or adapters of different hypernetworks.
+    """
+    if not any(chunks for _, chunks in parts):
+        raise ValueError("There is nothing to compose: choose at least one chunk.")
+    first = parts[0][0]
+    composed = {}
+    for key in first:
+        axis = 0 if _is_a(key) else 1
+        pieces, bias = [], None
+        for tensors, chunks in parts:
+            if tensors.keys() != first.keys():
+                raise ValueError("Adapters with different layers or modules cannot be composed.")
+            if tensors[key].shape[axis] % chunk_rank:
+                raise ValueError(f"{key} has rank {tensors[key].shape[axis]}, no multiple of a chunk's {chunk_rank}.")
+            *blocks, own_bias = tensors[key].split(chunk_rank, dim=axis)
+            if bias is not None and not torch.equal(own_bias, bias):
+                raise ValueError("Adapters of different hypernetworks cannot be composed: their biases differ.")
+            if not set(chunks) <= set(range(len(blocks))):
+                raise ValueError(f"Chunks {list(chunks)} were asked for, and the adapter has {len(blocks)}.")
+            bias = own_bias
+            pieces += [blocks[chunk] for chunk in chunks]
+        assert bias is not None
+        composed[key] = torch.cat([*pieces, bias], dim=axis).contiguous()
+    return composed
+
+
+def _is_a(key: str) -> bool:
+    return key.endswith(".lora_A.weight")
 
 
 def peft_config(rank: int, modules: list[str], base_model: str) -> dict[str, Any]:

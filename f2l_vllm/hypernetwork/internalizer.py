@@ -23,6 +23,7 @@ from f2l_vllm.hypernetwork.batching import group_by_length, run_groups
 from f2l_vllm.hypernetwork.encoder import VideoEncoder, pad_mask
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.video.chunks import ChunkedVideo, Chunking, cut_video
+from f2l_vllm.video.decoder import Decoder
 from f2l_vllm.video.probe import Limits
 from f2l_vllm.video.sample import SampledVideo, Sampling, sample_video
 
@@ -65,6 +66,9 @@ class Internalizer:
         sampling: which frames are read; as in the hypernetwork's training when None.
         limits: which videos are accepted; the defaults of `Limits` when None.
 
+    Attributes:
+        decoder: reads video files in the place of this process; may be set.
+
     Raises:
         ValueError: the hypernetwork does not fit the model; the message names both.
     """
@@ -88,6 +92,7 @@ class Internalizer:
         self.encoder = VideoEncoder(model, processor)
         self.sampling = sampling or Sampling(hyper.config.max_frames, longest_edge=hyper.config.longest_edge)
         self.limits = limits or Limits()
+        self.decoder: Decoder | None = None
 
     @classmethod
     def load(
@@ -153,10 +158,10 @@ class Internalizer:
         report("decode", 0.0)
         if chunking is not None:
             return self._internalize_chunks(
-                cut_video(path, self.processor, chunking, self.limits, self.sampling), report
+                cut_video(path, self.processor, chunking, self.limits, self.sampling, self.decoder), report
             )
         started = perf_counter()
-        sampled = sample_video(path, self.processor, self.limits, self.sampling)
+        sampled = sample_video(path, self.processor, self.limits, self.sampling, self.decoder)
         seconds = {"decode": perf_counter() - started}
         report("decode", 1.0)
         adapter = self.internalize_frames(sampled, report)

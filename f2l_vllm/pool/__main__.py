@@ -23,6 +23,7 @@ from f2l_vllm.pool.pool import Pool, PoolConfig
 from f2l_vllm.settings import Settings
 
 _TICK_SECONDS = 0.1
+_BUSY_SECONDS = 60.0  # nobody waits for an answer here, and work is lost if a result cannot be entered
 
 
 def main(spec_json: str) -> int:
@@ -43,7 +44,7 @@ def main(spec_json: str) -> int:
         elif isinstance(event, Failed):
             say(outcome="failed", seconds={})
 
-    catalog = Catalog(settings.database_url)
+    catalog = Catalog(settings.catalog_url, busy_seconds=_BUSY_SECONDS)
     config = PoolConfig(
         workers=settings.hypernetwork_workers,
         cpus=settings.worker_cpus,
@@ -54,7 +55,8 @@ def main(spec_json: str) -> int:
         # Chunked videos are long: each fills a pass of its own.
         batch=settings.batch_videos if settings.batch_tokens and not settings.is_chunked else 1,
     )
-    pool = Pool(config, spec, catalog, Store(spec.home), on_event)
+    store = Store(spec.home, url=settings.store, hot_bytes=settings.hot_bytes)
+    pool = Pool(config, spec, catalog, store, on_event)
     while not pool.start(wait_seconds=1.0):
         if orphaned.is_set():
             return 0

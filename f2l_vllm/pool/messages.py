@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from f2l_vllm.adapters.states import VideoState
+from f2l_vllm.video.decoder import DecodeLimits
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class WorkerSpec:
     chunk_frames: int | None = None
     max_chunks: int = 0
     batch_tokens: int = 0
+    store: str | None = None
+    decode: DecodeLimits = field(default_factory=DecodeLimits)
 
 
 @dataclass(frozen=True)
@@ -66,5 +69,10 @@ class Failed:
     message: str
 
 
-Event = Progress | Published | Failed
-Outcome = Published | Failed
+@dataclass(frozen=True)
+class Cancelled:
+    """The job was given up because the pool said so."""
+
+
+Event = Progress | Published | Failed | Cancelled
+Outcome = Published | Failed | Cancelled

@@ -19,19 +19,24 @@ from filelock import FileLock, Timeout
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from f2l_vllm.adapters.catalog import Catalog
+from f2l_vllm.adapters.errors import Unavailable
+from f2l_vllm.adapters.jobs import EXHAUSTED
 from f2l_vllm.adapters.store import Store
 from f2l_vllm.adapters.tables import Job
-from f2l_vllm.pool.messages import Event, Failed, Outcome, Progress, WorkerInfo, WorkerSpec
+from f2l_vllm.pool.messages import Cancelled, Event, Failed, Outcome, Progress, WorkerInfo, WorkerSpec
 from f2l_vllm.pool.worker import HypernetworkWorker
 
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "f2l"
 _IDLE_SECONDS = 0.05
+_CANCEL_SECONDS = 0.5  # between looks at whether a job in work is still wanted
+_CANCELLED_SECONDS = 30.0  # a worker that does not give a job up by then is replaced
 _CHECK_SECONDS = 1.0
 _START_SECONDS = 600.0
 _FAILED_STARTS = 3
 _RESTART_SECONDS = 2.0
+_UNAVAILABLE_SECONDS = 5.0
 _OBJECT_STORE_BYTES = 100 * 2**20  # only small events pass through it
 
 
@@ -75,8 +80,12 @@ class Pool:
             self._lock.acquire(timeout=wait_seconds)
         except Timeout:
             return False
-        self._store.sweep(keep=lambda name: self._catalog.wanted(name) or self._catalog.has_video(name))
-        if released := self._catalog.release_all_jobs():
+        try:
+            self._store.sweep(keep=lambda name: self._catalog.wanted(name) or self._catalog.has_video(name))
+        except Unavailable as error:
+            logger.warning("what interrupted processes left is swept at the next start: %s", error)
+        # Whoever had them did not stop in order, and one of them may be why: the attempt counts.
+        if released := self._catalog.release_all_jobs(blameless=False):
             logger.info("%d interrupted jobs wait again", released)
         self._connect()
         for lane in self._lanes:
@@ -96,7 +105,7 @@ class Pool:
             lane.kill()
         for lane in self._lanes:
             lane.join(timeout=10)
-        self._catalog.release_all_jobs()
+        self._catalog.release_all_jobs(blameless=True)
         ray.shutdown()
         self._lock.release()
 
@@ -118,7 +127,9 @@ class Pool:
 
     def _new_actor(self) -> Any:
         actor: Any = ray.remote(HypernetworkWorker)
-        return actor.options(num_cpus=self._config.cpus, num_gpus=self._config.gpus, max_restarts=0).remote(self._spec)
+        reserved = {"num_cpus": self._config.cpus, "num_gpus": self._config.gpus}
+        # A job runs in one of the threads, `cancel` in the other.
+        return actor.options(**reserved, max_restarts=0, max_concurrency=2).remote(self._spec)
 
 
 class _Lane(threading.Thread):
@@ -147,20 +158,23 @@ class _Lane(threading.Thread):
                     self._run(jobs)
                 else:
                     self._pool._stopping.wait(_IDLE_SECONDS)
-            except Exception:
+            except Exception as error:
                 # A lane outlives whatever goes wrong around a job: a full disk, the database away, Ray restarting.
                 if not self._stopping():
                     logger.exception("a hypernetwork lane failed and goes on")
                     self._lose_actor("is replaced")  # it may still be at the job
-                    self._give_back(jobs)
+                    self._give_back(jobs, blameless=isinstance(error, Unavailable))
                     self._pool._stopping.wait(_RESTART_SECONDS)
 
-    def _give_back(self, jobs: dict[str, Job]) -> None:
+    def _give_back(self, jobs: dict[str, Job], *, blameless: bool) -> None:
         for name in jobs:
-            try:
-                self._pool._catalog.release_job(name)
-            except Exception:
-                logger.exception("%s waits until the pool starts again", name)
+            while not self._stopping():
+                try:
+                    self._pool._catalog.release_job(name, blameless=blameless)
+                    break
+                except Unavailable as error:
+                    logger.warning("%s cannot be given back yet: %s", name, error)
+                    self._pool._stopping.wait(_RESTART_SECONDS)
 
     def _stopping(self) -> bool:
         return self._pool._stopping.is_set()
@@ -199,6 +213,9 @@ class _Lane(threading.Thread):
 
     def _run(self, jobs: dict[str, Job]) -> None:
         """Run jobs on the actor together; each is taken out of `jobs` when it has ended or waits again."""
+        self._end_poisonous(jobs)
+        if not jobs:
+            return
         try:
             for name, event in self._events(jobs):
                 self._pool._on_event(event)
@@ -210,7 +227,12 @@ class _Lane(threading.Thread):
             if self._stopping():
                 return
             names = ", ".join(jobs)
-            if isinstance(error, RayActorError):
+            if isinstance(cause := getattr(error, "cause", None), Unavailable):
+                logger.warning("%s wait for the store: %s", names, cause)
+                self._give_back(jobs, blameless=True)
+                jobs.clear()
+                self._pool._stopping.wait(_UNAVAILABLE_SECONDS)
+            elif isinstance(error, RayActorError):
                 self._lose_actor(f"died over {names}")
             elif isinstance(error, GetTimeoutError):
                 self._lose_actor(f"took too long over {names}")
@@ -229,14 +251,35 @@ class _Lane(threading.Thread):
         deadline = time.monotonic() + seconds
         method = self._actor.internalize.options(num_returns="streaming")
         events = method.remote([(job.adapter_name, job.sha256) for job in jobs.values()])
+        cancelled: set[str] = set()
         while jobs:
-            ready, _ = ray.wait([events], timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
+            ready, _ = ray.wait([events], timeout=max(0.0, min(_CANCEL_SECONDS, deadline - time.monotonic())))
+            if ready:
+                yield ray.get(next(events))
+                continue
+            if time.monotonic() >= deadline:
                 raise GetTimeoutError(f"no result within {seconds:.0f} s")
-            yield ray.get(next(events))
+            for name in jobs.keys() - cancelled:
+                if not self._pool._catalog.wanted(name):
+                    logger.info("%s is given up: every file that waited for it was deleted", name)
+                    self._actor.cancel.remote(name)
+                    cancelled.add(name)
+            if cancelled >= jobs.keys():
+                deadline = min(deadline, time.monotonic() + _CANCELLED_SECONDS)
+
+    def _end_poisonous(self, jobs: dict[str, Job]) -> None:
+        """Jobs that have cost all their attempts, the last one the whole pool, are not tried again."""
+        limit = self._pool._config.job_attempts
+        for name in [name for name, job in jobs.items() if job.attempts > limit]:
+            outcome = _exhausted(limit, "the whole pool")
+            self._pool._on_event(outcome)
+            self._end(jobs.pop(name), outcome)
 
     def _end(self, job: Job, outcome: Outcome) -> None:
         catalog = self._pool._catalog
+        if isinstance(outcome, Cancelled):
+            catalog.release_job(job.adapter_name, blameless=True)  # or not at all, if nobody waits for it still
+            return
         if isinstance(outcome, Failed):
             catalog.fail_job(job.adapter_name, outcome.code, outcome.message)
             return
@@ -252,10 +295,12 @@ class _Lane(threading.Thread):
             return
         cause = getattr(error, "cause", None) or error
         reason = (str(cause).splitlines() or [""])[0]
-        outcome = Failed(
-            "internalization_failed",
-            f"the video could not be internalized in {limit} attempts; the last one ended with "
-            f"{type(cause).__name__}: {reason}",
-        )
+        outcome = _exhausted(limit, f"{type(cause).__name__}: {reason}")
         self._pool._on_event(outcome)
         self._end(job, outcome)
+
+
+def _exhausted(attempts: int, how: str) -> Failed:
+    return Failed(
+        EXHAUSTED, f"the video could not be internalized in {attempts} attempts; the last one ended with {how}"
+    )

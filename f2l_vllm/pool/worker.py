@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from f2l_vllm.adapters.peft_format import BaseShapes, validate_adapter
 from f2l_vllm.adapters.states import VideoState
-from f2l_vllm.adapters.store import Store
-from f2l_vllm.pool.messages import Event, Failed, Outcome, Progress, Published, WorkerInfo, WorkerSpec
+from f2l_vllm.adapters.store import Store, StoreError
+from f2l_vllm.pool.messages import Cancelled, Event, Failed, Outcome, Progress, Published, WorkerInfo, WorkerSpec
 
 if TYPE_CHECKING:
     from f2l_vllm.hypernetwork.adapter import Adapter
@@ -23,23 +23,34 @@ if TYPE_CHECKING:
 _STATES = {"decode": VideoState.DECODING, "encode": VideoState.ENCODING, "generate": VideoState.ENCODING}
 
 
+class _GivenUp(Exception):
+    """A job was cancelled in the middle."""
+
+
 class HypernetworkWorker:
-    """Runs as a Ray actor, one process each; every method is called by one lane of the pool at a time."""
+    """Runs as a Ray actor, one process each. `internalize` is called by one lane of the pool, one call at a time;
+    `info` and `cancel` may be called meanwhile."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         import torch
 
         from f2l_vllm.hypernetwork.internalizer import Internalizer
+        from f2l_vllm.hypernetwork.proof import Proof
         from f2l_vllm.video.chunks import Chunking
+        from f2l_vllm.video.decoder import IsolatedDecoder
         from f2l_vllm.video.probe import Limits
         from f2l_vllm.video.sample import Sampling
 
         torch.set_num_threads(max(1, spec.threads))
         self._spec = spec
-        self._store = Store(spec.home)
+        self._store = Store(spec.home, url=spec.store)
         self._shapes = BaseShapes.read(spec.model)
         limits = Limits(max_duration_s=spec.max_seconds, max_pixels=spec.max_pixels)
         self._internalizer = Internalizer.load(spec.model, spec.hypernetwork, limits=limits)
+        self._decoder = self._internalizer.decoder = IsolatedDecoder(spec.decode)
+        self._proof = Proof(self._internalizer.model, self._internalizer.processor.tokenizer)
+        self._cancelled: set[str] = set()
+        self._decoding: str | None = None  # the job whose video is read
         asked = Sampling(spec.max_frames, spec.fps)
         self._internalizer.sampling = asked.or_else(self._internalizer.sampling)
         self._chunking: Chunking | None = None
@@ -53,12 +64,13 @@ class HypernetworkWorker:
     def internalize(self, jobs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, Event]]:
         """Decode, encode, generate, compose, check and publish; each event with the adapter's name it belongs to.
 
-        A Ray streaming generator: events reach the pool as they happen, the last of each job `Published` or `Failed`.
+        A Ray streaming generator: events reach the pool as they happen, the last of each job an `Outcome`.
         Errors that are no video's fault are raised, and the pool tries again what has not ended.
 
         Args:
             jobs: adapter names and the sha-256 of their videos; several pass through the models together.
         """
+        self._cancelled.clear()
         if len(jobs) > 1:
             yield from self._together(jobs)
             return
@@ -66,24 +78,48 @@ class HypernetworkWorker:
         for event in self._alone(name, sha256):
             yield name, event
 
+    def cancel(self, name: str) -> None:
+        """Nobody waits for this adapter any more: its job ends soon, with `Cancelled`."""
+        self._cancelled.add(name)
+        if self._decoding == name:
+            self._decoder.stop()
+
     def _alone(self, name: str, sha256: str) -> Iterator[Event]:
+        from f2l_vllm.video.decoder import DecoderStopped
         from f2l_vllm.video.errors import VideoError
 
         started = time.perf_counter()
-        path = self._store.video_path(sha256)
         yield Progress(VideoState.DECODING, 0.0)
+
+        def run(report: Callable[[str, float], None]) -> Adapter:
+            def report_unless_cancelled(stage: str, fraction: float) -> None:
+                if name in self._cancelled:
+                    raise _GivenUp
+                report(stage, fraction)
+
+            return self._internalizer.internalize(path, on_progress=report_unless_cancelled, chunking=self._chunking)
+
+        self._decoding = name
         try:
-            adapter = yield from _events_of(
-                lambda report: self._internalizer.internalize(path, on_progress=report, chunking=self._chunking)
-            )
+            path = self._store.fetch_video(sha256)
+            adapter = yield from _events_of(run)
+        except (_GivenUp, DecoderStopped):
+            yield Cancelled()
+            return
         except VideoError as error:
             yield Failed(error.code, str(error))
             return
+        except StoreError as error:
+            yield Failed("video_lost", str(error))
+            return
+        finally:
+            self._decoding = None
         yield Progress(VideoState.PUBLISHING, 0.0)
         yield self._publish(name, adapter, time.perf_counter() - started)
 
     def _together(self, jobs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, Event]]:
         from f2l_vllm.hypernetwork.internalizer import NotEnoughMemoryError
+        from f2l_vllm.video.decoder import DecoderStopped
         from f2l_vllm.video.errors import VideoError
         from f2l_vllm.video.sample import SampledVideo, sample_video
 
@@ -92,11 +128,23 @@ class HypernetworkWorker:
         videos: dict[str, SampledVideo] = {}
         for name, sha256 in jobs:
             yield name, Progress(VideoState.DECODING, 0.0)
+            self._decoding = name
             try:
-                path = self._store.video_path(sha256)
-                videos[name] = sample_video(path, internalizer.processor, internalizer.limits, internalizer.sampling)
+                path = self._store.fetch_video(sha256)
+                videos[name] = sample_video(
+                    path, internalizer.processor, internalizer.limits, internalizer.sampling, self._decoder
+                )
+            except DecoderStopped:
+                yield name, Cancelled()
             except VideoError as error:
                 yield name, Failed(error.code, str(error))
+            except StoreError as error:
+                yield name, Failed("video_lost", str(error))
+            finally:
+                self._decoding = None
+        for name in self._cancelled & videos.keys():
+            del videos[name]
+            yield name, Cancelled()
         decoded = time.perf_counter()
         for name in videos:
             yield name, Progress(VideoState.ENCODING, 0.0)
@@ -115,7 +163,13 @@ class HypernetworkWorker:
 
     def _publish(self, name: str, adapter: Adapter, seconds: float) -> Outcome:
         spec = self._spec
-        info = {**adapter.info, "internalize_seconds": seconds}
+        if name in self._cancelled:
+            return Cancelled()
+        try:
+            finding = self._proof.check(adapter)
+        except ValueError as error:  # not finite, too large, or without effect
+            return Failed("adapter_rejected", f"the generated adapter failed its proof: {error}")
+        info = {**adapter.info, "internalize_seconds": seconds, "probe_effect": finding.effect, "norm": finding.norm}
 
         def write(directory: Path) -> None:
             adapter.save(directory, base_model=spec.base_name)

@@ -1,4 +1,4 @@
-"""Every place where this project leans on vLLM's internals outside `cpu`, for vLLM 0.32.
+"""Where the API server leans on vLLM's internals, for vLLM 0.32; `residency` and `worker_manager` do in the engine.
 
 Each function names what it relies on; `tests/serving/test_compat.py` holds a contract test for each, so that another
 vLLM version fails there first, with a sentence, and not in production.
@@ -6,24 +6,21 @@ vLLM version fails there first, with a sentence, and not in production.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Callable, Collection, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI
 from starlette.datastructures import State
 from vllm.lora.request import LoRARequest
 
+from f2l_vllm.serving.residency import FIRST_ADAPTER_ID
 from f2l_vllm.settings import refuse_environment
 
 SUPPORTED_VLLM = "0.32"
-FIRST_ADAPTER_ID = 1 << 20  # int32 in the engine
-# Routes that answer without --api-key in front of them, and that nobody needs to reach a server that has one.
-OPEN_ROUTES = {"/health", "/ready", "/metrics", "/ping", "/version"}
-GUARDED_PREFIXES = ("/v1", "/v2", "/inference", "/cohere")
 # What the client asked for, while its request is set up: responses carry it instead of an adapter's name.
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
 
@@ -94,10 +91,7 @@ def lora_registry(state: State) -> MutableMapping[str, LoRARequest]:
 
 
 def new_lora_request(name: str, int_id: int, path: str, base_model: str) -> LoRARequest:
-    """A request that never reloads in place: with `load_inplace` the engine reads the file again at every step.
-
-    Adapters that the operator names with `--lora-modules` count from 1; ours begin far above them.
-    """
+    """A request that never reloads in place: with `load_inplace` the engine reads the file again for every request."""
     return LoRARequest(
         lora_name=name, lora_int_id=FIRST_ADAPTER_ID + int_id, lora_path=path, base_model_name=base_model
     )
@@ -153,21 +147,27 @@ def error_status(response: Any) -> int | None:
     return int(error.code) if error is not None and hasattr(error, "code") else None
 
 
+def add_details(response: Any, details: Mapping[str, Any]) -> None:
+    """Say in a whole response, under `f2l`, what it was answered from: vLLM's response models take further fields."""
+    response.f2l = dict(details)
+
+
+def detailed_chunk(chunk: str, details: Mapping[str, Any]) -> str:
+    """The same in a stream, in the last chunk that carries usage: the one without choices. Others stay as they are."""
+    if '"choices":[]' not in chunk or '"usage":{' not in chunk:
+        return chunk
+    body = json.loads(chunk.removeprefix("data: "))
+    return f"data: {json.dumps({**body, 'f2l': details}, separators=(',', ':'))}\n\n"
+
+
 def is_stopping(state: State) -> bool:
     """Whether vLLM has begun to stop the server: it waits for open requests after that, with the engine gone."""
     return bool(getattr(getattr(state, "server", None), "should_exit", False))
 
 
-def close_unguarded_routes(app: FastAPI) -> None:
-    """With an API key, take away the routes that vLLM's key check does not cover (`/invocations`, `/tokenize` …)."""
-    if not (getattr(app.state.args, "api_key", None) or os.environ.get("VLLM_API_KEY")):
-        return
-    kept = [
-        route
-        for route in app.router.routes
-        if (path := getattr(route, "path", "")) in OPEN_ROUTES or path.startswith(GUARDED_PREFIXES)
-    ]
-    app.router.routes[:] = kept
+def api_keys(args: Any) -> list[str]:
+    """The keys of `--api-key`, else the one in VLLM_API_KEY, as vLLM's own check takes them."""
+    return [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
 
 
 async def engine_is_healthy(engine_client: Any) -> bool:

@@ -6,7 +6,6 @@ Named `f2l_files` in `VLLM_PLUGINS`; settings come from the environment (`f2l_vl
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from argparse import Namespace
 from collections.abc import AsyncIterator
@@ -16,6 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import State
+from starlette.middleware import Middleware
 
 from f2l_vllm import torch_shims
 
@@ -24,17 +24,22 @@ torch_shims.install()
 from f2l_vllm import models  # noqa: E402  (torchvision must be importable first)
 from f2l_vllm.adapters.address import fingerprint  # noqa: E402
 from f2l_vllm.adapters.catalog import Catalog  # noqa: E402
+from f2l_vllm.adapters.errors import Unavailable  # noqa: E402
 from f2l_vllm.adapters.peft_format import BaseShapes  # noqa: E402
 from f2l_vllm.adapters.store import Store  # noqa: E402
 from f2l_vllm.hypernetwork.model import read_config  # noqa: E402
 from f2l_vllm.pool.messages import WorkerSpec  # noqa: E402
 from f2l_vllm.pool.process import PoolProcess  # noqa: E402
-from f2l_vllm.serving import compat, errors  # noqa: E402
+from f2l_vllm.serving import compat, errors, media  # noqa: E402, F401  (media guards vLLM's own fetching)
+from f2l_vllm.serving.asking import Asking  # noqa: E402
+from f2l_vllm.serving.composition import Composer  # noqa: E402
 from f2l_vllm.serving.files import router  # noqa: E402
 from f2l_vllm.serving.handlers import ChatHandler, CompletionHandler, Guard  # noqa: E402
 from f2l_vllm.serving.registry import Registry  # noqa: E402
+from f2l_vllm.serving.routes import Door, keep_listed_routes  # noqa: E402
 from f2l_vllm.serving.service import Revisions, VideoService, count_outcome  # noqa: E402
-from f2l_vllm.settings import Settings  # noqa: E402
+from f2l_vllm.serving.tenants import Keys  # noqa: E402
+from f2l_vllm.settings import Settings, listed  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +51,18 @@ class F2LEndpointPlugin:
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
+        self._app: FastAPI | None = None
         self._service: VideoService | None = None
-        self._maintenance: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, the error envelope, and the shutdown of what `init_state` starts."""
+        """Add the routes, take away those not listed, and add the error envelope and the shutdown."""
+        settings = Settings()
         app.include_router(router)
-        compat.close_unguarded_routes(app)
+        keep_listed_routes(app, [*listed(settings.open_routes), *listed(settings.extra_routes)])
+        self._app = app
         app.add_exception_handler(errors.APIError, errors.answer)
+        app.add_exception_handler(Unavailable, errors.answer_unavailable)
         inner = app.router.lifespan_context
 
         @asynccontextmanager
@@ -75,16 +84,24 @@ class F2LEndpointPlugin:
         compat.log_like_vllm("f2l_vllm")
         compat.check_environment(args)
         settings = Settings()
+        keys = Keys(compat.api_keys(args), settings.tenants)
+        assert self._app is not None, "vLLM attaches routes first"
+        # Outermost, before vLLM's own check, whose answer OpenAI clients cannot read. vLLM has built the stack already.
+        open_routes, max_body_bytes = listed(settings.open_routes), settings.max_body_bytes
+        door = Middleware(Door, keys=keys, open_routes=open_routes, max_body_bytes=max_body_bytes)
+        self._app.user_middleware.insert(0, door)
+        self._app.middleware_stack = self._app.build_middleware_stack()
         limits = compat.engine_limits(engine_client)
         base_names = compat.base_model_names(state)
         model = models.resolve(args.model)
         hypernetwork = models.resolve_hypernetwork(args.model, settings.hypernetwork)
         config = read_config(hypernetwork)
-        BaseShapes.read(model).check(config)
+        shapes = BaseShapes.read(model)
+        shapes.check(config)
         compat.check_limits(limits, rank=2 * config.rank, modules=config.modules)
         home = settings.data_folder
-        store = Store(home)
-        catalog = Catalog(settings.database_url)
+        store = Store(home, url=settings.store, cache_bytes=settings.cache_bytes, hot_bytes=settings.hot_bytes)
+        catalog = Catalog(settings.catalog_url)
         registry = Registry(
             compat.lora_registry(state),
             engine_client,
@@ -96,30 +113,47 @@ class F2LEndpointPlugin:
         pool = None
         if settings.hypernetwork_workers:
             pool = PoolProcess(worker_spec(settings, model, hypernetwork, limits.max_rank, config.rank), count_outcome)
-            pool.start()
         # What is not set of how frames are taken is in the model's and hypernetwork's files, which the revisions cover.
         revisions = Revisions(fingerprint(model), fingerprint(hypernetwork), settings.sampling)
         self._service = VideoService(
             settings, revisions, catalog, store, registry, pool, lambda: compat.is_stopping(state)
         )
+        store.protect(registry.holds)
+        await asyncio.to_thread(self._service.adopt)
+        if pool is not None:
+            pool.start()
         state.f2l = self._service
-        self._maintenance = asyncio.create_task(self._service.maintain())
+        warm = self._service.warm(min(settings.warm_adapters, limits.host_slots))
+        self._background = [asyncio.create_task(self._service.maintain()), asyncio.create_task(warm)]
+        composer = Composer(
+            catalog,
+            store,
+            registry,
+            shapes=shapes,
+            base_name=model.name,
+            chunk_rank=config.rank,
+            max_rank=limits.max_rank,
+            keep=settings.max_composed,
+        )
+        asking = Asking(self._service, composer)
         compat.wrap_servings(
             state,
-            lambda inner: ChatHandler(inner, state.f2l, base_names),
-            lambda inner: CompletionHandler(inner, state.f2l, base_names),
+            lambda inner: ChatHandler(inner, asking, base_names),
+            lambda inner: CompletionHandler(inner, asking, base_names),
         )
         compat.guard_other_servings(state, Guard)
         logger.info("serving videos: model %s, hypernetwork %s, data in %s", base_names[0], hypernetwork, home)
+        if keys.is_open:
+            logger.info("no API key is set: whoever reaches this server may use it")
 
     async def _stop(self) -> None:
-        if self._maintenance is not None:
-            self._maintenance.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._maintenance
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
         if self._service is not None:
             if self._service.pool is not None:
                 await asyncio.to_thread(self._service.pool.stop)
+            self._service.store.close()
             self._service.catalog.close()
 
 
@@ -129,6 +163,7 @@ def worker_spec(settings: Settings, model: Path, hypernetwork: Path, max_rank: i
         model=model,
         hypernetwork=hypernetwork,
         home=settings.data_folder,
+        store=settings.store,
         base_name=model.name,
         max_rank=max_rank,
         max_seconds=settings.max_video_seconds,
@@ -140,4 +175,5 @@ def worker_spec(settings: Settings, model: Path, hypernetwork: Path, max_rank: i
         chunk_frames=settings.chunk_frames,
         max_chunks=max_rank // chunk_rank - 1 if settings.is_chunked else 0,  # the bias takes the rank of one chunk
         batch_tokens=settings.batch_tokens,
+        decode=settings.decode_limits,
     )

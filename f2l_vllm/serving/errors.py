@@ -7,6 +7,7 @@ from http import HTTPStatus
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
+from f2l_vllm.adapters.errors import Unavailable
 from f2l_vllm.serving import metrics
 
 
@@ -45,7 +46,7 @@ def video_not_ready(file_id: str, state: str, waited: float) -> APIError:
         f"Video '{file_id}' is still being internalized (stage '{state}') after waiting {waited:g} s. Ask again later, "
         "poll GET /v1/files/{id} until its status is 'processed', or allow a longer wait with the X-F2L-Wait header."
     )
-    headers = {"Retry-After": "5", "X-Should-Retry": "false"}
+    headers = {"Retry-After": "5", "X-Should-Retry": "false", "X-F2L-File": file_id}
     return APIError(HTTPStatus.CONFLICT, "video_not_ready", message, headers=headers)
 
 
@@ -55,9 +56,24 @@ def video_failed(file_id: str, code: str | None, message: str | None) -> APIErro
     return APIError(HTTPStatus.UNPROCESSABLE_ENTITY, "video_failed", text)
 
 
+async def answer_unavailable(request: Request, error: Exception) -> JSONResponse:
+    """The exception handler: a catalog or store that cannot take part now, with a time to come back."""
+    assert isinstance(error, Unavailable)
+    advice = "the operator has to make room." if error.full else "nothing was changed; ask again in some seconds."
+    status = HTTPStatus.INSUFFICIENT_STORAGE if error.full else HTTPStatus.SERVICE_UNAVAILABLE
+    text = str(error)
+    message = f"{text[:1].upper()}{text[1:]}: {advice}"
+    return await answer(request, APIError(status, error.code, message, headers={"Retry-After": "5"}))
+
+
 async def answer(_request: Request, error: Exception) -> JSONResponse:
-    """The exception handler: `APIError` as an OpenAI error envelope."""
+    """The exception handler for `APIError`."""
     assert isinstance(error, APIError)
+    return response(error)
+
+
+def response(error: APIError) -> JSONResponse:
+    """An error as OpenAI's envelope, counted."""
     metrics.ERRORS.labels(error.code).inc()
     kinds = {HTTPStatus.NOT_FOUND: "not_found_error", HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error"}
     kind = kinds.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")

@@ -18,11 +18,12 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from f2l_vllm.adapters.states import IN_WORK, VideoState
-from f2l_vllm.adapters.store import MANIFEST_FILE
+from f2l_vllm.adapters.store import MANIFEST_FILE, StoreError
 from f2l_vllm.adapters.tables import AdapterRecord, FileRecord
 from f2l_vllm.serving import compat
 from f2l_vllm.serving.errors import bad_request, video_not_found
-from f2l_vllm.serving.service import TENANT, VideoService
+from f2l_vllm.serving.service import VideoService
+from f2l_vllm.serving.tenants import tenant_of
 from f2l_vllm.serving.uploads import inspect, receive
 
 router = APIRouter()
@@ -45,11 +46,14 @@ async def create_file(request: Request) -> JSONResponse:
         await inspect(temporary, videos.settings)
         record = await videos.enter(
             temporary,
+            tenant=tenant_of(request),
             sha256=upload.sha256,
             size=upload.bytes,
             filename=upload.filename,
             purpose=upload.purpose,
             expires_at=upload.expires_at,
+            idle_seconds=upload.idle_seconds,
+            pinned=upload.pinned,
         )
     finally:
         temporary.unlink(missing_ok=True)
@@ -67,7 +71,7 @@ async def list_files(
     """The caller's files, newest first, a page at a time."""
     videos = service(request)
     try:
-        data, more = await asyncio.to_thread(_page, videos, after, limit, order == "desc", purpose)
+        data, more = await asyncio.to_thread(_page, videos, tenant_of(request), after, limit, order == "desc", purpose)
     except KeyError as error:
         raise bad_request("invalid_cursor", f"'after' names no file of yours: {after!r}.", "after") from error
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
@@ -78,13 +82,26 @@ async def list_files(
 async def retrieve_file(file_id: str, request: Request) -> JSONResponse:
     """One file."""
     videos = service(request)
-    return JSONResponse(_one(videos, videos.file(file_id)))
+    return JSONResponse(_one(videos, videos.file(file_id, tenant_of(request))))
+
+
+@router.post("/v1/files/{file_id}")
+async def update_file(file_id: str, request: Request) -> JSONResponse:
+    """Pin a file, `{"f2l": {"pinned": true}}`, or let it go again: a pinned file does not expire."""
+    try:
+        match await request.json():
+            case {"f2l": {"pinned": bool(pinned)}}:
+                videos = service(request)
+                return JSONResponse(_one(videos, await videos.pin(file_id, tenant_of(request), pinned)))
+    except (ValueError, RecursionError):
+        pass
+    raise bad_request("invalid_request", 'A file is updated by a JSON body like {"f2l": {"pinned": true}}.', "f2l")
 
 
 @router.delete("/v1/files/{file_id}")
 async def delete_file(file_id: str, request: Request) -> JSONResponse:
     """Delete a file; its adapter and bytes go when no other file shares them and no answer is being written."""
-    await service(request).remove(file_id)
+    await service(request).remove(file_id, tenant_of(request))
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
 
@@ -92,8 +109,11 @@ async def delete_file(file_id: str, request: Request) -> JSONResponse:
 async def file_content(file_id: str, request: Request) -> FileResponse:
     """The bytes as uploaded."""
     videos = service(request)
-    record = videos.file(file_id)
-    path = videos.store.video_path(record.sha256)
+    record = videos.file(file_id, tenant_of(request))
+    try:
+        path = await asyncio.to_thread(videos.store.fetch_video, record.sha256)
+    except StoreError as error:
+        raise video_not_found(file_id) from error  # deleted between look-up and read
     return FileResponse(path, media_type="application/octet-stream", filename=record.filename)
 
 
@@ -101,11 +121,12 @@ async def file_content(file_id: str, request: Request) -> FileResponse:
 async def file_events(file_id: str, request: Request) -> StreamingResponse:
     """Server-sent events with the file object whenever it changes, until it is processed, failed or gone."""
     videos = service(request)
-    videos.file(file_id)
+    tenant = tenant_of(request)
+    videos.file(file_id, tenant)
 
     async def events() -> AsyncIterator[str]:
         last = None
-        while not videos.is_stopping and (record := videos.catalog.file(file_id, TENANT)) is not None:
+        while not videos.is_stopping and (record := videos.catalog.file(file_id, tenant)) is not None:
             if (record.state, record.progress) != last:
                 last = (record.state, record.progress)
                 yield f"data: {json.dumps(_one(videos, record))}\n\n"
@@ -121,10 +142,10 @@ async def file_events(file_id: str, request: Request) -> StreamingResponse:
 async def file_adapter(file_id: str, request: Request) -> Response:
     """The PEFT adapter as a tar archive; plain vLLM and peft load what it holds."""
     videos = service(request)
-    record = await videos.ready(file_id, wait=0.0)
+    record = await videos.ready(file_id, tenant_of(request), wait=0.0)
     try:
-        archive = await asyncio.to_thread(_tar, videos.store.adapter_path(record.adapter_name))
-    except FileNotFoundError as error:
+        archive = await asyncio.to_thread(lambda: _tar(videos.store.load_path(record.adapter_name)))
+    except (FileNotFoundError, StoreError) as error:
         raise video_not_found(file_id) from error  # deleted between look-up and read
     disposition = f'attachment; filename="{record.adapter_name}.tar"'
     return Response(archive, media_type="application/x-tar", headers={"Content-Disposition": disposition})
@@ -134,10 +155,11 @@ async def file_adapter(file_id: str, request: Request) -> Response:
 async def list_models(request: Request) -> JSONResponse:
     """The base model, and every ready video of the caller as a model of its own."""
     videos = service(request)
+    tenant = tenant_of(request)
     base = await compat.base_model_cards(request.app.state)
 
     def cards() -> list[dict[str, Any]]:
-        records, _ = videos.catalog.files(TENANT, after=None, limit=1 << 20, descending=False)
+        records, _ = videos.catalog.files(tenant, after=None, limit=1 << 20, descending=False)
         return [_model_card(base[0], record) for record in records if record.state is VideoState.PROCESSED]
 
     return JSONResponse({"object": "list", "data": base + await asyncio.to_thread(cards)})
@@ -150,7 +172,7 @@ async def retrieve_model(model: str, request: Request) -> JSONResponse:
     for card in base:
         if card["id"] == model:
             return JSONResponse(card)
-    return JSONResponse(_model_card(base[0], await service(request).ready(model, wait=0.0)))
+    return JSONResponse(_model_card(base[0], await service(request).ready(model, tenant_of(request), wait=0.0)))
 
 
 @router.get("/ready")
@@ -168,6 +190,7 @@ def file_object(record: FileRecord, adapter: AdapterRecord | None) -> dict[str, 
     """A file as the OpenAI API shows it; `f2l` holds stage, progress, and what is known of the adapter."""
     shown = {VideoState.PROCESSED: "processed", VideoState.ERROR: "error"}.get(record.state, "uploaded")
     details: dict[str, Any] = {"stage": record.state.value, "progress": round(record.progress, 3)}
+    details |= {"pinned": record.pinned, "last_used_at": record.last_used_at and int(record.last_used_at)}
     if adapter is not None:
         details |= {"adapter": adapter.name, "rank": adapter.rank, "adapter_bytes": adapter.bytes, **adapter.info}
     if record.state is VideoState.ERROR:
@@ -177,7 +200,7 @@ def file_object(record: FileRecord, adapter: AdapterRecord | None) -> dict[str, 
         "object": "file",
         "bytes": record.bytes,
         "created_at": int(record.created_at),
-        "expires_at": None if record.expires_at is None else int(record.expires_at),
+        "expires_at": None if record.expires_at is None or record.pinned else int(record.expires_at),
         "filename": record.filename,
         "purpose": record.purpose,
         "status": shown,
@@ -191,10 +214,10 @@ def _one(videos: VideoService, record: FileRecord) -> dict[str, Any]:
 
 
 def _page(
-    videos: VideoService, after: str | None, limit: int, descending: bool, purpose: str | None
+    videos: VideoService, tenant: str, after: str | None, limit: int, descending: bool, purpose: str | None
 ) -> tuple[list[dict[str, Any]], bool]:
     catalog = videos.catalog
-    records, more = catalog.files(TENANT, after=after, limit=limit, descending=descending, purpose=purpose)
+    records, more = catalog.files(tenant, after=after, limit=limit, descending=descending, purpose=purpose)
     adapters = catalog.adapters_of(records)
     return [file_object(record, adapters.get(record.adapter_name)) for record in records], more
 

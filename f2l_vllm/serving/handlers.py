@@ -1,36 +1,46 @@
-"""In front of vLLM's chat and completion handlers: find the video, attach its adapter, hold it to the end."""
+"""In front of vLLM's chat and completion handlers: find the videos, attach their adapter, hold it to the end."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import weakref
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request
 
 from f2l_vllm.serving import compat, metrics
+from f2l_vllm.serving.asking import Asking, Source, from_frames
 from f2l_vllm.serving.errors import APIError, bad_request
-from f2l_vllm.serving.questions import FILE_PREFIX, Options, file_ids, options, with_frames, without_videos
-from f2l_vllm.serving.registry import Lease
-from f2l_vllm.serving.service import VideoService
+from f2l_vllm.serving.questions import (
+    FILE_PREFIX,
+    Options,
+    Video,
+    names_a_video,
+    options,
+    videos,
+    with_frames,
+    without_videos,
+)
+from f2l_vllm.serving.tenants import tenant_of
 
 
-class LeasedStream:
-    """A streamed answer that holds its adapter until it ends, is closed, or is dropped unread."""
+class AnswerStream:
+    """A streamed answer that holds its adapter until it ends, is closed, or is dropped unread, and says its source."""
 
-    def __init__(self, stream: AsyncGenerator[str, None], lease: Lease) -> None:
+    def __init__(self, stream: AsyncGenerator[str, None], source: Source) -> None:
         self._stream = stream
-        self._finish = weakref.finalize(self, lease.release)
+        self._details = source.details
+        self._finish = weakref.finalize(self, source.release)
 
-    def __aiter__(self) -> LeasedStream:
+    def __aiter__(self) -> AnswerStream:
         return self
 
     async def __anext__(self) -> str:
         try:
-            return await anext(self._stream)
+            return compat.detailed_chunk(await anext(self._stream), self._details)
         except BaseException:  # the end of the answer, an error, or the client gone
             await self.aclose()
             raise
@@ -46,9 +56,9 @@ class LeasedStream:
 class _Handler:
     """A vLLM handler with videos; everything not about videos is the inner handler's."""
 
-    def __init__(self, inner: Any, service: VideoService, base_names: list[str]) -> None:
+    def __init__(self, inner: Any, asking: Asking, base_names: list[str]) -> None:
         self._inner = inner
-        self._service = service
+        self._asking = asking
         self._base_names = base_names
 
     def __getattr__(self, name: str) -> Any:
@@ -56,68 +66,65 @@ class _Handler:
 
     def _options(self, request: Any, raw_request: Request | None) -> Options:
         headers = {} if raw_request is None else raw_request.headers
-        return options(request.model_extra, headers, self._service.settings.wait_seconds)
+        return options(request.model_extra, headers, self._asking.service.settings.wait_seconds)
 
-    async def _answer(self, method: Any, request: Any, raw_request: Request | None, file_id: str, wait: float) -> Any:
-        """Let the inner handler answer from the file's adapter, under a lease."""
-        asked = request.model
-        lease = await self._service.lease(file_id, wait, param="model")
-        token = compat.asked_model.set(asked)
+    async def _answer(self, method: Any, request: Any, raw_request: Request | None, source: Source) -> Any:
+        """Let the inner handler answer from the source, and let go of it at the end of the answer."""
+        token = compat.asked_model.set(request.model or self._base_names[0])
         result = None
         try:
-            request.model = lease.key
+            request.model = self._base_names[0] if source.lease is None else source.lease.key
             result = await method(request, raw_request)
             if hasattr(result, "__aiter__"):
-                result = LeasedStream(result, lease)
+                result = AnswerStream(result, source)
         finally:
             compat.asked_model.reset(token)
-            if not isinstance(result, LeasedStream):
-                lease.release()
+            if not isinstance(result, AnswerStream):
+                source.release()
             failed = result is None or compat.error_status(result) is not None
-            metrics.QUESTIONS.labels("adapter", "error" if failed else "answered").inc()
+            metrics.QUESTIONS.labels(source.mode, "error" if failed else "answered").inc()
         if not failed:
-            metrics.TOKENS_AVOIDED.inc(lease.adapter.info.get("visual_tokens", 0))
+            metrics.TOKENS_AVOIDED.inc(source.visual_tokens_avoided)
+            if not isinstance(result, AnswerStream):
+                compat.add_details(result, source.details)
         return result
 
 
 class ChatHandler(_Handler):
-    """`/v1/chat/completions`: `model` may be a file id, and a message may hold a `file` part."""
+    """`/v1/chat/completions`: `model` may be a file id, and a message may hold `file` and `video_url` parts."""
 
     async def create_chat_completion(self, request: Any, raw_request: Request | None = None) -> Any:
         """vLLM's method, with videos resolved first."""
         how = self._options(request, raw_request)
-        by_model = (request.model or "").startswith(FILE_PREFIX)
-        frames = how.mode == "frames"
-        named = file_ids(request.messages) if not frames else _file_parts(request.messages)
-        ids = list(dict.fromkeys([request.model, *named] if by_model else named))
-        if not ids:
+        asked = videos(request.model, request.messages)
+        if not asked or not self._knows(request.model):  # vLLM says which models exist
             return await self._inner.create_chat_completion(request, raw_request)
-        if len(ids) > 1:
-            message = f"One question names {len(ids)} videos; ask about one video at a time."
-            raise bad_request("too_many_videos", message, "messages")
-        if not by_model and request.model and request.model not in self._base_names:
-            return await self._inner.create_chat_completion(request, raw_request)  # vLLM says which models exist
-        if frames:
-            return await self._answer_from_frames(request, raw_request, ids[0])
-        request.messages = without_videos(request.messages)
-        return await self._answer(self._inner.create_chat_completion, request, raw_request, ids[0], how.wait)
+        source = await self._source(request, asked, how, tenant_of(raw_request))
+        return await self._answer(self._inner.create_chat_completion, request, raw_request, source)
 
-    async def _answer_from_frames(self, request: Any, raw_request: Request | None, file_id: str) -> Any:
-        record = self._service.file(file_id, "model")
-        cap = self._service.settings.max_frames_bytes
-        if record.bytes > cap:
-            message = f"Videos above {cap / 1e6:.0f} MB are answered from their adapter only: leave out f2l.mode."
-            raise bad_request("video_too_large_for_frames", message, "f2l")
-        path = self._service.store.video_path(record.sha256)
-        token = compat.asked_model.set(request.model)
-        try:
-            request.messages = await asyncio.to_thread(with_frames, request.messages, file_id, path)
-            request.model = self._base_names[0]
-            result = await self._inner.create_chat_completion(request, raw_request)
-        finally:
-            compat.asked_model.reset(token)
-        metrics.QUESTIONS.labels("frames", "error" if compat.error_status(result) else "answered").inc()
-        return result
+    def _knows(self, model: str | None) -> bool:
+        return not model or model in self._base_names or model.startswith(FILE_PREFIX)
+
+    async def _source(self, request: Any, asked: Sequence[Video], how: Options, tenant: str) -> Source:
+        """Resolve the videos, and leave in the request's messages what is the engine's to read."""
+        if how.mode == "adapter":
+            text = without_videos(request.messages)  # nobody waits for a video to learn that there is no question
+            source = await self._asking.adapter(await self._asking.find(asked, tenant), tenant, how.wait)
+            request.messages = text
+            return source
+        if any(video.span is not None for video in asked):
+            message = "Frames are taken of the whole video: leave out start and end, or f2l.mode."
+            raise bad_request("span_not_available", message, "messages")
+        if how.mode == "frames":  # addresses are vLLM's to read, and leave nothing behind
+            named = await self._asking.find([video for video in asked if video.url is None], tenant)
+            addresses = {video: video.url for video in asked if video.url is not None}
+            request.messages = with_frames(request.messages, {**addresses, **await self._asking.frames(named)})
+            return from_frames(named)
+        named = await self._asking.find(asked, tenant)
+        messages = with_frames(request.messages, await self._asking.frames(named))
+        source = await self._asking.adapter(named, tenant, how.wait, how.mode)
+        request.messages = messages
+        return source
 
 
 class CompletionHandler(_Handler):
@@ -128,9 +135,12 @@ class CompletionHandler(_Handler):
         how = self._options(request, raw_request)
         if not (request.model or "").startswith(FILE_PREFIX):
             return await self._inner.create_completion(request, raw_request)
-        if how.mode == "frames":
-            raise bad_request("invalid_f2l_options", "f2l.mode 'frames' needs /v1/chat/completions.", "f2l")
-        return await self._answer(self._inner.create_completion, request, raw_request, request.model, how.wait)
+        if how.mode != "adapter":
+            raise bad_request("invalid_f2l_options", f"f2l.mode '{how.mode}' needs /v1/chat/completions.", "f2l")
+        tenant = tenant_of(raw_request)
+        named = await self._asking.find([Video(file_id=request.model)], tenant)
+        source = await self._asking.adapter(named, tenant, how.wait)
+        return await self._answer(self._inner.create_completion, request, raw_request, source)
 
 
 class Guard:
@@ -145,23 +155,17 @@ class Guard:
             return attribute
 
         @functools.wraps(attribute)
-        async def guarded(request: Any, *args: Any, **kwargs: Any) -> Any:
-            if (getattr(request, "model", None) or "").startswith(FILE_PREFIX):
+        async def guarded(request: Any, raw_request: Request | None = None, *args: Any, **kwargs: Any) -> Any:
+            # Not all of these keep in `request` what they do not know.
+            body = {} if raw_request is None else await raw_request.json()
+            by_model = (getattr(request, "model", None) or "").startswith(FILE_PREFIX)
+            if by_model or names_a_video([body.get("input"), body.get("messages")]):
                 message = "This route does not answer about videos: use /v1/chat/completions or /v1/completions."
                 headers = {"X-Should-Retry": "false"}
+                param = "model" if by_model else "input"
                 raise APIError(
-                    HTTPStatus.NOT_IMPLEMENTED, "route_without_videos", message, param="model", headers=headers
+                    HTTPStatus.NOT_IMPLEMENTED, "route_without_videos", message, param=param, headers=headers
                 )
-            return await attribute(request, *args, **kwargs)
+            return await attribute(request, raw_request, *args, **kwargs)
 
         return guarded
-
-
-def _file_parts(messages: list[Any]) -> list[str]:
-    """File ids of a request answered from frames; its `video_url` parts are vLLM's to read."""
-    kept = []
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list):
-            kept.append({"content": [p for p in content if isinstance(p, dict) and p.get("type") == "file"]})
-    return file_ids(kept)

@@ -1,8 +1,9 @@
 """The registry: adapters that the engine may be asked for, each held by a lease while a question uses it.
 
-An adapter enters vLLM's dynamic registry with its content-addressed name and the int id of the catalog, is loaded
-by `add_lora` before any question is generated (so that a load never happens inside an engine step with its file
-gone), and leaves only when no lease is left: name, then engine, then files.
+An adapter is loaded by `add_lora` before any question of it is generated, under its content-addressed name and the
+int id of the catalog, and enters vLLM's dynamic registry. The engine's host memory has a fixed number of places, and
+this registry alone says who leaves one: an adapter that nobody uses, least recently used first. One that was deleted
+leaves when its last lease ends: name, then engine, then files.
 """
 
 from __future__ import annotations
@@ -10,31 +11,36 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections import OrderedDict
-from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, MutableMapping
+from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from f2l_vllm.adapters.store import Store, StoreError
 from f2l_vllm.adapters.tables import AdapterRecord
 from f2l_vllm.serving import compat, metrics
+from f2l_vllm.serving.errors import APIError
 
 logger = logging.getLogger(__name__)
+
+_PLACE_SECONDS = 20.0  # a question waits this long while every place holds an adapter in use
+_LEAVE_SECONDS = 30.0  # the engine may still run a question whose client has gone; its abort is on the way
 
 
 class AdapterLost(RuntimeError):
     """A published adapter is missing or damaged on disk."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
     record: AdapterRecord
     key: str
     request: Any
+    loading: asyncio.Task[None] | None = None  # done: resident
     leases: int = 0
-    resident: bool = False
     doomed: bool = False
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Lease:
@@ -65,16 +71,32 @@ class Registry:
         base_model: str,
         host_slots: int,
         wanted: Callable[[str], bool],
+        place_seconds: float = _PLACE_SECONDS,
     ) -> None:
-        """`names` is vLLM's registry; `wanted(name)` says whether the catalog refers to an adapter's files again."""
+        """`names` is vLLM's registry; `wanted(name)` says whether the catalog refers to an adapter's files again.
+
+        Raises:
+            ValueError: the operator's own adapters, which are in `names`, leave no place in the engine.
+        """
+        places = host_slots - len(names)
+        if places < 1:
+            raise ValueError(
+                f"--lora-modules names {len(names)} adapters and the engine keeps {host_slots}: videos need places "
+                "too, so start it with a larger --max-cpu-loras"
+            )
         self._names = names
         self._engine = engine
         self._store = store
         self._base_model = base_model
-        self._host_slots = host_slots
         self._wanted = wanted
+        self._place_seconds = place_seconds
         self._loop = asyncio.get_running_loop()
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # by adapter name, least recently used first
+        self._entries: dict[str, _Entry] = {}  # by adapter name: in use, or idle and resident
+        self._idle: OrderedDict[str, _Entry] = OrderedDict()  # those without a lease, least recently used first
+        self._leaving: dict[str, asyncio.Task[None]] = {}  # by adapter name: on the way out of the engine
+        self._places = asyncio.Semaphore(places)
+        self._waiting = 0  # loads without a place
+        self._used: dict[str, float] = {}  # adapter names, and when they were last asked for, Unix seconds
         # vLLM's other routes take any key of its registry as a model. Only this server's handlers know the keys, so
         # nobody reaches an adapter past them, without a lease or with another caller's file.
         self._secret = secrets.token_hex(16)
@@ -85,7 +107,8 @@ class Registry:
 
         Raises:
             AdapterLost: its files are missing or damaged.
-            Exception: what the engine says when it cannot load them. Nothing is registered in either case.
+            APIError: `too_many_videos_in_use`: every place in the engine is held, and none came free in time.
+            Exception: what the engine says when it cannot load them. Nothing is registered in any case.
         """
         entry = self._entries.get(record.name)
         if entry is None:
@@ -93,74 +116,138 @@ class Registry:
             request = compat.new_lora_request(record.name, record.id, path, self._base_model)
             entry = self._entries[record.name] = _Entry(record, f"{record.name}:{self._secret}", request)
         # Weights of a name never change, so an adapter that was deleted and published again while in use goes on
-        # under the int id the engine knows.
-        entry.doomed = False
+        # under the int id the engine knows, until its leases end.
         entry.leases += 1
+        self._idle.pop(record.name, None)
+        self._used[record.name] = time.time()
         metrics.LEASES.inc()
         lease = Lease(self, entry)
-        self._entries.move_to_end(record.name)
+        if entry.loading is None:
+            entry.loading = self._start(self._load(entry))
         try:
-            async with entry.lock:
-                if not entry.resident:
-                    await self._load(entry)
+            await asyncio.shield(entry.loading)  # a client that goes away leaves the load to whoever else waits
         except BaseException:
             lease.release()
             raise
         return lease
 
+    def holds(self, name: str) -> bool:
+        """Whether the engine may load this adapter's files at any time."""
+        return name in self._entries or name in self._leaving
+
+    def take_used(self) -> dict[str, float]:
+        """The adapters that were asked for since the last call, by name, and when."""
+        used, self._used = self._used, {}
+        return used
+
     async def remove(self, record: AdapterRecord) -> None:
-        """Take an adapter out once nobody uses it, and delete its files. Returns at once; leases are waited for."""
-        entry = self._entries.get(record.name)
-        if entry is None:
-            await self._remove_files(record.name)
-            return
-        entry.doomed = True
-        if entry.leases == 0:
-            await self._bury(entry)
+        """Take an adapter out once nobody uses it, and delete its files. Returns at once while there are leases."""
+        await asyncio.shield(self._start(self._remove(record)))  # goes on when whoever asked for it has gone
+
+    async def _remove(self, record: AdapterRecord) -> None:
+        name = record.name
+        while True:
+            entry = self._entries.get(name)
+            if entry is not None and name not in self._idle:
+                entry.doomed = True
+                return
+            if entry is not None:
+                self._retire(entry)
+            if name not in self._leaving:
+                break
+            await asyncio.shield(self._leaving[name])
+        if not self._wanted(name):  # not uploaded again meanwhile
+            await asyncio.to_thread(self._store.remove_adapter, name)
 
     async def _load(self, entry: _Entry) -> None:
         name = entry.record.name
         try:
-            await asyncio.to_thread(self._store.verify_adapter, name)
-        except StoreError as error:
-            raise AdapterLost(str(error)) from error
-        await self._engine.add_lora(entry.request)
-        entry.resident = True
+            if name in self._leaving:
+                await asyncio.shield(self._leaving[name])
+            try:
+                entry.request.lora_path = str(await asyncio.to_thread(self._store.load_path, name))
+            except StoreError as error:
+                raise AdapterLost(str(error)) from error
+            await self._take_place()
+            try:
+                await self._engine.add_lora(entry.request)
+            except BaseException:
+                self._places.release()
+                raise
+        except BaseException:
+            del self._entries[name]  # whoever asks next begins afresh
+            if entry.doomed:
+                self._start(self._remove(entry.record))
+            raise
         self._names[entry.key] = entry.request
-        self._forget_evicted()
-        metrics.RESIDENT.set(len(self._entries))
+        metrics.RESIDENT.inc()
+        if entry.leases == 0:  # everybody went away meanwhile
+            self._rest(entry)
 
-    def _forget_evicted(self) -> None:
-        """The engine keeps `host_slots` adapters, least recently used out first; idle ones beyond load again."""
-        idle = [entry for entry in self._entries.values() if entry.leases == 0 and entry.resident]
-        for entry in idle[: max(0, len(self._entries) - self._host_slots)]:
-            self._forget(entry)
+    async def _take_place(self) -> None:
+        self._waiting += 1
+        try:
+            self._make_room()
+            async with asyncio.timeout(self._place_seconds):
+                await self._places.acquire()
+        except TimeoutError:
+            message = (
+                "Every place for a video in the engine is taken by questions being answered. Ask again in some "
+                "seconds; the operator can raise --max-cpu-loras."
+            )
+            headers = {"Retry-After": "5"}
+            raise APIError(HTTPStatus.SERVICE_UNAVAILABLE, "too_many_videos_in_use", message, headers=headers) from None
+        finally:
+            self._waiting -= 1
 
-    def _forget(self, entry: _Entry) -> None:
-        entry.resident = False
-        if self._entries.get(entry.record.name) is entry:
-            del self._entries[entry.record.name]
-            self._names.pop(entry.key, None)
-        metrics.RESIDENT.set(len(self._entries))
+    def _make_room(self) -> None:
+        """Let as many idle adapters leave as loads wait for a place and none is on its way."""
+        while self._idle and self._places.locked() and len(self._leaving) < self._waiting:
+            self._retire(next(iter(self._idle.values())))
 
     def _release(self, entry: _Entry) -> None:
         entry.leases -= 1
         metrics.LEASES.dec()
-        if entry.leases == 0 and not entry.resident:
-            self._forget(entry)
-        if entry.leases == 0 and entry.doomed:
-            task = self._loop.create_task(self._bury(entry))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        if entry.leases == 0 and self._entries.get(entry.record.name) is entry and entry.key in self._names:
+            self._rest(entry)
 
-    async def _bury(self, entry: _Entry) -> None:
-        self._forget(entry)
+    def _rest(self, entry: _Entry) -> None:
+        """The last lease has ended."""
+        self._idle[entry.record.name] = entry
+        if entry.doomed:
+            self._start(self._remove(entry.record))
+        else:
+            self._make_room()
+
+    def _retire(self, entry: _Entry) -> None:
+        """Out of reach at once, out of the engine soon."""
+        name = entry.record.name
+        del self._entries[name], self._idle[name], self._names[entry.key]
+        metrics.RESIDENT.dec()
+        self._leaving[name] = self._start(self._leave(entry))
+
+    async def _leave(self, entry: _Entry) -> None:
+        name, deadline = entry.record.name, self._loop.time() + _LEAVE_SECONDS
         try:
-            await self._engine.remove_lora(entry.request.lora_int_id)
+            while not await self._engine.remove_lora(entry.request.lora_int_id):
+                if self._loop.time() > deadline:
+                    raise TimeoutError("a question still uses it")
+                await asyncio.sleep(0.05)
         except Exception:
-            logger.exception("adapter %s could not be removed from the engine", entry.record.name)
-        await self._remove_files(entry.record.name)
+            logger.exception("adapter %s could not be removed from the engine", name)
+        finally:
+            del self._leaving[name]
+            self._places.release()
 
-    async def _remove_files(self, name: str) -> None:
-        if name not in self._entries and not self._wanted(name):  # not uploaded again meanwhile
-            await asyncio.to_thread(self._store.remove_adapter, name)
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run in the background; who awaits the task sees its error, and nobody need."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled():
+                task.exception()
+
+        task.add_done_callback(ended)
+        return task

@@ -1,33 +1,36 @@
-"""The video service of one API server: uploads, readiness, leases and removal, over catalog, store, pool and engine."""
+"""The video service of one API server: uploads, readiness and removal, over catalog, store, pool and engine."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from f2l_vllm.adapters.address import adapter_name
 from f2l_vllm.adapters.catalog import Catalog, QueueFull, Removal
+from f2l_vllm.adapters.errors import Unavailable
 from f2l_vllm.adapters.states import IN_WORK, VideoState
 from f2l_vllm.adapters.store import Store
-from f2l_vllm.adapters.tables import FileRecord
+from f2l_vllm.adapters.tables import AdapterRecord, FileRecord
 from f2l_vllm.pool.process import PoolProcess
 from f2l_vllm.serving import metrics
 from f2l_vllm.serving.errors import APIError, HTTPStatus, video_failed, video_not_found, video_not_ready
-from f2l_vllm.serving.registry import AdapterLost, Lease, Registry
+from f2l_vllm.serving.registry import AdapterLost, Registry
 from f2l_vllm.serving.watcher import Watcher
 from f2l_vllm.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# One tenant until keys tell callers apart; the catalog keeps tenants separate already.
-TENANT = "default"
 _MAINTENANCE_SECONDS = 5.0
-_REMAKES = 1
+_CLEANING_SECONDS = 60.0
+_TOMBSTONE_SECONDS = 3600.0  # how long a page of files can go on from one that was deleted
+_WRITERS = 4  # threads that may wait for a busy catalog, so that those that read files and catalog never do
 
 
 @dataclass(frozen=True)
@@ -70,34 +73,58 @@ class VideoService:
         self._revisions = revisions
         self._is_stopping = is_stopping
         self._watcher = Watcher(catalog, is_stopping)
+        self._writers = ThreadPoolExecutor(_WRITERS, "f2l-catalog")
+        self._used: dict[str, float] = {}  # file ids, and when they were asked about
+        self._cleaned = -_CLEANING_SECONDS
         # Keeping bytes and entering them, or forgetting both, is one step for videos whose hashes share a lock.
         self._entering = [asyncio.Lock() for _ in range(64)]
 
     async def enter(
-        self, temporary: Path, *, sha256: str, size: int, filename: str, purpose: str, expires_at: float | None
+        self,
+        temporary: Path,
+        *,
+        tenant: str,
+        sha256: str,
+        size: int,
+        filename: str,
+        purpose: str,
+        expires_at: float | None,
+        idle_seconds: float | None = None,
+        pinned: bool = False,
     ) -> FileRecord:
         """Keep an uploaded and inspected video and enter it in the catalog.
 
+        Args:
+            expires_at: when it expires, Unix seconds.
+            idle_seconds: `expires_at` moves on to this long after each use.
+            pinned: it does not expire, and its adapter stays in the hot set.
+
         Raises:
             APIError: `queue_full`, with `Retry-After`; nothing is kept then.
+            Unavailable: store or catalog cannot take it now; nothing is kept then.
         """
         async with self._entering_lock(sha256):
             await asyncio.to_thread(self.store.keep_video, temporary, sha256)
             try:
-                record = await asyncio.to_thread(
+                record = await self._write(
                     self.catalog.add_file,
-                    tenant=TENANT,
+                    tenant=tenant,
                     filename=filename,
                     purpose=purpose,
                     size=size,
                     sha256=sha256,
                     adapter_name=self._revisions.name(sha256),
                     expires_at=expires_at,
+                    idle_seconds=idle_seconds,
+                    pinned=pinned,
                     queue_limit=self.settings.queue_limit,
+                    tenant_limit=self.settings.tenant_queue_limit,
+                    job_attempts=self.settings.job_attempts,
                 )
-            except QueueFull as error:
-                if not self.catalog.has_video(sha256):
-                    await asyncio.to_thread(self.store.remove_video, sha256)
+            except (QueueFull, Unavailable) as error:
+                await self._forget_bytes(sha256)
+                if isinstance(error, Unavailable):
+                    raise
                 message = f"{error}. Try again in about {error.retry_after} s."
                 headers = {"Retry-After": str(error.retry_after)}
                 raise APIError(HTTPStatus.TOO_MANY_REQUESTS, "queue_full", message, headers=headers) from error
@@ -105,29 +132,36 @@ class VideoService:
         metrics.UPLOAD_BYTES.inc(size)
         return record
 
-    def file(self, file_id: str, param: str | None = None) -> FileRecord:
-        """The caller's file.
+    def file(self, file_id: str, tenant: str, param: str | None = None) -> FileRecord:
+        """The tenant's file.
 
         Raises:
             APIError: `video_not_found`.
         """
-        record = self.catalog.file(file_id, TENANT)
+        record = self.catalog.file(file_id, tenant)
         if record is None:
             raise video_not_found(file_id, param)
         return record
 
-    async def ready(self, file_id: str, wait: float, param: str | None = None) -> FileRecord:
+    def note_use(self, record: FileRecord) -> None:
+        """The file was asked about: what expires by disuse lives on from now."""
+        self._used[record.id] = time.time()
+
+    async def ready(self, file_id: str, tenant: str, wait: float, param: str | None = None) -> FileRecord:
         """The file once it is processed, waiting up to `wait` seconds.
 
         Raises:
             APIError: `video_not_found`, `video_failed`, or `video_not_ready` when the time is over.
         """
         started = time.monotonic()
-        record = self.file(file_id, param)
+        record = await self._look_up(file_id, tenant, param)
+        self.note_use(record)
+        if record.state is VideoState.UPLOADED and wait > 0:
+            await asyncio.to_thread(self.catalog.hurry_job, record.adapter_name)
         while record.state in IN_WORK and (left := started + wait - time.monotonic()) > 0:
             await self._watcher.wait(file_id, left)
             self._refuse_when_stopping()
-            record = self.file(file_id, param)
+            record = await self._look_up(file_id, tenant, param)
         if wait > 0:
             metrics.WAIT_SECONDS.observe(time.monotonic() - started)
         if record.state is VideoState.ERROR:
@@ -136,37 +170,50 @@ class VideoService:
             raise video_not_ready(file_id, record.state, wait)
         return record
 
-    async def lease(self, file_id: str, wait: float, param: str | None = None) -> Lease:
-        """The video's adapter, resident and held for one question; made again first if its files were damaged.
+    async def remake(self, adapter: AdapterRecord, error: AdapterLost) -> None:
+        """Let an adapter whose files were found missing or damaged be made again; its files wait for it meanwhile."""
+        logger.warning("making an adapter again: %s", error)
+        await asyncio.to_thread(self.store.remove_adapter, adapter.name)
+        await self._write(self.catalog.forget_adapter, adapter)
 
-        Raises:
-            APIError: as `ready`.
-        """
-        deadline = time.monotonic() + wait
-        for _ in range(_REMAKES + 1):
-            record = await self.ready(file_id, max(0.0, deadline - time.monotonic()), param)
-            adapter = self.catalog.adapter(record.adapter_name)
-            if adapter is None:
-                raise video_not_found(file_id, param)  # deleted between the two look-ups
-            try:
-                return await self.registry.acquire(adapter)
-            except AdapterLost as error:
-                logger.warning("making an adapter again: %s", error)
-                await asyncio.to_thread(self.store.remove_adapter, adapter.name)
-                await asyncio.to_thread(self.catalog.forget_adapter, adapter, queue_limit=1 << 30)
-        message = f"The adapter of '{file_id}' is damaged each time it is made: check the disk that holds F2L_HOME."
-        raise APIError(HTTPStatus.INTERNAL_SERVER_ERROR, "adapter_damaged", message)
-
-    async def remove(self, file_id: str) -> None:
+    async def remove(self, file_id: str, tenant: str) -> None:
         """Delete a file: catalog first, then whatever nobody else refers to.
 
         Raises:
             APIError: `video_not_found`.
         """
-        removal = await asyncio.to_thread(self.catalog.remove_file, file_id, TENANT)
+        removal = await self._write(self.catalog.remove_file, file_id, tenant)
         if removal is None:
             raise video_not_found(file_id)
         await self._clean(removal)
+
+    async def pin(self, file_id: str, tenant: str, pinned: bool) -> FileRecord:
+        """Keep a file from expiring and its adapter in the hot set, or let both go again.
+
+        Raises:
+            APIError: `video_not_found`.
+        """
+        record: FileRecord | None = await self._write(self.catalog.pin_file, file_id, tenant, pinned)
+        if record is None:
+            raise video_not_found(file_id)
+        return record
+
+    def adopt(self) -> None:
+        """Bring the catalog to the present revisions, before anything is answered; what was made under others waits to
+        be made again."""
+        waiting, failed = self.catalog.adopt(self._revisions.name, self.store.has_video)
+        if waiting or failed:
+            message = "%d videos were read by other models or in another way and are read again; %d have no bytes left"
+            logger.warning(message, waiting, failed)
+
+    async def warm(self, limit: int) -> None:
+        """Make the adapters resident that were used last, up to `limit`, so that their next questions find them."""
+        self.store.pin(await asyncio.to_thread(self.catalog.pinned_adapters))
+        for adapter in await asyncio.to_thread(self.catalog.recent_adapters, limit):
+            try:
+                (await self.registry.acquire(adapter)).release()
+            except Exception as error:  # whoever asks for it hears of it
+                logger.warning("adapter %s was not made resident: %s", adapter.name, error)
 
     def is_ready(self) -> bool:
         """Whether uploads get internalized: a worker is alive, or other processes run the workers."""
@@ -178,31 +225,71 @@ class VideoService:
         return self._is_stopping()
 
     async def maintain(self) -> None:
-        """Expire files and refresh gauges, until cancelled."""
+        """`tidy` every few seconds, until cancelled."""
         while True:
             try:
-                for removal in await asyncio.to_thread(self.catalog.expire_files, time.time()):
-                    try:
-                        await self._clean(removal)
-                    except Exception:
-                        logger.exception("%s left files behind; they are swept later", removal.file.id)
-                states, queued, running = await asyncio.to_thread(self.catalog.counts)
-                for state in VideoState:
-                    metrics.VIDEOS.labels(state.value).set(states.get(state.value, 0))
-                metrics.JOBS.labels("queued").set(queued)
-                metrics.JOBS.labels("running").set(running)
-                metrics.WORKERS.set(self.pool.workers if self.pool is not None else 0)
+                await self.tidy()
             except Exception:
                 logger.exception("maintenance failed and goes on")
             await asyncio.sleep(_MAINTENANCE_SECONDS)
 
+    async def tidy(self) -> None:
+        """Note use, expire files, keep what grows within its bounds, and refresh gauges."""
+        await self._note_use()
+        for removal in await self._write(self.catalog.expire_files, time.time()):
+            await self._clean(removal)
+        if time.monotonic() - self._cleaned > _CLEANING_SECONDS:
+            await self._write(self.catalog.purge, time.time() - _TOMBSTONE_SECONDS)
+            for adapter in await self._write(self.catalog.drop_abandoned):
+                await self.registry.remove(adapter)
+            self._cleaned = time.monotonic()
+        self.store.pin(await asyncio.to_thread(self.catalog.pinned_adapters))
+        await asyncio.to_thread(self.store.trim, await asyncio.to_thread(self.catalog.videos_in_work))
+        states, queued, running = await asyncio.to_thread(self.catalog.counts)
+        for state in VideoState:
+            metrics.VIDEOS.labels(state.value).set(states.get(state.value, 0))
+        metrics.JOBS.labels("queued").set(queued)
+        metrics.JOBS.labels("running").set(running)
+        metrics.WORKERS.set(self.pool.workers if self.pool is not None else 0)
+
     async def _clean(self, removal: Removal) -> None:
-        if removal.orphaned_video:
-            async with self._entering_lock(removal.file.sha256):
-                if not self.catalog.has_video(removal.file.sha256):
-                    await asyncio.to_thread(self.store.remove_video, removal.file.sha256)
-        if removal.orphaned_adapter is not None:
-            await self.registry.remove(removal.orphaned_adapter)
+        """Remove what nobody refers to any more. The catalog has forgotten it: what fails here is swept later."""
+        try:
+            if removal.orphaned_video:
+                async with self._entering_lock(removal.file.sha256):
+                    await self._forget_bytes(removal.file.sha256)
+            for adapter in removal.orphaned_adapters:
+                await self.registry.remove(adapter)
+        except Exception:
+            logger.exception("%s left files behind; they are swept later", removal.file.id)
+
+    async def _forget_bytes(self, sha256: str) -> None:
+        """Remove a video's bytes unless a file has them. The lock of its hash is held."""
+        try:
+            if not await asyncio.to_thread(self.catalog.has_video, sha256):
+                await asyncio.to_thread(self.store.remove_video, sha256)
+        except Unavailable as error:
+            logger.warning("the video %s is swept later: %s", sha256, error)
+
+    async def _note_use(self) -> None:
+        """Write down what was used since the last time, in one transaction."""
+        used_files, used_adapters = self._used, self.registry.take_used()
+        self._used = {}
+        if used_files or used_adapters:
+            try:
+                await self._write(self.catalog.touch, used_files, used_adapters)
+            except Unavailable:
+                self._used = {**used_files, **self._used}
+                raise
+
+    async def _look_up(self, file_id: str, tenant: str, param: str | None) -> FileRecord:
+        return await asyncio.to_thread(self.file, file_id, tenant, param)
+
+    async def _write(self, method: Callable[..., Any], *args: Any, **values: Any) -> Any:
+        """A catalog method that may wait for other writers, in a thread of its own kind."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._writers, functools.partial(method, *args, **values)
+        )
 
     def _entering_lock(self, sha256: str) -> asyncio.Lock:
         return self._entering[int(sha256[:8], 16) % len(self._entering)]

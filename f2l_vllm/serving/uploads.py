@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
-import sys
 import time
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from functools import cache
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
-from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.types import Message
+from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
 
 from f2l_vllm.serving.errors import APIError, bad_request
 from f2l_vllm.settings import Settings
+from f2l_vllm.video.decoder import DecodeLimits, Decoders
+from f2l_vllm.video.errors import VideoError
+from f2l_vllm.video.probe import VideoInfo
 
 PURPOSES = ("vision", "user_data")
 _OVERHEAD_BYTES = 1 << 20  # multipart boundaries and the other fields
-_INSPECT_SECONDS = 60.0
+_INSPECT_SECONDS = 20.0
 _EXPIRY_SECONDS = (3600, 2592000)  # what the OpenAI API accepts: one hour to thirty days
+_IDLE_ANCHORS = ("last_used_at", "last_active_at")  # ours, and what other OpenAI objects call it
 _STATUS = {"file_too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE}
 
 
@@ -37,68 +39,65 @@ class Upload:
     filename: str
     purpose: str
     expires_at: float | None
+    idle_seconds: float | None = None
+    pinned: bool = False
 
 
 async def receive(request: Request, temporary: Path, settings: Settings) -> Upload:
     """Read `POST /v1/files` into `temporary`.
 
     Raises:
-        APIError: `file_too_large`, `invalid_request`, `invalid_purpose`, `invalid_expires_after`, `empty_file`.
+        APIError: `file_too_large`, `invalid_request`, `incomplete_upload`, `invalid_purpose`, `invalid_expires_after`,
+            `empty_file`.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise bad_request(
             "invalid_request", "POST /v1/files takes multipart/form-data with the fields file and purpose."
         )
     cap = settings.max_upload_bytes
+    target = _Target(temporary, cap)
     try:
-        async with _Capped(request, cap).form(max_files=1, max_fields=16) as form:
-            upload = form.get("file")
-            if not isinstance(upload, UploadFile):
-                raise bad_request(
-                    "invalid_request", "The field 'file' is missing: send the video's bytes in it.", "file"
-                )
-            purpose = _purpose(form)
-            expires_at = _expires_at(form)
-            sha256, size = await asyncio.to_thread(_store, upload, temporary)
-            if size == 0:
-                raise bad_request("empty_file", "The file is empty: send the video's bytes.", "file")
-            if size > cap:
-                raise too_large(cap)
-            return Upload(temporary, sha256, size, (upload.filename or "video")[:1024], purpose, expires_at)
-    except HTTPException as error:  # Starlette's words for a body that is no multipart form
-        raise bad_request("invalid_request", str(error.detail)) from error
+        form = await _Parser(request.headers, _capped(request, cap), target).parse()
+    except MultiPartException as error:
+        raise bad_request("invalid_request", error.message) from error
+    except ClientDisconnect as error:
+        raise bad_request("incomplete_upload", "The upload ended before the whole file was here.") from error
+    finally:
+        target.close()
+    upload = form.get("file")
+    if not isinstance(upload, UploadFile):
+        raise bad_request("invalid_request", "The field 'file' is missing: send the video's bytes in it.", "file")
+    purpose = _purpose(form)
+    expires_at, idle_seconds = _expiry(form)
+    pinned = _pinned(form)
+    if target.size == 0:
+        raise bad_request("empty_file", "The file is empty: send the video's bytes.", "file")
+    sha256 = target.digest.hexdigest()
+    return Upload(temporary, sha256, target.size, _filename(upload.filename), purpose, expires_at, idle_seconds, pinned)
 
 
-async def inspect(path: Path, settings: Settings) -> dict[str, Any]:
-    """Probe a received file; its header as a dictionary.
+async def inspect(path: Path, settings: Settings) -> VideoInfo:
+    """Probe a received file in another process and refuse what is no video, or too large a one.
 
     Raises:
         APIError: what is wrong with the video, by the codes of `f2l_vllm.video.errors`.
     """
-    limits = {
-        "max_bytes": settings.max_upload_bytes,
-        "max_duration_s": settings.max_video_seconds,
-        "max_pixels": settings.max_video_pixels,
-    }
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "f2l_vllm.video.inspect", str(path), json.dumps(limits)),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
+
+    def probe() -> VideoInfo:
+        with _inspectors().lend() as decoder:
+            return decoder.probe(path, settings.video_limits)
+
     try:
-        output, _ = await asyncio.wait_for(process.communicate(), _INSPECT_SECONDS)
-        answer: dict[str, Any] = json.loads(output)
-    except (TimeoutError, ValueError) as error:
-        message = "The file's header cannot be read in reasonable time and memory: convert it to H.264 in an mp4 file."
-        raise bad_request("not_a_video", message, "file") from error
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if "code" in answer:
-        status = _STATUS.get(answer["code"], HTTPStatus.BAD_REQUEST)
-        raise APIError(status, answer["code"], answer["message"], param="file")
-    return answer
+        return await asyncio.to_thread(probe)
+    except VideoError as error:
+        raise APIError(
+            _STATUS.get(error.code, HTTPStatus.BAD_REQUEST), error.code, error.message, param="file"
+        ) from None
+
+
+@cache
+def _inspectors() -> Decoders:
+    return Decoders(2, DecodeLimits(seconds=_INSPECT_SECONDS))
 
 
 def too_large(cap: int) -> APIError:
@@ -107,33 +106,66 @@ def too_large(cap: int) -> APIError:
     return APIError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "file_too_large", message, param="file")
 
 
-class _Capped(Request):
-    """A request whose body may not grow past the cap, whatever its Content-Length says."""
+class _Target:
+    """Where an upload's bytes go as they come: hashed, and to their place on disk, once."""
 
-    def __init__(self, request: Request, cap: int) -> None:
-        self._left = cap + _OVERHEAD_BYTES
+    def __init__(self, path: Path, cap: int) -> None:
+        self._file = path.open("wb")
         self._cap = cap
-        if int(request.headers.get("content-length", 0)) > self._left:
-            raise too_large(cap)
-        self._inner = request.receive
-        super().__init__(request.scope, self._receive_capped)
+        self.digest = hashlib.sha256()
+        self.size = 0
 
-    async def _receive_capped(self) -> Message:
-        message = await self._inner()
-        self._left -= len(message.get("body", b""))
-        if self._left < 0:
+    def write(self, data: bytes) -> int:
+        """Append.
+
+        Raises:
+            APIError: `file_too_large`.
+        """
+        self.size += len(data)
+        if self.size > self._cap:
             raise too_large(self._cap)
-        return message
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def seek(self, _offset: int) -> int:
+        """The end of the part: nothing is read back."""
+        return 0
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._file.close()
 
 
-def _store(upload: UploadFile, path: Path) -> tuple[str, int]:
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as target:
-        while chunk := upload.file.read(1 << 20):
-            digest.update(chunk)
-            target.write(chunk)
-            size += len(chunk)
-    return digest.hexdigest(), size
+class _Parser(MultiPartParser):
+    """Starlette's parser, with the one file going to a target instead of a temporary file of its own."""
+
+    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], target: _Target) -> None:
+        super().__init__(headers, stream, max_files=1, max_fields=16, max_part_size=1 << 16)
+        self._target = target
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        if self._current_part.file is not None:
+            self._current_part.file.file.close()
+            self._current_part.file.file = self._target  # type: ignore[assignment]
+
+
+async def _capped(request: Request, cap: int) -> AsyncGenerator[bytes, None]:
+    """The body, which may not grow past the cap, whatever its Content-Length says."""
+    left = cap + _OVERHEAD_BYTES
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > left:
+        raise too_large(cap)
+    async for piece in request.stream():
+        left -= len(piece)
+        if left < 0:
+            raise too_large(cap)
+        yield piece
+
+
+def _filename(given: str | None) -> str:
+    """A name to show, never a path to open: what cannot be printed is left out."""
+    return "".join(letter for letter in given or "" if letter.isprintable())[:1024] or "video"
 
 
 def _purpose(form: FormData) -> str:
@@ -144,12 +176,22 @@ def _purpose(form: FormData) -> str:
     return str(purpose)
 
 
-def _expires_at(form: FormData) -> float | None:
+def _expiry(form: FormData) -> tuple[float | None, float | None]:
+    """When the file expires, Unix seconds, and by how much each use moves that on, seconds."""
     anchor, seconds = form.get("expires_after[anchor]"), form.get("expires_after[seconds]")
     if anchor is None and seconds is None:
-        return None
+        return None, None
     low, high = _EXPIRY_SECONDS
-    if anchor != "created_at" or not str(seconds).isdecimal() or not low <= int(str(seconds)) <= high:
-        message = f"expires_after needs the anchor 'created_at' and between {low} and {high} seconds."
+    known = anchor == "created_at" or anchor in _IDLE_ANCHORS
+    if not known or not str(seconds).isdecimal() or len(str(seconds)) > 9 or not low <= int(str(seconds)) <= high:
+        message = f"expires_after needs the anchor 'created_at' or 'last_used_at' and between {low} and {high} seconds."
         raise bad_request("invalid_expires_after", message, "expires_after")
-    return time.time() + int(str(seconds))
+    length = float(str(seconds))
+    return time.time() + length, None if anchor == "created_at" else length
+
+
+def _pinned(form: FormData) -> bool:
+    pinned = form.get("f2l[pinned]", "false")
+    if pinned not in ("true", "false"):
+        raise bad_request("invalid_f2l_options", "The field 'f2l[pinned]' is 'true' or 'false'.", "f2l")
+    return pinned == "true"

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
+from f2l_vllm.settings import Settings
+from f2l_vllm.video.decoder import Decoders
 from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.sample import Sampling, sample_video
 
@@ -58,10 +61,17 @@ class SampledVideoLoader(VideoLoader):
         with tempfile.NamedTemporaryFile(prefix="f2l-video-") as file:
             file.write(data)
             file.flush()
+            sampling = Sampling(max_frames=max_frames, fps=fps)
             try:
-                video = sample_video(file.name, cls._processor(), sampling=Sampling(max_frames=max_frames, fps=fps))
+                with _decoders().lend() as decoder:
+                    video = sample_video(file.name, cls._processor(), Settings().video_limits, sampling, decoder)
             except VideoError as error:
                 raise ValueError(error.message) from error
         metadata = dict(video.metadata)
         metadata["frames_indices"] = [int(index) for index in video.metadata.frames_indices]
         return video.frames, {**metadata, "do_sample_frames": False}
+
+
+@cache
+def _decoders() -> Decoders:
+    return Decoders(2, Settings().decode_limits)

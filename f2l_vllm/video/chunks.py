@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from f2l_vllm.video.decoder import Decoder
 from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.probe import Limits
 from f2l_vllm.video.sample import SampledVideo, Sampling, Source, open_source
@@ -63,6 +64,7 @@ def cut_video(
     chunking: Chunking,
     limits: Limits | None = None,
     sampling: Sampling | None = None,
+    decoder: Decoder | None = None,
 ) -> ChunkedVideo:
     """Plan the chunks of a video file; spans are (start, end) in seconds and cover the whole video.
 
@@ -70,7 +72,7 @@ def cut_video(
         VideoError: as `sample_video`, and video_too_long: more chunks than `max_chunks`.
     """
     sampling = sampling or Sampling()
-    source = open_source(path, limits or Limits())
+    source = open_source(path, limits or Limits(), decoder)
     if chunking.seconds is not None:
         plan = _by_seconds(source, processor, chunking.seconds, chunking.max_chunks, sampling)
     else:

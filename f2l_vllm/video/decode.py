@@ -6,9 +6,10 @@ and from which keyframe to decode; where they do not, everything up to the last 
 
 from __future__ import annotations
 
+import errno
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import av.video.stream
 import numpy as np
 
 from f2l_vllm.video.errors import VideoError
-from f2l_vllm.video.probe import open_video
+from f2l_vllm.video.probe import VideoInfo, open_video
 
 TOLERATED_MISSING = 4  # headers also count frames that an edit list hides or a decoder keeps back at the very end
 
@@ -39,7 +40,11 @@ class Timeline:
 
 
 def decode_frames(
-    path: str | Path, indices: Sequence[int], frame_count: int, timeline: Timeline | None = None
+    path: str | Path,
+    indices: Sequence[int],
+    frame_count: int,
+    timeline: Timeline | None = None,
+    max_bytes: int | None = None,
 ) -> np.ndarray:
     """Decode the frames at ascending `indices` of a video that claims to show `frame_count` frames.
 
@@ -47,29 +52,31 @@ def decode_frames(
 
     Args:
         timeline: from `read_timeline`; without it everything up to the last index is decoded.
+        max_bytes: of the result; None for any.
 
     Returns:
-        uint8 [len(indices), H, W, 3], upright RGB.
+        uint8 [len(indices), H, W, 3], upright RGB, all in the size of the first.
 
     Raises:
-        VideoError: truncated_video, no_frames, and those of `open_video`.
+        VideoError: truncated_video, no_frames, video_too_large_to_decode, and those of `open_video`.
     """
     assert list(indices) == sorted(indices), indices
     assert len(indices) > 0, "no frame was asked for"
     if timeline is not None:
         _check_complete(len(timeline.times), frame_count)
-        wanted = [timeline.times[min(index, len(timeline.times) - 1)] for index in indices]
+        wanted = _positions(timeline.times[min(index, len(timeline.times) - 1)] for index in indices)
+        canvas = _Canvas(len(indices), max_bytes)
         with open_video(path) as (container, stream):
-            by_time = _decode_by_seeking(container, stream, wanted, timeline.keyframes)
-        if by_time is not None:
-            return _stack([by_time[time] for time in wanted])
+            if _decode_by_seeking(container, stream, wanted, timeline.keyframes, canvas):
+                return canvas.frames()
+    canvas = _Canvas(len(indices), max_bytes)
     with open_video(path) as (container, stream):
-        by_index, decoded = _decode_by_counting(container, stream, set(indices))
+        decoded = _decode_by_counting(container, stream, _positions(indices), canvas)
     if not decoded:
         raise VideoError("no_frames", "No frame of the video could be decoded; export it again, as H.264 in an mp4.")
     if decoded <= indices[-1]:
         _check_complete(decoded, frame_count)
-    return _stack([by_index[min(index, decoded - 1)] for index in indices])
+    return canvas.frames()
 
 
 def read_timeline(path: str | Path) -> Timeline | None:
@@ -102,21 +109,61 @@ def read_timeline(path: str | Path) -> Timeline | None:
     return Timeline(times, keyframes, hidden) if times and unique and keyframes else None
 
 
+class _Canvas:
+    """The frames of a result, in one array from the start: videos are large, and held once."""
+
+    def __init__(self, count: int, max_bytes: int | None) -> None:
+        self._count, self._max_bytes = count, max_bytes
+        self._frames_NHW3: np.ndarray | None = None
+
+    def put(self, positions: Sequence[int], frame: av.VideoFrame) -> None:
+        """Write a frame to its places; where a stream changes its size on the way, it is scaled to the first's."""
+        pixels = _upright_rgb(frame)
+        if self._frames_NHW3 is None:
+            size = self._count * pixels.nbytes
+            if self._max_bytes is not None and size > self._max_bytes:
+                raise VideoError(
+                    "video_too_large_to_decode",
+                    f"{self._count} frames of {pixels.shape[1]}x{pixels.shape[0]} pixels are {size / 1e6:.0f} MB, more "
+                    f"than the {self._max_bytes / 1e6:.0f} MB a video may decode to: scale it down.",
+                )
+            self._frames_NHW3 = np.empty((self._count, *pixels.shape), np.uint8)
+        height, width = self._frames_NHW3.shape[1:3]
+        if pixels.shape[:2] != (height, width):
+            whole = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            pixels = whole.reformat(width=width, height=height).to_ndarray()
+        for position in positions:
+            self._frames_NHW3[position] = pixels
+
+    def frames(self) -> np.ndarray:
+        """uint8 [N, H, W, 3], when every place is filled."""
+        assert self._frames_NHW3 is not None
+        return self._frames_NHW3
+
+
+def _positions(keys: Iterable[int]) -> dict[int, list[int]]:
+    """Each key, and where in the result it stands."""
+    found: dict[int, list[int]] = {}
+    for position, key in enumerate(keys):
+        found.setdefault(key, []).append(position)
+    return found
+
+
 def _decode_by_seeking(
     container: av.container.InputContainer,
     stream: av.video.stream.VideoStream,
-    wanted: list[int],
+    wanted: Mapping[int, Sequence[int]],
     keyframes: list[int],
-) -> dict[int, np.ndarray] | None:
-    """Frames by presentation time, or None when the decoder's times do not agree with the packets'."""
+    canvas: _Canvas,
+) -> bool:
+    """Put the frames at these presentation times; False when the decoder's times do not agree with the packets'."""
     stream.thread_type = "AUTO"
-    found: dict[int, np.ndarray] = {}
     frames: Iterator[av.VideoFrame] = iter(())
     position: int | None = None
-    for time in sorted(set(wanted)):
+    for time in sorted(wanted):
         start = keyframes[max(0, bisect_right(keyframes, time) - 1)]
         if start > time:
-            return None
+            return False
         try:
             if position is None or start > position:
                 container.seek(start, stream=stream, backward=True)
@@ -125,36 +172,54 @@ def _decode_by_seeking(
                 if frame.pts is None or frame.pts >= time:
                     break
             else:
-                return None
-        except av.FFmpegError:
-            return None
+                return False
+        except av.FFmpegError as error:
+            _raise_if_memory(error)
+            return False
         if frame.pts != time:
-            return None
+            return False
         position = time
-        found[time] = _upright_rgb(frame)
-    return found
+        canvas.put(wanted[time], frame)
+    return True
 
 
 def _decode_by_counting(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream, wanted: set[int]
-) -> tuple[dict[int, np.ndarray], int]:
-    """Wanted frames by index, and how many could be decoded; the last frame is kept too if the video ends early."""
+    container: av.container.InputContainer,
+    stream: av.video.stream.VideoStream,
+    wanted: Mapping[int, Sequence[int]],
+    canvas: _Canvas,
+) -> int:
+    """Put the frames at these indices, the last there is where the video ends early; how many could be decoded."""
     stream.thread_type = "AUTO"
-    found: dict[int, np.ndarray] = {}
     last, count, end = None, 0, max(wanted)
     try:
         for frame in container.decode(stream):
             if count in wanted:
-                found[count] = _upright_rgb(frame)
+                canvas.put(wanted[count], frame)
             last, count = frame, count + 1
             if count > end:
-                return found, count
+                return count
     except av.FFmpegError as error:
+        _raise_if_memory(error)
         if not count:
             raise VideoError("no_frames", f"No frame of the video could be decoded ({error.strerror}).") from error
     if last is not None:
-        found[count - 1] = _upright_rgb(last)
-    return found, count
+        canvas.put([place for index, places in wanted.items() if index >= count for place in places], last)
+    return count
+
+
+def _raise_if_memory(error: av.FFmpegError) -> None:
+    """What is missing then is memory, not frames."""
+    if error.errno == errno.ENOMEM:
+        raise MemoryError from error
+
+
+def shown(info: VideoInfo, timeline: Timeline | None) -> VideoInfo:
+    """The header with the frames and duration that an edit list leaves."""
+    if timeline is None or timeline.hidden <= TOLERATED_MISSING:
+        return info
+    count = len(timeline.times)
+    return replace(info, frame_count=count, duration_s=count / info.fps)
 
 
 def _check_complete(available: int, claimed: int) -> None:
@@ -171,16 +236,3 @@ def _upright_rgb(frame: av.VideoFrame) -> np.ndarray:
     pixels = frame.to_ndarray(format="rgb24")
     quarter_turns = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(pixels, quarter_turns)) if quarter_turns else pixels
-
-
-def _stack(frames: list[np.ndarray]) -> np.ndarray:
-    """One array; where a stream changes its size on the way, every frame is scaled to the size of the first."""
-    if any(frame.shape != frames[0].shape for frame in frames):
-        height, width = frames[0].shape[:2]
-        frames = [
-            av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            .reformat(width=width, height=height)
-            .to_ndarray()
-            for frame in frames
-        ]
-    return np.stack(frames)

@@ -15,6 +15,11 @@ VideoErrorCode = Literal[
     "video_too_large",
     "video_too_long",
     "file_too_large",
+    "decode_failed",
+    "video_too_large_to_decode",
+    "invalid_url",
+    "url_not_allowed",
+    "url_unreachable",
 ]
 CODES: tuple[str, ...] = get_args(VideoErrorCode)
 

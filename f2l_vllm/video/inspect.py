@@ -10,7 +10,6 @@ import json
 import resource
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 MEMORY_BYTES = 4 << 30
 CPU_SECONDS = 20
@@ -22,14 +21,10 @@ def main(path: str, limits: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
     from f2l_vllm.video.errors import VideoError
-    from f2l_vllm.video.probe import Limits, check, check_size, probe
+    from f2l_vllm.video.probe import Limits, check_file
 
-    bounds = Limits(**json.loads(limits))
     try:
-        check_size(Path(path).stat().st_size, bounds)
-        info = probe(path)
-        check(info, bounds)
-        answer = asdict(info)
+        answer = asdict(check_file(path, Limits(**json.loads(limits))))
     except VideoError as error:
         answer = {"code": error.code, "message": str(error)}
     sys.stdout.write(json.dumps(answer))

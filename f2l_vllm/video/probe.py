@@ -119,6 +119,19 @@ def probe(path: str | Path) -> VideoInfo:
         )
 
 
+def check_file(path: str | Path, limits: Limits) -> VideoInfo:
+    """Probe a file and refuse what lies outside the limits.
+
+    Raises:
+        VideoError: as `probe`, `check_size` and `check`.
+        FileNotFoundError: no such file.
+    """
+    check_size(Path(path).stat().st_size, limits)
+    info = probe(path)
+    check(info, limits)
+    return info
+
+
 def check_size(size_bytes: int, limits: Limits) -> None:
     """Refuse a file before anything of it is read.
 

@@ -5,6 +5,7 @@ Shape suffixes: N frames, H height, W width, 3 colours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from f2l_vllm import torch_shims
-from f2l_vllm.video.decode import TOLERATED_MISSING, Timeline, decode_frames, read_timeline
-from f2l_vllm.video.probe import Limits, VideoInfo, check, check_size, probe
+from f2l_vllm.video.decode import Timeline, decode_frames, read_timeline, shown
+from f2l_vllm.video.decoder import Decoder
+from f2l_vllm.video.probe import Limits, VideoInfo, check_file
 
 torch_shims.install()
 
@@ -71,7 +73,11 @@ class SampledVideo:
 
 
 def sample_video(
-    path: str | Path, processor: Any, limits: Limits | None = None, sampling: Sampling | None = None
+    path: str | Path,
+    processor: Any,
+    limits: Limits | None = None,
+    sampling: Sampling | None = None,
+    decoder: Decoder | None = None,
 ) -> SampledVideo:
     """Decode the frames that `processor`'s own sampler chooses; they equal what transformers decodes with PyAV.
 
@@ -80,13 +86,14 @@ def sample_video(
         processor: a transformers processor with a `video_processor`.
         limits: what is accepted; the defaults of `Limits` when None.
         sampling: replaces the processor's number of frames and rate.
+        decoder: reads the file in the place of this process.
 
     Raises:
         VideoError: the video cannot be used; its message says why and what to do.
         FileNotFoundError: no such file.
     """
     sampling = sampling or Sampling()
-    source = open_source(path, limits or Limits())
+    source = open_source(path, limits or Limits(), decoder)
     return source.take(source.indices(processor, sampling, 0, source.info.frame_count), sampling)
 
 
@@ -96,12 +103,14 @@ class Source:
 
     Attributes:
         info: the header, its frames and duration as they are shown.
-        timeline: when each frame is shown, or None where the packets do not say.
+        timeline: when each frame is shown, or None where the packets do not say or `decoder` keeps it.
+        decoder: reads the file in the place of this process.
     """
 
     path: Path
     info: VideoInfo
     timeline: Timeline | None
+    decoder: Decoder | None = None
 
     def indices(self, processor: Any, sampling: Sampling, first: int, end: int) -> list[int]:
         """The frames that the processor's own sampler takes from the frames `first` to `end` (exclusive)."""
@@ -117,8 +126,13 @@ class Source:
         """Decode these frames; their timestamps are those of the whole video."""
         metadata = self._metadata(self.info.frame_count)
         metadata.frames_indices = list(indices)
-        frames_NHW3 = decode_frames(self.path, indices, self.info.frame_count, self.timeline)
-        return SampledVideo(frames_NHW3, metadata, self.info, sampling)
+        return SampledVideo(self._decode(indices), metadata, self.info, sampling)
+
+    def _decode(self, indices: Sequence[int]) -> np.ndarray:
+        count = self.info.frame_count
+        if self.decoder is not None:
+            return self.decoder.frames(self.path, indices, count)
+        return decode_frames(self.path, indices, count, self.timeline)
 
     def _metadata(self, frames: int) -> VideoMetadata:
         info = self.info
@@ -132,19 +146,16 @@ class Source:
         )
 
 
-def open_source(path: str | Path, limits: Limits) -> Source:
-    """Probe and check a video file.
+def open_source(path: str | Path, limits: Limits, decoder: Decoder | None = None) -> Source:
+    """Probe and check a video file, in this process or in the decoder's.
 
     Raises:
         VideoError: the video cannot be used; its message says why and what to do.
         FileNotFoundError: no such file.
     """
     path = Path(path)
-    check_size(path.stat().st_size, limits)
-    info = probe(path)
-    check(info, limits)
+    if decoder is not None:
+        return Source(path, decoder.open(path, limits), None, decoder)
+    info = check_file(path, limits)
     timeline = read_timeline(path)
-    if timeline is not None and timeline.hidden > TOLERATED_MISSING:
-        shown = len(timeline.times)
-        info = replace(info, frame_count=shown, duration_s=shown / info.fps)
-    return Source(path, info, timeline)
+    return Source(path, shown(info, timeline), timeline)

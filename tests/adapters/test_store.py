@@ -49,6 +49,12 @@ def test_a_sound_adapter_is_never_replaced_and_a_damaged_one_is(store):
     assert (path / "adapter_model.safetensors").read_text() == "second"
 
 
+def test_another_adapter_in_its_place_is_refused(store, tmp_path):
+    store.publish_adapter("f2l-1", write("weights"), {}).rename(tmp_path / "adapters" / "f2l-2")
+    with pytest.raises(StoreError, match="f2l-1 lies in its place"):
+        store.verify_adapter("f2l-2")
+
+
 def test_removal_is_complete_and_repeatable(store, tmp_path):
     store.publish_adapter("f2l-1", write("weights"), {})
     store.remove_adapter("f2l-1")

@@ -12,7 +12,7 @@ def test_the_flags_follow_from_the_hypernetwork(hypernetwork_model):
     launch = plan(str(hypernetwork_model), None, {"F2L_HOME": "/data"}, [])
     assert launch.argv[3:5] == ["serve", str(hypernetwork_model)]
     assert "--enable-lora" in launch.argv
-    assert flag(launch.argv, "--max-lora-rank") == "8"  # one video at rank 4, and the bias
+    assert flag(launch.argv, "--max-lora-rank") == "16"  # three videos in one question at rank 4, and the bias
     assert flag(launch.argv, "--lora-target-modules") == "down_proj"
     assert flag(launch.argv, "--host") == "127.0.0.1"
     assert int(flag(launch.argv, "--max-loras")) >= int(flag(launch.argv, "--max-num-seqs"))
@@ -29,11 +29,12 @@ def test_what_the_user_says_wins(hypernetwork_model):
     assert argv.count("--host") == 1
 
 
-def test_chunks_make_the_rank_larger(hypernetwork_model, monkeypatch):
+def test_chunks_and_videos_in_one_question_make_the_rank_larger(hypernetwork_model):
     settings = {"F2L_CHUNK_SECONDS": "10", "F2L_MAX_CHUNKS": "7"}
     argv = plan(str(hypernetwork_model), None, settings, []).argv
     assert flag(argv, "--max-lora-rank") == "32"  # seven chunks at rank 4, and the bias
-    assert plan(str(hypernetwork_model), None, {"F2L_MAX_CHUNKS": "7"}, []).argv.count("8") == 1
+    assert flag(plan(str(hypernetwork_model), None, {"F2L_MAX_CHUNKS": "7"}, []).argv, "--max-lora-rank") == "32"
+    assert flag(plan(str(hypernetwork_model), None, {"F2L_MAX_CHUNKS": "1"}, []).argv, "--max-lora-rank") == "8"
     with pytest.raises(ValueError, match="lower --max-chunks"):
         plan(str(hypernetwork_model), None, {**settings, "F2L_MAX_CHUNKS": "1000"}, [])
     with pytest.raises(ValueError, match="one of chunk_seconds and chunk_frames"):

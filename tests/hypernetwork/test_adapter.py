@@ -12,8 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter, apply_factors
+from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter, apply_factors, compose_tensors, save_tensors
 from f2l_vllm.hypernetwork.base_model import module_sizes, text_layers_of
+from f2l_vllm.hypernetwork.config import HypernetworkConfig
+from f2l_vllm.hypernetwork.model import Hypernetwork
 from hypernetwork import reference
 
 PROMPT = torch.tensor([[1, 60, 70, 80, 90, 65, 75]])
@@ -181,3 +183,62 @@ def test_factors_keep_their_dtype(model: torch.nn.Module) -> None:
     assert adapter.factors["q_proj"][0].dtype == torch.float32
     assert adapter.to(dtype=torch.bfloat16).factors["q_proj"][0].dtype == torch.bfloat16
     assert adapter.num_parameters == sum(a.numel() + b.numel() for a, b in adapter.factors.values())
+
+
+@pytest.fixture(scope="module")
+def hypernetwork(model: torch.nn.Module) -> Hypernetwork:
+    config = HypernetworkConfig(
+        base_model="base",
+        num_layers=len(text_layers_of(model)),
+        feature_size=64,
+        modules=module_sizes(model, ["down_proj", "q_proj"]),
+        rank=3,
+        latent_size=16,
+        num_blocks=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+    )
+    torch.manual_seed(0)
+    hypernetwork = Hypernetwork(config)
+    with torch.no_grad():
+        for name in config.modules:
+            hypernetwork.scaler_B[name].fill_(0.7)
+            hypernetwork.bias_B[name].normal_()
+    return hypernetwork
+
+
+def chunks_of(hypernetwork: Hypernetwork, count: int, seed: int) -> list:
+    generator = torch.Generator().manual_seed(seed)
+    layers, size = hypernetwork.config.num_layers, hypernetwork.config.feature_size
+    return [hypernetwork.generate(torch.randn(layers, 9, size, generator=generator)) for _ in range(count)]
+
+
+def test_saved_adapters_compose_to_the_very_bits_the_hypernetwork_composes(hypernetwork, tmp_path):
+    one, long = chunks_of(hypernetwork, 1, 1), chunks_of(hypernetwork, 3, 2)
+    hypernetwork.compose(one).save(tmp_path / "one", "base")
+    hypernetwork.compose(long).save(tmp_path / "long", "base")
+    saved = {name: load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "long")}
+    composed = compose_tensors([(saved["long"], (0, 2)), (saved["one"], (0,))], chunk_rank=3)
+    hypernetwork.compose([long[0], long[2], one[0]]).save(tmp_path / "expected", "base")
+    save_tensors(composed, tmp_path / "composed", "base")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "composed" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
+    other_order = compose_tensors([(saved["one"], (0,)), (saved["long"], (0, 2))], chunk_rank=3)
+    assert any(not torch.equal(other_order[key], composed[key]) for key in composed)
+
+
+def test_adapters_that_do_not_belong_together_are_not_composed(hypernetwork):
+    tensors = hypernetwork.compose(chunks_of(hypernetwork, 1, 1)).tensors()
+    foreign = {key: tensor.clone() for key, tensor in tensors.items()}
+    next(iter(foreign.values()))[-1, -1] += 1.0
+    for parts, why in (
+        ([(tensors, (0,)), (foreign, (0,))], "different hypernetworks"),
+        ([(tensors, (0,)), (dict(list(tensors.items())[2:]), (0,))], "different layers or modules"),
+        ([(tensors, (1,))], "has 1"),
+        ([(tensors, ())], "at least one chunk"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            compose_tensors(parts, chunk_rank=3)
+    with pytest.raises(ValueError, match="no multiple"):
+        compose_tensors([(tensors, (0,))], chunk_rank=4)

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ WAIT_SECONDS = 180
 class Bench:
     """A data folder with a pool of two workers over a random model."""
 
-    def __init__(self, home, model, workers=2, job_attempts=3, batch=1):
+    def __init__(self, home, model, workers=2, job_attempts=3, batch=1, job_seconds=120):
         self.store = Store(home)
         self.catalog = Catalog(f"sqlite:///{home / 'catalog.sqlite3'}")
         self.events = []
@@ -41,7 +42,7 @@ class Bench:
             batch_tokens=4096,
         )
         config = PoolConfig(
-            workers, cpus=0.5, gpus=0, ray_address=None, job_attempts=job_attempts, job_seconds=120, batch=batch
+            workers, cpus=0.5, gpus=0, ray_address=None, job_attempts=job_attempts, job_seconds=job_seconds, batch=batch
         )
         self.pool = Pool(config, self.spec, self.catalog, self.store, self.events.append)
 
@@ -60,6 +61,17 @@ class Bench:
             expires_at=None,
             queue_limit=100,
         )
+
+    def add_long(self, name):
+        """A video that takes minutes to decode: a stream without times, all of which has to be read."""
+        sha256 = hashlib.sha256(name.encode()).hexdigest()
+        path = self.store.video_path(sha256)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        second = write_video(path.with_suffix(".h264"), frames=30, size=(960, 540), options={"preset": "ultrafast"})
+        path.write_bytes(second.read_bytes() * 2000)
+        second.unlink()
+        values = {"filename": name, "purpose": "vision", "size": 1, "sha256": sha256, "adapter_name": f"f2l-{name}"}
+        return self.catalog.add_file(tenant="t", **values, expires_at=None, queue_limit=100)
 
     def wait(self, record, *states):
         deadline = time.monotonic() + WAIT_SECONDS
@@ -154,6 +166,71 @@ def test_a_video_deleted_while_in_work_leaves_nothing(bench, videos):
     assert not bench.store.adapter_path("f2l-deleted").exists()
 
 
+def decoders(pid):
+    """The decoding processes of a worker."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == pid and "decoder_child" in (entry / "cmdline").read_text():
+                found.add(int(entry.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def test_videos_deleted_while_in_work_free_their_workers_soon(bench, videos):
+    """Both workers have minutes of work; deleting it is enough, and costs no worker."""
+    before = bench.pids(2)
+    long = [bench.add_long(f"long-{i}") for i in range(2)]
+    for record in long:
+        bench.wait(record, VideoState.DECODING)
+    waiting = bench.add(videos[0][1], name="f2l-behind")
+    for record in long:
+        bench.catalog.remove_file(record.id, "t")
+    bench.wait(waiting, VideoState.PROCESSED)
+    assert bench.pids(2) == before
+    deadline = time.monotonic() + WAIT_SECONDS
+    while bench.catalog.counts()[1:] != (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert bench.catalog.counts()[1:] == (0, 0)
+
+
+def test_a_decoder_that_is_killed_costs_neither_video_nor_worker(bench, videos):
+    before = bench.pids(2)
+    for child in [child for worker in before for child in decoders(worker)]:
+        os.kill(child, signal.SIGKILL)
+    for i, path in enumerate(videos[0]):
+        bench.wait(bench.add(path, name=f"f2l-after-kill-{i}"), VideoState.PROCESSED)
+    assert bench.pids(2) == before
+
+
+def test_an_adapter_without_effect_is_an_error_not_a_silent_base_answer(bench, videos):
+    """The proof of a worker: the same code in this process, over a hypernetwork whose adapters are zero."""
+    from f2l_vllm.hypernetwork.adapter import Adapter
+    from f2l_vllm.pool.worker import HypernetworkWorker
+
+    worker = HypernetworkWorker(bench.spec)
+    make = worker._internalizer.internalize
+
+    def without_effect(path, **options):
+        adapter = make(path, **options)
+        return Adapter({name: (a, b * 0) for name, (a, b) in adapter.factors.items()}, adapter.scale, info=adapter.info)
+
+    worker._internalizer.internalize = without_effect
+    record = bench.add(videos[0][0])
+    *_, (_, outcome) = worker.internalize([("f2l-zero", record.sha256)])
+    assert isinstance(outcome, Failed)
+    assert outcome.code == "adapter_rejected"
+    assert "base model" in outcome.message
+    assert not bench.store.adapter_path("f2l-zero").exists()
+    worker._internalizer.internalize = make
+    *_, (_, outcome) = worker.internalize([("f2l-one", record.sha256)])
+    assert isinstance(outcome, Published)
+    assert outcome.info["probe_effect"] > 0.01
+    worker._decoder.close()
+
+
 def test_jobs_taken_together_end_each_on_its_own_and_equal_alone(tmp_path, hypernetwork_model, videos, bench):
     """The last to use the module's pool: one private Ray per process."""
     (tmp_path / "home").mkdir()
@@ -188,7 +265,7 @@ def weights_of(bench, record):
 
 
 def test_a_video_that_keeps_costing_workers_ends_as_an_error(tmp_path, hypernetwork_model, videos, bench):
-    last = Bench(tmp_path, hypernetwork_model, workers=1, job_attempts=1)
+    last = Bench(tmp_path, hypernetwork_model, workers=1, job_attempts=1, job_seconds=10)
     assert last.pool.start()
     try:
         (pid,) = last.pids(1)
@@ -198,7 +275,15 @@ def test_a_video_that_keeps_costing_workers_ends_as_an_error(tmp_path, hypernetw
         found = last.wait(record, VideoState.ERROR)
         assert found.error_code == "internalization_failed"
         assert "1 attempts" in found.error_message
+        # So does one over which its worker is too long, and no other waits longer than that.
+        long = last.add_long("long")
         good = last.add(videos[0][0])
+        assert last.wait(long, VideoState.ERROR).error_code == "internalization_failed"
         last.wait(good, VideoState.PROCESSED)
+        # The same bytes again are tried once more, and no more than that.
+        last.catalog.remove_file(long.id, "t")
+        again = last.add_long("long")
+        assert last.wait(again, VideoState.ERROR).error_code == "internalization_failed"
+        assert last.catalog.counts()[1:] == (0, 0)
     finally:
         last.pool.stop()

@@ -41,6 +41,7 @@ def test_a_killed_pool_is_replaced_and_a_stopped_one_leaves_nothing(tmp_path, hy
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("F2L_HOME", str(home))
+    monkeypatch.setenv("F2L_JOB_ATTEMPTS", "1")
     bench = Bench(home, hypernetwork_model)  # for its catalog and store; its own pool is never started
     outcomes = []
     pool = PoolProcess(bench.spec, lambda outcome, seconds: outcomes.append((outcome, seconds)))
@@ -48,15 +49,19 @@ def test_a_killed_pool_is_replaced_and_a_stopped_one_leaves_nothing(tmp_path, hy
     try:
         until(lambda: pool.workers == 1)
         first = pool._process.pid
-        os.kill(first, signal.SIGKILL)
+        poison = bench.add_long("poison")
+        bench.wait(poison, VideoState.DECODING)
+        os.kill(first, signal.SIGKILL)  # as a video would that takes the whole machine's memory
         until(lambda: pool.workers == 0)
+        # Not tried again by the next pool: it has cost all its attempts.
+        assert bench.wait(poison, VideoState.ERROR).error_code == "internalization_failed"
         record = bench.add(write_video(tmp_path / "a.mp4"))
         bench.wait(record, VideoState.PROCESSED)
         second = pool._process.pid
         assert second != first
-        until(lambda: outcomes)
-        assert outcomes[0][0] == "published"
-        assert outcomes[0][1]["decode"] > 0
+        until(lambda: len(outcomes) == 2)
+        assert [outcome for outcome, _ in outcomes] == ["failed", "published"]
+        assert outcomes[1][1]["decode"] > 0
     finally:
         pool.stop()
     until(lambda: not session(first) and not session(second))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from openai import OpenAI
@@ -12,7 +13,9 @@ from f2l_vllm.commands.server_process import ServerProcess
 class Server(ServerProcess):
     """Serves in fp32, so that answers can be compared with transformers'; small KV cache, no retries in the client."""
 
-    def __init__(self, model: Path, home: Path, *flags: str, api_key: str = "none") -> None:
+    def __init__(
+        self, model: Path | str, home: Path, *flags: str, api_key: str = "none", env: Mapping[str, str] | None = None
+    ) -> None:
         common = ("--served-model-name", "base", "--dtype", "float32", "--kv-cache-memory-bytes", "200000000")
-        super().__init__(str(model), home, *common, *flags)
+        super().__init__(str(model), home, *common, *flags, env=env)
         self.client = OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=120)

@@ -1,6 +1,7 @@
 """Contracts with vLLM 0.32: what `serving/compat.py` leans on. Another version fails here first."""
 
 import inspect
+import json
 from argparse import Namespace
 
 import pytest
@@ -9,11 +10,17 @@ from starlette.datastructures import State
 from vllm.config import LoRAConfig
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.openai.chat_completion import api_router as chat_router
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    ChatCompletionStreamResponse,
+)
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion import api_router as completion_router
+from vllm.entrypoints.openai.completion.protocol import CompletionResponse, CompletionStreamResponse
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -71,6 +78,43 @@ def test_chat_requests_keep_file_parts_and_our_options():
     assert request.model_extra["f2l"] == {"mode": "frames"}
 
 
+@pytest.mark.parametrize("role", ["user", "system", "assistant"])
+def test_chat_requests_keep_spans_in_the_parts_of_every_role(role):
+    parts = [
+        {"type": "file", "file": {"file_id": "file-1", "f2l": {"start": 30, "end": 90}}},
+        {"type": "video_url", "video_url": {"url": "data:,", "f2l": {"strat": 1}}},
+        {"type": "text", "text": "hi"},
+    ]
+    request = ChatCompletionRequest.model_validate({"model": "m", "messages": [{"role": role, "content": parts}]})
+    assert request.messages[0]["content"] == parts
+
+
+def test_responses_carry_further_fields():
+    usage = UsageInfo(prompt_tokens=1, total_tokens=2, completion_tokens=1)
+    for response in (
+        ChatCompletionResponse(model="m", choices=[], usage=usage),
+        CompletionResponse(model="m", choices=[], usage=usage),
+    ):
+        compat.add_details(response, {"rank": 16})
+        assert response.model_dump()["f2l"] == {"rank": 16}  # as vLLM's routes write it
+
+
+def test_the_last_chunk_of_a_stream_with_usage_carries_further_fields():
+    usage = UsageInfo(prompt_tokens=1, total_tokens=2, completion_tokens=1)
+    for model in (ChatCompletionStreamResponse, CompletionStreamResponse):
+        last = f"data: {model(model='m', choices=[], usage=usage).model_dump_json(exclude_unset=True)}\n\n"
+        detailed = compat.detailed_chunk(last, {"rank": 16})
+        assert detailed.startswith("data: ")
+        assert detailed.endswith("\n\n")
+        body = json.loads(detailed[6:])
+        assert body.pop("f2l") == {"rank": 16}
+        assert body == json.loads(last[6:])
+    for other in ("data: [DONE]\n\n", 'data: {"choices":[{"delta":{"content":"\\"choices\\":[]"}}]}\n\n'):
+        assert compat.detailed_chunk(other, {"rank": 16}) == other
+    for method in (OpenAIServingChat.chat_completion_stream_generator, OpenAIServingCompletion):
+        assert "choices=[]," in inspect.getsource(method)
+
+
 def test_the_server_says_that_it_stops_before_it_waits_for_requests():
     from vllm.entrypoints.launchers import launcher
 
@@ -83,10 +127,17 @@ def test_the_server_says_that_it_stops_before_it_waits_for_requests():
     assert compat.is_stopping(state)
 
 
-def test_the_key_check_covers_these_prefixes():
-    from vllm.entrypoints.serve.middleware import authenticate
+def test_keys_are_those_of_vllms_own_check(monkeypatch):
+    from vllm.entrypoints.serve.middleware import register
 
-    assert compat.GUARDED_PREFIXES == authenticate.GUARDED_PREFIX
+    source = inspect.getsource(register.init_entrypoints_middleware)
+    assert "for key in (args.api_key or [envs.VLLM_API_KEY]) if key" in source
+    assert compat.api_keys(Namespace(api_key=["a", "b"])) == ["a", "b"]
+    monkeypatch.setenv("VLLM_API_KEY", "c")
+    assert compat.api_keys(Namespace(api_key=None)) == ["c"]
+    assert compat.api_keys(Namespace(api_key=["a"])) == ["a"]
+    monkeypatch.delenv("VLLM_API_KEY")
+    assert compat.api_keys(Namespace(api_key=None)) == []
 
 
 def test_the_endpoint_plugin_fits_vllms_protocol():

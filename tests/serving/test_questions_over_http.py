@@ -117,9 +117,16 @@ def test_an_adapters_own_name_is_not_a_model(server, videos):
 
 
 def test_routes_that_do_not_know_videos_say_so(server, videos):
-    with pytest.raises(openai.APIStatusError) as error:
-        server.client.responses.create(model=videos[0].id, input="hello")
-    assert (error.value.status_code, error.value.code) == (501, "route_without_videos")
+    by_file = [{"role": "user", "content": [{"type": "input_file", "file_id": videos[0].id}]}]
+    for model, text in ((videos[0].id, "hello"), ("base", by_file)):
+        with pytest.raises(openai.APIStatusError) as error:
+            server.client.responses.create(model=model, input=text)
+        assert (error.value.status_code, error.value.code) == (501, "route_without_videos")
+    document = {"type": "document", "source": {"type": "file", "file_id": videos[0].id}}
+    message = {"role": "user", "content": [document, {"type": "text", "text": "What is shown?"}]}
+    body = {"model": "base", "max_tokens": 4, "messages": [message]}
+    answer = httpx.post(f"{server.url}/v1/messages", json=body, headers={"Authorization": "Bearer none"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (501, "route_without_videos")
 
 
 def test_the_exported_adapter_answers_the_same_in_plain_peft(server, videos, hypernetwork_model, tmp_path):

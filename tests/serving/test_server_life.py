@@ -17,7 +17,7 @@ from video.videos import write_video
 
 QUESTION = [{"role": "user", "content": "What is shown?"}]
 GREEDY = {"temperature": 0, "max_tokens": 12}
-KEY = "secret"
+KEY, OTHER_KEY = "secret", "another secret"
 CHUNKS = ("--chunk-seconds", "1", "--max-chunks", "3")
 
 
@@ -52,8 +52,9 @@ def details():
 @pytest.fixture(scope="module")
 def first_life(home, hypernetwork_model, clips, details):
     """A server that made two videos ready and was stopped with Ctrl-C: its ids and answers, and how it ended."""
-    server = Server(hypernetwork_model, home, *CHUNKS)
+    server = Server(hypernetwork_model, home, "--api-key", KEY, *CHUNKS, api_key=KEY)
     server.wait_ready()
+    assert httpx.get(f"{server.url}/v1/models").json()["error"]["code"] == "invalid_api_key"
     answers = {}
     for clip in clips[:2]:
         file = server.client.files.create(file=clip, purpose="vision")
@@ -71,8 +72,10 @@ def first_life(home, hypernetwork_model, clips, details):
 
 @pytest.fixture(scope="module")
 def second_life(home, hypernetwork_model, first_life):
-    """The same data folder served again, without workers, with room for one waiting video, behind a key."""
-    flags = ("--hypernetwork-workers", "0", "--queue-limit", "1", "--api-key", KEY, *CHUNKS)
+    """The same data folder served again, without workers, with room for one waiting video, for two tenants."""
+    tenants = home.parent / "tenants.json"
+    tenants.write_text(json.dumps({"default": [KEY], "other": [OTHER_KEY]}))
+    flags = ("--hypernetwork-workers", "0", "--queue-limit", "1", "--tenants", str(tenants), *CHUNKS)
     server = Server(hypernetwork_model, home, *flags, api_key=KEY)
     try:
         server.wait_ready()
@@ -144,10 +147,60 @@ def test_no_route_answers_without_the_key(second_life, first_life):
     headers = {"Authorization": f"Bearer {KEY}"}
     body = {"model": next(iter(first_life[0])), "messages": QUESTION}
     for path in ("/invocations", "/tokenize", "/detokenize", "/generative_scoring", "/openapi.json", "/docs"):
-        assert httpx.post(second_life.url + path, json=body).status_code in (404, 405), path
+        assert httpx.post(second_life.url + path, json=body).status_code == 401, path
         assert httpx.post(second_life.url + path, json=body, headers=headers).status_code in (404, 405), path
-    for path in ("/health", "/ready", "/metrics"):
-        assert httpx.get(second_life.url + path).status_code == 200
+    for path in ("/health", "/ready", "/metrics", "/metrics/"):
+        assert httpx.get(second_life.url + path, follow_redirects=True).status_code == 200
+
+
+def test_another_tenants_files_do_not_exist(second_life, first_life):
+    file_id = next(iter(first_life[0]))
+    other = second_life.client.with_options(api_key=OTHER_KEY)
+    part = {"type": "file", "file": {"file_id": file_id}}
+    content = [part, {"type": "text", "text": "What is shown?"}]
+    for call in (
+        lambda: other.files.retrieve(file_id),
+        lambda: other.files.content(file_id),
+        lambda: other.files.delete(file_id),
+        lambda: other.models.retrieve(file_id),
+        lambda: other.chat.completions.create(model=file_id, messages=QUESTION),
+        lambda: other.chat.completions.create(model="base", messages=[{"role": "user", "content": content}]),
+        lambda: other.chat.completions.create(model=file_id, messages=QUESTION, extra_body={"f2l": {"mode": "frames"}}),
+        lambda: other.completions.create(model=file_id, prompt="x"),
+    ):
+        with pytest.raises(openai.NotFoundError) as error:
+            call()
+        assert error.value.code == "video_not_found"
+    headers = {"Authorization": f"Bearer {OTHER_KEY}"}
+    for path in ("events", "adapter", "content"):
+        response = httpx.get(f"{second_life.url}/v1/files/{file_id}/{path}", headers=headers)
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "video_not_found")
+    assert list(other.files.list()) == []
+    assert [model.id for model in other.models.list()] == ["base"]
+    with pytest.raises(openai.BadRequestError):
+        other.files.list(after=file_id)
+    assert file_id in {model.id for model in second_life.client.models.list()}
+
+
+def test_the_same_bytes_are_one_adapter_and_two_files(second_life, first_life, clips):
+    other = second_life.client.with_options(api_key=OTHER_KEY)
+    mine = other.files.create(file=clips[0], purpose="vision")
+    assert mine.status == "processed"  # no worker runs here
+    assert mine.id not in first_life[0]
+    theirs = next(iter(first_life[0]))
+    answer = other.chat.completions.create(model=mine.id, messages=QUESTION, **GREEDY).choices[0].message.content
+    assert answer == first_life[0][theirs]
+    other.files.delete(mine.id)
+    assert ask(second_life, theirs) == answer
+
+
+def test_a_new_tenant_needs_no_restart(second_life, home):
+    tenants = home.parent / "tenants.json"
+    third = second_life.client.with_options(api_key="a third")
+    with pytest.raises(openai.AuthenticationError):
+        third.models.list()
+    tenants.write_text(json.dumps({"default": [KEY], "other": [OTHER_KEY], "third": ["a third"]}))
+    assert [model.id for model in third.models.list()] == ["base"]
 
 
 def test_an_upload_over_the_cap_is_refused_before_it_is_sent(second_life):
@@ -186,6 +239,7 @@ def test_a_server_that_stops_lets_nobody_hang(second_life, clips):
         (["no-such-model"], {}, "no model at"),
         ([], {"F2L_QUEUE_LIMIT": "none"}, "queue_limit"),
         (["{model}", "--hypernetwork", "{nothing}"], {}, "No hypernetwork at"),
+        (["{model}"], {"F2L_TENANTS": "/no/such/file"}, "cannot be read"),
         (["{model}"], {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}, "unset it"),
         (["{model}"], {"VLLM_USE_RUST_FRONTEND": "1"}, "unset it"),
     ],

@@ -1,0 +1,57 @@
+"""What can be wrong with the catalog or the store while nothing is wrong with the request."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_AWAY = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENODEV}
+
+
+class Unavailable(RuntimeError):
+    """Catalog or store cannot take part now; nothing was changed. `code` is stable, `full` means out of room."""
+
+    code = "unavailable"
+    full = False
+
+
+class CatalogBusy(Unavailable):
+    """The catalog is locked by another writer, or its database is away. `retry_after` is in seconds."""
+
+    code = "catalog_busy"
+    retry_after = 5
+
+
+class StoreUnavailable(Unavailable):
+    """The store cannot be read or written: full, read-only, or away."""
+
+    code = "store_unavailable"
+
+    def __init__(self, message: str, *, full: bool = False) -> None:
+        super().__init__(message)
+        self.full = full
+
+
+class AdapterIdsExhausted(Unavailable):
+    """Every adapter id of this catalog has been given out; none is ever given twice."""
+
+    code = "adapter_ids_exhausted"
+    full = True
+
+    def __init__(self, message: str = "every adapter id of this catalog is used: start with a new one") -> None:
+        super().__init__(message)
+
+
+@contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn a full, read-only or failing disk into `StoreUnavailable`; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StoreUnavailable(f"no room is left to {what}: {error}", full=True) from error
+        if error.errno in _AWAY:
+            raise StoreUnavailable(f"the store does not let this server {what}: {error}") from error
+        raise

@@ -1,0 +1,158 @@
+"""From the videos that a question names to what answers it: fetched, waited for, composed, and held until the end."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from f2l_vllm.adapters.states import IN_WORK
+from f2l_vllm.adapters.store import StoreError
+from f2l_vllm.adapters.tables import FileRecord
+from f2l_vllm.serving.composition import Composer, Part, PartGone, PartLost
+from f2l_vllm.serving.errors import APIError, bad_request, video_not_found
+from f2l_vllm.serving.questions import Mode, Video
+from f2l_vllm.serving.registry import Lease
+from f2l_vllm.serving.remote import RemoteVideos
+from f2l_vllm.serving.service import VideoService
+
+_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Named:
+    """A video as the question names it, and the caller's file with it."""
+
+    video: Video
+    record: FileRecord
+
+
+@dataclass
+class Source:
+    """What one question is answered from; `details` is what the response says of it in `f2l`."""
+
+    mode: Mode
+    details: dict[str, Any] = field(default_factory=dict)
+    lease: Lease | None = None
+    visual_tokens_avoided: int = 0
+
+    def release(self) -> None:
+        """The question has ended."""
+        if self.lease is not None:
+            self.lease.release()
+
+
+class Asking:
+    """What the chat and completion handlers ask for. Lives on the API server's event loop."""
+
+    def __init__(self, service: VideoService, composer: Composer) -> None:
+        self._service = service
+        self._composer = composer
+        self._remote = RemoteVideos(service)
+
+    @property
+    def service(self) -> VideoService:
+        """The videos behind it."""
+        return self._service
+
+    async def find(self, videos: Sequence[Video], tenant: str) -> list[Named]:
+        """The caller's file for every video, those named by address fetched first, all at once.
+
+        Raises:
+            APIError: `video_not_found`, and as `RemoteVideos.file`.
+        """
+
+        async def one(video: Video) -> Named:
+            if video.file_id is not None:
+                return Named(video, self._service.file(video.file_id, tenant, "messages"))
+            assert video.url is not None
+            return Named(video, await self._remote.file(video.url, tenant))
+
+        files = [await one(video) for video in videos if video.file_id is not None]  # a wrong id costs no fetching
+        fetched = await asyncio.gather(*(one(video) for video in videos if video.file_id is None))
+        found = {named.video: named for named in [*files, *fetched]}
+        return [found[video] for video in videos]
+
+    async def adapter(self, named: Sequence[Named], tenant: str, wait: float, mode: Mode = "adapter") -> Source:
+        """Hold the adapter of these videos, composed if there are several; made again first where files were damaged.
+
+        Raises:
+            APIError: as `VideoService.ready`, `Composer.choose` and `Composer.check`.
+        """
+        self._composer.check(len({one.record.sha256 for one in named}), len(named))  # a chunk each, at the least
+        deadline, waited = time.monotonic() + wait, 0.0
+        for attempt in range(_ATTEMPTS):
+            parts = []
+            for one in named:
+                started = time.monotonic()
+                parts.append(await self._part(one, tenant, max(0.0, deadline - started)))
+                if attempt or one.record.state in IN_WORK:
+                    waited += time.monotonic() - started
+            try:
+                lease = await self._composer.lease(parts)
+            except PartLost as lost:
+                await self._service.remake(lost.record, lost)
+            except PartGone:
+                pass
+            else:
+                return _from_adapter(mode, named, parts, lease, waited)
+        message = "The videos' adapters are damaged each time they are made: check the disk that holds F2L_HOME."
+        raise APIError(HTTPStatus.INTERNAL_SERVER_ERROR, "adapter_damaged", message)
+
+    async def frames(self, named: Sequence[Named]) -> dict[Video, str]:
+        """The bytes of these videos as data URIs, for vLLM to read their frames; waits for no adapter.
+
+        Raises:
+            APIError: `video_too_large_for_frames`.
+        """
+        cap = self._service.settings.max_frames_bytes
+        if sum(one.record.bytes for one in named) > cap:
+            message = f"Videos above {cap / 1e6:.0f} MB are answered from their adapter only: leave out f2l.mode."
+            raise bad_request("video_too_large_for_frames", message, "f2l")
+        for one in named:
+            self._service.note_use(one.record)
+        return {one.video: await asyncio.to_thread(self._data_uri, one.record) for one in named}
+
+    async def _part(self, one: Named, tenant: str, wait: float) -> Part:
+        file_id = one.record.id
+        record = await self._service.ready(file_id, tenant, wait, "messages")
+        adapter = await asyncio.to_thread(self._service.catalog.adapter, record.adapter_name)
+        if adapter is None:
+            raise video_not_found(file_id, "messages")  # deleted between the two look-ups
+        return self._composer.choose(adapter, one.video.span, file_id)
+
+    def _data_uri(self, record: FileRecord) -> str:
+        """Runs in a thread."""
+        try:
+            data = self._service.store.fetch_video(record.sha256).read_bytes()
+        except (StoreError, FileNotFoundError) as error:
+            raise video_not_found(record.id, "messages") from error  # deleted between look-up and read
+        return "data:video/mp4;base64," + base64.b64encode(data).decode()
+
+
+def from_frames(named: Sequence[Named]) -> Source:
+    """The source of an answer from frames alone."""
+    videos = [{"file_id": one.record.id} for one in named]
+    return Source("frames", {"mode": "frames", "videos": videos, "visual_tokens_avoided": 0, "waited_seconds": 0.0})
+
+
+def _from_adapter(mode: Mode, named: Sequence[Named], parts: Sequence[Part], lease: Lease, waited: float) -> Source:
+    avoided = sum(part.visual_tokens for part in parts) if mode == "adapter" else 0
+    details = {
+        "mode": mode,
+        "adapter": lease.adapter.name,
+        "rank": lease.adapter.rank,
+        "videos": [_described(one, part) for one, part in zip(named, parts, strict=True)],
+        "visual_tokens_avoided": avoided,
+        "waited_seconds": round(waited, 3),
+    }
+    return Source(mode, details, lease, avoided)
+
+
+def _described(one: Named, part: Part) -> Mapping[str, Any]:
+    covered = [[round(start, 3), round(end, 3)] for start, end in part.covered]
+    return {"file_id": one.record.id, "adapter": part.record.name, "covered": covered}

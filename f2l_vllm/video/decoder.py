@@ -1,0 +1,286 @@
+"""Decoding in a process of its own: a file of unknown origin can crash, hang or exhaust a decoder, and no more.
+
+The process is started once and reads many videos; it limits its own memory and CPU time, and is replaced when it fails.
+Requests are lines of JSON on its standard input; an answer is a line of JSON, with the frames' bytes behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from f2l_vllm.video.errors import CODES, VideoError
+from f2l_vllm.video.probe import Limits, VideoInfo
+
+_START_SECONDS = 60.0
+_LONGEST_LINE = 1 << 16
+_ATTEMPTS = 2  # a process that something else kills is replaced once
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """What one video may cost.
+
+    Attributes:
+        memory_bytes: address space of the decoding process.
+        seconds: CPU seconds of one request; by the clock it may take twice as long, for machines that are busy.
+        output_bytes: of all decoded frames, as RGB.
+    """
+
+    memory_bytes: int = 4 << 30
+    seconds: float = 300.0
+    output_bytes: int = 2 << 30
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"DecodeLimits.{name} must be positive, got {value!r}.")
+
+
+class Decoder(Protocol):
+    """Reads headers and frames of video files, somewhere."""
+
+    def open(self, path: str | Path, limits: Limits) -> VideoInfo:
+        """The header, checked, its frames and duration as they are shown."""
+
+    def frames(self, path: str | Path, indices: Sequence[int], frame_count: int) -> np.ndarray:
+        """uint8 [len(indices), H, W, 3], as `decode_frames` gives them."""
+
+
+class DecoderStopped(Exception):
+    """`stop` was called during the request."""
+
+
+class _Died(Exception):
+    """The process ended, by itself or by a signal."""
+
+
+class IsolatedDecoder:
+    """A `Decoder` in a process of its own. Requests come from one thread at a time; `stop` from any."""
+
+    def __init__(self, limits: DecodeLimits | None = None) -> None:
+        self._limits = limits or DecodeLimits()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._busy = self._stopped = False
+
+    def probe(self, path: str | Path, limits: Limits) -> VideoInfo:
+        """The header, checked; reads no more of the file than it must.
+
+        Raises:
+            VideoError: as `open`.
+        """
+        return VideoInfo(**self._ask("probe", path, limits=asdict(limits)))
+
+    def open(self, path: str | Path, limits: Limits) -> VideoInfo:
+        """The header, checked, its frames and duration as they are shown.
+
+        Raises:
+            VideoError: what `open_source` raises, `decode_failed` or `video_too_large_to_decode`.
+            FileNotFoundError: no such file.
+            DecoderStopped: `stop` was called.
+        """
+        return VideoInfo(**self._ask("open", path, limits=asdict(limits)))
+
+    def frames(self, path: str | Path, indices: Sequence[int], frame_count: int) -> np.ndarray:
+        """Decode the frames at ascending `indices`: uint8 [len(indices), H, W, 3].
+
+        Raises:
+            VideoError: what `decode_frames` raises, `decode_failed` or `video_too_large_to_decode`.
+            FileNotFoundError: no such file.
+            DecoderStopped: `stop` was called.
+        """
+        frames: np.ndarray = self._ask("frames", path, indices=[int(i) for i in indices], frame_count=frame_count)
+        return frames
+
+    def stop(self) -> None:
+        """End the request that is in work, if any; it raises `DecoderStopped`."""
+        if self._busy:
+            self._stopped = True
+            self._kill()
+
+    def close(self) -> None:
+        """End the process; the next request starts another."""
+        self._kill()
+
+    def _ask(self, what: str, path: str | Path, **arguments: Any) -> Any:
+        if not Path(path).exists():
+            raise FileNotFoundError(path)
+        self._busy, self._stopped = True, False
+        try:
+            return self._ask_process({"what": what, "path": os.fspath(path), **arguments})
+        finally:
+            self._busy = False
+
+    def _ask_process(self, request: dict[str, Any]) -> Any:
+        for attempt in range(_ATTEMPTS):
+            try:
+                process = self._running()
+                deadline = time.monotonic() + 2 * self._limits.seconds
+                try:
+                    _write(process, request)
+                    return self._answer(process, deadline, request.get("indices"))
+                except BrokenPipeError as error:
+                    raise _Died from error
+            except _Died as error:
+                code = self._end()
+                if self._stopped:
+                    raise DecoderStopped from error
+                if code == -signal.SIGKILL and attempt + 1 < _ATTEMPTS:
+                    continue  # by another's hand: the next process may be luckier
+                if code == -signal.SIGXCPU:
+                    raise self._took_too_long() from error
+                raise VideoError(
+                    "decode_failed",
+                    f"The decoder ended over the video ({_how(code)}): convert it to H.264 in an mp4 file.",
+                ) from error
+            except BaseException as error:
+                if not isinstance(error, VideoError) or error.code == "video_too_large_to_decode":
+                    self._end()  # in the middle of an answer, or with all its memory in pieces
+                raise
+        raise AssertionError("unreachable")
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        with self._lock:
+            if self._process is not None and self._process.poll() is None:
+                return self._process
+        self._end()  # it ended while it had nothing to do
+        with self._lock:
+            # glibc reserves address space for every thread that allocates, and BLAS for every core.
+            environment = {**os.environ, "MALLOC_ARENA_MAX": "2", "OPENBLAS_NUM_THREADS": "1"}
+            process = self._process = subprocess.Popen(
+                [sys.executable, "-m", "f2l_vllm.video.decoder_child", json.dumps(asdict(self._limits))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
+        try:
+            _read_line(process, time.monotonic() + _START_SECONDS)
+        except (_Died, TimeoutError) as error:
+            code = self._end()
+            if self._stopped:
+                raise DecoderStopped from error
+            raise RuntimeError(f"the decoding process did not start ({_how(code)})") from error
+        return process
+
+    def _answer(self, process: subprocess.Popen[bytes], deadline: float, indices: Sequence[int] | None) -> Any:
+        try:
+            answer = json.loads(_read_line(process, deadline))
+            if "code" in answer:
+                assert answer["code"] in CODES
+                raise VideoError(answer["code"], str(answer["message"]))
+            if indices is None:
+                return answer
+            shape = [int(size) for size in answer["shape"]]
+            if len(shape) != 4 or shape[0] != len(indices) or shape[3] != 3 or min(shape) <= 0:
+                raise ValueError(f"frames of shape {shape}")
+            if np.prod(shape, dtype=object) > self._limits.output_bytes:
+                raise ValueError("more bytes than were asked for")
+            frames = np.empty(shape, np.uint8)
+            _read_into(process, frames.data.cast("B"), deadline)
+            return frames
+        except TimeoutError as error:
+            raise self._took_too_long() from error
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            # Only a decoder that a video has taken over answers so.
+            self._end()
+            message = "The decoder did not answer in its own language: convert the video to H.264 in an mp4 file."
+            raise VideoError("decode_failed", message) from error
+
+    def _took_too_long(self) -> VideoError:
+        return VideoError(
+            "video_too_large_to_decode",
+            f"The video takes longer to decode than the {self._limits.seconds:g} s it may: scale it down or cut it.",
+        )
+
+    def _kill(self) -> None:
+        with self._lock:
+            if self._process is not None and self._process.poll() is None:
+                self._process.kill()
+
+    def _end(self) -> int:
+        """The exit code of the process, which is killed unless it has ended already."""
+        with self._lock:
+            process, self._process = self._process, None
+        if process is None:
+            return -signal.SIGKILL
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                continue
+        try:
+            return process.wait(0.5)  # one that died needs a moment to be gone
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+
+class Decoders:
+    """A few decoders, lent to one user at a time each; the one used last is lent first."""
+
+    def __init__(self, count: int, limits: DecodeLimits) -> None:
+        self._idle: queue.LifoQueue[IsolatedDecoder] = queue.LifoQueue()
+        for _ in range(count):
+            self._idle.put(IsolatedDecoder(limits))
+
+    @contextmanager
+    def lend(self) -> Iterator[IsolatedDecoder]:
+        """Wait for a decoder and have it to oneself."""
+        decoder = self._idle.get()
+        try:
+            yield decoder
+        finally:
+            self._idle.put(decoder)
+
+
+def _write(process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(request).encode() + b"\n")
+    process.stdin.flush()
+
+
+def _read_line(process: subprocess.Popen[bytes], deadline: float) -> bytes:
+    """A line of an answer, byte by byte: what follows it is not JSON."""
+    line = bytearray(1)
+    view, length = memoryview(bytearray(_LONGEST_LINE)), 0
+    while not length or view[length - 1] != ord("\n"):
+        if length == len(view):
+            raise ValueError("a line without an end")
+        _read_into(process, memoryview(line), deadline)
+        view[length] = line[0]
+        length += 1
+    return bytes(view[:length])
+
+
+def _read_into(process: subprocess.Popen[bytes], view: memoryview, deadline: float) -> None:
+    assert process.stdout is not None
+    descriptor, filled = process.stdout.fileno(), 0
+    while filled < len(view):
+        ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError
+        count = os.readv(descriptor, [view[filled:]])
+        if count == 0:
+            raise _Died
+        filled += count
+
+
+def _how(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,103 @@
+"""`python -m f2l_vllm.video.decoder_child LIMITS`: the process behind `IsolatedDecoder`, alive as long as its parent.
+
+It limits its own memory, CPU time and files before it opens the first video. The answer to a request is a JSON object
+on a line: a header, a `shape` with that many bytes behind it, or `code` and `message`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import resource
+import signal
+import sys
+import threading
+from dataclasses import asdict
+from typing import Any
+
+from f2l_vllm.video.decode import Timeline, decode_frames, read_timeline, shown
+from f2l_vllm.video.errors import VideoError
+from f2l_vllm.video.probe import Limits, check_file
+
+
+class _Videos:
+    """Answers requests; remembers the timeline of the last video, for its frames are asked for next."""
+
+    def __init__(self, output_bytes: int) -> None:
+        self._output_bytes = output_bytes
+        self._last: tuple[str, Timeline | None] | None = None
+
+    def answer(self, request: dict[str, Any]) -> tuple[dict[str, Any], memoryview | None]:
+        path = request["path"]
+        if request["what"] == "probe":
+            return asdict(check_file(path, Limits(**request["limits"]))), None
+        if request["what"] == "open":
+            info = check_file(path, Limits(**request["limits"]))
+            timeline = read_timeline(path)
+            self._last = (path, timeline)
+            return asdict(shown(info, timeline)), None
+        if self._last is None or self._last[0] != path:
+            self._last = (path, read_timeline(path))
+        frames = decode_frames(path, request["indices"], request["frame_count"], self._last[1], self._output_bytes)
+        return {"shape": frames.shape}, frames.data.cast("B")
+
+
+def main(limits_json: str) -> None:
+    """Answer requests until standard input closes."""
+    limits = json.loads(limits_json)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent, which closes our input
+    answers = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints cannot disturb an answer
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
+    resource.setrlimit(resource.RLIMIT_AS, (limits["memory_bytes"], limits["memory_bytes"]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    videos = _Videos(limits["output_bytes"])
+    _send(answers, {"ready": True}, None)
+    while True:
+        request = requests.get()
+        _allow_cpu(limits["seconds"])
+        body = None
+        try:
+            answer, body = videos.answer(request)
+        except VideoError as error:
+            answer = {"code": error.code, "message": error.message}
+        except MemoryError:
+            message = "The video needs more memory to decode than it is given: scale it down or cut it."
+            answer = {"code": "video_too_large_to_decode", "message": message}
+        except Exception as error:
+            message = f"The video cannot be decoded ({type(error).__name__}): convert it to H.264 in an mp4 file."
+            answer = {"code": "decode_failed", "message": message}
+        _send(answers, answer, body)
+
+
+def _listen(requests: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Hand on requests; when the parent is gone, so is this process, even in the middle of a video."""
+    for line in sys.stdin.buffer:
+        requests.put(json.loads(line))
+    os._exit(0)
+
+
+def _allow_cpu(seconds: float) -> None:
+    """So many CPU seconds from here on; SIGXCPU ends the process after that."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    end = math.ceil(usage.ru_utime + usage.ru_stime + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (end, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+
+def _send(descriptor: int, answer: dict[str, Any], body: memoryview | None) -> None:
+    _write(descriptor, memoryview(json.dumps(answer).encode() + b"\n"))
+    if body is not None:
+        _write(descriptor, body)
+
+
+def _write(descriptor: int, view: memoryview) -> None:
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,33 @@
+"""Steps that tests of the catalog share."""
+
+from f2l_vllm.adapters.states import VideoState
+
+STAGES = (VideoState.DECODING, VideoState.ENCODING, VideoState.PUBLISHING)
+
+
+def add(catalog, adapter="f2l-1", sha="a", tenant="t", expires_at=None, limit=10, **options):
+    """Enter a file."""
+    return catalog.add_file(
+        tenant=tenant,
+        filename="v.mp4",
+        purpose="vision",
+        size=3,
+        sha256=sha * 64,
+        adapter_name=adapter,
+        expires_at=expires_at,
+        queue_limit=limit,
+        **options,
+    )
+
+
+def claim(catalog):
+    """The oldest waiting job, or None."""
+    return next(iter(catalog.claim_jobs(1)), None)
+
+
+def publish(catalog, adapter="f2l-1"):
+    """Do the oldest waiting job."""
+    assert claim(catalog).adapter_name == adapter
+    for stage in STAGES:
+        catalog.advance(adapter, stage, 0.5)
+    return catalog.finish_job(adapter, rank=16, size=100, info={"frames": 8})

@@ -1,0 +1,182 @@
+"""The store with a remote side: a folder reached through fsspec, as an object store is."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+
+import pytest
+
+from f2l_vllm.adapters.errors import StoreUnavailable
+from f2l_vllm.adapters.store import MANIFEST_FILE, Store, StoreError
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def write(text):
+    def fill(directory):
+        directory.mkdir()
+        (directory / WEIGHTS).write_text(text)
+
+    return fill
+
+
+def keep(store, content):
+    temporary = store.temporary()
+    temporary.write_bytes(content)
+    sha256 = hashlib.sha256(content).hexdigest()
+    store.keep_video(temporary, sha256)
+    return sha256
+
+
+def everything(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def far(tmp_path):
+    return tmp_path / "far"
+
+
+@pytest.fixture
+def open_store(tmp_path, far):
+    """`open_store(home)`: a server's or worker's store on one machine or another."""
+
+    def build(home="here", **options):
+        return Store(tmp_path / home, url=f"file://{far}", **options)
+
+    return build
+
+
+def test_what_one_machine_stores_another_finds_whole(open_store):
+    here, there = open_store("here"), open_store("there")
+    sha256 = keep(here, b"video")
+    here.publish_adapter("f2l-1", write("weights"), {"info": 1})
+    assert there.fetch_video(sha256).read_bytes() == b"video"
+    path = there.load_path("f2l-1")
+    assert (path / WEIGHTS).read_text() == "weights"
+    assert there.verify_adapter("f2l-1")["info"] == 1
+    assert here.has_video(sha256)
+    assert not here.has_video("0" * 64)
+
+
+def test_the_same_over_another_kind_of_file_system(tmp_path):
+    here, there = (Store(tmp_path / home, url="memory://bucket/videos") for home in ("here", "there"))
+    sha256 = keep(here, b"video")
+    here.publish_adapter("f2l-1", write("weights"), {})
+    assert there.fetch_video(sha256).read_bytes() == b"video"
+    assert (there.load_path("f2l-1") / WEIGHTS).read_text() == "weights"
+    here.sweep(keep=lambda _name: False)
+    assert there.has_video(sha256)  # too young to be called lost
+    here.sweep(keep=lambda _name: False, older_than_s=-1)
+    assert not there.has_video(sha256)
+    third = Store(tmp_path / "third", url="memory://bucket/videos")
+    with pytest.raises(StoreError, match="missing"):
+        third.load_path("f2l-1")
+
+
+def test_a_half_copy_there_is_never_taken_for_a_whole_one(open_store, far):
+    here = open_store("here")
+    sha256 = keep(here, b"video")
+    here.publish_adapter("f2l-1", write("weights"), {})
+    (far / "adapters" / "f2l-1" / WEIGHTS).write_text("weigh")
+    (far / "videos" / sha256[:2] / sha256).write_bytes(b"vid")
+    there = open_store("there")
+    with pytest.raises(StoreError, match="differs from what was written"):
+        there.load_path("f2l-1")
+    with pytest.raises(StoreError, match="differs from what was uploaded"):
+        there.fetch_video(sha256)
+    (far / "adapters" / "f2l-1" / MANIFEST_FILE).unlink()
+    with pytest.raises(StoreError, match="missing"):
+        there.load_path("f2l-1")
+    assert everything(there.home) == []
+    there.publish_adapter("f2l-1", write("weights"), {})
+    keep(there, b"video")
+    other = open_store("other")
+    assert (other.load_path("f2l-1") / WEIGHTS).read_text() == "weights"
+    assert other.fetch_video(sha256).read_bytes() == b"video"
+
+
+def test_a_damaged_copy_here_is_fetched_again(open_store):
+    store = open_store()
+    path = store.publish_adapter("f2l-1", write("weights"), {})
+    (path / WEIGHTS).write_text("we1ghts")
+    assert (store.load_path("f2l-1") / WEIGHTS).read_text() == "weights"
+    shutil.rmtree(path)
+    assert (store.load_path("f2l-1") / WEIGHTS).read_text() == "weights"
+
+
+def test_a_manifest_cannot_name_files_elsewhere(open_store, far, tmp_path):
+    open_store().publish_adapter("f2l-1", write("weights"), {})
+    manifest = far / "adapters" / "f2l-1" / MANIFEST_FILE
+    manifest.write_text(json.dumps({"name": "f2l-1", "files": {"../../evil": {"bytes": 1, "sha256": ""}}}))
+    with pytest.raises(StoreError, match="none of an adapter's"):
+        open_store("there").load_path("f2l-1")
+
+
+def test_removal_is_complete_on_both_sides(open_store, far):
+    store = open_store()
+    sha256 = keep(store, b"video")
+    store.publish_adapter("f2l-1", write("weights"), {})
+    for _ in range(2):
+        store.remove_adapter("f2l-1")
+        store.remove_video(sha256)
+    assert everything(far) == []
+    assert everything(store.home) == []
+
+
+def test_the_cache_holds_what_was_used_last_and_what_is_in_use(open_store):
+    store = open_store(cache_bytes=2500)
+    videos = [keep(store, bytes([i]) * 1000) for i in range(4)]
+    for index, sha256 in enumerate(videos):
+        os.utime(store.video_path(sha256), (index, index))
+    store.fetch_video(videos[0])
+    assert store.trim(set()) == 2000  # the first was used just now
+    assert [store.video_path(sha256).exists() for sha256 in videos] == [True, False, False, True]
+    for sha256 in videos:
+        store.fetch_video(sha256)
+    assert store.trim(set()) == 0  # all of them just now: over the limit, but nobody's file goes
+    assert store.trim({videos[0], videos[1], videos[2]}, young_s=-1) == 1000
+    assert not store.video_path(videos[3]).exists()
+    store.publish_adapter("f2l-1", write("weights" * 1000), {})
+    store.protect(lambda name: name == "f2l-1")
+    store.trim(set(), young_s=-1)
+    assert store.adapter_path("f2l-1").is_dir()
+    assert not any(store.video_path(sha256).exists() for sha256 in videos)
+    store.protect(lambda _name: False)
+    store.trim(set(), young_s=-1)
+    assert everything(store.home) == []
+    assert store.fetch_video(videos[1]).read_bytes() == bytes([1]) * 1000
+
+
+def test_a_store_that_is_full_or_away_says_so_and_keeps_nothing(open_store, far, monkeypatch):
+    store = open_store()
+    sha256 = keep(store, b"old")
+    store.video_path(sha256).unlink()
+
+    def fail(error):
+        def put(*_args, **_kwargs):
+            raise error
+
+        return put
+
+    files = type(store._remote._files)
+    for error, full in ((OSError(errno.ENOSPC, "full"), True), (ConnectionError("no route"), False)):
+        monkeypatch.setattr(files, "put_file", fail(error))
+        monkeypatch.setattr(files, "get_file", fail(error))
+        with pytest.raises(StoreUnavailable) as caught:
+            keep(store, b"video")
+        assert caught.value.full is full
+        with pytest.raises(StoreUnavailable):
+            store.publish_adapter("f2l-1", write("weights"), {})
+        with pytest.raises(StoreUnavailable):
+            store.fetch_video(sha256)
+        assert everything(store.home / "videos") == everything(store.home / "adapters") == []
+    monkeypatch.undo()
+    assert store.fetch_video(sha256).read_bytes() == b"old"
+
+
+def test_an_unknown_kind_of_store_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="F2L_STORE=nowhere://x"):
+        Store(tmp_path, url="nowhere://x")

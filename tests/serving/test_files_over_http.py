@@ -1,0 +1,57 @@
+"""What an operator relies on in the life of a file, over HTTP: pinning, expiry by disuse, a catalog that is locked."""
+
+import sqlite3
+import threading
+
+import httpx
+import openai
+import pytest
+
+QUESTION = [{"role": "user", "content": "What is shown?"}]
+
+
+@pytest.fixture
+def file(server, clips):
+    file = server.client.files.create(file=clips[1], purpose="vision")
+    yield server.client.files.wait_for_processing(file.id, poll_interval=0.02)
+    server.client.files.delete(file.id)
+
+
+def update(server, file_id, content):
+    return httpx.post(f"{server.url}/v1/files/{file_id}", content=content, timeout=60)
+
+
+def test_a_file_is_pinned_and_let_go(server, clips):
+    expiry = {"expires_after[anchor]": "last_used_at", "expires_after[seconds]": "3600", "f2l[pinned]": "true"}
+    answer = httpx.post(
+        f"{server.url}/v1/files",
+        data={"purpose": "vision", **expiry},
+        files={"file": clips[1].read_bytes()},
+        timeout=60,
+    )
+    file = answer.json()
+    assert (file["f2l"]["pinned"], file["expires_at"]) == (True, None)
+    file = update(server, file["id"], '{"f2l": {"pinned": false}}').json()
+    assert not file["f2l"]["pinned"]
+    assert file["expires_at"] >= file["created_at"] + 3600
+    for content in ("", "[]", '{"f2l": {"pinned": 1}}', "[" * 10000, b"\xff"):
+        answer = update(server, file["id"], content)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+    assert update(server, "file-none", '{"f2l": {"pinned": true}}').json()["error"]["code"] == "video_not_found"
+    server.client.files.delete(file["id"])
+
+
+def test_a_locked_catalog_is_waited_for_then_said_and_questions_go_on(server, clips, file):
+    other = sqlite3.connect(server.home / "catalog.sqlite3", check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(openai.InternalServerError) as caught:
+        server.client.files.create(file=clips[2], purpose="vision")
+    assert (caught.value.status_code, caught.value.code) == (503, "catalog_busy")
+    assert int(caught.value.response.headers["Retry-After"]) > 0
+    answer = server.client.chat.completions.create(model=file.id, messages=QUESTION, max_tokens=2)
+    assert answer.choices[0].message.content is not None
+    threading.Timer(1.0, other.rollback).start()
+    late = server.client.files.create(file=clips[2], purpose="vision")
+    assert server.client.files.wait_for_processing(late.id, poll_interval=0.02).status == "processed"
+    server.client.files.delete(late.id)
+    assert list((server.home / "tmp").iterdir()) == []

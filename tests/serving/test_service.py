@@ -1,0 +1,220 @@
+"""The service's rules about the life of videos, over a real catalog, store and registry and an engine that records."""
+
+import asyncio
+import contextlib
+import hashlib
+import sqlite3
+import time
+
+import pytest
+
+from f2l_vllm.adapters.catalog import Catalog
+from f2l_vllm.adapters.errors import CatalogBusy, StoreUnavailable
+from f2l_vllm.adapters.states import VideoState
+from f2l_vllm.adapters.store import Store
+from f2l_vllm.serving.errors import APIError
+from f2l_vllm.serving.registry import Registry
+from f2l_vllm.serving.service import Revisions, VideoService
+from f2l_vllm.settings import Settings
+
+T = "tenant"
+
+
+class Engine:
+    def __init__(self):
+        self.paths = {}
+
+    async def add_lora(self, request):
+        self.paths[request.lora_name] = request.lora_path
+        return True
+
+    async def remove_lora(self, int_id):
+        return True
+
+
+class Bench:
+    """A server's videos, without vLLM in front and with this test as the worker."""
+
+    def __init__(self, folder, revision="one", url=None, busy_seconds=10.0):
+        home = folder / "home"
+        self.store = Store(home, url=url)
+        self.catalog = Catalog(f"sqlite:///{folder / 'catalog.sqlite3'}", busy_seconds)
+        self.engine = Engine()
+        self.registry = Registry(
+            {}, self.engine, self.store, base_model="base", host_slots=8, wanted=self.catalog.wanted
+        )
+        self.revisions = Revisions("base", revision, {})
+        self.service = VideoService(
+            Settings(home=home), self.revisions, self.catalog, self.store, self.registry, None, lambda: False
+        )
+
+    async def upload(self, text, **options):
+        temporary = self.store.temporary()
+        temporary.write_text(text)
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        options = {"expires_at": None, **options}
+        return await self.service.enter(
+            temporary, tenant=T, sha256=sha256, size=len(text), filename="v.mp4", purpose="vision", **options
+        )
+
+    def work(self):
+        """Do every job that waits."""
+        while found := self.catalog.claim_jobs(1):
+
+            def write(directory):
+                directory.mkdir()
+                (directory / "weights").write_text(found[0].adapter_name)
+
+            self.store.publish_adapter(found[0].adapter_name, write, {})
+            self.catalog.finish_job(found[0].adapter_name, rank=16, size=1, info={})
+
+    async def ask(self, file):
+        record = await self.service.ready(file.id, T, 0.0)
+        (await self.registry.acquire(self.catalog.adapter(record.adapter_name))).release()
+        await asyncio.sleep(0)
+
+
+def stored(bench):
+    return [path for path in bench.store.home.rglob("*") if path.is_file()]
+
+
+def run(scenario):
+    asyncio.run(scenario())
+
+
+@contextlib.contextmanager
+def locked(folder):
+    other = sqlite3.connect(folder / "catalog.sqlite3")
+    other.execute("BEGIN IMMEDIATE")
+    yield
+    other.close()
+
+
+def test_a_restart_makes_what_was_used_last_resident(tmp_path):
+    async def scenario():
+        bench = Bench(tmp_path)
+        files = [await bench.upload(str(index)) for index in range(4)]
+        bench.work()
+        await bench.service.pin(files[3].id, T, True)
+        await bench.ask(files[1])
+        await bench.service.tidy()
+        again = Bench(tmp_path)
+        again.service.adopt()
+        await again.service.warm(2)
+        assert list(again.engine.paths) == [files[3].adapter_name, files[1].adapter_name]
+        await again.ask(files[0])
+
+    run(scenario)
+
+
+def test_a_video_of_other_revisions_is_never_answered_from_its_old_adapter(tmp_path):
+    async def scenario():
+        bench = Bench(tmp_path)
+        file = await bench.upload("video")
+        bench.work()
+        again = Bench(tmp_path, revision="two")
+        again.service.adopt()
+        await again.service.warm(9)
+        with pytest.raises(APIError, match="still being internalized"):
+            await again.ask(file)
+        await again.service.tidy()
+        assert again.store.adapter_path(file.adapter_name).is_dir()  # until its successor is there
+        again.work()
+        await again.ask(file)
+        assert list(again.engine.paths) == [again.revisions.name(file.sha256)]
+        third = Bench(tmp_path, revision="two")
+        await third.service.tidy()
+        assert [path.name for path in (third.store.home / "adapters").iterdir()] == list(again.engine.paths)
+
+    run(scenario)
+
+
+def test_without_its_bytes_a_video_of_other_revisions_fails_and_says_why(tmp_path):
+    async def scenario():
+        bench = Bench(tmp_path)
+        file = await bench.upload("video")
+        bench.work()
+        bench.store.remove_video(file.sha256)
+        again = Bench(tmp_path, revision="two")
+        again.service.adopt()
+        with pytest.raises(APIError, match="adapter_of_other_revision"):
+            await again.ask(file)
+        back = Bench(tmp_path)
+        back.service.adopt()
+        await back.ask(file)
+        assert list(back.engine.paths) == [file.adapter_name]
+
+    run(scenario)
+
+
+def test_a_question_is_a_use_and_moves_the_end_of_a_video_on(tmp_path):
+    async def scenario():
+        bench = Bench(tmp_path)
+        file = await bench.upload("video", expires_at=time.time() + 5, idle_seconds=3600.0)
+        bench.work()
+        await bench.ask(file)
+        await bench.service.tidy()
+        found = bench.service.file(file.id, T)
+        assert found.last_used_at >= file.created_at
+        assert found.expires_at == pytest.approx(found.last_used_at + 3600)
+
+    run(scenario)
+
+
+def test_an_upload_that_a_busy_catalog_refuses_leaves_nothing_and_works_the_next_time(tmp_path):
+    async def scenario():
+        bench = Bench(tmp_path, busy_seconds=0.2)
+        with locked(tmp_path), pytest.raises(CatalogBusy):
+            await bench.upload("video")
+        assert stored(bench) == []
+        file = await bench.upload("video")
+        bench.work()
+        with locked(tmp_path):
+            await bench.ask(file)  # needs no write
+            with pytest.raises(CatalogBusy):
+                await bench.service.tidy()
+        await bench.service.tidy()
+        assert bench.service.file(file.id, T).last_used_at is not None  # noted all the same
+
+    run(scenario)
+
+
+def test_a_delete_is_done_even_if_the_store_is_away(tmp_path, monkeypatch):
+    async def scenario():
+        bench = Bench(tmp_path, url=f"file://{tmp_path / 'far'}")
+        file = await bench.upload("video")
+        bench.work()
+
+        def away(*_args, **_options):
+            raise ConnectionError("no route")
+
+        files = type(bench.store._remote._files)
+        with monkeypatch.context() as patch:
+            for method in ("rm_file", "rm", "put_file"):
+                patch.setattr(files, method, away)
+            await bench.service.remove(file.id, T)
+            with pytest.raises(APIError, match="No video"):
+                bench.service.file(file.id, T)
+            with pytest.raises(StoreUnavailable, match="no route"):
+                await bench.upload("another")
+        bench.store.sweep(keep=bench.catalog.wanted, older_than_s=-1)
+        assert stored(bench) == []
+        assert [path for path in (tmp_path / "far").rglob("*") if path.is_file()] == []
+
+    run(scenario)
+
+
+def test_a_delete_leaves_nothing_in_catalog_store_and_memory(tmp_path):
+    async def scenario():
+        bench = Bench(tmp_path)
+        for text in ("one", "two", "three"):
+            file = await bench.upload(text)
+            bench.work()
+            await bench.ask(file)
+            await bench.service.remove(file.id, T)
+        assert stored(bench) == []
+        assert bench.catalog.purge(time.time() + 1) == 3
+        assert bench.catalog.counts() == ({}, 0, 0)
+        assert {state.value for state in VideoState}.isdisjoint(bench.catalog.counts()[0])
+
+    run(scenario)
