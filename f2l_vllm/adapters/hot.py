@@ -38,14 +38,10 @@ class HotSet:
         if limit <= 0 or not os.access(memory, os.W_OK):
             return None
         folder = memory / f"f2l-{os.getuid()}-{hashlib.sha256(str(home).encode()).hexdigest()[:12]}"
-        try:
-            folder.mkdir(mode=0o700, exist_ok=True)
-            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-                raise PermissionError(f"{folder} belongs to somebody else")
-            return cls(folder, min(limit, shutil.disk_usage(memory).free // 2))
-        except OSError as error:
-            logger.warning("adapters are not kept in memory: %s", error)
+        if folder.is_symlink() or (folder.exists() and folder.stat().st_uid != os.getuid()):
+            logger.warning("adapters are not kept in memory: %s belongs to somebody else", folder)
             return None
+        return cls(folder, min(limit, shutil.disk_usage(memory).free // 2))
 
     def path(self, name: str) -> Path | None:
         """Where the copy lies, and that it was used; None if there is none."""
@@ -84,7 +80,7 @@ class HotSet:
 
     def names(self) -> list[str]:
         """What is there, work in progress included."""
-        return [path.name for path in self._folder.iterdir()]
+        return [path.name for path in self._folder.iterdir()] if self._folder.exists() else []
 
     def close(self) -> None:
         """Drop everything."""
