@@ -265,7 +265,7 @@ def weights_of(bench, record):
 
 
 def test_a_video_that_keeps_costing_workers_ends_as_an_error(tmp_path, hypernetwork_model, videos, bench):
-    last = Bench(tmp_path, hypernetwork_model, workers=1, job_attempts=1, job_seconds=10)
+    last = Bench(tmp_path, hypernetwork_model, workers=1, job_attempts=1, job_seconds=15)
     assert last.pool.start()
     try:
         (pid,) = last.pids(1)

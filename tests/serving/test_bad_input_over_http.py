@@ -147,7 +147,7 @@ def test_a_video_url_is_never_answered_without_its_video(server, ready):
     content = [part, {"type": "text", "text": "What is shown?"}]
     with pytest.raises(openai.BadRequestError) as error:
         server.client.chat.completions.create(model="base", messages=[{"role": "user", "content": content}])
-    assert error.value.code == "video_url_unsupported"
+    assert error.value.code == "url_not_allowed"
 
 
 @pytest.mark.parametrize("options", [{"mode": "guess"}, {"wait": -1}, {"wait": "soon"}, {"colour": 1}, "adapter"])
