@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import json
 import threading
 from collections import Counter
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -32,9 +33,10 @@ ON_WHITE = scene("green", "triangle", "white", (0.2, 0.5), (0.7, 0.5))
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The default model, a chunk for every eight seconds; it fetches from this machine."""
+    """The default model, a chunk for every eight seconds; it calls tools, and fetches from this machine."""
     home = tmp_path_factory.mktemp("spans") / "home"
-    flags = ("--chunk-seconds", str(SECONDS), "--max-chunks", "3")
+    tools = ("--enable-auto-tool-choice", "--tool-call-parser", "pythonic")
+    flags = ("--chunk-seconds", str(SECONDS), "--max-chunks", "3", *tools)
     server = Server("f2l-tiny", home, *flags, env={"F2L_ALLOWED_MEDIA_DOMAINS": "127.0.0.1"})
     try:
         server.wait_ready()
@@ -132,6 +134,33 @@ def test_spans_and_videos_mix(server, long, pair):
     with pytest.raises(openai.BadRequestError) as error:
         ask(server, "How many?", part(long), *map(part, pair))
     assert error.value.code == "too_many_videos"
+
+
+def test_tools_and_schemas_are_filled_from_what_was_seen(server, pair):
+    colour = {"type": "string", "enum": ["red", "green", "blue"]}
+    schema = {
+        "type": "object",
+        "properties": {"colour": colour},
+        "required": ["colour"],
+        "additionalProperties": False,
+    }
+    content = [*map(part, pair), {"type": "text", "text": "What colour is the square?"}]
+    question = {
+        "model": "base",
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 0,
+        "max_tokens": 100,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "paint", "schema": schema, "strict": True}}
+    formed = server.client.chat.completions.create(**question, response_format=form)
+    tool = {"type": "function", "function": {"name": "paint", "parameters": schema}}
+    choice = {"type": "function", "function": {"name": "paint"}}
+    called = server.client.chat.completions.create(**question, tools=[tool], tool_choice=choice)
+    (call,) = called.choices[0].message.tool_calls
+    assert call.function.name == "paint"
+    for arguments in (text(formed), call.function.arguments):
+        assert json.loads(arguments)["colour"] in colour["enum"]
+    assert [source(answer)["rank"] for answer in (formed, called)] == [24, 24]
 
 
 def test_a_span_outside_says_what_there_is(server, long):
