@@ -15,6 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import State
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from f2l_vllm import torch_shims
@@ -62,6 +63,7 @@ class F2LEndpointPlugin:
         keep_listed_routes(app, [*listed(settings.open_routes), *listed(settings.extra_routes)])
         self._app = app
         app.add_exception_handler(errors.APIError, errors.answer)
+        app.add_exception_handler(HTTPException, errors.answer_http)
         app.add_exception_handler(Unavailable, errors.answer_unavailable)
         inner = app.router.lifespan_context
 

@@ -6,6 +6,7 @@ from http import HTTPStatus
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from f2l_vllm.adapters.errors import Unavailable
 from f2l_vllm.serving import metrics
@@ -64,6 +65,14 @@ async def answer_unavailable(request: Request, error: Exception) -> JSONResponse
     text = str(error)
     message = f"{text[:1].upper()}{text[1:]}: {advice}"
     return await answer(request, APIError(status, error.code, message, headers={"Retry-After": "5"}))
+
+
+async def answer_http(_request: Request, error: Exception) -> JSONResponse:
+    """The exception handler for what Starlette itself refuses: no such route, another method, too large a body."""
+    assert isinstance(error, HTTPException)
+    codes = {404: "route_not_found", 405: "method_not_allowed", 413: "request_too_large"}
+    code = codes.get(error.status_code, "invalid_request")
+    return response(APIError(HTTPStatus(error.status_code), code, str(error.detail), headers=dict(error.headers or {})))
 
 
 async def answer(_request: Request, error: Exception) -> JSONResponse:
