@@ -1,0 +1,40 @@
+"""The routes of files and models under requests made from their OpenAPI schema: no server error, OpenAI's shape."""
+
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, settings
+
+from f2l_vllm.serving.files import router
+
+QUESTION = [{"role": "user", "content": "What is shown?"}]
+app = FastAPI()
+app.include_router(router)
+schema = schemathesis.openapi.from_dict(app.openapi())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_lost(server, clips):
+    file = server.client.files.wait_for_processing(
+        server.client.files.create(file=clips[0], purpose="vision").id, poll_interval=0.02
+    )
+    yield
+    assert server.client.files.retrieve(file.id).status == "processed"
+    ask = server.client.chat.completions.create(model=file.id, messages=QUESTION, max_tokens=4)
+    assert ask.choices[0].finish_reason
+
+
+@schema.include(path_regex="^/v1/(files|models)").parametrize()
+@settings(
+    max_examples=12,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+)
+def test_any_request_of_the_schema(server, case):
+    response = case.call(base_url=server.url, timeout=120)
+    assert response.status_code < 500, response.text
+    if response.status_code >= 400:
+        error = response.json()["error"]
+        assert {"message", "type", "param", "code"} <= set(error)
