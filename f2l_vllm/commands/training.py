@@ -103,7 +103,7 @@ def train(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     if loop.is_main:
-        plot_training(output / RUN_FOLDER / LOG_FILE, output)
+        plot_training(output / LOG_FILE, output)
         console.print_json(data=report)
 
 

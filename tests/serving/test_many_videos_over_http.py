@@ -241,7 +241,7 @@ def test_structured_output_passes_through(server, videos):
 
 def test_a_video_by_address_is_a_file_that_one_can_go_on_with(server, tmp_path):
     path = write_video(tmp_path / "inline.mp4", frames=23, fps=6)
-    made = metric(server, 'f2l_internalized_total{outcome="published"}')
+    entered = metric(server, 'f2l_uploads_total{reused="false"}')
     messages = about(url_part(path))
 
     async def all_at_once():
@@ -252,7 +252,7 @@ def test_a_video_by_address_is_a_file_that_one_can_go_on_with(server, tmp_path):
     answers = asyncio.run(all_at_once())
     (file_id,) = {source(answer)["videos"][0]["file_id"] for answer in answers}
     assert len({text(answer) for answer in answers}) == 1
-    assert metric(server, 'f2l_internalized_total{outcome="published"}') == made + 1
+    assert metric(server, 'f2l_uploads_total{reused="false"}') == entered + 1
     file = server.client.files.retrieve(file_id)
     assert (file.purpose, file.status, file.bytes) == ("user_data", "processed", path.stat().st_size)
     assert 0 < file.expires_at - file.created_at <= 86400

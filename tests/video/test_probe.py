@@ -191,10 +191,10 @@ def test_header_facts(tmp_path: Path) -> None:
     assert info.duration_s == pytest.approx(3.0)
 
 
-def test_errors_survive_a_process_boundary() -> None:
-    error = pickle.loads(pickle.dumps(VideoError("no_frames", "Nothing there.")))
-    assert (error.code, error.message, str(error)) == ("no_frames", "Nothing there.", "Nothing there.")
-    assert len(CODES) == 10
+@pytest.mark.parametrize("code", CODES)
+def test_errors_survive_a_process_boundary(code) -> None:
+    error = pickle.loads(pickle.dumps(VideoError(code, "Nothing there.")))
+    assert (error.code, error.message, str(error)) == (code, "Nothing there.", "Nothing there.")
 
 
 @pytest.mark.parametrize("values", [{"max_frames": 0}, {"fps": -1.0}, {"longest_edge": 0}])
