@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from pool.test_pool import Bench
+from pool.test_pool import Bench, hanging_decoders
 from video.videos import write_video
 
 from f2l_vllm.adapters.states import VideoState
@@ -37,6 +37,11 @@ def session(pid):
     return found
 
 
+def workers_of(pool):
+    """The actors in a pool's session."""
+    return [pid for pid in session(pool) if (Path("/proc") / str(pid) / "cmdline").read_text().startswith("ray::Hyper")]
+
+
 def test_a_killed_pool_is_replaced_and_a_stopped_one_leaves_nothing(tmp_path, hypernetwork_model, monkeypatch):
     home = tmp_path / "home"
     home.mkdir()
@@ -49,19 +54,21 @@ def test_a_killed_pool_is_replaced_and_a_stopped_one_leaves_nothing(tmp_path, hy
     try:
         until(lambda: pool.workers == 1)
         first = pool._process.pid
-        poison = bench.add_long("poison")
-        bench.wait(poison, VideoState.DECODING)
-        os.kill(first, signal.SIGKILL)  # as a video would that takes the whole machine's memory
-        until(lambda: pool.workers == 0)
+        clip = write_video(tmp_path / "a.mp4")
+        bench.wait(bench.add(clip, name="f2l-first"), VideoState.PROCESSED)
+        with hanging_decoders(*workers_of(first)):
+            poison = bench.add(clip, name="f2l-poison")
+            bench.wait(poison, VideoState.DECODING)
+            os.kill(first, signal.SIGKILL)  # as a video would that takes the whole machine's memory
         # Not tried again by the next pool: it has cost all its attempts.
         assert bench.wait(poison, VideoState.ERROR).error_code == "internalization_failed"
-        record = bench.add(write_video(tmp_path / "a.mp4"))
+        record = bench.add(clip)
         bench.wait(record, VideoState.PROCESSED)
         second = pool._process.pid
         assert second != first
-        until(lambda: len(outcomes) == 2)
-        assert [outcome for outcome, _ in outcomes] == ["failed", "published"]
-        assert outcomes[1][1]["decode"] > 0
+        until(lambda: len(outcomes) == 3)
+        assert [outcome for outcome, _ in outcomes] == ["published", "failed", "published"]
+        assert outcomes[2][1]["decode"] > 0
     finally:
         pool.stop()
     until(lambda: not session(first) and not session(second))
