@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,10 +23,8 @@ import httpx
 from openai import APIStatusError, AsyncOpenAI
 
 from benchmarks import record
-from f2l_vllm import torch_shims
+from benchmarks.fleet import fleet
 from f2l_vllm.commands.server_process import ServerProcess
-
-torch_shims.install()
 
 _QUESTION = "Describe the video."
 _AT_ONCE_BEFORE = 4
@@ -186,23 +183,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    from f2l_vllm.training.render import write_mp4
-    from f2l_vllm.training.world import sample_scenes
-
-    with tempfile.TemporaryDirectory(prefix="f2l-leaks-") as folder:
-        scenes = sample_scenes(options.videos, options.seed, "train")
-        paths = [
-            write_mp4(scene, Path(folder) / f"{index}.mp4", size=(160, 120), fps=10, seconds=2.5)
-            for index, scene in enumerate(scenes)
-        ]
-        flags = ("--max-loras", str(options.slots), "--max-cpu-loras", str(options.host_slots))
-        engine = ("--enable-prefix-caching", "--enable-chunked-prefill", "--queue-limit", str(options.videos))
-        server = ServerProcess(options.model, Path(folder) / "home", *flags, *engine)
-        try:
-            server.wait_ready()
-            results = asyncio.run(run(server, paths, options))
-        finally:
-            server.stop()
+    flags = (
+        "--max-loras",
+        str(options.slots),
+        "--max-cpu-loras",
+        str(options.host_slots),
+        "--enable-prefix-caching",
+        "--enable-chunked-prefill",
+    )
+    with fleet(options.model, *flags, videos=options.videos, seed=options.seed, fps=10) as (server, paths):
+        results = asyncio.run(run(server, paths, options))
     asked = ("model", "videos", "questions", "concurrency", "change_every", "slots", "host_slots", "seed")
     record.write(options.json, {name: getattr(options, name) for name in asked}, results)
 

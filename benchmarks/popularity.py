@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import random
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,8 @@ from typing import Any
 from openai import AsyncOpenAI
 
 from benchmarks import record
-from f2l_vllm import torch_shims
+from benchmarks.fleet import fleet
 from f2l_vllm.commands.server_process import ServerProcess
-
-torch_shims.install()
 
 ARMS = ("resident", "uniform", "zipf")
 _QUESTION = "What is the background?"
@@ -108,22 +105,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    from f2l_vllm.training.render import write_mp4
-    from f2l_vllm.training.world import sample_scenes
-
-    with tempfile.TemporaryDirectory(prefix="f2l-popularity-") as folder:
-        scenes = sample_scenes(options.videos, options.seed, "train")
-        paths = [
-            write_mp4(scene, Path(folder) / f"{index}.mp4", size=(160, 120), fps=4, seconds=2.5)
-            for index, scene in enumerate(scenes)
-        ]
-        flags = ("--max-loras", str(options.slots), "--max-cpu-loras", str(options.host_slots))
-        server = ServerProcess(options.model, Path(folder) / "home", *flags, "--queue-limit", str(options.videos))
-        try:
-            server.wait_ready()
-            results = asyncio.run(measure(server, paths, options))
-        finally:
-            server.stop()
+    flags = ("--max-loras", str(options.slots), "--max-cpu-loras", str(options.host_slots))
+    with fleet(options.model, *flags, videos=options.videos, seed=options.seed, fps=4) as (server, paths):
+        results = asyncio.run(measure(server, paths, options))
     resident = results["resident"]
     for name in ("uniform", "zipf"):
         of = results[name]
