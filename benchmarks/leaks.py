@@ -29,7 +29,6 @@ from f2l_vllm.commands.server_process import ServerProcess
 _QUESTION = "Describe the video."
 _AT_ONCE_BEFORE = 4
 _LEAVING = 0.02  # share of the questions whose client goes away in the middle of a streamed answer
-_GONE = ("video_not_found",)
 
 
 @dataclass
@@ -47,7 +46,6 @@ class Run:
     """What the questions met."""
 
     client: AsyncOpenAI
-    model: str
     videos: list[Video]
     rng: random.Random
     counts: Counter[str] = field(default_factory=Counter)
@@ -85,7 +83,7 @@ class Run:
         try:
             answer = await self.ask(file_id, stream=self.rng.random() < 0.5, leave=leave)
         except APIStatusError as error:
-            gone = error.code in _GONE and (was_changing or video.changing or video.file_id != file_id)
+            gone = error.code == "video_not_found" and (was_changing or video.changing or video.file_id != file_id)
             self.counts["deleted meanwhile" if gone else f"error {error.code or error.status_code}"] += 1
             return
         self.seconds.append(time.perf_counter() - started)
@@ -115,8 +113,7 @@ class Run:
 async def run(server: ServerProcess, paths: list[Path], options: argparse.Namespace) -> dict[str, Any]:
     """Upload, ask, change, delete; the counts."""
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600) as client:
-        model = next(card.id for card in (await client.models.list()).data)
-        work = Run(client, model, [Video(path) for path in paths], random.Random(options.seed))
+        work = Run(client, [Video(path) for path in paths], random.Random(options.seed))
         gate = asyncio.Semaphore(_AT_ONCE_BEFORE)
 
         async def enter(video: Video) -> None:
