@@ -133,11 +133,10 @@ def _read(queries_NZd: Tensor, context_NTd: Tensor, mask_NT: Tensor | None) -> t
     num_tokens = context_NTd.shape[1]
     # With gradients autograd keeps every block's scores, so blocks would save nothing.
     length = num_tokens if torch.is_grad_enabled() else max(1, SCORES_AT_ONCE // (rows * count))
-    wide_NZd = _wide(queries_NZd)
     parts: tuple[Tensor, Tensor] | None = None
     for start in range(0, num_tokens, length):
         block_NTd = context_NTd[:, start : start + length]
-        scores_NZT = wide_NZd @ _wide(block_NTd).mT
+        scores_NZT = _wide(queries_NZd @ block_NTd.mT)
         if mask_NT is not None:
             # Not minus infinity: a block of nothing but padding has to have a softmax, to weigh nothing in the end.
             padding_N1T = ~mask_NT[:, None, start : start + length]
