@@ -29,6 +29,9 @@ MaxFrames = Annotated[int | None, typer.Option(min=1, help="Frames read of a vid
 Fps = Annotated[float | None, typer.Option(min=0.001, help="Frames read per second, up to --max-frames.")]
 ChunkSeconds = Annotated[float | None, typer.Option(min=0.001, help="Cut videos into chunks of this many seconds.")]
 ChunkFrames = Annotated[int | None, typer.Option(min=1, help="Cut videos into chunks of this many frames.")]
+MergeRate = Annotated[
+    float | None, typer.Option(help="Part of a video's visual tokens to merge away before it is internalized.")
+]
 MaxChunks = Annotated[int | None, typer.Option(min=1, help="Most chunks of a video (each adds to the LoRA rank).")]
 
 
@@ -61,6 +64,7 @@ def serve(
     chunk_seconds: ChunkSeconds = None,
     chunk_frames: ChunkFrames = None,
     max_chunks: MaxChunks = None,
+    merge_rate: MergeRate = None,
     batch_tokens: Annotated[
         int | None, typer.Option(min=0, help="Tokens a pass: internalize waiting videos together.")
     ] = None,
@@ -86,6 +90,7 @@ def serve(
         "F2L_CHUNK_SECONDS": chunk_seconds,
         "F2L_CHUNK_FRAMES": chunk_frames,
         "F2L_MAX_CHUNKS": max_chunks,
+        "F2L_MERGE_RATE": merge_rate,
         "F2L_BATCH_TOKENS": batch_tokens,
         "F2L_HOME": home,
         "F2L_TENANTS": tenants.absolute() if tenants is not None else None,
@@ -115,6 +120,7 @@ def internalize(
     chunk_seconds: ChunkSeconds = None,
     chunk_frames: ChunkFrames = None,
     max_chunks: MaxChunks = None,
+    merge_rate: MergeRate = None,
 ) -> None:
     """Read a video once and write its LoRA adapter, without a server."""
     from f2l_vllm.commands.local import Reading
@@ -122,7 +128,8 @@ def internalize(
 
     if chunk_seconds is not None and chunk_frames is not None:
         raise typer.BadParameter("videos are cut by seconds or by frames: give one of them")
-    run(video, output, model, hypernetwork, Reading(max_frames, fps, chunk_seconds, chunk_frames, max_chunks or 15))
+    reading = Reading(max_frames, fps, chunk_seconds, chunk_frames, max_chunks or 15, merge_rate or 0.0)
+    run(video, output, model, hypernetwork, reading)
 
 
 @app.command()

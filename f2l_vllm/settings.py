@@ -38,6 +38,9 @@ class Settings(BaseSettings):
     fps: float | None = Field(None, gt=0, description="Frames read per second, up to `max_frames`.")
     chunk_seconds: float | None = Field(None, gt=0, description="Cut videos into chunks of this many seconds.")
     chunk_frames: int | None = Field(None, ge=1, description="Cut videos into chunks of this many frames.")
+    merge_rate: float = Field(
+        0.0, ge=0, lt=1, description="Part of a video's visual tokens merged away before it is internalized, [0, 1)."
+    )
     max_chunks: int = Field(3, ge=1, description="Chunks there is room for: `serve` makes the LoRA rank large enough.")
     batch_tokens: int = Field(
         0, ge=0, description="Internalize waiting videos together, up to this many tokens a pass."
@@ -116,9 +119,10 @@ class Settings(BaseSettings):
 
     @property
     def sampling(self) -> dict[str, float]:
-        """What was set of how frames are taken: it shapes the adapters, and is part of their names."""
+        """What was set of how videos are read: it shapes the adapters, and is part of their names."""
         names = ("max_frames", "fps", "chunk_seconds", "chunk_frames")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        merging = {"merge_rate": self.merge_rate} if self.merge_rate else {}
+        return {name: value for name in names if (value := getattr(self, name)) is not None} | merging
 
     @property
     def catalog_url(self) -> str:

@@ -29,6 +29,7 @@ class Reading:
     chunk_seconds: float | None = None
     chunk_frames: int | None = None
     max_chunks: int = 1
+    merge_rate: float = 0.0
 
 
 _STAGES = ("decode", "encode", "generate")
@@ -38,14 +39,14 @@ def _bar() -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True)
 
 
-def _internalizer(model: str, hypernetwork: str | None) -> tuple[Internalizer, Path]:
+def _internalizer(model: str, hypernetwork: str | None, merge_rate: float = 0.0) -> tuple[Internalizer, Path]:
     torch_shims.install()
     from f2l_vllm.hypernetwork.internalizer import Internalizer
 
     try:
         directory, weights = models.resolve(model), models.resolve_hypernetwork(model, hypernetwork)
         with console.status("loading model and hypernetwork"):
-            return Internalizer.load(directory, weights), directory
+            return Internalizer.load(directory, weights, merge_rate=merge_rate), directory
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -78,7 +79,7 @@ def internalize(video: Path, output: Path, model: str, hypernetwork: str | None,
     """Write a video's PEFT adapter to `output`."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise typer.BadParameter(f"{output} exists already; name a new directory")
-    internalizer, directory = _internalizer(model, hypernetwork)
+    internalizer, directory = _internalizer(model, hypernetwork, reading.merge_rate)
     started = time.perf_counter()
     adapter = _read(internalizer, video, reading)
     adapter.save(output, base_model=str(directory))

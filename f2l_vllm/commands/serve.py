@@ -6,13 +6,16 @@ go to vLLM directly; the endpoint plugin starts and stops Ray and the pool.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from f2l_vllm import models
 from f2l_vllm.adapters.peft_format import BaseShapes
+from f2l_vllm.hypernetwork.merging import check_rate
 from f2l_vllm.hypernetwork.model import read_config
 from f2l_vllm.serving.tenants import Keys
 from f2l_vllm.settings import Settings, refuse_environment
@@ -42,6 +45,7 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], vllm_fl
             that no server could take.
     """
     refuse_environment(os.environ)
+    _check_pruning_rate(vllm_flags)
     directory = models.resolve(model)
     weights = models.resolve_hypernetwork(model, hypernetwork)
     config = read_config(weights)
@@ -86,6 +90,19 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], vllm_fl
 def serve(launch: Launch) -> None:
     """Become the server."""
     os.execvpe(launch.argv[0], launch.argv, {**os.environ, **launch.env})
+
+
+def _check_pruning_rate(flags: Sequence[str]) -> None:
+    """vLLM would say so too, after it has begun to start."""
+    parser = argparse.ArgumentParser(prog="f2l-vllm serve", add_help=False, allow_abbrev=False)
+    parser.add_argument("--video-pruning-rate", "--video_pruning_rate")
+    given = parser.parse_known_args(list(flags))[0].video_pruning_rate
+    if given is None:
+        return
+    try:
+        check_rate(float(given))
+    except ValueError as error:
+        raise ValueError(f"--video-pruning-rate {given}: {error}") from error
 
 
 def _has_gpu() -> bool:

@@ -5,7 +5,7 @@ vectors per token of one text layer. Frames are prepared and pass the vision tow
 MLPs take a block of tokens at a time, and a layer's features are handed on and forgotten.
 
 Shape suffixes: B batch (videos), L text layers, T tokens of the internalization message, D hidden size, F frames,
-S pixels of a square frame, V visual tokens of all videos.
+S pixels of a square frame, P visual tokens of a frame, V of all videos.
 
 Source: Frames2LoRA (arXiv 2606.04351), section 3.1.
 """
@@ -23,6 +23,7 @@ from transformers import BatchFeature
 
 from f2l_vllm.hypernetwork.base_model import target_linear, text_layers_of, text_model_of
 from f2l_vllm.hypernetwork.blocks import mlp_in_blocks
+from f2l_vllm.hypernetwork.merging import check_rate, merge_tokens, tokens_of_frames, without_merged
 from f2l_vllm.video.sample import SampledVideo
 
 INSTRUCTION = "Internalize this video for later captioning."
@@ -42,18 +43,29 @@ class VideoEncoder:
     Args:
         model: SmolVLMForConditionalGeneration or SmolVLMModel; frozen, its dtype and device are kept.
         processor: the model's processor.
+        merge_rate: part of the visual tokens to save before the text layers; `tokens` and `see` leave them out, what
+            `prepare` gives is read whole.
+
+    Raises:
+        ValueError: a rate outside [0, 1).
     """
 
-    def __init__(self, model: nn.Module, processor: Any) -> None:
+    def __init__(self, model: nn.Module, processor: Any, merge_rate: float = 0.0) -> None:
         self.model = model
         self.processor = processor
         self.layers = text_layers_of(model)
+        self.merge_rate = check_rate(merge_rate)
 
     def tokens(self, sampled: SampledVideo) -> Tensor:
         """Token ids [T] of the internalization message: one user turn with the video and `INSTRUCTION`."""
         # The ids depend on how many frames there are and when, not on their pixels.
         blank = sampled.frames[:, :2, :2]
-        return self._process(sampled, blank, {"do_resize": False})["input_ids"][0]
+        ids = self._process(sampled, blank, {"do_resize": False})["input_ids"][0]
+        if not self.merge_rate:
+            return ids
+        per_frame = self.num_visual_tokens(ids) // len(sampled.frames)
+        counts = tokens_of_frames(len(sampled.frames), per_frame, self.merge_rate)
+        return torch.tensor(without_merged(ids.tolist(), self._image_token_id, per_frame, counts))
 
     def prepare(self, sampled: SampledVideo) -> BatchFeature:
         """Token ids and all pixels of the internalization message, as `visit` and `features` take them.
@@ -77,7 +89,10 @@ class VideoEncoder:
                     [frames], do_sample_frames=False, return_tensors="pt", **_size_option(sampled)
                 )
 
-        return self._embed(batches())
+        frames = self._embed(batches())
+        if not self.merge_rate:
+            return torch.cat([batch_FPD.flatten(0, 1) for batch_FPD in frames])
+        return merge_tokens(frames, len(sampled.frames), self.merge_rate)
 
     @torch.no_grad()
     def read(self, ids: Sequence[Tensor], visual: Sequence[Tensor], on_layer: OnLayer) -> None:
@@ -119,7 +134,8 @@ class VideoEncoder:
         )
         device = next(self.model.parameters()).device
         mask_BT = inputs["attention_mask"].to(device)
-        self._run_text(inputs["input_ids"].to(device), mask_BT, self._embed(batches), on_layer, mask_BT)
+        visual_VD = torch.cat([batch_FPD.flatten(0, 1) for batch_FPD in self._embed(batches)])
+        self._run_text(inputs["input_ids"].to(device), mask_BT, visual_VD, on_layer, mask_BT)
 
     def features(self, inputs: BatchFeature) -> tuple[Tensor, Tensor]:
         """What enters each text layer.
@@ -162,19 +178,17 @@ class VideoEncoder:
             processor_kwargs={"do_sample_frames": False, "video_metadata": [[sampled.metadata]], **options},
         )
 
-    def _embed(self, batches: Iterable[BatchFeature]) -> Tensor:
-        """Visual tokens [V, D] of batches of frames that hold no padding."""
+    def _embed(self, batches: Iterable[BatchFeature]) -> Iterator[Tensor]:
+        """Visual tokens [F, P, D] of each batch of frames; the frames hold no padding."""
         parameter = next(self.model.parameters())
         inner: Any = getattr(self.model, "model", self.model)
-        embedded = []
         for batch in batches:
             mask = batch.get("pixel_attention_mask")
             output = inner.get_image_features(
                 pixel_values=batch["pixel_values"].to(parameter.device, parameter.dtype),
                 pixel_attention_mask=None if mask is None else mask.to(parameter.device),
             )
-            embedded.append(output.pooler_output.flatten(0, 1))
-        return torch.cat(embedded)
+            yield output.pooler_output
 
     def _run_text(
         self, ids_BT: Tensor, mask_BT: Tensor, visual_VD: Tensor, on_layer: OnLayer, attention_mask: Tensor | None

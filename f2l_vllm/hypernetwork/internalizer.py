@@ -65,12 +65,13 @@ class Internalizer:
         processor: the model's processor; loaded from where the model came from when None.
         sampling: which frames are read; as in the hypernetwork's training when None.
         limits: which videos are accepted; the defaults of `Limits` when None.
+        merge_rate: part of a video's visual tokens to save before the text layers read them, in [0, 1).
 
     Attributes:
         decoder: reads video files in the place of this process; may be set.
 
     Raises:
-        ValueError: the hypernetwork does not fit the model; the message names both.
+        ValueError: the hypernetwork does not fit the model, and the message names both; or a rate outside [0, 1).
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Internalizer:
         processor: Any = None,
         sampling: Sampling | None = None,
         limits: Limits | None = None,
+        merge_rate: float = 0.0,
     ) -> None:
         check_fit(model, hyper.config)
         if processor is None:
@@ -89,7 +91,7 @@ class Internalizer:
         self.model = model.eval()
         self.hyper = hyper.to(next(model.parameters()).device).eval()
         self.processor = processor
-        self.encoder = VideoEncoder(model, processor)
+        self.encoder = VideoEncoder(model, processor, merge_rate)
         self.sampling = sampling or Sampling(hyper.config.max_frames, longest_edge=hyper.config.longest_edge)
         self.limits = limits or Limits()
         self.decoder: Decoder | None = None
@@ -103,6 +105,7 @@ class Internalizer:
         dtype: torch.dtype | None = None,
         sampling: Sampling | None = None,
         limits: Limits | None = None,
+        merge_rate: float = 0.0,
     ) -> Internalizer:
         """Load all three parts.
 
@@ -126,7 +129,7 @@ class Internalizer:
             processor = AutoProcessor.from_pretrained(str(model_ref))
         except OSError as error:
             raise ValueError(f"The base model {str(model_ref)!r} cannot be loaded: {error}") from error
-        return cls(model.to(device), hyper, processor, sampling, limits)
+        return cls(model.to(device), hyper, processor, sampling, limits, merge_rate)
 
     @property
     def device(self) -> torch.device:
@@ -147,8 +150,9 @@ class Internalizer:
 
         Returns:
             the adapter, on the model's device; `info` holds frames, timestamps, duration_s, width, height,
-            visual_tokens, prompt_tokens, rank, and `seconds` spent in "decode", "vision" (frames to visual tokens),
-            "text" (the text layers), "perceiver" and "head" (latents to factors).
+            visual_tokens and prompt_tokens (that the text layers read), merge_rate, rank, and `seconds` spent in
+            "decode", "vision" (frames to visual tokens, merged), "text" (the text layers), "perceiver" and "head"
+            (latents to factors).
 
         Raises:
             VideoError: the video cannot be used; its message says why and what to do.
@@ -278,6 +282,7 @@ class Internalizer:
                     "width": sampled.info.width,
                     "height": sampled.info.height,
                     "visual_tokens": len(visual[row]),
+                    "merge_rate": self.encoder.merge_rate,
                     "prompt_tokens": len(ids[row]),
                     "seconds": {stage: seconds / len(videos) for stage, seconds in clock.seconds.items()},
                 },

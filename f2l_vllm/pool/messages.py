@@ -30,6 +30,7 @@ class WorkerSpec:
     chunk_seconds: float | None = None
     chunk_frames: int | None = None
     max_chunks: int = 0
+    merge_rate: float = 0.0
     batch_tokens: int = 0
     store: str | None = None
     decode: DecodeLimits = field(default_factory=DecodeLimits)

@@ -46,7 +46,7 @@ class HypernetworkWorker:
         self._store = Store(spec.home, url=spec.store)
         self._shapes = BaseShapes.read(spec.model)
         limits = Limits(max_duration_s=spec.max_seconds, max_pixels=spec.max_pixels)
-        self._internalizer = Internalizer.load(spec.model, spec.hypernetwork, limits=limits)
+        self._internalizer = Internalizer.load(spec.model, spec.hypernetwork, limits=limits, merge_rate=spec.merge_rate)
         self._decoder = self._internalizer.decoder = IsolatedDecoder(spec.decode)
         self._proof = Proof(self._internalizer.model, self._internalizer.processor.tokenizer)
         self._cancelled: set[str] = set()

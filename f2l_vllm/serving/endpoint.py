@@ -176,6 +176,7 @@ def worker_spec(settings: Settings, model: Path, hypernetwork: Path, max_rank: i
         chunk_seconds=settings.chunk_seconds,
         chunk_frames=settings.chunk_frames,
         max_chunks=max_rank // chunk_rank - 1 if settings.is_chunked else 0,  # the bias takes the rank of one chunk
+        merge_rate=settings.merge_rate,
         batch_tokens=settings.batch_tokens,
         decode=settings.decode_limits,
     )

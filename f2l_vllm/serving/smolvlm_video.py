@@ -3,11 +3,18 @@
 A video is N frames, each resized to the model's square and never split, in a prompt that states their number, the
 video's length and each frame's time. The prompt and the pixels are made by transformers' own processor, so that they
 equal what transformers, and with it internalization, computes from the same frames.
+
+Under vLLM's `--video-pruning-rate` a video's tokens are merged from frame to frame (`hypernetwork/merging.py`). How
+many each frame keeps does not depend on what is seen: the text about the video, and each frame's time before its
+tokens, stay where they are, and the prompt is known before the vision tower has run. Where the number depends on what
+is seen (Nemotron, Qwen3-VL), the prompt counts all tokens towards the first frame, and the model moves the text between
+frames into place as embeddings: the token ids are then not what is read. SmolVLM counts positions along the prompt, so
+vLLM's interface `SupportsMultiModalPruning`, for positions that depend on which tokens are left, is not needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import Any
@@ -30,6 +37,7 @@ from vllm.multimodal.parse import MultiModalDataItems, MultiModalDataParser, Vid
 from vllm.multimodal.processing import BaseDummyInputsBuilder, PromptReplacement, PromptUpdate, PromptUpdateDetails
 from vllm.multimodal.processing.processor import MultiModalPromptUpdates, PlaceholderFeaturesInfo, ResolvedPromptUpdate
 
+from f2l_vllm.hypernetwork.merging import merge_tokens, tokens_of_frames, without_merged
 from f2l_vllm.serving import video_loader
 
 _FRAMES_PER_CALL = 32  # of the vision tower, whose memory grows with the frames it sees at once
@@ -38,6 +46,11 @@ _METADATA_FIELDS = {field.name for field in fields(VideoMetadata)}
 
 class SmolVLMVideoProcessingInfo(SmolVLMProcessingInfo):
     """What vLLM asks about the model's inputs before it has any."""
+
+    @property
+    def merge_rate(self) -> float:
+        """Part of a video's tokens to save."""
+        return self.ctx.get_mm_config().video_pruning_rate or 0.0
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {**super().get_supported_mm_limits(), "video": None}
@@ -149,6 +162,9 @@ class SmolVLMVideoMultiModalProcessor(SmolVLMMultiModalProcessor):
                 video_idx=0,
             )
             ids = tokenizer.encode(text, add_special_tokens=False)
+            if self.info.merge_rate:
+                counts = tokens_of_frames(len(frames), processor.image_seq_len, self.info.merge_rate)
+                ids = without_merged(ids, processor.image_token_id, processor.image_seq_len, counts)
             return PromptUpdateDetails.select_token_id(ids, processor.image_token_id)
 
         video = PromptReplacement(
@@ -184,6 +200,13 @@ class SmolVLMVideoMultiModalProcessor(SmolVLMMultiModalProcessor):
 class SmolVLMVideoForConditionalGeneration(SmolVLMForConditionalGeneration):
     """vLLM's SmolVLM, whose vision tower also reads the frames of videos."""
 
+    # Merging goes by the name of vLLM's default method, whose number of tokens it keeps; others are refused by vLLM.
+    supported_video_pruning_methods = ("evs",)
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.merge_rate = vllm_config.model_config.multimodal_config.video_pruning_rate or 0.0
+
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
         return "<video>" if modality.startswith("video") else super().get_placeholder_str(modality, i)
@@ -199,13 +222,17 @@ class SmolVLMVideoForConditionalGeneration(SmolVLMForConditionalGeneration):
         if "pixel_values_videos" not in kwargs:
             return super().embed_multimodal(**kwargs)
         pixels, masks = kwargs["pixel_values_videos"], kwargs["pixel_attention_mask_videos"]
-        frames = torch.cat(
-            [
-                self.model.connector(self.model.image_pixels_to_features(some, mask, remove_padding=False))
-                for some, mask in zip(pixels.split(_FRAMES_PER_CALL), masks.split(_FRAMES_PER_CALL), strict=True)
-            ]
-        )
-        return [video.flatten(0, 1) for video in frames.split(kwargs["num_frames"].tolist())]
+        num_frames = kwargs["num_frames"].tolist()
+        if self.merge_rate:
+            videos = zip(pixels.split(num_frames), masks.split(num_frames), num_frames, strict=True)
+            return [merge_tokens(self._see(some, mask), frames, self.merge_rate) for some, mask, frames in videos]
+        frames = torch.cat(list(self._see(pixels, masks)))
+        return [video.flatten(0, 1) for video in frames.split(num_frames)]
+
+    def _see(self, pixels: torch.Tensor, masks: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Tokens `[frames, tokens of one, hidden]` of a few frames at a time."""
+        for some, mask in zip(pixels.split(_FRAMES_PER_CALL), masks.split(_FRAMES_PER_CALL), strict=True):
+            yield self.model.connector(self.model.image_pixels_to_features(some, mask, remove_padding=False))
 
 
 def _between(update: ResolvedPromptUpdate, fence: int) -> ResolvedPromptUpdate:

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from f2l_vllm.adapters.address import adapter_name, fingerprint
+from f2l_vllm.settings import Settings
 
 PARTS = {"video_sha256": "a" * 64, "sampling": {"frames": 8}, "base_revision": "b", "hypernetwork_revision": "h"}
 
@@ -16,6 +17,14 @@ def test_same_parts_same_name():
 def test_every_part_changes_the_name(part):
     other = {"frames": 9} if part == "sampling" else "x"
     assert adapter_name(**{**PARTS, part: other}) != adapter_name(**PARTS)
+
+
+def test_a_rate_of_merging_is_part_of_the_name_and_none_changes_no_name():
+    names = {
+        rate: adapter_name(**{**PARTS, "sampling": Settings(merge_rate=rate).sampling}) for rate in (0.0, 0.3, 0.5)
+    }
+    assert len(set(names.values())) == 3
+    assert names[0.0] == adapter_name(**{**PARTS, "sampling": {}})
 
 
 def _model(folder: Path, weights: bytes) -> Path:

@@ -41,6 +41,21 @@ def test_chunks_and_videos_in_one_question_make_the_rank_larger(hypernetwork_mod
         plan(str(hypernetwork_model), None, {**settings, "F2L_CHUNK_FRAMES": "8"}, [])
 
 
+@pytest.mark.parametrize("rate", ["1", "-0.1", "1.5", "half"])
+def test_a_pruning_rate_that_is_none_is_refused_before_anything_starts(hypernetwork_model, rate):
+    for flags in (["--video-pruning-rate", rate], [f"--video_pruning_rate={rate}"]):
+        with pytest.raises(ValueError, match=f"--video-pruning-rate {rate}: "):
+            plan(str(hypernetwork_model), None, {}, flags)
+
+
+def test_rates_of_merging_reach_vllm_and_the_workers(hypernetwork_model):
+    launch = plan(str(hypernetwork_model), None, {"F2L_MERGE_RATE": "0.5"}, ["--video-pruning-rate", "0.7"])
+    assert flag(launch.argv, "--video-pruning-rate") == "0.7"
+    assert launch.env["F2L_MERGE_RATE"] == "0.5"
+    with pytest.raises(ValueError, match="merge_rate"):
+        plan(str(hypernetwork_model), None, {"F2L_MERGE_RATE": "1"}, [])
+
+
 def test_a_hypernetwork_for_another_model_is_refused_before_anything_starts(hypernetwork_model):
     with pytest.raises(ValueError, match="this model has 4 layers"):
         plan(str(hypernetwork_model), str(models.resolve("f2l-tiny") / "hypernetwork"), {}, [])

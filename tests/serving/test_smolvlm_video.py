@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from vllm.model_executor.models.smolvlm import SmolVLMForConditionalGeneration
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseMultiModalProcessor
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, get_video_loader_backend_for_processor
+from vllm.multimodal.video_prune.evs import compute_retained_tokens_count
 from vllm.transformers_utils.processor import get_video_processor_cls_name
 
+from f2l_vllm.hypernetwork.merging import tokens_of_frames
 from f2l_vllm.serving import plugin
 from f2l_vllm.serving.smolvlm_video import SmolVLMVideoForConditionalGeneration
 from f2l_vllm.serving.video_loader import NAME, SampledVideoLoader
@@ -188,6 +191,47 @@ def test_largest_video_fills_the_context(processor: BaseMultiModalProcessor) -> 
     assert dummy["mm_placeholders"]["video"][0].get_num_embeds() == 8 * 4
 
 
+@pytest.fixture
+def merging(configure: Callable[..., ModelConfig]) -> BaseMultiModalProcessor:
+    return MULTIMODAL_REGISTRY.create_processor(configure(video_pruning_rate=0.5))
+
+
+def test_merging_takes_visual_tokens_out_of_the_prompt_and_leaves_the_text(
+    merging: BaseMultiModalProcessor, processor: BaseMultiModalProcessor, hf: Any, clips: list[Path]
+) -> None:
+    prompt = prompt_with("Look: <video>one <video>two")
+    whole = process(processor, prompt, clips[1::-1])["prompt_token_ids"]
+    given = process(merging, prompt, clips[1::-1])
+    image = hf.image_token_id
+    assert [i for i in given["prompt_token_ids"] if i != image] == [i for i in whole if i != image]
+    counts = [tokens_of_frames(frames, hf.image_seq_len, 0.5) for frames in (8, 2)]
+    runs = [len(list(run)) for token, run in itertools.groupby(given["prompt_token_ids"]) if token == image]
+    assert runs == [*counts[0], *counts[1]] == [4, 1, 2, 2, 1, 2, 2, 2, 4, 1]
+    assert [place.get_num_embeds() for place in given["mm_placeholders"]["video"]] == [16, 5]
+
+
+def test_a_rate_of_zero_changes_nothing(
+    configure: Callable[..., ModelConfig], processor: BaseMultiModalProcessor, clips: list[Path]
+) -> None:
+    at_zero = MULTIMODAL_REGISTRY.create_processor(configure(video_pruning_rate=0.0))
+    prompt = prompt_with("<video>What?")
+    given, usual = process(at_zero, prompt, clips[:1]), process(processor, prompt, clips[:1])
+    assert given["prompt_token_ids"] == usual["prompt_token_ids"]
+
+
+def test_images_are_not_merged(merging: BaseMultiModalProcessor, hf: Any) -> None:
+    image = Image.fromarray(np.zeros((50, 70, 3), dtype=np.uint8))
+    given = process(merging, prompt_with("<image>What?"), [], [image])
+    assert given["prompt_token_ids"].count(hf.image_token_id) == 5 * hf.image_seq_len
+
+
+def test_vllm_refuses_another_method_and_a_rate_that_is_none(configure: Callable[..., ModelConfig]) -> None:
+    with pytest.raises(ValueError, match="vidcom2"):
+        configure(video_pruning_rate=0.5, video_pruning_method="vidcom2")
+    with pytest.raises(ValueError, match="less than 1"):
+        configure(video_pruning_rate=1.0)
+
+
 def test_plugin_can_be_registered_twice(configure: Callable[..., ModelConfig]) -> None:
     plugin.register()
     plugin.register()
@@ -213,6 +257,11 @@ class TestContractWithVllm032:
         ):
             assert hasattr(BaseMultiModalProcessor, name)
         assert hasattr(SmolVLMForConditionalGeneration, "_mark_tower_model")
+
+    @pytest.mark.parametrize("rate", [0.1, 0.3, 0.5, 0.7])
+    def test_merging_keeps_as_many_tokens_as_vllms_own_pruning(self, rate: float) -> None:
+        for frames in (1, 8, 50):
+            assert sum(tokens_of_frames(frames, 64, rate)) == compute_retained_tokens_count(64, frames, rate)
 
     def test_stock_model_still_lacks_videos(self) -> None:
         with pytest.raises(ValueError, match="Only image"):
