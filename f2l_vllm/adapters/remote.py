@@ -21,8 +21,7 @@ import fsspec
 from fsspec.core import split_protocol
 
 from f2l_vllm.adapters.errors import StoreUnavailable, disk_errors
-
-MANIFEST_FILE = "manifest.json"
+from f2l_vllm.adapters.manifest import MANIFEST_FILE
 
 
 class Remote:

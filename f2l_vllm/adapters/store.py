@@ -4,41 +4,36 @@ Layout under `F2L_HOME`::
 
     videos/<2 hex>/<sha256>          the bytes as uploaded, one copy however many file ids share them
     adapters/<name>/                 PEFT files and manifest.json (sizes and sha-256 of each file)
-    tmp/                             work in progress
+    tmp/<machine>.<32 hex>/          work in progress of one process
 
-Everything is written under `tmp/`, synced, and renamed into place. With a remote store (`F2L_STORE`) that is where
+Everything is written under `tmp/`, synced, and renamed into place. What a process that was killed left there goes when
+the store is opened next. With a remote store (`F2L_STORE`) that is where
 everything is kept, and these folders are a cache of what is used here, bounded in bytes by `trim`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from f2l_vllm.adapters import manifest as manifests
 from f2l_vllm.adapters.errors import disk_errors
 from f2l_vllm.adapters.hot import HotSet
-from f2l_vllm.adapters.remote import MANIFEST_FILE, Remote
+from f2l_vllm.adapters.manifest import MANIFEST_FILE, Manifests, StoreError
+from f2l_vllm.adapters.remote import Remote
+from f2l_vllm.adapters.workspace import Workspace, remove
 from f2l_vllm.hypernetwork.files import sync
 
 __all__ = ["MANIFEST_FILE", "Store", "StoreError"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")
-_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _YOUNG_SECONDS = 60.0  # what was used this recently is not taken from the cache: somebody may be about to open it
-
-
-class StoreError(RuntimeError):
-    """A stored object that is missing or not what was written."""
 
 
 class Store:
@@ -61,9 +56,12 @@ class Store:
         with disk_errors("use its data folder"):
             for folder in (self._videos, self._adapters, self._tmp):
                 folder.mkdir(parents=True, exist_ok=True)
+        self._workspace = Workspace(self._tmp)
+        self._workspace.clear()
         self._remote = None if url is None else Remote(url)
         self._cache_bytes = cache_bytes
-        self._hot = HotSet.open(home, hot_bytes)
+        self._manifests = Manifests()
+        self._hot = HotSet.open(home, hot_bytes, self._manifests)
         self._in_use: Callable[[str], bool] = lambda _name: False
 
     def protect(self, in_use: Callable[[str], bool]) -> None:
@@ -78,7 +76,8 @@ class Store:
             self._hot.pinned = frozenset(names)
 
     def close(self) -> None:
-        """Give the memory of the hot set back."""
+        """Give the memory of the hot set back, and drop work in progress."""
+        self._workspace.close()
         if self._hot is not None:
             self._hot.close()
 
@@ -90,12 +89,10 @@ class Store:
             older_than_s: younger entries may be in the making, and stay.
         """
         limit = time.time() - older_than_s
-        for entry in self._tmp.iterdir():
-            if _changed(entry) < limit:
-                _remove(entry)
+        self._workspace.clear(older_than_s)
         for entry in [*self._adapters.iterdir(), *self._videos.glob("*/*")]:
             if _changed(entry) < limit and not keep(entry.name):
-                _remove(entry)
+                remove(entry)
         if self._hot is not None:
             for name in self._hot.names():
                 if not keep(name):
@@ -123,7 +120,8 @@ class Store:
 
     def temporary(self) -> Path:
         """A fresh path for work in progress, on the same file system as everything else."""
-        return self._tmp / uuid.uuid4().hex
+        with disk_errors("write"):
+            return self._workspace.fresh()
 
     # Videos
 
@@ -163,7 +161,7 @@ class Store:
                 self._remote.get_video(sha256, work)
             except FileNotFoundError as error:
                 raise StoreError(f"the video {sha256} is missing") from error
-            if _sha256(work) != sha256:
+            if manifests.sha256_of(work) != sha256:
                 raise StoreError(f"the video {sha256} differs from what was uploaded")
             with disk_errors("keep a video"):
                 path.parent.mkdir(exist_ok=True)
@@ -190,23 +188,28 @@ class Store:
         return self._adapters / name
 
     def load_path(self, name: str) -> Path:
-        """A local directory to load the adapter from: whole, checked, fetched if need be, in memory if there is room.
+        """A local directory to load the adapter from: whole, checked, fetched if need be; in memory once it is there.
 
         Raises:
             StoreError: no such adapter, or a file that is missing or differs from what was written.
         """
-        path = self.adapter_path(name)
+        if (copy := self._checked_copy(name)) is not None:
+            return copy
+        path = self._checked(name)
+        if self._hot is not None:
+            self._hot.offer(name, path)
+        return path
+
+    def load_path_at_once(self, name: str) -> Path | None:
+        """The same where nothing has to be read for it: a copy in memory that is known to be sound. Four system calls
+        on a memory file system, so an event loop may ask."""
+        return None if self._hot is None else self._hot.sound_path(name)
+
+    def prepare(self, name: str) -> bool:
+        """Copy a published adapter into memory before anybody asks for it; False when there is no more room."""
         if self._hot is None:
-            self.verify_adapter(name)
-            return path
-        if (copy := self._hot.path(name)) is not None:
-            try:
-                _verify(copy, name)
-                return copy
-            except StoreError:
-                self._hot.remove(name)
-        self.verify_adapter(name)
-        return self._hot.put(name, path) or path
+            return False
+        return self._hot.path(name) is not None or self._hot.put(name, self._checked(name), evict=False) is not None
 
     def publish_adapter(self, name: str, write: Callable[[Path], None], manifest: dict[str, Any]) -> Path:
         """Let `write` fill a directory, add the manifest, and rename the whole into place.
@@ -217,8 +220,7 @@ class Store:
         target = self.adapter_path(name)
         with self._work() as work, disk_errors("keep an adapter"):
             write(work)
-            files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(work.iterdir())}
-            (work / MANIFEST_FILE).write_text(json.dumps({**manifest, "name": name, "files": files}, indent=1))
+            manifests.write(work, name, manifest)
             for file in work.iterdir():
                 sync(file)
             sync(work)
@@ -236,16 +238,16 @@ class Store:
         return target
 
     def verify_adapter(self, name: str) -> dict[str, Any]:
-        """Check every file against the manifest and return it; a cached copy that is damaged is fetched again.
+        """Read every file, check it against the manifest, and return that; a damaged cached copy is fetched again.
 
         Raises:
             StoreError: no such adapter, or a file that is missing or differs from what was written.
         """
         path = self.adapter_path(name)
         if self._remote is None:
-            return _verify(path, name)
+            return manifests.verify(path, name)
         try:
-            manifest = _verify(path, name)
+            manifest = manifests.verify(path, name)
         except StoreError:
             return self._fetch_adapter(name, self._remote)
         _touch(path)
@@ -254,12 +256,36 @@ class Store:
     def remove_adapter(self, name: str) -> None:
         """Remove an adapter in one step (a rename), then its files."""
         path = self.adapter_path(name)
-        if self._hot is not None:
-            self._hot.remove(name)
         with disk_errors("remove an adapter"):
             self._drop(path)
+        if self._hot is not None:
+            self._hot.remove(name)  # last: what is being copied now finds that its source has gone
         if self._remote is not None:
             self._remote.remove_adapter(name)
+
+    def _checked_copy(self, name: str) -> Path | None:
+        """The copy in memory, if there is one and it is sound."""
+        if self._hot is None or (copy := self._hot.path(name)) is None:
+            return None
+        try:
+            self._manifests.check(copy, name)
+        except StoreError:
+            self._hot.remove(name)
+            return None
+        return copy
+
+    def _checked(self, name: str) -> Path:
+        """The adapter in the data folder, sound. Raises as `verify_adapter`."""
+        path = self.adapter_path(name)
+        try:
+            self._manifests.check(path, name)
+        except StoreError:
+            if self._remote is None:
+                raise
+            self._fetch_adapter(name, self._remote)
+        if self._remote is not None:
+            _touch(path)
+        return path
 
     def _fetch_adapter(self, name: str, remote: Remote) -> dict[str, Any]:
         path = self.adapter_path(name)
@@ -267,26 +293,27 @@ class Store:
             work.mkdir()
             try:
                 remote.get_adapter_file(name, MANIFEST_FILE, work / MANIFEST_FILE)
-                for file in _manifest(work, name)["files"]:
+                for file in manifests.read(work, name)["files"]:
                     remote.get_adapter_file(name, file, work / file)
             except FileNotFoundError as error:
                 raise StoreError(f"adapter {name} is missing or damaged: {error}") from error
-            manifest = _verify(work, name)
+            manifest = manifests.verify(work, name)
             self._drop(path)
             try:
                 os.rename(work, path)
             except OSError:
-                _verify(path, name)  # somebody else fetched it meanwhile
+                manifests.verify(path, name)  # somebody else fetched it meanwhile
         return manifest
 
     def _drop(self, path: Path) -> None:
         """Take a file or directory out of the data folder in one step, then its bytes."""
+        self._manifests.forget(path)
         grave = self.temporary()
         try:
             os.rename(path, grave)
         except FileNotFoundError:
             return
-        _remove(grave)
+        remove(grave)
 
     @contextmanager
     def _work(self) -> Iterator[Path]:
@@ -295,31 +322,7 @@ class Store:
         try:
             yield work
         finally:
-            _remove(work)
-
-
-def _manifest(directory: Path, name: str) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads((directory / MANIFEST_FILE).read_text())
-        if manifest["name"] != name:
-            raise StoreError(f"adapter {name}: {manifest['name']} lies in its place")
-        if not all(_FILE.fullmatch(file) for file in manifest["files"]):
-            raise StoreError(f"adapter {name}: its manifest names files that are none of an adapter's")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"adapter {name} is missing or damaged: {error}") from error
-    return manifest
-
-
-def _verify(directory: Path, name: str) -> dict[str, Any]:
-    manifest = _manifest(directory, name)
-    try:
-        for file, entry in manifest["files"].items():
-            path = directory / file
-            if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
-                raise StoreError(f"adapter {name}: {file} differs from what was written")
-    except (OSError, KeyError, TypeError) as error:
-        raise StoreError(f"adapter {name} is missing or damaged: {error}") from error
-    return manifest
+            remove(work)
 
 
 def _touch(path: Path) -> bool:
@@ -346,15 +349,3 @@ def _changed(path: Path) -> float:
         return path.stat().st_ctime
     except FileNotFoundError:  # gone meanwhile
         return time.time()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
