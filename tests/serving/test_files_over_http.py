@@ -54,4 +54,4 @@ def test_a_locked_catalog_is_waited_for_then_said_and_questions_go_on(server, cl
     late = server.client.files.create(file=clips[2], purpose="vision")
     assert server.client.files.wait_for_processing(late.id, poll_interval=0.02).status == "processed"
     server.client.files.delete(late.id)
-    assert list((server.home / "tmp").iterdir()) == []
+    assert list((server.home / "tmp").glob("*/*")) == []

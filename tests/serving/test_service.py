@@ -53,9 +53,12 @@ class Bench:
         temporary.write_text(text)
         sha256 = hashlib.sha256(text.encode()).hexdigest()
         options = {"expires_at": None, **options}
-        return await self.service.enter(
-            temporary, tenant=T, sha256=sha256, size=len(text), filename="v.mp4", purpose="vision", **options
-        )
+        try:
+            return await self.service.enter(
+                temporary, tenant=T, sha256=sha256, size=len(text), filename="v.mp4", purpose="vision", **options
+            )
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def work(self):
         """Do every job that waits."""
