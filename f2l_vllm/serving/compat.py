@@ -24,6 +24,9 @@ SUPPORTED_VLLM = "0.32"
 # What the client asked for, while its request is set up: responses carry it instead of an adapter's name.
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
 
+# Where the rendering of a chat notes how many visual tokens its prompt holds, while its request is set up.
+visual_tokens: ContextVar[list[int] | None] = ContextVar("visual_tokens", default=None)
+
 
 @dataclass(frozen=True)
 class EngineLimits:
@@ -127,6 +130,21 @@ def wrap_servings(state: State, wrap_chat: Callable[[Any], Any], wrap_completion
         state.openai_serving_chat = wrap_chat(state.openai_serving_chat)
     if state.openai_serving_completion is not None:
         state.openai_serving_completion = wrap_completion(state.openai_serving_completion)
+
+
+def noting_visual_tokens(chat: Any) -> Any:
+    """vLLM's chat handler, whose `render_chat_request` (conversation and engine's prompts) fills `visual_tokens`."""
+    render = chat.render_chat_request
+
+    async def noting(request: Any) -> Any:
+        rendered, noted = await render(request), visual_tokens.get()
+        if noted is not None and error_status(rendered) is None:
+            placeholders = [places for prompt in rendered[1] for places in prompt.get("mm_placeholders", {}).values()]
+            noted.append(sum(place.get_num_embeds() for places in placeholders for place in places))
+        return rendered
+
+    chat.render_chat_request = noting
+    return chat
 
 
 def guard_other_servings(state: State, guard: Callable[[Any], Any]) -> None:

@@ -140,7 +140,7 @@ class F2LEndpointPlugin:
         asking = Asking(self._service, composer)
         compat.wrap_servings(
             state,
-            lambda inner: ChatHandler(inner, asking, base_names),
+            lambda inner: ChatHandler(compat.noting_visual_tokens(inner), asking, base_names),
             lambda inner: CompletionHandler(inner, asking, base_names),
         )
         compat.guard_other_servings(state, Guard)

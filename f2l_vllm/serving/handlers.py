@@ -71,14 +71,18 @@ class _Handler:
     async def _answer(self, method: Any, request: Any, raw_request: Request | None, source: Source) -> Any:
         """Let the inner handler answer from the source, and let go of it at the end of the answer."""
         token = compat.asked_model.set(request.model or self._base_names[0])
+        noted: list[int] = []
+        noting = compat.visual_tokens.set(noted)
         result = None
         try:
             request.model = self._base_names[0] if source.lease is None else source.lease.key
             result = await method(request, raw_request)
+            source.details["visual_tokens"] = sum(noted)
             if hasattr(result, "__aiter__"):
                 result = AnswerStream(result, source)
         finally:
             compat.asked_model.reset(token)
+            compat.visual_tokens.reset(noting)
             if not isinstance(result, AnswerStream):
                 source.release()
             failed = result is None or compat.error_status(result) is not None

@@ -5,11 +5,13 @@ import json
 from argparse import Namespace
 
 import pytest
+import torch
 import vllm
 from starlette.datastructures import State
 from vllm.config import LoRAConfig
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.openai.chat_completion import api_router as chat_router
+from vllm.entrypoints.openai.chat_completion import serving
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -22,6 +24,7 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.multimodal.inputs import PlaceholderRange
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from f2l_vllm.serving import compat
@@ -113,6 +116,16 @@ def test_the_last_chunk_of_a_stream_with_usage_carries_further_fields():
         assert compat.detailed_chunk(other, {"rank": 16}) == other
     for method in (OpenAIServingChat.chat_completion_stream_generator, OpenAIServingCompletion):
         assert "choices=[]," in inspect.getsource(method)
+
+
+def test_a_chat_is_rendered_by_a_method_of_its_own_that_knows_the_placeholders():
+    source = inspect.getsource(OpenAIServingChat._create_chat_completion)
+    assert "result = await self.render_chat_request(request)" in source
+    assert "conversation, engine_inputs = result" in source
+    assert 'engine_input.get("mm_placeholders")' in inspect.getsource(serving._get_mm_token_counts)
+    place = PlaceholderRange(offset=3, length=4, is_embed=torch.tensor([False, True, True, False]))
+    assert place.get_num_embeds() == 2
+    assert list(inspect.signature(OpenAIServingChat.render_chat_request).parameters) == ["self", "request"]
 
 
 def test_the_server_says_that_it_stops_before_it_waits_for_requests():

@@ -208,6 +208,7 @@ def test_frames_of_several_videos_and_both_at_once(server, videos):
     tokens = sum(video.model_extra["f2l"]["visual_tokens"] for video in videos[:2])
     modes = {mode: ask(server, about(*parts), f2l={"mode": mode}) for mode in ("adapter", "frames", "both")}
     assert {source(response)["mode"] for response in modes.values()} == set(modes)
+    assert [source(modes[mode])["visual_tokens"] for mode in modes] == [0, tokens, tokens]
     assert len({text(response) for response in modes.values()}) == 3
     for mode in ("frames", "both"):
         assert modes[mode].usage.prompt_tokens >= modes["adapter"].usage.prompt_tokens + tokens
