@@ -31,13 +31,20 @@ from f2l_vllm.adapters.rows import (
     move,
 )
 from f2l_vllm.adapters.states import VideoState
-from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, adapters, files, jobs, parts
+from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, Found, adapters, files, jobs, parts
 
 __all__ = ["Catalog", "QueueFull", "Removal"]
 
 OTHER_REVISION = "adapter_of_other_revision"
 _ADOPTED_AT_ONCE = 200
 _PARAMETERS = 500  # databases bound the number of parameters
+# What every question asks. Made once: putting the statement together takes longer than running it.
+_OF_FILE = and_(adapters.c.name == files.c.adapter_name, files.c.state == VideoState.PROCESSED)
+_FIND = (
+    select(files, adapters)
+    .outerjoin(adapters, _OF_FILE)
+    .where(files.c.tenant == bindparam("tenant"), files.c.id.in_(bindparam("ids", expanding=True)))
+)
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,20 @@ class Catalog(Jobs):
         with self._read() as connection:
             record = file_of(connection, file_id, tenant)
         return None if record is None or record.state in GONE or _is_due(record) else record
+
+    def find(self, file_ids: Sequence[str], tenant: str) -> dict[str, Found]:
+        """Some of a tenant's files with their adapters, by id, in one query; those that `file` would not give are
+        absent."""
+        found = {}
+        with self._read() as connection:
+            for start in range(0, len(file_ids), _PARAMETERS):
+                asked = {"tenant": tenant, "ids": list(file_ids[start : start + _PARAMETERS])}
+                for row in connection.execute(_FIND, asked):
+                    record = file_record(row[: len(files.c)])
+                    if record.state not in GONE and not _is_due(record):
+                        adapter = row[len(files.c) :]
+                        found[record.id] = Found(record, None if adapter[0] is None else adapter_record(adapter))
+        return found
 
     def files(
         self, tenant: str, *, after: str | None, limit: int, descending: bool, purpose: str | None = None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, delete, func, insert, or_, select, update
 
 from f2l_vllm.adapters.errors import AdapterIdsExhausted
 from f2l_vllm.adapters.states import IN_WORK, VideoState, check_transition
@@ -27,14 +27,15 @@ class QueueFull(RuntimeError):
         self.retry_after = retry_after
 
 
-def file_record(row: Row[Any]) -> FileRecord:
-    """A row of `files`."""
-    return FileRecord(**{**row._mapping, "state": VideoState(row.state)})
+def file_record(row: Sequence[Any]) -> FileRecord:
+    """A row of `files`, its columns in the table's order."""
+    values = dict(zip(files.c.keys(), row, strict=True))
+    return FileRecord(**{**values, "state": VideoState(values["state"])})
 
 
-def adapter_record(row: Row[Any]) -> AdapterRecord:
-    """A row of `adapters`."""
-    return AdapterRecord(**row._mapping)
+def adapter_record(row: Sequence[Any]) -> AdapterRecord:
+    """A row of `adapters`, its columns in the table's order."""
+    return AdapterRecord(**dict(zip(adapters.c.keys(), row, strict=True)))
 
 
 def file_of(connection: Connection, file_id: str, tenant: str) -> FileRecord | None:

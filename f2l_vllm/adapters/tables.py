@@ -130,6 +130,14 @@ class AdapterRecord:
 
 
 @dataclass(frozen=True)
+class Found:
+    """A file, and the adapter it is answered from once it is processed."""
+
+    file: FileRecord
+    adapter: AdapterRecord | None
+
+
+@dataclass(frozen=True)
 class Job:
     """One adapter to be made, whoever waits for it. `attempts` counts this one."""
 

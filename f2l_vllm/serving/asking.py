@@ -12,7 +12,7 @@ from typing import Any
 
 from f2l_vllm.adapters.states import IN_WORK
 from f2l_vllm.adapters.store import StoreError
-from f2l_vllm.adapters.tables import FileRecord
+from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, Found
 from f2l_vllm.serving.composition import Composer, Part, PartGone, PartLost
 from f2l_vllm.serving.errors import APIError, bad_request, video_not_found
 from f2l_vllm.serving.questions import Mode, Video
@@ -25,10 +25,11 @@ _ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Named:
-    """A video as the question names it, and the caller's file with it."""
+    """A video as the question names it, and the caller's file with it; its adapter if that was seen too."""
 
     video: Video
     record: FileRecord
+    adapter: AdapterRecord | None = None
 
 
 @dataclass
@@ -66,16 +67,18 @@ class Asking:
             APIError: `video_not_found`, and as `RemoteVideos.file`.
         """
 
-        async def one(video: Video) -> Named:
-            if video.file_id is not None:
-                return Named(video, self._service.file(video.file_id, tenant, "messages"))
-            assert video.url is not None
-            return Named(video, await self._remote.file(video.url, tenant))
-
-        files = [await one(video) for video in videos if video.file_id is not None]  # a wrong id costs no fetching
-        fetched = await asyncio.gather(*(one(video) for video in videos if video.file_id is None))
-        found = {named.video: named for named in [*files, *fetched]}
-        return [found[video] for video in videos]
+        ids = [video.file_id for video in videos if video.file_id is not None]
+        files = await self._service.find(ids, tenant, "messages")  # first: a wrong id costs no fetching
+        addresses = [video.url for video in videos if video.url is not None]
+        fetched = await asyncio.gather(*(self._remote.file(url, tenant) for url in addresses))
+        found: dict[str | None, Found] = {one.file.id: one for one in files}
+        records = dict(zip(addresses, fetched, strict=True))
+        return [
+            Named(video, found[video.file_id].file, found[video.file_id].adapter)
+            if video.url is None
+            else Named(video, records[video.url])
+            for video in videos
+        ]
 
     async def adapter(self, named: Sequence[Named], tenant: str, wait: float, mode: Mode = "adapter") -> Source:
         """Hold the adapter of these videos, composed if there are several; made again first where files were damaged.
@@ -89,7 +92,8 @@ class Asking:
             parts = []
             for one in named:
                 started = time.monotonic()
-                parts.append(await self._part(one, tenant, max(0.0, deadline - started)))
+                known = Found(one.record, one.adapter) if one.adapter is not None and attempt == 0 else None
+                parts.append(await self._part(one, tenant, max(0.0, deadline - started), known))
                 if attempt or one.record.state in IN_WORK:
                     waited += time.monotonic() - started
             try:
@@ -117,13 +121,12 @@ class Asking:
             self._service.note_use(one.record)
         return {one.video: await asyncio.to_thread(self._data_uri, one.record) for one in named}
 
-    async def _part(self, one: Named, tenant: str, wait: float) -> Part:
+    async def _part(self, one: Named, tenant: str, wait: float, known: Found | None) -> Part:
         file_id = one.record.id
-        record = await self._service.ready(file_id, tenant, wait, "messages")
-        adapter = await asyncio.to_thread(self._service.catalog.adapter, record.adapter_name)
-        if adapter is None:
-            raise video_not_found(file_id, "messages")  # deleted between the two look-ups
-        return self._composer.choose(adapter, one.video.span, file_id)
+        found = await self._service.ready(file_id, tenant, wait, "messages", known)
+        if found.adapter is None:
+            raise video_not_found(file_id, "messages")  # deleted a moment ago
+        return self._composer.choose(found.adapter, one.video.span, file_id)
 
     def _data_uri(self, record: FileRecord) -> str:
         """Runs in a thread."""

@@ -19,7 +19,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 
 from f2l_vllm.adapters.states import IN_WORK, VideoState
 from f2l_vllm.adapters.store import MANIFEST_FILE, StoreError
-from f2l_vllm.adapters.tables import AdapterRecord, FileRecord
+from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, Found
 from f2l_vllm.serving import compat
 from f2l_vllm.serving.errors import bad_request, video_not_found
 from f2l_vllm.serving.service import VideoService
@@ -57,7 +57,7 @@ async def create_file(request: Request) -> JSONResponse:
         )
     finally:
         temporary.unlink(missing_ok=True)
-    return JSONResponse(_one(videos, record))
+    return await _one(videos, record)
 
 
 @router.get("/v1/files")
@@ -81,8 +81,8 @@ async def list_files(
 @router.get("/v1/files/{file_id}")
 async def retrieve_file(file_id: str, request: Request) -> JSONResponse:
     """One file."""
-    videos = service(request)
-    return JSONResponse(_one(videos, videos.file(file_id, tenant_of(request))))
+    (found,) = await service(request).find([file_id], tenant_of(request))
+    return JSONResponse(file_object(found.file, found.adapter))
 
 
 @router.post("/v1/files/{file_id}")
@@ -92,7 +92,7 @@ async def update_file(file_id: str, request: Request) -> JSONResponse:
         match await request.json():
             case {"f2l": {"pinned": bool(pinned)}}:
                 videos = service(request)
-                return JSONResponse(_one(videos, await videos.pin(file_id, tenant_of(request), pinned)))
+                return await _one(videos, await videos.pin(file_id, tenant_of(request), pinned))
     except (ValueError, RecursionError):
         pass
     raise bad_request("invalid_request", 'A file is updated by a JSON body like {"f2l": {"pinned": true}}.', "f2l")
@@ -109,12 +109,12 @@ async def delete_file(file_id: str, request: Request) -> JSONResponse:
 async def file_content(file_id: str, request: Request) -> FileResponse:
     """The bytes as uploaded."""
     videos = service(request)
-    record = videos.file(file_id, tenant_of(request))
+    (found,) = await videos.find([file_id], tenant_of(request))
     try:
-        path = await asyncio.to_thread(videos.store.fetch_video, record.sha256)
+        path = await asyncio.to_thread(videos.store.fetch_video, found.file.sha256)
     except StoreError as error:
         raise video_not_found(file_id) from error  # deleted between look-up and read
-    return FileResponse(path, media_type="application/octet-stream", filename=record.filename)
+    return FileResponse(path, media_type="application/octet-stream", filename=found.file.filename)
 
 
 @router.get("/v1/files/{file_id}/events")
@@ -122,17 +122,19 @@ async def file_events(file_id: str, request: Request) -> StreamingResponse:
     """Server-sent events with the file object whenever it changes, until it is processed, failed or gone."""
     videos = service(request)
     tenant = tenant_of(request)
-    videos.file(file_id, tenant)
+    (first,) = await videos.find([file_id], tenant)
 
     async def events() -> AsyncIterator[str]:
+        found: Found | None = first
         last = None
-        while not videos.is_stopping and (record := videos.catalog.file(file_id, tenant)) is not None:
-            if (record.state, record.progress) != last:
-                last = (record.state, record.progress)
-                yield f"data: {json.dumps(_one(videos, record))}\n\n"
-            if record.state not in IN_WORK:
+        while not videos.is_stopping and found is not None:
+            if (found.file.state, found.file.progress) != last:
+                last = (found.file.state, found.file.progress)
+                yield f"data: {json.dumps(file_object(found.file, found.adapter))}\n\n"
+            if found.file.state not in IN_WORK:
                 break
             await asyncio.sleep(_EVENT_SECONDS)
+            found = (await asyncio.to_thread(videos.catalog.find, [file_id], tenant)).get(file_id)
         yield "data: [DONE]\n\n"
 
     return StreamingResponse(events(), media_type="text/event-stream")
@@ -142,12 +144,12 @@ async def file_events(file_id: str, request: Request) -> StreamingResponse:
 async def file_adapter(file_id: str, request: Request) -> Response:
     """The PEFT adapter as a tar archive; plain vLLM and peft load what it holds."""
     videos = service(request)
-    record = await videos.ready(file_id, tenant_of(request), wait=0.0)
+    name = (await videos.ready(file_id, tenant_of(request), wait=0.0)).file.adapter_name
     try:
-        archive = await asyncio.to_thread(lambda: _tar(videos.store.load_path(record.adapter_name)))
+        archive = await asyncio.to_thread(lambda: _tar(videos.store.load_path(name)))
     except (FileNotFoundError, StoreError) as error:
         raise video_not_found(file_id) from error  # deleted between look-up and read
-    disposition = f'attachment; filename="{record.adapter_name}.tar"'
+    disposition = f'attachment; filename="{name}.tar"'
     return Response(archive, media_type="application/x-tar", headers={"Content-Disposition": disposition})
 
 
@@ -172,7 +174,7 @@ async def retrieve_model(model: str, request: Request) -> JSONResponse:
     for card in base:
         if card["id"] == model:
             return JSONResponse(card)
-    return JSONResponse(_model_card(base[0], await service(request).ready(model, tenant_of(request), wait=0.0)))
+    return JSONResponse(_model_card(base[0], (await service(request).ready(model, tenant_of(request), wait=0.0)).file))
 
 
 @router.get("/ready")
@@ -209,8 +211,9 @@ def file_object(record: FileRecord, adapter: AdapterRecord | None) -> dict[str, 
     }
 
 
-def _one(videos: VideoService, record: FileRecord) -> dict[str, Any]:
-    return file_object(record, videos.catalog.adapters_of([record]).get(record.adapter_name))
+async def _one(videos: VideoService, record: FileRecord) -> JSONResponse:
+    adapters = await asyncio.to_thread(videos.catalog.adapters_of, [record])
+    return JSONResponse(file_object(record, adapters.get(record.adapter_name)))
 
 
 def _page(

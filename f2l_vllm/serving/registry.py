@@ -2,7 +2,8 @@
 
 An adapter is loaded by `add_lora` before any question of it is generated, under its content-addressed name and the
 int id of the catalog, and enters vLLM's dynamic registry. The engine's host memory has a fixed number of places, and
-this registry alone says who leaves one: an adapter that nobody uses, least recently used first. One that was deleted
+this registry alone says who leaves one: an adapter that nobody uses, least recently used first. Its place is given on
+at once, so that the engine hears of both, who leaves and who comes, between the same two steps. One that was deleted
 leaves when its last lease ends: name, then engine, then files.
 """
 
@@ -12,7 +13,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, MutableMapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -94,8 +95,8 @@ class Registry:
         self._entries: dict[str, _Entry] = {}  # by adapter name: in use, or idle and resident
         self._idle: OrderedDict[str, _Entry] = OrderedDict()  # those without a lease, least recently used first
         self._leaving: dict[str, asyncio.Task[None]] = {}  # by adapter name: on the way out of the engine
-        self._places = asyncio.Semaphore(places)
-        self._waiting = 0  # loads without a place
+        self._free = places
+        self._waiting: deque[asyncio.Future[None]] = deque()  # loads without a place; nobody is idle then
         self._used: dict[str, float] = {}  # adapter names, and when they were last asked for, Unix seconds
         # vLLM's other routes take any key of its registry as a model. Only this server's handlers know the keys, so
         # nobody reaches an adapter past them, without a lease or with another caller's file.
@@ -153,11 +154,16 @@ class Registry:
                 return
             if entry is not None:
                 self._retire(entry)
+                self._give_place()
             if name not in self._leaving:
                 break
             await asyncio.shield(self._leaving[name])
-        if not self._wanted(name):  # not uploaded again meanwhile
-            await asyncio.to_thread(self._store.remove_adapter, name)
+
+        def remove_files() -> None:
+            if not self._wanted(name):  # not uploaded again meanwhile
+                self._store.remove_adapter(name)
+
+        await asyncio.to_thread(remove_files)
 
     async def _load(self, entry: _Entry) -> None:
         name = entry.record.name
@@ -165,14 +171,18 @@ class Registry:
             if name in self._leaving:
                 await asyncio.shield(self._leaving[name])
             try:
-                entry.request.lora_path = str(await asyncio.to_thread(self._store.load_path, name))
+                path = self._store.load_path_at_once(name) or await asyncio.to_thread(self._store.load_path, name)
             except StoreError as error:
                 raise AdapterLost(str(error)) from error
+            entry.request.lora_path = str(path)
             await self._take_place()
+            await asyncio.sleep(
+                0
+            )  # whose place it was is told to leave first: the engine holds no more than its places
             try:
                 await self._engine.add_lora(entry.request)
             except BaseException:
-                self._places.release()
+                self._give_place()
                 raise
         except BaseException:
             del self._entries[name]  # whoever asks next begins afresh
@@ -185,25 +195,37 @@ class Registry:
             self._rest(entry)
 
     async def _take_place(self) -> None:
-        self._waiting += 1
+        if self._free:
+            self._free -= 1
+        elif self._idle:
+            self._retire(next(iter(self._idle.values())))
+        else:
+            await self._wait_for_place()
+
+    async def _wait_for_place(self) -> None:
+        place = self._loop.create_future()
+        self._waiting.append(place)
         try:
-            self._make_room()
             async with asyncio.timeout(self._place_seconds):
-                await self._places.acquire()
+                await place
         except TimeoutError:
+            if not place.cancelled():  # it came in the same moment
+                self._give_place()
             message = (
                 "Every place for a video in the engine is taken by questions being answered. Ask again in some "
                 "seconds; the operator can raise --max-cpu-loras."
             )
             headers = {"Retry-After": "5"}
             raise APIError(HTTPStatus.SERVICE_UNAVAILABLE, "too_many_videos_in_use", message, headers=headers) from None
-        finally:
-            self._waiting -= 1
 
-    def _make_room(self) -> None:
-        """Let as many idle adapters leave as loads wait for a place and none is on its way."""
-        while self._idle and self._places.locked() and len(self._leaving) < self._waiting:
-            self._retire(next(iter(self._idle.values())))
+    def _give_place(self) -> None:
+        """A place has come free: to whoever has waited longest."""
+        while self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():
+                place.set_result(None)
+                return
+        self._free += 1
 
     def _release(self, entry: _Entry) -> None:
         entry.leases -= 1
@@ -216,11 +238,12 @@ class Registry:
         self._idle[entry.record.name] = entry
         if entry.doomed:
             self._start(self._remove(entry.record))
-        else:
-            self._make_room()
+        elif self._waiting:
+            self._retire(entry)
+            self._give_place()
 
     def _retire(self, entry: _Entry) -> None:
-        """Out of reach at once, out of the engine soon."""
+        """Out of reach at once, out of the engine soon. Its place is the caller's to give on."""
         name = entry.record.name
         del self._entries[name], self._idle[name], self._names[entry.key]
         metrics.RESIDENT.dec()
@@ -237,7 +260,6 @@ class Registry:
             logger.exception("adapter %s could not be removed from the engine", name)
         finally:
             del self._leaving[name]
-            self._places.release()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run in the background; who awaits the task sees its error, and nobody need."""

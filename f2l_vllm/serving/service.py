@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from f2l_vllm.adapters.catalog import Catalog, QueueFull, Removal
 from f2l_vllm.adapters.errors import Unavailable
 from f2l_vllm.adapters.states import IN_WORK, VideoState
 from f2l_vllm.adapters.store import Store
-from f2l_vllm.adapters.tables import AdapterRecord, FileRecord
+from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, Found
 from f2l_vllm.pool.process import PoolProcess
 from f2l_vllm.serving import metrics
 from f2l_vllm.serving.errors import APIError, HTTPStatus, video_failed, video_not_found, video_not_ready
@@ -132,43 +132,50 @@ class VideoService:
         metrics.UPLOAD_BYTES.inc(size)
         return record
 
-    def file(self, file_id: str, tenant: str, param: str | None = None) -> FileRecord:
-        """The tenant's file.
+    async def find(self, file_ids: Sequence[str], tenant: str, param: str | None = None) -> list[Found]:
+        """The tenant's files and their adapters, in this order: one query, in a thread.
 
         Raises:
-            APIError: `video_not_found`.
+            APIError: `video_not_found`, for the first that is not there.
         """
-        record = self.catalog.file(file_id, tenant)
-        if record is None:
-            raise video_not_found(file_id, param)
-        return record
+        found = await asyncio.to_thread(self.catalog.find, file_ids, tenant) if file_ids else {}
+        for file_id in file_ids:
+            if file_id not in found:
+                raise video_not_found(file_id, param)
+        return [found[file_id] for file_id in file_ids]
 
     def note_use(self, record: FileRecord) -> None:
         """The file was asked about: what expires by disuse lives on from now."""
         self._used[record.id] = time.time()
 
-    async def ready(self, file_id: str, tenant: str, wait: float, param: str | None = None) -> FileRecord:
-        """The file once it is processed, waiting up to `wait` seconds.
+    async def ready(
+        self, file_id: str, tenant: str, wait: float, param: str | None = None, known: Found | None = None
+    ) -> Found:
+        """The file and its adapter once it is processed, waiting up to `wait` seconds.
+
+        Args:
+            known: the file as it was found a moment ago.
 
         Raises:
             APIError: `video_not_found`, `video_failed`, or `video_not_ready` when the time is over.
         """
         started = time.monotonic()
-        record = await self._look_up(file_id, tenant, param)
-        self.note_use(record)
-        if record.state is VideoState.UPLOADED and wait > 0:
-            await asyncio.to_thread(self.catalog.hurry_job, record.adapter_name)
-        while record.state in IN_WORK and (left := started + wait - time.monotonic()) > 0:
+        found = known or (await self.find([file_id], tenant, param))[0]
+        self.note_use(found.file)
+        if found.file.state is VideoState.UPLOADED and wait > 0:
+            await asyncio.to_thread(self.catalog.hurry_job, found.file.adapter_name)
+        while found.file.state in IN_WORK and (left := started + wait - time.monotonic()) > 0:
             await self._watcher.wait(file_id, left)
             self._refuse_when_stopping()
-            record = await self._look_up(file_id, tenant, param)
+            (found,) = await self.find([file_id], tenant, param)
+        record = found.file
         if wait > 0:
             metrics.WAIT_SECONDS.observe(time.monotonic() - started)
         if record.state is VideoState.ERROR:
             raise video_failed(file_id, record.error_code, record.error_message)
         if record.state in IN_WORK:
             raise video_not_ready(file_id, record.state, wait)
-        return record
+        return found
 
     async def remake(self, adapter: AdapterRecord, error: AdapterLost) -> None:
         """Let an adapter whose files were found missing or damaged be made again; its files wait for it meanwhile."""
@@ -281,9 +288,6 @@ class VideoService:
             except Unavailable:
                 self._used = {**used_files, **self._used}
                 raise
-
-    async def _look_up(self, file_id: str, tenant: str, param: str | None) -> FileRecord:
-        return await asyncio.to_thread(self.file, file_id, tenant, param)
 
     async def _write(self, method: Callable[..., Any], *args: Any, **values: Any) -> Any:
         """A catalog method that may wait for other writers, in a thread of its own kind."""

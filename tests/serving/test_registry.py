@@ -320,7 +320,7 @@ def test_nothing_is_left_after_thousands_of_lives(tmp_path):
         registry = bench.registry
         left = (bench.names, registry._entries, registry._idle, registry._leaving, registry._tasks, bench.engine.loaded)
         assert not any(left)
-        assert registry._places._value == 6
+        assert (registry._free, len(registry._waiting)) == (6, 0)
         assert not list((tmp_path / "adapters").iterdir())
         assert bench.engine.most <= 6
         assert len(asyncio.all_tasks()) == 1

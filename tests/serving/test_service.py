@@ -72,8 +72,8 @@ class Bench:
             self.catalog.finish_job(found[0].adapter_name, rank=16, size=1, info={})
 
     async def ask(self, file):
-        record = await self.service.ready(file.id, T, 0.0)
-        (await self.registry.acquire(self.catalog.adapter(record.adapter_name))).release()
+        found = await self.service.ready(file.id, T, 0.0)
+        (await self.registry.acquire(found.adapter)).release()
         await asyncio.sleep(0)
 
 
@@ -157,7 +157,7 @@ def test_a_question_is_a_use_and_moves_the_end_of_a_video_on(tmp_path):
         bench.work()
         await bench.ask(file)
         await bench.service.tidy()
-        found = bench.service.file(file.id, T)
+        found = bench.catalog.file(file.id, T)
         assert found.last_used_at >= file.created_at
         assert found.expires_at == pytest.approx(found.last_used_at + 3600)
 
@@ -177,7 +177,7 @@ def test_an_upload_that_a_busy_catalog_refuses_leaves_nothing_and_works_the_next
             with pytest.raises(CatalogBusy):
                 await bench.service.tidy()
         await bench.service.tidy()
-        assert bench.service.file(file.id, T).last_used_at is not None  # noted all the same
+        assert bench.catalog.file(file.id, T).last_used_at is not None  # noted all the same
 
     run(scenario)
 
@@ -197,7 +197,7 @@ def test_a_delete_is_done_even_if_the_store_is_away(tmp_path, monkeypatch):
                 patch.setattr(files, method, away)
             await bench.service.remove(file.id, T)
             with pytest.raises(APIError, match="No video"):
-                bench.service.file(file.id, T)
+                await bench.service.find([file.id], T)
             with pytest.raises(StoreUnavailable, match="no route"):
                 await bench.upload("another")
         bench.store.sweep(keep=bench.catalog.wanted, older_than_s=-1)
