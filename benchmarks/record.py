@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,16 +14,22 @@ from f2l_vllm.evaluation import environment
 
 def write(path: Path, configuration: dict[str, Any], results: dict[str, Any]) -> None:
     """Write one result file."""
-    record = {
-        "command": " ".join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
+    record = {**header(configuration), "results": results}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def header(configuration: dict[str, Any]) -> dict[str, Any]:
+    """What every result begins with."""
+    module = sys.modules["__main__"].__spec__
+    started = [Path(sys.argv[0]).name] if module is None else ["python", "-m", module.name]
+    return {
+        "command": shlex.join([*started, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "configuration": configuration,
         "machine": environment.machine(),
         "versions": environment.versions(),
-        "results": results,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def peak_memory_mib(pid: int) -> float:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import tempfile
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from f2l_vllm import models
 from f2l_vllm.commands.evaluation_extras import Extras
+from f2l_vllm.commands.files import write_whole
 from f2l_vllm.commands.server_process import ServerFailed
 from f2l_vllm.evaluation import report
 from f2l_vllm.evaluation.questions import QuestionSet
@@ -97,7 +96,7 @@ def run(
     for path in (json_to, markdown_to):
         if path is not None and path.is_dir():
             raise typer.BadParameter(f"{path} is a directory: name a file to write")
-    with _working_folder(work) as folder, _stoppable():
+    with _working_folder(work) as folder, stoppable():
         try:
             if setup.base_url is None:
                 models.resolve_hypernetwork(setup.model, setup.hypernetwork)  # said before any video is made
@@ -108,9 +107,9 @@ def run(
                 result |= extras.measure(questions, source.scenes(), setup, folder, bars)
             show(result)
             if json_to is not None:
-                write(json_to, json.dumps(result | {"command": _command()}, indent=1) + "\n")
+                write_whole(json_to, json.dumps(result | {"command": _command()}, indent=1) + "\n")
             if markdown_to is not None:
-                write(markdown_to, report.markdown(result))
+                write_whole(markdown_to, report.markdown(result))
             for path in extras.show(result, folder, questions.metric):
                 console.print(f"written: {path}", highlight=False, soft_wrap=True)
         except ValueError as error:
@@ -137,14 +136,6 @@ def show(result: dict[str, Any]) -> None:
         console.print(f"{unjudged} answers have no judge's score: its replies held none", style="yellow")
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)
-
-
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console)
@@ -164,7 +155,7 @@ def _working_folder(work: Path | None) -> Iterator[Path]:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[None]:
     """A termination signal ends the block as an error would, so that the server it started is stopped."""
 
     def stop(_signal: int, _frame: FrameType | None) -> None:

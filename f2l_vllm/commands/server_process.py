@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -35,6 +36,8 @@ class ServerProcess:
         env: environment variables to add.
     """
 
+    ready_path = "/ready"
+
     def __init__(
         self, model: str, home: Path, *flags: str, port: int | None = None, env: Mapping[str, str] | None = None
     ) -> None:
@@ -42,29 +45,21 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{port}"
         self.home = home
         self.log = home.parent / f"server-{port}.log"
-        command = [
-            sys.executable,
-            "-m",
-            "f2l_vllm.cli",
-            "serve",
-            model,
-            "--port",
-            str(port),
-            "--home",
-            str(home),
-            *flags,
-        ]
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                command,
+                [*self.command(model), "--port", str(port), *flags],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(env or {})},
                 preexec_fn=_stop_with_parent if sys.platform == "linux" else None,
             )
 
+    def command(self, model: str) -> list[str]:
+        """What is started, before the port and the flags."""
+        return [sys.executable, "-m", "f2l_vllm.cli", "serve", model, "--home", str(self.home)]
+
     def wait_ready(self) -> None:
-        """Return when `/ready` says so.
+        """Return when the server says so, under `ready_path`.
 
         Raises:
             ServerFailed: the process ended, or `START_SECONDS` are over.
@@ -72,7 +67,7 @@ class ServerProcess:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                if httpx.get(f"{self.url}/ready", timeout=5).status_code == 200:
+                if httpx.get(f"{self.url}{self.ready_path}", timeout=5).status_code == 200:
                     return
             except httpx.HTTPError:
                 pass
@@ -112,6 +107,16 @@ class ServerProcess:
             self.process.kill()
             self.process.wait()
             raise
+
+    def end(self) -> None:
+        """Stop it, or where it does not stop in time, kill it with all it has started."""
+        started = self.descendants()
+        try:
+            self.stop()
+        except subprocess.TimeoutExpired:
+            for process in started:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
 
 
 def _stop_with_parent() -> None:

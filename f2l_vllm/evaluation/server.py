@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shlex
-import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +34,11 @@ class ServerAnswers:
         base_url: ends in `/v1`.
         concurrency: questions, and videos, in work at a time.
         max_tokens: of an answer.
-        counts_visual_tokens: the server's frames in context are those it internalizes, so that their number is known.
     """
 
-    def __init__(
-        self, base_url: str, api_key: str, *, concurrency: int, max_tokens: int, counts_visual_tokens: bool
-    ) -> None:
+    def __init__(self, base_url: str, api_key: str, *, concurrency: int, max_tokens: int) -> None:
         self._url, self._key = base_url, api_key
         self._concurrency, self._max_tokens = concurrency, max_tokens
-        self._counts_visual_tokens = counts_visual_tokens
 
     def base_model(self) -> str:
         """The id under which the model itself is served.
@@ -107,17 +100,15 @@ class ServerAnswers:
             stream_options={"include_usage": True},
             extra_body={"f2l": {"mode": "frames"}} if ask.arm == FRAMES else None,
         )
-        text, first, prompt_tokens = "", None, 0
+        text, first, prompt_tokens, visual = "", None, 0, 0
         async for chunk in stream:
             if chunk.choices and chunk.choices[0].delta.content:
                 first = first or time.perf_counter()
                 text += chunk.choices[0].delta.content
             if chunk.usage is not None:
                 prompt_tokens = chunk.usage.prompt_tokens
+                visual = (chunk.model_extra or {}).get("f2l", {}).get("visual_tokens", visual)
         ended = time.perf_counter()
-        visual: int | None = 0
-        if ask.arm == FRAMES:
-            visual = _details(file)["visual_tokens"] if self._counts_visual_tokens else None
         return Reply(text.strip(), prompt_tokens, visual, ((first or ended) - started) * 1e3, ended - started)
 
 
@@ -149,7 +140,7 @@ def started_server(model: str, hypernetwork: str | None, max_frames: int | None,
             server.wait_ready()
             yield f"{server.url}/v1"
         finally:
-            _stop(server)
+            server.end()
 
 
 async def together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
@@ -162,17 +153,6 @@ async def together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
-
-
-def _stop(server: ServerProcess) -> None:
-    """Stop it, or where it does not stop in time, kill it with all it has started: the answers are there already."""
-    started = server.descendants()
-    try:
-        server.stop()
-    except subprocess.TimeoutExpired:
-        for process in started:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
 
 
 class _NotInternalizedError(Exception):
@@ -191,11 +171,6 @@ async def _upload(client: AsyncOpenAI, clip: Clip, cleanup: AsyncExitStack) -> F
     if file.status != "processed":
         raise _NotInternalizedError(file.status_details or file.status)
     return file
-
-
-def _details(file: FileObject | None) -> dict[str, Any]:
-    details: dict[str, Any] = (file.model_extra or {}).get("f2l", {}) if file else {}
-    return details
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,111 @@
+"""Many questions about one video: the sum of first tokens, internalization included, and from when an adapter pays."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import suite as suites
+from benchmarks.arms import ARMS, Arm
+from benchmarks.askers import Askers
+from benchmarks.break_even import questions as break_even
+from benchmarks.costs import Costs
+from benchmarks.results_file import ResultsFile, Row
+from benchmarks.servers import Room
+from benchmarks.shapes import Subject
+
+Say = Callable[[str], None]
+_SEQUENCES = 2
+
+
+async def run(suite: suites.Amortise, subject: Subject, folder: Path, results: ResultsFile, say: Say) -> None:
+    """Ask about a fresh video in each round, the arms in turn at every question.
+
+    A row per arm: `ttft_ms` of each question (medians over rounds), of which `asked` were really asked, and their
+    running sum, `cumulative_ttft_ms`.
+
+    Raises:
+        ServerFailed, APIError, WrongAnswer: a server did not start, or not answer as asked.
+    """
+    if results.rows:
+        return
+    costs = Costs(subject)
+    arms = [ARMS[name] for name in suite.arms]
+    tokens = costs.longest_prompt(suite.questions, suite.frames) + suite.output_tokens
+    room = Room(tokens, _SEQUENCES, suite.frames, 2 * suite.rounds, suite.kv_gib)
+    rounds: dict[str, list[list[float]]] = {arm.name: [] for arm in arms}
+    async with Askers(suite, subject, costs, folder, room) as askers:
+        await askers.prepare()
+        for number in range(suite.rounds):
+            video = await asyncio.to_thread(askers.fresh, suite.frames, suite.resolution)
+            for times in rounds.values():
+                times.append([])
+            for count in range(suite.questions_per_video):
+                question = suite.questions[count % len(suite.questions)]
+                turn = (number + count) % len(arms)
+                for arm in arms[turn:] + arms[:turn]:
+                    if count >= _asked(arm, suite):
+                        continue
+                    if arm.reads == "adapter" and count == 0:
+                        answer = await askers.ask_cold(arm, video, question, keep=True)
+                    else:
+                        answer = await askers.ask(arm, video, question)
+                    rounds[arm.name][-1].append(answer.ttft * 1e3)
+                    say(f"question {count + 1}, {arm.name}: first token after {answer.ttft * 1e3:.1f} ms")
+    results.add(*(_row(arm, suite, rounds[arm.name]) for arm in arms))
+
+
+def derive(rows: list[Row]) -> dict[str, Any]:
+    """`break_even`: the number of questions from which on an arm that reads adapters has cost no more than another.
+
+    `questions` is None where it has cost more up to the last; `projected` goes on with each arm's later questions, and
+    is None where they never meet.
+    """
+    found = []
+    for ours in rows:
+        for other in rows:
+            if ours["arm"].startswith("adapter") and not other["arm"].startswith("adapter"):
+                pairs = zip(ours["cumulative_ttft_ms"], other["cumulative_ttft_ms"], strict=True)
+                met = next((place + 1 for place, (a, b) in enumerate(pairs) if a <= b), None)
+                found.append(
+                    {"arm": ours["arm"], "over": other["arm"], "questions": met, "projected": _projected(ours, other)}
+                )
+    return {"break_even": found}
+
+
+def _projected(ours: Row, other: Row) -> int | None:
+    later, other_later = (row["later_ttft_ms"]["median"] for row in (ours, other))
+    return break_even(ours["first_ttft_ms"], later, other["first_ttft_ms"], other_later)
+
+
+def _asked(arm: Arm, suite: suites.Amortise) -> int:
+    """How many of the questions are really asked: what reads all frames every time takes the same every time."""
+    endless = arm.reads == "frames" and not arm.warmed
+    return min(suite.frames_asked if endless else suite.questions_per_video, suite.questions_per_video)
+
+
+def _row(arm: Arm, suite: suites.Amortise, rounds: list[list[float]]) -> Row:
+    times = [statistics.median(some) for some in zip(*rounds, strict=True)]
+    asked = len(times)
+    later = times[1:] or times
+    if asked < suite.questions_per_video:
+        times += [statistics.median(times)] * (suite.questions_per_video - asked)
+    return {
+        "arm": arm.name,
+        "frames": suite.frames,
+        "resolution": suite.resolution,
+        "asked": asked,
+        "first_ttft_ms": round(times[0], 3),
+        "later_ttft_ms": {
+            "median": round(statistics.median(later), 3),
+            "p90": round(float(np.percentile(later, 90)), 3),
+        },
+        "ttft_ms": [round(value, 3) for value in times],
+        "cumulative_ttft_ms": [round(value, 3) for value in itertools.accumulate(times)],
+    }

@@ -1,0 +1,74 @@
+"""The ways to answer that are compared: what each asks of a server, and how that server is started."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+# Frames that were seen before cost a server less; where that is not what an arm is about, nothing is kept.
+_NOTHING_KEPT = ("--no-enable-prefix-caching", "--mm-processor-cache-gb", "0")
+_MERGE = "{merge_rate}"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way.
+
+    Attributes:
+        reads: what a question is answered from.
+        cold: its question is the first about the video, whose upload and internalization it waits for.
+        warmed: another question about the video is answered before, so that the server has the video's KV.
+        flags, env: of its server, in which `{merge_rate}` stands for the suite's.
+        workers: its server internalizes.
+    """
+
+    name: str
+    reads: Literal["adapter", "frames"]
+    cold: bool = False
+    warmed: bool = False
+    flags: tuple[str, ...] = _NOTHING_KEPT
+    env: tuple[tuple[str, str], ...] = ()
+    workers: bool = True
+
+    def server(self, merge_rate: float) -> ServerKind:
+        """The server it needs."""
+        rate = f"{merge_rate:g}"
+        flags = tuple(flag.replace(_MERGE, rate) for flag in self.flags)
+        env = tuple((name, value.replace(_MERGE, rate)) for name, value in self.env)
+        return ServerKind(flags, env, self.workers)
+
+
+@dataclass(frozen=True)
+class ServerKind:
+    """What tells servers apart; arms of one kind share a server."""
+
+    flags: tuple[str, ...]
+    env: tuple[tuple[str, str], ...] = ()
+    workers: bool = True
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("adapter", "adapter"),
+        Arm("adapter-cold", "adapter", cold=True),
+        Arm("adapter-merged", "adapter", cold=True, env=(("F2L_MERGE_RATE", _MERGE),)),
+        Arm("frames", "frames"),
+        Arm("frames-cached", "frames", warmed=True, flags=("--enable-prefix-caching",), workers=False),
+        Arm("frames-merged", "frames", flags=(*_NOTHING_KEPT, "--video-pruning-rate", _MERGE), workers=False),
+    )
+}
+
+
+def about_adapter(file_id: str) -> dict[str, Any]:
+    """Where a question names its video: an uploaded file, answered from its adapter."""
+    return {"model": file_id, "parts": []}
+
+
+def about_frames(model: str, video: Path) -> dict[str, Any]:
+    """Where a question names its video: the bytes inline, as vLLM's own multimodal API takes them."""
+    url = "data:video/mp4;base64," + base64.b64encode(video.read_bytes()).decode()
+    part = {"type": "video_url", "video_url": {"url": url}}
+    return {"model": model, "parts": [part], "extra_body": {"f2l": {"mode": "frames"}}}

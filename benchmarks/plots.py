@@ -1,0 +1,228 @@
+"""Pictures of results, PNG: heat maps over frames and resolution, amortisation, throughput, the tax, capacity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+
+from f2l_vllm.evaluation.plots import style
+
+Result = dict[str, Any]
+# One look for an arm in every picture: colour and marker.
+_ARMS = ("adapter", "frames", "frames-cached", "adapter-cold", "frames-merged", "adapter-merged")
+_NAMES = {
+    "adapter": "adapter, ready",
+    "adapter-cold": "adapter, first question",
+    "adapter-merged": "adapter, first question, merged",
+    "frames": "frames in context",
+    "frames-cached": "frames, prefix cached",
+    "frames-merged": "frames, pruned",
+}
+
+
+def plot(result: Result, folder: Path) -> list[Path]:
+    """Draw a result."""
+    match result["suite"]:
+        case "latency":
+            return [_heat_maps(result, folder / "latency-heat-maps.png"), _lines(result, folder / "latency.png")]
+        case "amortise":
+            return [_amortise(result, folder / "amortise.png")]
+        case "throughput":
+            return [_throughput(result, folder / "throughput.png")]
+        case "tax":
+            return [_tax(result, folder / "tax.png")]
+        case _:
+            return [_capacity(result, folder / "capacity.png")]
+
+
+def _heat_maps(result: Result, path: Path) -> Path:
+    """First token of every arm, and how many times the adapter's each rival's is."""
+    timed = [row for row in result["rows"] if row["ttft_ms"] is not None] or result["rows"]
+    frames, edges = (sorted({row[name] for row in timed}) for name in ("frames", "resolution"))
+    arms = [arm for arm in _ARMS if any(row["arm"] == arm for row in timed)]
+    ratios = [r | {"value": r["ttft"]} for r in result["ratios"] if r["ttft"] is not None]
+    rivals = [arm for arm in arms if any(ratio["arm"] == arm for ratio in ratios)]
+    of = style.figure(1.5 + len(arms) * max(2.6, 1.0 + 0.8 * len(frames)), 2.2 + 2 * (1.1 + 0.45 * len(edges)))
+    panels = of.subplots(2, len(arms), squeeze=False)
+    times = [row | {"value": (row["ttft_ms"] or {}).get("median")} for row in timed]
+    for column, arm in enumerate(arms):
+        _heat_map(panels[0][column], times, arm, frames, edges, _NAMES[arm], "first token, ms")
+        if arm in rivals:
+            _heat_map(panels[1][column], ratios, arm, frames, edges, "", "times the adapter's")
+        else:
+            panels[1][column].set_axis_off()
+        if column == 0:
+            panels[0][column].set_ylabel("longest edge")
+    style.title(of, "Time to the first token over frames and resolution", _details(result))
+    return style.save(of, path)
+
+
+def _heat_map(
+    at: Axes, rows: list[Result], arm: str, frames: list[int], edges: list[int], name: str, quantity: str
+) -> None:
+    cells = {(row["resolution"], row["frames"]): row["value"] for row in rows if row["arm"] == arm}
+    values = np.array([[cells.get((edge, count)) for count in frames] for edge in edges], dtype=np.float64)
+    every = [row["value"] for row in rows if row["value"]]
+    norm = LogNorm(min(every, default=1.0) / 1.01, max(every, default=1.0) * 1.01)
+    at.imshow(values, cmap=style.COLOUR_MAP, norm=norm, origin="lower", aspect="auto")
+    for (y, x), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            ink = "black" if norm(value) > 0.55 else "white"
+            at.text(x, y, f"{value:.3g}" if value < 1000 else f"{value:,.0f}", ha="center", va="center", color=ink)
+    at.set_xticks(range(len(frames)), [str(count) for count in frames])
+    at.set_yticks(range(len(edges)), [f"{edge} px" for edge in edges])
+    at.tick_params(length=0)
+    at.spines[:].set_visible(False)
+    at.set_title(f"{name}\n{quantity}" if name else quantity, loc="left", fontsize=10)
+    at.set_xlabel("frames")
+
+
+def _lines(result: Result, path: Path) -> Path:
+    """First token, prompt tokens and state over frames, at the first resolution."""
+    edge = result["rows"][0]["resolution"]
+    rows = [row for row in result["rows"] if row["resolution"] == edge]
+    of = style.figure(13, 4.4)
+    panels = of.subplots(1, 3)
+    quantities = {
+        "first token, ms": lambda row: (row["ttft_ms"] or {}).get("median"),
+        "prompt tokens": lambda row: row["prompt_tokens"],
+        "state of a video, MB": lambda row: row["state_bytes"] / 1e6 if row["state_bytes"] else None,
+    }
+    for at, (name, value) in zip(panels, quantities.items(), strict=True):
+        for arm in _ARMS:
+            points = [(row["frames"], value(row)) for row in rows if row["arm"] == arm and value(row) is not None]
+            if points:
+                _line(at, arm, *zip(*sorted(points), strict=True))
+        at.set_xscale("log", base=2)
+        at.set_yscale("log")
+        at.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
+        style.plain_ticks(at.yaxis)
+        style.axis(at, x="frames", name=name)
+        at.grid(alpha=0.3)
+    style.title(of, "What a question about a video costs", f"{_details(result)}; file of {edge} px")
+    style.legend(of, panels[0])
+    return style.save(of, path)
+
+
+def _amortise(result: Result, path: Path) -> Path:
+    of = style.figure(9, 4.8)
+    at = of.subplots()
+    for row in result["rows"]:
+        sums = [value / 1e3 for value in row["cumulative_ttft_ms"]]
+        asked = row["asked"]
+        name = _NAMES[row["arm"]].replace(", first question", "").replace(", ready", "")
+        places = range(1, len(sums) + 1)
+        colour = _colour(row["arm"])
+        at.plot(places[:asked], sums[:asked], color=colour, label=f"{name}", marker=_marker(row["arm"]), markersize=3)
+        at.plot(places[asked - 1 :], sums[asked - 1 :], color=colour, linestyle=":")
+    at.set_xscale("log", base=2)
+    at.set_yscale("log")
+    at.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
+    style.plain_ticks(at.yaxis)
+    style.axis(at, x="questions about the video", y="waited for first tokens, s, in all")
+    at.grid(alpha=0.3)
+    first = result["rows"][0]
+    how = f"{_details(result)}; {first['frames']} frames, {first['resolution']} px; dotted: their median goes on"
+    style.title(of, "When an adapter pays, internalization included", how)
+    style.legend(of, at)
+    return style.save(of, path)
+
+
+def _throughput(result: Result, path: Path) -> Path:
+    """Requests a second over concurrency, or bars where there is one concurrency."""
+    rows = result["rows"]
+    popularities = list(dict.fromkeys(row["popularity"] for row in rows))
+    counts = sorted({row["concurrency"] for row in rows})
+    of = style.figure(2.5 + 4.2 * len(popularities), 4.6)
+    panels = of.subplots(1, len(popularities), squeeze=False, sharey=True)[0]
+    for at, popularity in zip(panels, popularities, strict=True):
+        some = [row for row in rows if row["popularity"] == popularity]
+        for place, arm in enumerate(arm for arm in _ARMS if any(row["arm"] == arm for row in some)):
+            points = sorted((row["concurrency"], row["request_throughput"]) for row in some if row["arm"] == arm)
+            if len(counts) > 1:
+                _line(at, arm, *zip(*points, strict=True))
+            else:
+                drawn = at.bar(place, points[0][1], 0.7, color=_colour(arm), label=_NAMES[arm])
+                at.bar_label(drawn, [f"{points[0][1]:.3g}"], padding=2)
+        if len(counts) > 1:
+            at.set_xscale("log", base=2)
+            at.set_xticks(counts, [str(count) for count in counts])
+        else:
+            at.set_xticks([])
+        at.set_yscale("log")
+        style.plain_ticks(at.yaxis)
+        style.axis(
+            at, x="questions at a time" if len(counts) > 1 else f"{counts[0]} questions at a time", name=popularity
+        )
+        at.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("requests per second")
+    first = rows[0]
+    style.title(
+        of,
+        "Many videos asked at once",
+        f"{_details(result)}; {first['videos']} videos of {first['frames']} frames, {first['resolution']} px",
+    )
+    style.legend(of, panels[0])
+    return style.save(of, path)
+
+
+def _tax(result: Result, path: Path) -> Path:
+    """What is left of the speed without LoRA."""
+    ratios = [ratio for ratio in result["ratios"] if ratio["over"] == "no LoRA"]
+    of = style.figure(8, 4.4)
+    at = of.subplots()
+    names = [
+        ("prefill" if r["traffic"] == "prefill" else f"{r['streams']} streams") + f"\n{r['adapters']} adapters"
+        for r in ratios
+    ]
+    colours = [style.ORANGE if ratio["traffic"] == "prefill" else style.BLUE for ratio in ratios]
+    drawn = at.bar(range(len(ratios)), [ratio["speed"] for ratio in ratios], 0.7, color=colours)
+    at.bar_label(drawn, [f"{ratio['speed']:.2f}" for ratio in ratios], padding=2)
+    at.axhline(1, color="black", linestyle="--", linewidth=1)
+    at.set_xticks(range(len(ratios)), names)
+    at.set_ylim(0, 1.15 * max([1.0, *(ratio["speed"] for ratio in ratios)]))
+    style.axis(at, y="speed / speed without LoRA")
+    at.grid(axis="y", alpha=0.3)
+    style.title(of, "What LoRA leaves of the speed of text traffic", _details(result))
+    return style.save(of, path)
+
+
+def _capacity(result: Result, path: Path) -> Path:
+    rows = sorted(result["rows"], key=lambda row: row["frames"])
+    of = style.figure(8, 4.4)
+    at = of.subplots()
+    frames = [row["frames"] for row in rows]
+    for arm, key, name in (("adapter", "adapter_videos", "as adapters"), ("frames", "kv_videos", "as KV caches")):
+        colour, marker = _colour(arm), _marker(arm)
+        at.plot(frames, [row[key] for row in rows], color=colour, marker=marker, label=name)
+    at.set_xscale("log", base=2)
+    at.set_yscale("log")
+    at.set_xticks(frames, [str(count) for count in frames])
+    style.plain_ticks(at.yaxis)
+    style.axis(at, x="frames", y=f"videos in {result['configuration']['gb']:g} GB")
+    at.grid(alpha=0.3)
+    style.title(of, "Videos that stay answerable", f"{result['configuration']['model']}, counted")
+    style.legend(of, at)
+    return style.save(of, path)
+
+
+def _line(at: Axes, arm: str, x: Any, y: Any) -> None:
+    at.plot(x, y, marker=_marker(arm), color=_colour(arm), label=_NAMES[arm])
+
+
+def _colour(arm: str) -> str:
+    return style.COLOURS[_ARMS.index(arm)]
+
+
+def _marker(arm: str) -> str:
+    return style.MARKERS[_ARMS.index(arm)]
+
+
+def _details(result: Result) -> str:
+    machine, configuration = result["machine"], result["configuration"]
+    where = machine["device"] if machine["device"] != "cpu" else f"{machine['cores']} cores of {machine['cpu']}"
+    return f"{configuration['model']} in {configuration['dtype']}, {where}"

@@ -1,0 +1,204 @@
+"""Results for people: one table a suite, in the terminal and as markdown, and what follows from it in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+Result = dict[str, Any]
+_FEW = (1, 2, 4, 8, 16, 32, 64)
+
+
+def markdown(result: Result) -> str:
+    """Title, machine, table and sentences."""
+    machine, configuration = result["machine"], result["configuration"]
+    header, rows = grid(result)
+    where = machine["device"] if machine["device"] != "cpu" else f"{machine['cores']} cores of {machine['cpu']}"
+    lines = [
+        f"# {result['suite']}: {configuration['model']} in {configuration['dtype']}",
+        "",
+        f"{where}, {machine['memory_gib']:.0f} GiB; {result['date'][:10]}; vLLM {result['versions']['vllm']}, torch "
+        f"{result['versions']['torch']}. `{result['command']}`",
+        "",
+        *_markdown_table(header, rows),
+        "",
+        *(f"- {line}" for line in sentences(result)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table(result: Result) -> Table:
+    """The same table for the terminal."""
+    header, rows = grid(result)
+    shown = Table(title=f"{result['suite']}: {result['configuration']['model']}")
+    for place, name in enumerate(header):
+        shown.add_column(name, justify="left" if place == 0 else "right")
+    for row in rows:
+        shown.add_row(*row)
+    return shown
+
+
+def grid(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Header and cells."""
+    return _GRIDS[result["suite"]](result["rows"])
+
+
+def sentences(result: Result) -> list[str]:
+    """What follows from the rows."""
+    return _SENTENCES[result["suite"]](result)
+
+
+def _latency(rows: list[Result]) -> tuple[list[str], list[list[str]]]:
+    header = ["arm", "frames", "resolution", "first token, ms", "p90", "prompt tokens", "state"]
+    cells = []
+    for row in rows:
+        times = row["ttft_ms"] or {}
+        figures = [_figure(times.get("median"), 1), _figure(times.get("p90"), 1), _count(row["prompt_tokens"])]
+        cells.append([row["arm"], str(row["frames"]), f"{row['resolution']} px", *figures, _bytes(row["state_bytes"])])
+    return header, cells
+
+
+def _latency_sentences(result: Result) -> list[str]:
+    lines = []
+    for ratio in result["ratios"]:
+        where = f"{ratio['frames']} frames, {ratio['resolution']} px"
+        parts = {"first token": "ttft", "prompt tokens": "prompt_tokens", "state": "state_bytes"}
+        told = [f"{name} {ratio[key]:g}x" for name, key in parts.items() if ratio.get(key) is not None]
+        if told:
+            lines.append(f"{ratio['arm']} / adapter, {where}: {', '.join(told)}")
+    if any(row["counted"] for row in result["rows"]):
+        lines.append("A cell without a time was counted from processor and configuration, not run.")
+    return lines
+
+
+def _amortise(rows: list[Result]) -> tuple[list[str], list[list[str]]]:
+    most = len(rows[0]["cumulative_ttft_ms"])
+    few = [count for count in _FEW if count <= most]
+    header = ["arm", "first question, ms", "later ones, ms", *(f"sum of {count}, s" for count in few)]
+    cells = []
+    for row in rows:
+        sums = [_figure(row["cumulative_ttft_ms"][count - 1] / 1e3, 2) for count in few]
+        cells.append([row["arm"], _figure(row["first_ttft_ms"], 1), _figure(row["later_ttft_ms"]["median"], 1), *sums])
+    return header, cells
+
+
+def _amortise_sentences(result: Result) -> list[str]:
+    lines = []
+    for one in result["break_even"]:
+        if one["questions"] is not None:
+            said = f"costs no more from {one['questions']} questions on"
+        elif one["projected"] is not None:
+            said = f"would cost no more from about {one['projected']} questions on"
+        else:
+            said = "costs more, however many questions are asked"
+        lines.append(f"{one['arm']} against {one['over']}: {said}")
+    for row in result["rows"]:
+        if row["asked"] < len(row["ttft_ms"]):
+            lines.append(f"{row['arm']} was asked {row['asked']} questions; the others are taken to cost their median.")
+    return lines
+
+
+def _throughput(rows: list[Result]) -> tuple[list[str], list[list[str]]]:
+    header = ["arm", "popularity", "at a time", "requests/s", "goodput/s"]
+    header += [f"{name} {p}, ms" for name in ("first token", "per token", "whole") for p in ("p50", "p99")]
+    cells = []
+    for row in rows:
+        spread = [f"{p}_{of}_ms" for of in ("ttft", "tpot", "e2el") for p in ("median", "p99")]
+        rates = [_figure(row["request_throughput"], 3), _figure(row.get("request_goodput"), 3)]
+        cells.append(
+            [row["arm"], row["popularity"], str(row["concurrency"]), *rates, *(_figure(row[s], 1) for s in spread)]
+        )
+    return header, cells
+
+
+def _throughput_sentences(result: Result) -> list[str]:
+    return [
+        f"adapter / {one['over']}, {one['videos']} videos of {one['frames']} frames, {one['popularity']}, "
+        f"{one['concurrency']} at a time: {one['requests']:g}x the requests per second; first token {one['ttft']:g}x "
+        "sooner"
+        for one in result["ratios"]
+    ]
+
+
+def _tax(rows: list[Result]) -> tuple[list[str], list[list[str]]]:
+    header = ["traffic", "streams", "adapters", "tokens/s", "per token, ms", "first token, ms"]
+    cells = []
+    for row in rows:
+        decode = row["traffic"] == "decode"
+        figures = [row["output_throughput"] if decode else None, row["median_tpot_ms"] if decode else None]
+        shown = [_figure(value, 1) for value in (*figures, row["median_ttft_ms"])]
+        cells.append([row["traffic"], str(row["streams"]), str(row["adapters"] or "no LoRA"), *shown])
+    return header, cells
+
+
+def _tax_sentences(result: Result) -> list[str]:
+    lines = []
+    for one in result["ratios"]:
+        what = "prefill" if one["traffic"] == "prefill" else f"decode, {one['streams']} streams"
+        adapters = f"{one['adapters']} adapters" if one["adapters"] else "no LoRA"
+        more = f" ({one['decode_speed']:g} per token)" if "decode_speed" in one else ""
+        lines.append(f"{what}, {adapters} / {one['over']}: {one['speed']:g} of the speed{more}")
+    return lines
+
+
+def _capacity(rows: list[Result]) -> tuple[list[str], list[list[str]]]:
+    header = ["frames", "adapter", "KV cache", "videos as adapters", "videos as KV", "KV / adapter"]
+    cells = [
+        [
+            str(row["frames"]),
+            _bytes(row["adapter_bytes"]),
+            _bytes(row["kv_bytes"]),
+            _count(row["adapter_videos"]),
+            _count(row["kv_videos"]),
+            f"{row['kv_over_adapter']:g}x",
+        ]
+        for row in rows
+    ]
+    return header, cells
+
+
+def _capacity_sentences(result: Result) -> list[str]:
+    return [
+        f"In {result['configuration']['gb']:g} GB; an adapter is the smaller one from "
+        f"{result['larger_from_frames']} frames on."
+    ]
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return "–"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value} B"
+
+
+_GRIDS = {
+    "latency": _latency,
+    "amortise": _amortise,
+    "throughput": _throughput,
+    "tax": _tax,
+    "capacity": _capacity,
+}
+_SENTENCES = {
+    "latency": _latency_sentences,
+    "amortise": _amortise_sentences,
+    "throughput": _throughput_sentences,
+    "tax": _tax_sentences,
+    "capacity": _capacity_sentences,
+}

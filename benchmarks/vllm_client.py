@@ -1,0 +1,89 @@
+"""`vllm bench serve`, run in this process: vLLM's own client for what it can say, random text under LoRA adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from f2l_vllm import torch_shims
+
+torch_shims.install()
+
+_PER_REQUEST = {"input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times", "queue_times"}
+_TEXTS = {"generated_texts", "errors"}
+
+
+class TrafficFailed(RuntimeError):
+    """Requests failed, or were not of the length that was asked for."""
+
+
+async def random_text(
+    url: str,
+    model: str,
+    tokenizer: Path,
+    *,
+    input_tokens: int,
+    output_tokens: int,
+    requests: int,
+    concurrency: int,
+    adapters: Sequence[str] = (),
+    seed: int = 0,
+    log: Path,
+) -> dict[str, Any]:
+    """Ask a server for random text, closed loop, greedy, every answer of the same length.
+
+    Args:
+        url: without `/v1`.
+        model: name of the base model on the server.
+        adapters: names that take turns; the base model without.
+        log: what the client prints is added to it.
+
+    Returns:
+        vLLM's result, without texts and the values of single requests.
+
+    Raises:
+        TrafficFailed: not every request was answered at full length.
+    """
+    from vllm.benchmarks.serve import add_cli_args, main_async
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    chosen = {
+        "--backend": "openai",
+        "--base-url": url,
+        "--endpoint": "/v1/completions",
+        "--model": tokenizer,
+        "--served-model-name": model,
+        "--dataset-name": "random",
+        "--random-input-len": input_tokens,
+        "--random-output-len": output_tokens,
+        "--num-prompts": requests,
+        "--max-concurrency": concurrency,
+        "--temperature": 0,
+        "--seed": seed,
+        "--percentile-metrics": "ttft,tpot,itl,e2el",
+        "--metric-percentiles": "50,90,99",
+        "--ready-check-timeout-sec": 0,
+    }
+    words = [word for flag, value in chosen.items() for word in (flag, str(value))] + ["--disable-tqdm"]
+    if adapters:
+        words += ["--lora-assignment", "round-robin", "--lora-modules", *adapters]
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    try:
+        with log.open("a") as output, contextlib.redirect_stdout(output):
+            result: dict[str, Any] = await main_async(parser.parse_args(words))
+    finally:
+        gc.unfreeze()  # it freezes what is there, and a library complains of that at exit
+    wanted = requests * output_tokens
+    if result["completed"] != requests or result["total_output_tokens"] != wanted:
+        errors = sorted({error for error in result["errors"] if error})
+        raise TrafficFailed(
+            f"{result['completed']} of {requests} requests were answered, with {result['total_output_tokens']} of "
+            f"{wanted} tokens: {'; '.join(errors)[:500] or 'no error was given'}"
+        )
+    return {name: value for name, value in result.items() if name not in _PER_REQUEST | _TEXTS}
