@@ -93,7 +93,7 @@ def _engine(url: str, busy_seconds: float) -> Engine:
 
 
 def _create_tables(connection: Connection) -> None:
-    """Create what is missing, columns included: a catalog of an earlier version is opened as it is."""
+    """Create what is missing, columns and indexes included: a catalog of an earlier version is opened as it is."""
     metadata.create_all(connection)
     inspector = inspect(connection)
     for table in metadata.sorted_tables:
@@ -102,9 +102,8 @@ def _create_tables(connection: Connection) -> None:
             if column.name not in known:
                 definition = CreateColumn(column).compile(dialect=connection.dialect)
                 connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {definition}"))
-                for index in table.indexes:
-                    if column.name in index.columns:
-                        index.create(connection, checkfirst=True)
+        for index in table.indexes:
+            index.create(connection, checkfirst=True)
 
 
 @contextmanager

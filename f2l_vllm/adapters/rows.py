@@ -121,7 +121,7 @@ def ensure_job(
 
 def release(connection: Connection, names: Collection[str]) -> None:
     """Jobs that were in work wait again, and so do their files."""
-    connection.execute(update(jobs).where(jobs.c.adapter_name.in_(names)).values(running=0))
+    connection.execute(update(jobs).where(jobs.c.adapter_name.in_(names)).values(running=0, pool=None))
     for name in names:
         at_work = [r for r in files_of(connection, name) if r.state in IN_WORK and r.state is not VideoState.UPLOADED]
         move(connection, at_work, VideoState.UPLOADED)

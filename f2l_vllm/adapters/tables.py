@@ -36,7 +36,7 @@ files = Table(
     Column("sha256", String(64), nullable=False, index=True),
     Column("adapter_name", String(128), nullable=False, index=True),
     Column("previous_adapter", String(128), index=True),  # of other revisions, kept until the new one is made
-    Column("state", String(16), nullable=False, index=True),
+    Column("state", String(16), nullable=False),
     Column("progress", Float, nullable=False, default=0.0),
     Column("error_code", String(64)),
     Column("error_message", String(2048)),
@@ -49,6 +49,7 @@ files = Table(
     sqlite_autoincrement=True,
 )
 Index("files_by_tenant", files.c.tenant, files.c.number)
+Index("files_by_state", files.c.state, files.c.tenant, files.c.number)  # whose turn it is, and with which file
 
 # An adapter's id is its LoRA int id in every engine: allocated here only, ascending, never used again.
 adapters = Table(
@@ -82,8 +83,18 @@ jobs = Table(
     Column("running", Integer, nullable=False, default=0),
     Column("attempts", Integer, nullable=False, default=0),
     Column("background", Boolean, nullable=False, server_default=false()),  # nobody waits for it
+    Column("pool", String(64)),  # that has it in work
     Column("created_at", Float, nullable=False),
     sqlite_autoincrement=True,
+)
+Index("jobs_in_line", jobs.c.running, jobs.c.background, jobs.c.id)
+
+# The pools that run, or ran a moment ago.
+pools = Table(
+    "pools",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("seen_at", Float, nullable=False),
 )
 
 

@@ -2,7 +2,9 @@
 
 A lane claims a job, runs it on its actor, writes what happens into the catalog, and takes the next. A job stays in
 the catalog until it ends, so nothing is lost with an actor: when one dies, its lane puts the job back and starts a new
-actor. Only one pool serves a data folder at a time (a file lock); whoever holds it may call leftovers back to work.
+actor. Only one pool serves a data folder at a time (a file lock), under a name that lies in it; whoever holds the lock
+may call back to work what that name left. Pools of other folders may share the catalog: each says that it runs, and
+what one has in work that says so no more is taken over by the others.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -37,6 +41,7 @@ _START_SECONDS = 600.0
 _FAILED_STARTS = 3
 _RESTART_SECONDS = 2.0
 _UNAVAILABLE_SECONDS = 5.0
+_BEAT_SECONDS = 5.0  # between two signs of life
 _OBJECT_STORE_BYTES = 100 * 2**20  # only small events pass through it
 
 
@@ -84,12 +89,15 @@ class Pool:
             self._store.sweep(keep=lambda name: self._catalog.wanted(name) or self._catalog.has_video(name))
         except Unavailable as error:
             logger.warning("what interrupted processes left is swept at the next start: %s", error)
+        self._catalog.pool = _name(self._spec.home)
+        self._beat()
         # Whoever had them did not stop in order, and one of them may be why: the attempt counts.
         if released := self._catalog.release_all_jobs(blameless=False):
             logger.info("%d interrupted jobs wait again", released)
         self._connect()
         for lane in self._lanes:
             lane.start()
+        threading.Thread(target=self._beat_on, name="f2l-beat", daemon=True).start()
         return True
 
     def workers(self) -> list[WorkerInfo]:
@@ -108,6 +116,17 @@ class Pool:
         self._catalog.release_all_jobs(blameless=True)
         ray.shutdown()
         self._lock.release()
+
+    def _beat(self) -> None:
+        if released := self._catalog.beat():
+            logger.info("%d jobs of a pool that is gone wait again", released)
+
+    def _beat_on(self) -> None:
+        while not self._stopping.wait(_BEAT_SECONDS):
+            try:
+                self._beat()
+            except Unavailable as error:
+                logger.warning("this pool cannot say that it runs: %s", error)
 
     def _connect(self) -> None:
         config = self._config
@@ -304,3 +323,14 @@ def _exhausted(attempts: int, how: str) -> Failed:
     return Failed(
         EXHAUSTED, f"the video could not be internalized in {attempts} attempts; the last one ended with {how}"
     )
+
+
+def _name(home: Path) -> str:
+    """The name of the pool that serves this data folder. The folder's lock is held."""
+    path = home / "pool.name"
+    if not path.is_file() or not (name := path.read_text().strip()):
+        name = uuid.uuid4().hex
+        work = path.with_suffix(".new")
+        work.write_text(name)
+        work.replace(path)
+    return name
