@@ -7,6 +7,7 @@ is the platform plugin that stands in for them with plain PyTorch.
 - `platform`: what vLLM asks of a platform; names the classes below.
 - `ops`: the few compiled operators the CPU worker calls.
 - `attention`: paged attention.
-- `punica`: grouped multi-LoRA.
+- `linear`: linear layers with packed weights.
+- `lora_slots`, `punica`: how adapters lie in memory, and many of them in one batch.
 - `worker`: worker and model runner; seeded sampling under chunked prefill.
 """

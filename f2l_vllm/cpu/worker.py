@@ -1,4 +1,5 @@
-"""Worker and model runner: vLLM's own for the CPU, with per-request random generators that a CPU has."""
+"""Worker and model runner: vLLM's own for the CPU, with packed weights, compact adapters, and per-request random
+generators that a CPU has."""
 
 from __future__ import annotations
 
@@ -8,15 +9,34 @@ from typing import Any
 
 import torch
 import vllm.v1.worker.cpu_worker as cpu_worker
+import vllm.v1.worker.lora_model_runner_mixin as lora_model_runner_mixin
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from f2l_vllm.cpu.linear import pack_linears
+from f2l_vllm.cpu.lora_slots import CompactLoRAModelManager
 
 
 class TorchCPUModelRunner(CPUModelRunner):
-    """Keeps the generator of a seeded request where it was while only a part of its prompt has been read.
+    """Packs linear layers and adapters, and keeps the generator of a seeded request where it was while only a part of
+    its prompt has been read.
 
     The runner samples for every row and drops the draw of such a request, then rewinds its generator by
     `set_offset`, which generators of a CPU do not have. Hidden from both steps, the generator is never advanced.
     """
+
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        super().load_model(load_dummy_weights)
+        pack_linears(self.model)
+
+    def load_lora_model(self, *args: Any, **kwargs: Any) -> Any:
+        # The mixin names the class of its manager, and that the class of the slots' manager.
+        holder = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
+        original = holder._manager_cls
+        holder._manager_cls = CompactLoRAModelManager
+        try:
+            return super().load_lora_model(*args, **kwargs)
+        finally:
+            holder._manager_cls = original
 
     @contextmanager
     def _partial_prefills_unseeded(self) -> Iterator[None]:

@@ -11,9 +11,17 @@ from typing import Any
 import pytest
 import torch
 import vllm
+import vllm.lora.model_manager as model_manager
 import vllm.v1.worker.cpu_worker as cpu_worker
+import vllm.v1.worker.lora_model_runner_mixin as lora_model_runner_mixin
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.layers.classifier import ClassificationHeadWithLoRA
+from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.attention import attention
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.utils import cpu_unquantized_gemm
 from vllm.platforms import builtin_platform_plugins
 from vllm.platforms.cpu import CpuPlatform
 from vllm.plugins import PLATFORM_PLUGINS_GROUP
@@ -25,6 +33,7 @@ from vllm.v1.worker.block_table import BlockTable, ComputeSlotMappingKernel
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from f2l_vllm.cpu import ops
 from f2l_vllm.cpu.attention import TorchAttentionImpl, TorchAttentionMetadataBuilder
@@ -99,6 +108,32 @@ def test_lora_wrapper_implements_what_layers_call() -> None:
         assert takes_any or name == "apply_lora_full_linear"
     for name in ("_update_base_metadata", "token_lora_indices", "sampler_indices", "_select_full_linear_output"):
         assert hasattr(PunicaWrapperBase, name)
+
+
+def test_slots_are_filled_where_adapters_are_packed() -> None:
+    assert "LRUCacheWorkerLoRAManager(" in inspect.getsource(LoRAModelRunnerMixin.load_lora_model)
+    assert hasattr(lora_model_runner_mixin, "LRUCacheWorkerLoRAManager")
+    assert "lora_manager_cls=self._manager_cls" in inspect.getsource(LRUCacheWorkerLoRAManager.create_lora_manager)
+    # Nobody else writes to a slot, and only an adapter that was not active is written.
+    assert inspect.getsource(model_manager).count(".set_lora(") == 1
+    assert "set_lora(" in inspect.getsource(LoRAModelManager.activate_adapter)
+    assert "if lora_id in self._active_adapters:\n            return False" in inspect.getsource(
+        LoRAModelManager.activate_adapter
+    )
+    # The layers whose slots are packed read them through this one operation.
+    assert "add_lora_linear(" in inspect.getsource(BaseLinearLayerWithLoRA._apply_lora_to_output)
+    assert "add_lora_logits(" in inspect.getsource(ClassificationHeadWithLoRA._apply_lora_to_output)
+
+
+def test_linear_layers_compute_what_they_were_given_when_loaded() -> None:
+    layer = SimpleNamespace(cpu_linear=lambda x, weight, bias: (x, weight, bias))
+    assert cpu_unquantized_gemm(layer, "x", "weight", "bias") == ("x", "weight", "bias")
+    assert "dispatch_cpu_unquantized_gemm(layer" in inspect.getsource(
+        UnquantizedLinearMethod.process_weights_after_loading
+    )
+    assert "load_lora_model" in inspect.getsource(CPUModelRunner.load_model)
+    for name in ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported"):
+        assert hasattr(torch.ops.mkldnn, name)
 
 
 def test_worker_names_its_runner_in_its_module() -> None:

@@ -11,7 +11,11 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.model_executor.layers.linear import LinearBase
 
+from f2l_vllm.cpu import linear
+from f2l_vllm.cpu.lora_slots import is_table
 from f2l_vllm.serving import smolvlm_video
 
 from .reference import Answer, Reference
@@ -24,7 +28,9 @@ QUESTIONS = ["Who scores?", "What is shown in the video, and which colour is the
 
 @pytest.fixture(scope="module")
 def adapters(make_lora: Callable[..., Path]) -> dict[str, Path]:
-    return {"first": make_lora(rank=8, seed=1), "second": make_lora(rank=16, seed=2)}
+    """Of unequal ranks, and more than the engine has slots."""
+    ranks = {"first": 8, "second": 16, "third": 5, "fourth": 12}
+    return {name: make_lora(rank=rank, seed=seed) for seed, (name, rank) in enumerate(ranks.items(), 1)}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +52,7 @@ class Engine:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             patch.setenv("F2L_CPU_KV_BYTES", str(32 << 20))
+            patch.setattr(linear, "MIN_ELEMENTS", 0)  # this model's layers are small
             from vllm import LLM
             from vllm.lora.request import LoRARequest
 
@@ -53,11 +60,12 @@ class Engine:
                 str(checkpoint),
                 dtype="float32",
                 max_model_len=1024,
-                max_num_seqs=4,
+                max_num_seqs=8,
                 max_num_batched_tokens=CHUNK,
                 enable_prefix_caching=True,
                 enable_lora=True,
-                max_loras=2,
+                max_loras=3,
+                max_cpu_loras=4,
                 max_lora_rank=16,
                 lora_target_modules=["down_proj"],
                 limit_mm_per_prompt={"image": 2, "video": 2},
@@ -113,6 +121,26 @@ def test_two_adapters_and_the_base_model_share_a_batch(engine: Engine, reference
     for question, name, output in zip(questions, names, outputs, strict=True):
         expected = reference.answer(reference.chat(text(question)), MAX_TOKENS, name)
         assert worst_difference(output, expected) < TOLERANCE
+
+
+def test_many_decode_together_at_unequal_lengths_and_take_turns_in_the_slots(
+    engine: Engine, reference: Reference
+) -> None:
+    names = ["fourth", "third", None, "first", "third", "second", "first", None, "fourth", "second"]
+    questions = [" ".join(QUESTIONS[:1] * (1 + 5 * (row % 4)) + QUESTIONS[1:]) for row in range(len(names))]
+    outputs = engine.chat([text(question) for question in questions], names)
+    for question, name, output in zip(questions, names, outputs, strict=True):
+        expected = reference.answer(reference.chat(text(question)), MAX_TOKENS, name)
+        assert worst_difference(output, expected) < TOLERANCE
+
+
+def test_these_answers_come_from_packed_layers_and_slots(engine: Engine) -> None:
+    def look(model: Any) -> tuple[set[int], set[bool]]:
+        linears = [layer for layer in model.modules() if isinstance(layer, LinearBase)]
+        slots = [layer.lora_a_stacked[0] for layer in model.modules() if isinstance(layer, BaseLinearLayerWithLoRA)]
+        return {layer.weight.numel() for layer in linears}, {is_table(a_M1RI) for a_M1RI in slots}
+
+    assert engine.llm.apply_model(look) == [({0}, {True})]
 
 
 def test_prompt_longer_than_a_step_is_read_in_chunks(engine: Engine, reference: Reference) -> None:
