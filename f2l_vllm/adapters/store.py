@@ -123,6 +123,10 @@ class Store:
         with disk_errors("write"):
             return self._workspace.fresh()
 
+    def discard(self, temporary: Path) -> None:
+        """Drop work in progress."""
+        remove(temporary)
+
     # Videos
 
     def video_path(self, sha256: str) -> Path:

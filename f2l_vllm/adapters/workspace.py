@@ -38,9 +38,10 @@ class Workspace:
                 self.close()
                 own = self._shared / f"{os.uname().nodename}.{uuid.uuid4().hex}"
                 own.mkdir()
-                self._descriptor = os.open(own, os.O_RDONLY)
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-                self._own = own  # unless it was cleared before it was locked
+                with suppress(FileNotFoundError):  # cleared before it was locked: another one
+                    self._descriptor = os.open(own, os.O_RDONLY)
+                    fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+                    self._own = own
             return self._own / uuid.uuid4().hex
 
     def close(self) -> None:
@@ -62,11 +63,12 @@ class Workspace:
 
 
 def remove(path: Path) -> None:
-    """A file or a directory; nothing happens if there is none."""
+    """Drop a file or a directory; what a disk does not let go of stays until it is cleared."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def _remove_unless_held(folder: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from f2l_vllm.hypernetwork.base_model import module_path, name_of, target_linear, text_layers_of
@@ -122,7 +122,8 @@ def save_tensors(tensors: Mapping[str, Tensor], directory: str | Path, base_mode
     config = peft_config(rank, modules, base_model)
     with atomic_directory(directory) as staging:
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(dict(tensors), staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        # safetensors' own writer tells of a full disk in words only; this raises the system's error.
+        (staging / WEIGHTS_FILE).write_bytes(save(dict(tensors), metadata={"format": "pt"}))
 
 
 def compose_tensors(parts: Sequence[tuple[Mapping[str, Tensor], Sequence[int]]], chunk_rank: int) -> dict[str, Tensor]:

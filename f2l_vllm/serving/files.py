@@ -56,7 +56,7 @@ async def create_file(request: Request) -> JSONResponse:
             pinned=upload.pinned,
         )
     finally:
-        temporary.unlink(missing_ok=True)
+        videos.store.discard(temporary)
     return await _one(videos, record)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from f2l_vllm.adapters.errors import disk_errors
 from f2l_vllm.adapters.tables import FileRecord
 from f2l_vllm.serving.errors import APIError
 from f2l_vllm.serving.service import VideoService
@@ -52,7 +53,8 @@ class RemoteVideos:
         temporary = self._service.store.temporary()
         try:
             try:
-                await fetch(url, temporary, self._service.settings.fetch_policy)
+                with disk_errors("keep a video"):
+                    await fetch(url, temporary, self._service.settings.fetch_policy)
             except VideoError as error:
                 status = _STATUS.get(error.code, HTTPStatus.BAD_REQUEST)
                 raise APIError(status, error.code, error.message, param="messages") from error
@@ -60,7 +62,7 @@ class RemoteVideos:
             name = _name(url)
             return await _once(self._entering, (tenant, sha256), lambda: self._enter(temporary, sha256, name, tenant))
         finally:
-            await asyncio.to_thread(temporary.unlink, missing_ok=True)
+            await asyncio.to_thread(self._service.store.discard, temporary)
 
     async def _enter(self, temporary: Path, sha256: str, filename: str, tenant: str) -> FileRecord:
         key = (tenant, sha256)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncGenerator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from http import HTTPStatus
@@ -15,6 +16,7 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from f2l_vllm.adapters.errors import disk_errors
 from f2l_vllm.serving.errors import APIError, bad_request
 from f2l_vllm.settings import Settings
 from f2l_vllm.video.decoder import DecodeLimits, Decoders
@@ -49,21 +51,20 @@ async def receive(request: Request, temporary: Path, settings: Settings) -> Uplo
     Raises:
         APIError: `file_too_large`, `invalid_request`, `incomplete_upload`, `invalid_purpose`, `invalid_expires_after`,
             `empty_file`.
+        StoreUnavailable: there is no room for it, or it cannot be written.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise bad_request(
             "invalid_request", "POST /v1/files takes multipart/form-data with the fields file and purpose."
         )
     cap = settings.max_upload_bytes
-    target = _Target(temporary, cap)
     try:
-        form = await _Parser(request.headers, _capped(request, cap), target).parse()
+        with disk_errors("keep an upload"), closing(_Target(temporary, cap)) as target:
+            form = await _Parser(request.headers, _capped(request, cap), target).parse()
     except MultiPartException as error:
         raise bad_request("invalid_request", error.message) from error
     except ClientDisconnect as error:
         raise bad_request("incomplete_upload", "The upload ended before the whole file was here.") from error
-    finally:
-        target.close()
     upload = form.get("file")
     if not isinstance(upload, UploadFile):
         raise bad_request("invalid_request", "The field 'file' is missing: send the video's bytes in it.", "file")
