@@ -1,19 +1,27 @@
-"""A real PostgreSQL server in a folder of its own, run by a user who is not root."""
+"""A real PostgreSQL server in a folder of its own, run by a user who is not root, that ends with its starter."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pwd
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
+from typing import Any
 
 import psycopg
 
+_START_SECONDS = 120.0
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
 
 def find_postgres() -> Path | None:
-    """The folder with `initdb` and `pg_ctl`: on the PATH, or the newest one where Debian puts them."""
-    found = shutil.which("pg_ctl")
+    """The folder with `initdb` and `postgres`: on the PATH, or the newest one where Debian puts them."""
+    found = shutil.which("postgres")
     if found is not None and shutil.which("initdb") is not None:
         return Path(found).parent
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name))
@@ -28,34 +36,57 @@ class Postgres:
         self._user = _unprivileged_user()
         if self._user is not None:
             os.chown(folder, pwd.getpwnam(self._user).pw_uid, -1)
-        self._run("initdb", "-D", str(folder / "data"), "-U", "f2l", "-A", "trust", "--no-sync")
+        with (folder / "initdb.log").open("w") as log:
+            done = self._popen(
+                log, "initdb", "-D", str(folder / "data"), "-U", "f2l", "-A", "trust", "--no-sync"
+            ).wait()
+        if done:
+            raise RuntimeError(f"initdb failed: {Path(log.name).read_text()}")
         self.start()
 
     def start(self) -> None:
-        """Start the server and wait for it."""
-        options = f"-c listen_addresses='' -c unix_socket_directories={self._folder} -c fsync=off"
-        log = str(self._folder / "log")
-        self._run("pg_ctl", "-D", str(self._folder / "data"), "-w", "-l", log, "-o", options, "start")
+        """Start the server and wait for it. As a child: it stops when this process ends, however that comes about."""
+        options = ("-c", "listen_addresses=", "-c", f"unix_socket_directories={self._folder}", "-c", "fsync=off")
+        with (self._folder / "log").open("a") as log:
+            self.process = self._popen(log, "postgres", "-D", str(self._folder / "data"), *options)
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                self._connect().close()
+                return
+            except psycopg.OperationalError as error:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    text = (self._folder / "log").read_text()
+                    raise RuntimeError(f"PostgreSQL did not start: {error}\n{text[-2000:]}") from error
+            time.sleep(0.05)
 
     def stop(self) -> None:
         """Stop it at once, as a crash would."""
-        self._run("pg_ctl", "-D", str(self._folder / "data"), "-w", "-m", "immediate", "stop")
+        self.process.send_signal(signal.SIGQUIT)
+        self.process.wait()
 
     def new_database(self) -> str:
         """The URL of an empty database."""
         self._made += 1
         name = f"test{self._made}"
-        with psycopg.connect(host=str(self._folder), user="f2l", dbname="postgres", autocommit=True) as connection:
+        with self._connect() as connection:
             connection.execute(f"CREATE DATABASE {name}")
         return f"postgresql://f2l@/{name}?host={self._folder}"
 
-    def _run(self, program: str, *arguments: str) -> None:
+    def _connect(self) -> psycopg.Connection[Any]:
+        return psycopg.connect(host=str(self._folder), user="f2l", dbname="postgres", autocommit=True)
+
+    def _popen(self, log: Any, program: str, *arguments: str) -> subprocess.Popen[bytes]:
+        options: dict[str, Any] = {}
+        if self._user is not None:
+            options = {"user": self._user, "group": pwd.getpwnam(self._user).pw_gid, "extra_groups": []}
         command = [str(self._binaries / program), *arguments]
-        options = {} if self._user is None else {"user": self._user, "group": pwd.getpwnam(self._user).pw_gid}
-        with (self._folder / "out").open("w") as out:
-            done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, cwd="/", check=False, **options)
-        if done.returncode:
-            raise RuntimeError(f"{program} failed: {Path(out.name).read_text()}")
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd="/", preexec_fn=_quit_with_parent, **options)
+
+
+def _quit_with_parent() -> None:
+    """Have Linux send SIGQUIT, PostgreSQL's order to stop at once, when the parent is gone."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGQUIT)
 
 
 def _unprivileged_user() -> str | None:

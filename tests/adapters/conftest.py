@@ -13,7 +13,7 @@ def postgres() -> Iterator[Postgres]:
     """One real server for the session."""
     binaries = find_postgres()
     if binaries is None:
-        pytest.skip("PostgreSQL is not installed: no initdb and pg_ctl on the PATH or under /usr/lib/postgresql")
+        pytest.skip("PostgreSQL is not installed: no initdb and postgres on the PATH or under /usr/lib/postgresql")
     # Not in pytest's own folder, which nobody but its owner may enter.
     with tempfile.TemporaryDirectory(prefix="f2l-postgres-") as folder:
         server = Postgres(Path(folder), binaries)

@@ -3,7 +3,12 @@
 import contextlib
 import multiprocessing
 import sqlite3
+import subprocess
+import sys
+import tempfile
 import threading
+import time
+from pathlib import Path
 
 import pytest
 from adapters.steps import add, claim, publish
@@ -189,3 +194,29 @@ def test_a_read_only_catalog_says_so_and_is_read(tmp_path):
         add(catalog)
     assert catalog.file(record.id, "t") == record
     catalog.close()
+
+
+def test_a_killed_test_run_leaves_no_postgres(postgres, tmp_path):
+    """As a session of its own with a server of its own, ended by a signal that nobody can catch."""
+    with tempfile.TemporaryDirectory(prefix="f2l-postgres-") as folder:
+        code = (
+            "import sys, time; from pathlib import Path; from postgres import Postgres, find_postgres\n"
+            "print(Postgres(Path(sys.argv[1]), find_postgres()).process.pid, flush=True); time.sleep(600)"
+        )
+        tests = Path(__file__).parents[1]
+        run = subprocess.Popen([sys.executable, "-c", code, folder], cwd=tests, stdout=subprocess.PIPE, text=True)
+        server = int(run.stdout.readline())
+        assert Path(f"/proc/{server}").exists()
+        run.kill()
+        run.wait()
+        deadline = time.monotonic() + 60
+        while _is_running(server) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not _is_running(server)
+
+
+def _is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
