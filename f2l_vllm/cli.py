@@ -69,6 +69,22 @@ def serve(
         int | None, typer.Option(min=0, help="Tokens a pass: internalize waiting videos together.")
     ] = None,
     home: Annotated[Path | None, typer.Option(help="Data folder (F2L_HOME).")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Where videos and adapters are kept, any fsspec URL; default: the data folder.")
+    ] = None,
+    database_url: Annotated[
+        str | None,
+        typer.Option(help="Catalog in SQLite or PostgreSQL. Others see flags: a password belongs in F2L_DATABASE_URL."),
+    ] = None,
+    cache_bytes: Annotated[
+        int | None, typer.Option(min=0, help="How much of a remote store is kept in the folder; 0: no limit.")
+    ] = None,
+    hot_bytes: Annotated[
+        int | None, typer.Option(min=0, help="Memory (/dev/shm) for the adapters used most; 0: none.")
+    ] = None,
+    warm_adapters: Annotated[
+        int | None, typer.Option(min=0, help="Adapters made resident at start, those used last first.")
+    ] = None,
     tenants: Annotated[
         Path | None, typer.Option(help="JSON or TOML file of tenants and their API keys.", exists=True, dir_okay=False)
     ] = None,
@@ -93,6 +109,11 @@ def serve(
         "F2L_MERGE_RATE": merge_rate,
         "F2L_BATCH_TOKENS": batch_tokens,
         "F2L_HOME": home,
+        "F2L_STORE": store,
+        "F2L_DATABASE_URL": database_url,
+        "F2L_CACHE_BYTES": cache_bytes,
+        "F2L_HOT_BYTES": hot_bytes,
+        "F2L_WARM_ADAPTERS": warm_adapters,
         "F2L_TENANTS": tenants.absolute() if tenants is not None else None,
     }
     extra = list(context.args)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, and_, bindparam, case, delete, exists, func, insert, or_, select, update
 
+from f2l_vllm.adapters.adoption import Adoption
 from f2l_vllm.adapters.jobs import Jobs
 from f2l_vllm.adapters.rows import (
     GONE,
@@ -35,8 +36,6 @@ from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, Found, adapters,
 
 __all__ = ["Catalog", "QueueFull", "Removal"]
 
-OTHER_REVISION = "adapter_of_other_revision"
-_ADOPTED_AT_ONCE = 200
 _PARAMETERS = 500  # databases bound the number of parameters
 # What every question asks. Made once: putting the statement together takes longer than running it.
 _OF_FILE = and_(adapters.c.name == files.c.adapter_name, files.c.state == VideoState.PROCESSED)
@@ -56,7 +55,7 @@ class Removal:
     orphaned_video: bool
 
 
-class Catalog(Jobs):
+class Catalog(Adoption, Jobs):
     """Files, adapters and jobs in one database."""
 
     # Files
@@ -259,6 +258,17 @@ class Catalog(Jobs):
         with self._read() as connection:
             return set(connection.scalars(query.distinct()))
 
+    def newest_adapter(self) -> int:
+        """The largest id of an adapter; 0 without one."""
+        with self._read() as connection:
+            return connection.scalar(select(func.max(adapters.c.id))) or 0
+
+    def adapters_after(self, number: int, limit: int) -> list[AdapterRecord]:
+        """Adapters with ids above this one, in their order, at most `limit`."""
+        query = select(adapters).where(adapters.c.id > number).order_by(adapters.c.id).limit(limit)
+        with self._read() as connection:
+            return [adapter_record(row) for row in connection.execute(query)]
+
     def forget_adapter(self, adapter: AdapterRecord) -> None:
         """An adapter was found missing or damaged: its files wait again, for a new job under the same name.
 
@@ -326,31 +336,6 @@ class Catalog(Jobs):
             found = adapter_of(connection, name)
             return drop_adapters(connection, [name]) if found is not None and found.composed else []
 
-    # Revisions
-
-    def adopt(self, name_of: Callable[[str], str], has_video: Callable[[str], bool]) -> tuple[int, int]:
-        """Bring every file to the present revisions of model, hypernetwork and sampling; how many wait, and failed.
-
-        A file whose adapter's name is not `name_of(sha256)` is never answered from that adapter. It is ready if the
-        adapter of the right name exists, else it waits for that to be made in the background from the stored bytes,
-        those used last first; without bytes it fails with `adapter_of_other_revision`. The old adapter stays until the
-        new one is ready, so that a start with the wrong models loses nothing.
-        """
-        used = func.coalesce(files.c.last_used_at, files.c.created_at)
-        query = select(files).where(files.c.state.in_(LIVE)).order_by(used.desc())
-        with self._read() as connection:
-            rows = connection.execute(query)
-            stale = [(row.id, row.tenant) for row in rows if name_of(row.sha256) != row.adapter_name]
-        waiting = failed = 0
-        for start in range(0, len(stale), _ADOPTED_AT_ONCE):
-            with self._write() as connection:
-                for file_id, tenant in stale[start : start + _ADOPTED_AT_ONCE]:
-                    record = file_of(connection, file_id, tenant)
-                    state = None if record is None else _adopt(connection, record, name_of(record.sha256), has_video)
-                    waiting += state is VideoState.UPLOADED
-                    failed += state is VideoState.ERROR
-        return waiting, failed
-
     def counts(self) -> tuple[dict[str, int], int, int]:
         """Files by state, jobs waiting, jobs running."""
         with self._read() as connection:
@@ -374,31 +359,3 @@ def _remove(connection: Connection, record: FileRecord, state: VideoState) -> Re
     dropped = drop_unwanted(connection, [record.adapter_name, record.previous_adapter])
     same_bytes = exists().where(files.c.sha256 == record.sha256, files.c.state.in_(LIVE))
     return Removal(record, dropped, orphaned_video=not connection.scalar(select(same_bytes)))
-
-
-def _adopt(
-    connection: Connection, record: FileRecord, name: str, has_video: Callable[[str], bool]
-) -> VideoState | None:
-    """Give one file the adapter name of the present revisions; the state it is in then, None if it stays as it is."""
-    old = record.adapter_name
-    ready = adapter_of(connection, name) is not None
-    if record.state in GONE or old == name or (record.state is VideoState.ERROR and not ready):
-        return None
-    details: dict[str, Any]
-    state, details = VideoState.PROCESSED, {"progress": 1.0, "error_code": None, "error_message": None}
-    if not ready and has_video(record.sha256):
-        state, details = VideoState.UPLOADED, {}
-        ensure_job(connection, name, record.sha256, None, background=True)
-    elif not ready:
-        message = (
-            "Its adapter was made with another model, hypernetwork or sampling, and its bytes are no longer stored."
-        )
-        state, details = VideoState.ERROR, {"error_code": OTHER_REVISION, "error_message": message}
-    previous = old if adapter_of(connection, old) is not None else record.previous_adapter
-    if state is not record.state:
-        move(connection, [record], state, **details)
-    chosen = update(files).where(files.c.id == record.id)
-    connection.execute(chosen.values(adapter_name=name, previous_adapter=None if previous == name else previous))
-    if not files_of(connection, old):
-        connection.execute(delete(jobs).where(jobs.c.adapter_name == old))
-    return state

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.schema import CreateColumn
 
@@ -58,8 +58,20 @@ class Database:
             yield connection
 
 
+def check_url(url: str) -> None:
+    """Whether a catalog could live there, without looking.
+
+    Raises:
+        ValueError: as `Database`.
+    """
+    _engine(url, 1.0).dispose()
+
+
 def _engine(url: str, busy_seconds: float) -> Engine:
-    parsed = make_url(url)
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise ValueError(f"F2L_DATABASE_URL is no database URL: {error}") from error
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     kind = parsed.get_backend_name()

@@ -136,6 +136,18 @@ class Remote:
             raise StoreUnavailable(message) from error
 
 
+def check_url(url: str) -> None:
+    """Whether there are such stores, without looking for this one.
+
+    Raises:
+        ValueError: as `Remote`.
+    """
+    try:
+        fsspec.get_filesystem_class(split_protocol(url)[0] or "file")
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"F2L_STORE={url}: {error}") from error
+
+
 def _written(entry: dict[str, Any]) -> float:
     """When an object was written, Unix seconds; now if the store does not say, so that it is left alone."""
     for key in ("mtime", "LastModified", "last_modified", "updated", "created"):

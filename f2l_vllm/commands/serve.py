@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from f2l_vllm import models
+from f2l_vllm.adapters.database import check_url as check_database
 from f2l_vllm.adapters.peft_format import BaseShapes
+from f2l_vllm.adapters.remote import check_url as check_store
 from f2l_vllm.hypernetwork.merging import check_rate
 from f2l_vllm.hypernetwork.model import read_config
 from f2l_vllm.serving.tenants import Keys
@@ -51,6 +53,9 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], vllm_fl
     config = read_config(weights)
     BaseShapes.read(directory).check(config)
     chosen = _read(settings)
+    check_database(chosen.catalog_url)
+    if chosen.store is not None:
+        check_store(chosen.store)
     rank = (_chunks(chosen, config.rank) + 1) * config.rank  # the bias takes the rank of one chunk
     allowed = [size for size in LORA_RANKS if size >= rank]
     if not allowed:

@@ -16,7 +16,7 @@ from f2l_vllm.adapters.address import adapter_name
 from f2l_vllm.adapters.catalog import Catalog, QueueFull, Removal
 from f2l_vllm.adapters.errors import Unavailable
 from f2l_vllm.adapters.states import IN_WORK, VideoState
-from f2l_vllm.adapters.store import Store
+from f2l_vllm.adapters.store import Store, StoreError
 from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, Found
 from f2l_vllm.pool.process import PoolProcess
 from f2l_vllm.serving import metrics
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 _MAINTENANCE_SECONDS = 5.0
 _CLEANING_SECONDS = 60.0
 _TOMBSTONE_SECONDS = 3600.0  # how long a page of files can go on from one that was deleted
+_PREPARED_AT_ONCE = 256
 _WRITERS = 4  # threads that may wait for a busy catalog, so that those that read files and catalog never do
 
 
@@ -75,6 +76,7 @@ class VideoService:
         self._watcher = Watcher(catalog, is_stopping)
         self._writers = ThreadPoolExecutor(_WRITERS, "f2l-catalog")
         self._used: dict[str, float] = {}  # file ids, and when they were asked about
+        self._prepared: int | None = None  # the id of the adapter that was copied into memory last
         self._cleaned = -_CLEANING_SECONDS
         # Keeping bytes and entering them, or forgetting both, is one step for videos whose hashes share a lock.
         self._entering = [asyncio.Lock() for _ in range(64)]
@@ -251,6 +253,7 @@ class VideoService:
                 await self.registry.remove(adapter)
             self._cleaned = time.monotonic()
         self.store.pin(await asyncio.to_thread(self.catalog.pinned_adapters))
+        await asyncio.to_thread(self._prepare)
         await asyncio.to_thread(self.store.trim, await asyncio.to_thread(self.catalog.videos_in_work))
         states, queued, running = await asyncio.to_thread(self.catalog.counts)
         for state in VideoState:
@@ -258,6 +261,17 @@ class VideoService:
         metrics.JOBS.labels("queued").set(queued)
         metrics.JOBS.labels("running").set(running)
         metrics.WORKERS.set(self.pool.workers if self.pool is not None else 0)
+
+    def _prepare(self) -> None:
+        """Copy what was published since the last time into memory, ahead of its first question. Runs in a thread."""
+        if self._prepared is None:
+            self._prepared = self.catalog.newest_adapter()
+        for adapter in self.catalog.adapters_after(self._prepared, _PREPARED_AT_ONCE):
+            self._prepared = adapter.id
+            try:
+                self.store.prepare(adapter.name)
+            except StoreError as error:  # deleted meanwhile, or whoever asks for it hears of it
+                logger.info("an adapter was not copied into memory: %s", error)
 
     async def _clean(self, removal: Removal) -> None:
         """Remove what nobody refers to any more. The catalog has forgotten it: what fails here is swept later."""

@@ -1,6 +1,8 @@
 import pytest
+from typer.testing import CliRunner
 
 from f2l_vllm import models
+from f2l_vllm.cli import app
 from f2l_vllm.commands.serve import PLUGINS, plan
 
 
@@ -54,6 +56,37 @@ def test_rates_of_merging_reach_vllm_and_the_workers(hypernetwork_model):
     assert launch.env["F2L_MERGE_RATE"] == "0.5"
     with pytest.raises(ValueError, match="merge_rate"):
         plan(str(hypernetwork_model), None, {"F2L_MERGE_RATE": "1"}, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("F2L_DATABASE_URL", "mysql://host/name", "SQLite or PostgreSQL, not 'mysql'"),
+        ("F2L_DATABASE_URL", "not a url", "no database URL"),
+        ("F2L_STORE", "nothing://bucket", "nothing"),
+    ],
+)
+def test_a_place_that_nothing_can_be_kept_in_is_refused_before_anything_starts(
+    hypernetwork_model, name, value, message
+):
+    with pytest.raises(ValueError, match=message):
+        plan(str(hypernetwork_model), None, {name: value}, [])
+
+
+def test_where_videos_are_kept_is_said_by_flags_too(hypernetwork_model):
+    flags = {
+        "--store": "memory://videos",
+        "--database-url": "postgresql://f2l@host/catalog",
+        "--cache-bytes": "1000",
+        "--hot-bytes": "0",
+        "--warm-adapters": "7",
+    }
+    arguments = [word for flag in flags.items() for word in flag]
+    result = CliRunner().invoke(app, ["serve", str(hypernetwork_model), *arguments, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    for flag, value in flags.items():
+        assert f"F2L_{flag[2:].replace('-', '_').upper()}={value}" in result.output
+    assert "--store" not in result.output  # nothing of it reaches vLLM's command line
 
 
 def test_a_hypernetwork_for_another_model_is_refused_before_anything_starts(hypernetwork_model):

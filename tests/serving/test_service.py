@@ -4,15 +4,19 @@ import asyncio
 import contextlib
 import hashlib
 import sqlite3
+import threading
 import time
 
+import httpx
 import pytest
+from fastapi import FastAPI
 
 from f2l_vllm.adapters.catalog import Catalog
 from f2l_vllm.adapters.errors import CatalogBusy, StoreUnavailable
 from f2l_vllm.adapters.states import VideoState
 from f2l_vllm.adapters.store import Store
 from f2l_vllm.serving.errors import APIError
+from f2l_vllm.serving.files import router
 from f2l_vllm.serving.registry import Registry
 from f2l_vllm.serving.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
@@ -35,9 +39,9 @@ class Engine:
 class Bench:
     """A server's videos, without vLLM in front and with this test as the worker."""
 
-    def __init__(self, folder, revision="one", url=None, busy_seconds=10.0):
+    def __init__(self, folder, revision="one", url=None, busy_seconds=10.0, hot_bytes=0):
         home = folder / "home"
-        self.store = Store(home, url=url)
+        self.store = Store(home, url=url, hot_bytes=hot_bytes)
         self.catalog = Catalog(f"sqlite:///{folder / 'catalog.sqlite3'}", busy_seconds)
         self.engine = Engine()
         self.registry = Registry(
@@ -219,5 +223,69 @@ def test_a_delete_leaves_nothing_in_catalog_store_and_memory(tmp_path):
         assert bench.catalog.purge(time.time() + 1) == 3
         assert bench.catalog.counts() == ({}, 0, 0)
         assert {state.value for state in VideoState}.isdisjoint(bench.catalog.counts()[0])
+
+    run(scenario)
+
+
+def test_what_was_published_lies_in_memory_before_its_first_question(tmp_path):
+    async def scenario():
+        bench = Bench(tmp_path, hot_bytes=1 << 20)
+        try:
+            await bench.service.tidy()
+            file = await bench.upload("video")
+            bench.work()
+            await bench.service.tidy()
+            assert bench.store.load_path(file.adapter_name) != bench.store.adapter_path(file.adapter_name)
+        finally:
+            bench.store.close()
+
+    run(scenario)
+
+
+def test_the_event_loop_never_reads_or_writes_the_catalog(tmp_path):
+    async def scenario():
+        bench = Bench(tmp_path)
+        app = FastAPI()
+        app.include_router(router)
+        app.state.f2l = bench.service
+
+        @app.middleware("http")
+        async def as_tenant(request, call_next):
+            request.state.tenant = T
+            return await call_next(request)
+
+        loop, used = threading.current_thread(), []
+        for name in ("_read", "_write"):
+            opened = getattr(bench.catalog, name)
+
+            def watched(opened=opened):
+                assert threading.current_thread() is not loop
+                used.append(opened.__name__)
+                return opened()
+
+            setattr(bench.catalog, name, watched)
+        file = await bench.upload("video")
+        await asyncio.to_thread(bench.work)
+        found = (await bench.service.ready(file.id, T, 1.0)).adapter
+        (await bench.registry.acquire(found)).release()
+        used.clear()
+        await bench.service.tidy()
+        await bench.service.warm(10)
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=True)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            path = f"/v1/files/{file.id}"
+            pinned = {"f2l": {"pinned": True}}
+            for answer in (
+                await client.get("/v1/files"),
+                await client.get(path),
+                await client.post(path, json=pinned),
+                await client.get(f"{path}/content"),
+                await client.get(f"{path}/events"),
+                await client.get(f"{path}/adapter"),
+                await client.delete(path),
+            ):
+                assert answer.status_code == 200
+        assert {"_read", "_write"} == set(used)
+        assert len(used) > 15
 
     run(scenario)
