@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -35,8 +36,9 @@ def main(spec_json: str) -> int:
     threading.Thread(target=_until_closed, args=(orphaned,), daemon=True).start()
 
     def say(**message: Any) -> None:
-        sys.stdout.write(json.dumps(message) + "\n")
-        sys.stdout.flush()
+        with suppress(BrokenPipeError):  # the server is gone: no reason for a job to be lost
+            sys.stdout.write(json.dumps(message) + "\n")
+            sys.stdout.flush()
 
     def on_event(event: Event) -> None:
         if isinstance(event, Published):

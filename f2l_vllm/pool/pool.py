@@ -113,7 +113,10 @@ class Pool:
             lane.kill()
         for lane in self._lanes:
             lane.join(timeout=10)
-        self._catalog.release_all_jobs(blameless=True)
+        try:
+            self._catalog.release_all_jobs(blameless=True)
+        except Unavailable as error:
+            logger.warning("what was in work waits again at the next start, as an attempt: %s", error)
         ray.shutdown()
         self._lock.release()
 
@@ -177,23 +180,31 @@ class _Lane(threading.Thread):
                     self._run(jobs)
                 else:
                     self._pool._stopping.wait(_IDLE_SECONDS)
-            except Exception as error:
-                # A lane outlives whatever goes wrong around a job: a full disk, the database away, Ray restarting.
+            except Unavailable as error:  # there may be jobs; the worker is at none and stays
+                logger.warning("the catalog cannot be asked for jobs: %s", error)
+                self._pool._stopping.wait(_RESTART_SECONDS)
+            except Exception:
+                # A lane outlives whatever goes wrong around a job, Ray restarting for one.
                 if not self._stopping():
                     logger.exception("a hypernetwork lane failed and goes on")
                     self._lose_actor("is replaced")  # it may still be at the job
-                    self._give_back(jobs, blameless=isinstance(error, Unavailable))
+                    self._give_back(jobs, blameless=False)
                     self._pool._stopping.wait(_RESTART_SECONDS)
 
     def _give_back(self, jobs: dict[str, Job], *, blameless: bool) -> None:
         for name in jobs:
-            while not self._stopping():
-                try:
-                    self._pool._catalog.release_job(name, blameless=blameless)
-                    break
-                except Unavailable as error:
-                    logger.warning("%s cannot be given back yet: %s", name, error)
-                    self._pool._stopping.wait(_RESTART_SECONDS)
+            self._enter(self._pool._catalog.release_job, name, blameless=blameless)
+
+    def _enter(self, method: Callable[..., Any], name: str, *args: Any, **values: Any) -> None:
+        """Have a catalog that is busy, full or away enter what became of a job as soon as it can."""
+        while True:
+            try:
+                method(name, *args, **values)
+                return
+            except Unavailable as error:
+                logger.warning("what became of %s cannot be entered yet: %s", name, error)
+            if self._pool._stopping.wait(_RESTART_SECONDS):
+                return  # the next start finds the job in work and lets it wait again
 
     def _stopping(self) -> bool:
         return self._pool._stopping.is_set()
@@ -239,7 +250,7 @@ class _Lane(threading.Thread):
             for name, event in self._events(jobs):
                 self._pool._on_event(event)
                 if isinstance(event, Progress):
-                    self._pool._catalog.advance(name, event.state, event.fraction)
+                    self._show(name, event)
                 else:
                     self._end(jobs.pop(name), event)
         except RayError as error:
@@ -263,6 +274,12 @@ class _Lane(threading.Thread):
             for name in list(jobs):
                 self._fail_attempt(jobs.pop(name), error)
 
+    def _show(self, name: str, progress: Progress) -> None:
+        try:
+            self._pool._catalog.advance(name, progress.state, progress.fraction)
+        except Unavailable as error:
+            logger.warning("the progress of %s is not shown: %s", name, error)
+
     def _events(self, jobs: dict[str, Job]) -> Iterator[tuple[str, Event]]:
         """What the actor says of the jobs, as it happens, until the last has ended."""
         assert self._actor is not None
@@ -279,7 +296,7 @@ class _Lane(threading.Thread):
             if time.monotonic() >= deadline:
                 raise GetTimeoutError(f"no result within {seconds:.0f} s")
             for name in jobs.keys() - cancelled:
-                if not self._pool._catalog.wanted(name):
+                if not self._wanted(name):
                     logger.info("%s is given up: every file that waited for it was deleted", name)
                     self._actor.cancel.remote(name)
                     cancelled.add(name)
@@ -295,22 +312,33 @@ class _Lane(threading.Thread):
             self._end(jobs.pop(name), outcome)
 
     def _end(self, job: Job, outcome: Outcome) -> None:
-        catalog = self._pool._catalog
+        catalog, name = self._pool._catalog, job.adapter_name
         if isinstance(outcome, Cancelled):
-            catalog.release_job(job.adapter_name, blameless=True)  # or not at all, if nobody waits for it still
+            self._enter(catalog.release_job, name, blameless=True)  # or not at all, if nobody waits for it still
             return
         if isinstance(outcome, Failed):
-            catalog.fail_job(job.adapter_name, outcome.code, outcome.message)
+            self._enter(catalog.fail_job, name, outcome.code, outcome.message)
             return
-        catalog.finish_job(job.adapter_name, rank=outcome.rank, size=outcome.bytes, info=outcome.info)
-        if not catalog.wanted(job.adapter_name):  # every file was deleted meanwhile
-            self._pool._store.remove_adapter(job.adapter_name)
+        self._enter(catalog.finish_job, name, rank=outcome.rank, size=outcome.bytes, info=outcome.info)
+        if not self._wanted(name):  # every file was deleted meanwhile
+            try:
+                self._pool._store.remove_adapter(name)
+            except Unavailable as error:
+                logger.warning("%s, which nobody waits for any more, is swept later: %s", name, error)
+
+    def _wanted(self, name: str) -> bool:
+        """Whether anybody waits for this adapter, or it is published; a catalog that cannot say so is no reason to
+        give it up."""
+        try:
+            return self._pool._catalog.wanted(name)
+        except Unavailable:
+            return True
 
     def _fail_attempt(self, job: Job, error: RayError) -> None:
         """The job waits again, or ends when it has cost too many workers."""
         limit = self._pool._config.job_attempts
         if job.attempts < limit:
-            self._pool._catalog.release_job(job.adapter_name)
+            self._enter(self._pool._catalog.release_job, job.adapter_name)
             return
         cause = getattr(error, "cause", None) or error
         reason = (str(cause).splitlines() or [""])[0]

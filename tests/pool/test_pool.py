@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import resource
 import shutil
 import signal
+import sqlite3
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,11 +18,19 @@ from f2l_vllm.adapters.catalog import Catalog
 from f2l_vllm.adapters.peft_format import BaseShapes, validate_adapter
 from f2l_vllm.adapters.states import VideoState
 from f2l_vllm.adapters.store import Store
-from f2l_vllm.pool.messages import Failed, Published, WorkerSpec
+from f2l_vllm.pool.messages import Failed, Progress, Published, WorkerSpec
 from f2l_vllm.pool.pool import Pool, PoolConfig
 from tests.video.videos import write_video
 
 WAIT_SECONDS = 180
+BUSY_SECONDS = 1.0  # as long as a transaction waits for its turn
+
+
+def until(condition):
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
 
 
 class Bench:
@@ -28,7 +38,7 @@ class Bench:
 
     def __init__(self, home, model, workers=2, job_attempts=3, batch=1, job_seconds=120):
         self.store = Store(home)
-        self.catalog = Catalog(f"sqlite:///{home / 'catalog.sqlite3'}")
+        self.catalog = Catalog(f"sqlite:///{home / 'catalog.sqlite3'}", BUSY_SECONDS)
         self.events = []
         self.shapes = BaseShapes.read(model)
         self.spec = WorkerSpec(
@@ -71,6 +81,18 @@ class Bench:
                 return found
             time.sleep(0.002)
         raise AssertionError(f"{found.state} after {WAIT_SECONDS} s, expected one of {states}")
+
+    def workers_with_decoders(self, paths):
+        """Two workers that have decoded something before: a decoder is started with a worker's first video."""
+        rounds = 0
+        while len(decoders(*self.pids(2))) < 2:
+            for record in [self.add(path, name=f"f2l-first-{rounds}-{i}") for i, path in enumerate(paths)]:
+                self.wait(record, VideoState.PROCESSED)
+            rounds += 1
+        return self.pids(2)
+
+    def published(self):
+        return sum(isinstance(event, Published) for event in self.events)
 
     def pids(self, count):
         deadline = time.monotonic() + WAIT_SECONDS
@@ -186,12 +208,7 @@ def hanging_decoders(*workers):
 
 def test_videos_deleted_while_in_work_free_their_workers_soon(bench, videos):
     """Both workers hang; deleting their videos is enough, and costs no worker."""
-    before = bench.pids(2)
-    rounds = 0
-    while len(decoders(*before)) < 2:  # a decoder is started with a worker's first video
-        for record in [bench.add(path, name=f"f2l-first-{rounds}-{i}") for i, path in enumerate(videos[0])]:
-            bench.wait(record, VideoState.PROCESSED)
-        rounds += 1
+    before = bench.workers_with_decoders(videos[0])
     with hanging_decoders(*before):
         hanging = [bench.add(videos[0][0], name=f"f2l-hanging-{i}") for i in range(2)]
         for record in hanging:
@@ -213,6 +230,37 @@ def test_a_decoder_that_is_killed_costs_neither_video_nor_worker(bench, videos):
         os.kill(child, signal.SIGKILL)
     for i, path in enumerate(videos[0]):
         bench.wait(bench.add(path, name=f"f2l-after-kill-{i}"), VideoState.PROCESSED)
+    assert bench.pids(2) == before
+
+
+def test_a_locked_catalog_delays_a_result_and_costs_no_worker(bench, videos):
+    before, published = bench.workers_with_decoders(videos[0]), bench.published()
+    other = sqlite3.connect(bench.store.home / "catalog.sqlite3", isolation_level=None)
+    with hanging_decoders(*before):
+        record = bench.add(videos[0][0], name="f2l-locked")
+        bench.wait(record, VideoState.DECODING)
+        other.execute("BEGIN EXCLUSIVE")
+    until(lambda: bench.published() == published + 1)
+    time.sleep(2 * BUSY_SECONDS)  # while it cannot be entered
+    assert bench.catalog.file(record.id, "t").state is VideoState.DECODING
+    other.execute("ROLLBACK")
+    bench.wait(record, VideoState.PROCESSED)
+    assert bench.published() == published + 1  # done once
+    assert bench.pids(2) == before
+    other.close()
+
+
+def test_a_store_without_room_delays_a_job_and_costs_no_attempt(bench, videos):
+    before = bench.pids(2)
+    limits = {pid: resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in before}
+    for pid, (_, hard) in limits.items():
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (1000, hard))
+    bench.events.clear()
+    record = bench.add(videos[0][0], name="f2l-no-room")
+    until(lambda: sum(event == Progress(VideoState.PUBLISHING, 0.0) for event in bench.events) == 4)  # a job has 3
+    for pid, limit in limits.items():
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limit)
+    bench.wait(record, VideoState.PROCESSED)
     assert bench.pids(2) == before
 
 

@@ -4,23 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from pool.test_pool import Bench, hanging_decoders
+from pool.test_pool import Bench, hanging_decoders, until
 from video.videos import write_video
 
 from f2l_vllm.adapters.states import VideoState
 from f2l_vllm.pool.process import PoolProcess
-
-WAIT_SECONDS = 180
-
-
-def until(condition):
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def session(pid):
