@@ -72,6 +72,10 @@ class HotSet:
         self._used(name)
         return path
 
+    def distrust(self, name: str) -> None:
+        """Have the copy checked again."""
+        self._manifests.forget(self._folder / name)
+
     def offer(self, name: str, source: Path) -> None:
         """Have an adapter copied in soon, if it is not there."""
         if name in self._sizes or name in self._offered or len(self._offered) >= _MOST_OFFERED:

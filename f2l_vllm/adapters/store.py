@@ -209,6 +209,12 @@ class Store:
         on a memory file system, so an event loop may ask."""
         return None if self._hot is None else self._hot.sound_path(name)
 
+    def distrust(self, name: str) -> None:
+        """Have an adapter's files read and compared at its next load, whether or not they seem to have changed."""
+        self._manifests.forget(self.adapter_path(name))
+        if self._hot is not None:
+            self._hot.distrust(name)
+
     def prepare(self, name: str) -> bool:
         """Copy a published adapter into memory before anybody asks for it; False when there is no more room."""
         if self._hot is None:

@@ -188,6 +188,25 @@ def api_keys(args: Any) -> list[str]:
     return [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
 
 
+def is_engine_dead(error: BaseException) -> bool:
+    """Whether a call failed because there is no engine any more: vLLM's handlers know what to do then."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return isinstance(error, EngineDeadError)
+
+
+def is_failed_generation(error: BaseException) -> bool:
+    """Whether the engine gave up one request, as it does where the adapter cannot be loaded."""
+    from vllm.exceptions import GenerationError
+
+    return isinstance(error, GenerationError)
+
+
+def is_error_chunk(chunk: str) -> bool:
+    """Whether a stream's chunk is vLLM's error envelope."""
+    return chunk.startswith('data: {"error":')
+
+
 async def engine_is_healthy(engine_client: Any) -> bool:
     """Whether the engine answers."""
     from vllm.v1.engine.exceptions import EngineDeadError

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
@@ -57,6 +59,15 @@ def video_failed(file_id: str, code: str | None, message: str | None) -> APIErro
     return APIError(HTTPStatus.UNPROCESSABLE_ENTITY, "video_failed", text)
 
 
+def adapter_unavailable() -> APIError:
+    """503: the engine could not load the adapter, whose files are sound; another attempt may succeed."""
+    message = (
+        "The video's adapter could not be loaded into the engine. Ask again in some seconds; if that does not help, "
+        "the server's log says why."
+    )
+    return APIError(HTTPStatus.SERVICE_UNAVAILABLE, "adapter_unavailable", message, headers={"Retry-After": "2"})
+
+
 async def answer_unavailable(request: Request, error: Exception) -> JSONResponse:
     """The exception handler: a catalog or store that cannot take part now, with a time to come back."""
     assert isinstance(error, Unavailable)
@@ -84,7 +95,16 @@ async def answer(_request: Request, error: Exception) -> JSONResponse:
 def response(error: APIError) -> JSONResponse:
     """An error as OpenAI's envelope, counted."""
     metrics.ERRORS.labels(error.code).inc()
+    return JSONResponse(_envelope(error), status_code=error.status, headers=error.headers)
+
+
+def chunk(error: APIError) -> str:
+    """The same in the middle of a streamed answer, counted."""
+    metrics.ERRORS.labels(error.code).inc()
+    return f"data: {json.dumps(_envelope(error), separators=(',', ':'))}\n\n"
+
+
+def _envelope(error: APIError) -> dict[str, Any]:
     kinds = {HTTPStatus.NOT_FOUND: "not_found_error", HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error"}
     kind = kinds.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
-    body = {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
-    return JSONResponse(body, status_code=error.status, headers=error.headers)
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}

@@ -11,9 +11,9 @@ from typing import Any
 
 from fastapi import Request
 
-from f2l_vllm.serving import compat, metrics
+from f2l_vllm.serving import compat, errors, metrics
 from f2l_vllm.serving.asking import Asking, Source, from_frames
-from f2l_vllm.serving.errors import APIError, bad_request
+from f2l_vllm.serving.errors import APIError, adapter_unavailable, bad_request
 from f2l_vllm.serving.questions import (
     FILE_PREFIX,
     Options,
@@ -32,7 +32,7 @@ class AnswerStream:
 
     def __init__(self, stream: AsyncGenerator[str, None], source: Source) -> None:
         self._stream = stream
-        self._details = source.details
+        self._source = source
         self._finish = weakref.finalize(self, source.release)
 
     def __aiter__(self) -> AnswerStream:
@@ -40,7 +40,10 @@ class AnswerStream:
 
     async def __anext__(self) -> str:
         try:
-            return compat.detailed_chunk(await anext(self._stream), self._details)
+            chunk = await anext(self._stream)
+            if compat.is_error_chunk(chunk) and await _has_lost_its_adapter(self._source):
+                return errors.chunk(adapter_unavailable())
+            return compat.detailed_chunk(chunk, self._source.details)
         except BaseException:  # the end of the answer, an error, or the client gone
             await self.aclose()
             raise
@@ -51,6 +54,11 @@ class AnswerStream:
             await self._stream.aclose()
         finally:
             self._finish()
+
+
+async def _has_lost_its_adapter(source: Source) -> bool:
+    """Whether an answer failed because the engine had dropped the adapter and could not load it again."""
+    return source.lease is not None and not await source.lease.confirm()
 
 
 class _Handler:
@@ -80,6 +88,10 @@ class _Handler:
             source.details["visual_tokens"] = sum(noted)
             if hasattr(result, "__aiter__"):
                 result = AnswerStream(result, source)
+        except Exception as error:
+            if compat.is_failed_generation(error) and await _has_lost_its_adapter(source):
+                raise adapter_unavailable() from error
+            raise
         finally:
             compat.asked_model.reset(token)
             compat.visual_tokens.reset(noting)

@@ -22,10 +22,11 @@ from typing import Any
 from f2l_vllm.adapters.store import Store, StoreError
 from f2l_vllm.adapters.tables import AdapterRecord
 from f2l_vllm.serving import compat, metrics
-from f2l_vllm.serving.errors import APIError
+from f2l_vllm.serving.errors import APIError, adapter_unavailable
 
 logger = logging.getLogger(__name__)
 
+_LOADS = 2
 _PLACE_SECONDS = 20.0  # a question waits this long while every place holds an adapter in use
 _LEAVE_SECONDS = 30.0  # the engine may still run a question whose client has gone; its abort is on the way
 
@@ -52,6 +53,10 @@ class Lease:
         self._held = True
         self.adapter = entry.record
         self.key = entry.key
+
+    async def confirm(self) -> bool:
+        """Whether the engine has the adapter still; if not, the next question of it begins afresh."""
+        return await self._registry._confirm(self._entry)
 
     def release(self) -> None:
         """The question has ended."""
@@ -108,8 +113,9 @@ class Registry:
 
         Raises:
             AdapterLost: its files are missing or damaged.
-            APIError: `too_many_videos_in_use`: every place in the engine is held, and none came free in time.
-            Exception: what the engine says when it cannot load them. Nothing is registered in any case.
+            APIError: `too_many_videos_in_use`: every place in the engine is held, and none came free in time;
+                `adapter_unavailable`: the files are sound and the engine cannot load them. Nothing is registered in
+                any case.
         """
         entry = self._entries.get(record.name)
         if entry is None:
@@ -170,17 +176,11 @@ class Registry:
         try:
             if name in self._leaving:
                 await asyncio.shield(self._leaving[name])
-            try:
-                path = self._store.load_path_at_once(name) or await asyncio.to_thread(self._store.load_path, name)
-            except StoreError as error:
-                raise AdapterLost(str(error)) from error
-            entry.request.lora_path = str(path)
+            entry.request.lora_path = await self._path(name)
             await self._take_place()
-            await asyncio.sleep(
-                0
-            )  # whose place it was is told to leave first: the engine holds no more than its places
+            await asyncio.sleep(0)  # whose place it was is told to leave first: the engine has no more than its places
             try:
-                await self._engine.add_lora(entry.request)
+                await self._add(entry)
             except BaseException:
                 self._give_place()
                 raise
@@ -193,6 +193,45 @@ class Registry:
         metrics.RESIDENT.inc()
         if entry.leases == 0:  # everybody went away meanwhile
             self._rest(entry)
+
+    async def _add(self, entry: _Entry) -> None:
+        """Have the engine load it; again where that fails, for files may have been damaged since they were compared."""
+        name = entry.record.name
+        for _ in range(_LOADS):
+            try:
+                await self._engine.add_lora(entry.request)
+                return
+            except Exception as error:
+                if compat.is_engine_dead(error):
+                    raise
+                logger.warning("adapter %s could not be loaded: %s", name, error)
+            self._store.distrust(name)
+            entry.request.lora_path = await self._path(name)
+        raise adapter_unavailable()
+
+    async def _path(self, name: str) -> str:
+        try:
+            path = self._store.load_path_at_once(name) or await asyncio.to_thread(self._store.load_path, name)
+        except StoreError as error:
+            raise AdapterLost(str(error)) from error
+        return str(path)
+
+    async def _confirm(self, entry: _Entry) -> bool:
+        name = entry.record.name
+        if self._entries.get(name) is not entry:
+            return False
+        if entry.request.lora_int_id in await self._engine.list_loras():
+            return True
+        if self._entries.get(name) is entry and entry.key in self._names:  # nobody else has found out meanwhile
+            logger.warning("adapter %s is no longer in the engine", name)
+            del self._entries[name], self._names[entry.key]
+            self._idle.pop(name, None)
+            metrics.RESIDENT.dec()
+            self._store.distrust(name)
+            self._give_place()
+            if entry.doomed:
+                self._start(self._remove(entry.record))
+        return False
 
     async def _take_place(self) -> None:
         if self._free:

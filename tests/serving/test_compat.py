@@ -22,10 +22,12 @@ from vllm.entrypoints.openai.completion import api_router as completion_router
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse, CompletionStreamResponse
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.serve.engine.protocol import UsageInfo
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, UsageInfo
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.exceptions import GenerationError
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from f2l_vllm.serving import compat
 from f2l_vllm.serving.endpoint import F2LEndpointPlugin
@@ -208,3 +210,20 @@ def test_responses_name_what_was_asked_for():
     token = compat.asked_model.set("file-1")
     assert state.openai_serving_models.model_name() == "file-1"
     compat.asked_model.reset(token)
+
+
+def test_a_request_that_the_engine_gave_up_raises_in_one_way_and_is_streamed_in_another():
+    assert "raise GenerationError(" in inspect.getsource(GenerateBaseServing._raise_if_error)
+    assert compat.is_failed_generation(GenerationError("Internal server error"))
+    assert not compat.is_failed_generation(EngineDeadError())
+    assert compat.is_engine_dead(EngineDeadError())
+    source = inspect.getsource(OpenAIServingChat.chat_completion_stream_generator)
+    assert 'yield f"data: {self._convert_generation_error_to_streaming_response(e)}\\n\\n"' in source
+    error = ErrorResponse(error=ErrorInfo(message="m", type="InternalServerError", code=500))
+    assert compat.is_error_chunk(f"data: {json.dumps(error.model_dump())}\n\n")
+    assert "json.dumps(" in inspect.getsource(GenerateBaseServing.create_streaming_error_response)
+    assert not compat.is_error_chunk('data: {"id":"chatcmpl-1","choices":[{"delta":{"content":"{\\"error\\":"}}]}\n\n')
+
+
+def test_an_engine_says_which_adapters_it_has():
+    assert inspect.iscoroutinefunction(AsyncLLM.list_loras)

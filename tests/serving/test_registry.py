@@ -4,6 +4,7 @@ import asyncio
 import random
 
 import pytest
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from f2l_vllm.adapters.store import Store
 from f2l_vllm.adapters.tables import AdapterRecord
@@ -13,21 +14,26 @@ from f2l_vllm.serving.residency import FIRST_ADAPTER_ID
 
 
 class Engine:
-    """Keeps what was added until it is removed; `busy` ids are still used, as by a question being aborted."""
+    """Keeps what was added until it is removed; `busy` ids are still used, as by a question being aborted; `refuse` as
+    many loads as it says."""
 
     def __init__(self, seconds=0.01):
-        self.loaded, self.calls, self.refuse, self.busy, self.most = {}, [], False, set(), 0
+        self.loaded, self.calls, self.refuse, self.busy, self.most = {}, [], 0, set(), 0
         self.seconds = seconds
 
     async def add_lora(self, request):
         self.calls.append(("add", request.lora_name, request.lora_int_id))
         await asyncio.sleep(self.seconds)
         if self.refuse:
+            self.refuse -= 1
             raise RuntimeError("no room")
         assert request.lora_name not in self.loaded.values() or self.loaded.get(request.lora_int_id)
         self.loaded[request.lora_int_id] = request.lora_name
         self.most = max(self.most, len(self.loaded))
         return True
+
+    async def list_loras(self):
+        return set(self.loaded)
 
     async def remove_lora(self, int_id):
         self.calls.append(("remove", int_id))
@@ -184,13 +190,15 @@ def test_an_adapter_that_cannot_be_loaded_leaves_nothing(tmp_path, damage):
         if damage == "file":
             (bench.store.adapter_path("f2l-1") / "weights").write_text("other")
         else:
-            bench.engine.refuse = True
+            bench.engine.refuse = 2
         results = await asyncio.gather(*(bench.registry.acquire(record) for _ in range(3)), return_exceptions=True)
-        assert [type(result) for result in results] == [AdapterLost if damage == "file" else RuntimeError] * 3
+        assert [type(result) for result in results] == [AdapterLost if damage == "file" else APIError] * 3
+        if damage == "engine":
+            assert {(result.status, result.code) for result in results} == {(503, "adapter_unavailable")}
+            assert int(results[0].headers["Retry-After"]) > 0
         await settle()
         assert bench.names == {}
         bench.engine.calls.clear()
-        bench.engine.refuse = False
         (await bench.registry.acquire(bench.publish(2 if damage == "file" else 1))).release()
         assert len(bench.engine.calls) == 1  # neither the refused load nor its place is remembered
 
@@ -201,15 +209,81 @@ def test_a_deleted_adapter_whose_load_fails_loses_its_files(tmp_path):
     async def scenario():
         bench = Bench(tmp_path)
         record = bench.publish(1)
-        bench.engine.refuse = True
+        bench.engine.refuse = 2
         question = asyncio.create_task(bench.registry.acquire(record))
         while not bench.engine.calls:
             await asyncio.sleep(0.001)
         await bench.registry.remove(record)
-        with pytest.raises(RuntimeError, match="no room"):
+        with pytest.raises(APIError, match="could not be loaded"):
             await question
         await settle()
         assert not bench.exists(1)
+
+    asyncio.run(scenario())
+
+
+def test_a_load_that_fails_once_is_tried_again(tmp_path):
+    async def scenario():
+        bench = Bench(tmp_path)
+        bench.engine.refuse = 1
+        (await bench.registry.acquire(bench.publish(1))).release()
+        assert len(bench.engine.calls) == 2
+
+    asyncio.run(scenario())
+
+
+def test_files_damaged_between_their_check_and_their_load_are_lost_not_unavailable(tmp_path):
+    async def scenario():
+        bench = Bench(tmp_path)
+        record = bench.publish(1)
+        bench.engine.refuse = 2
+        question = asyncio.create_task(bench.registry.acquire(record))
+        while not bench.engine.calls:
+            await asyncio.sleep(0.001)
+        (bench.store.adapter_path("f2l-1") / "weights").write_text("f2l-2")
+        with pytest.raises(AdapterLost):
+            await question
+        assert bench.names == {}
+
+    asyncio.run(scenario())
+
+
+def test_a_dead_engine_is_no_fault_of_the_adapter(tmp_path):
+    async def scenario():
+        bench = Bench(tmp_path)
+
+        async def dead(_request):
+            raise EngineDeadError
+
+        bench.engine.add_lora = dead
+        with pytest.raises(EngineDeadError):
+            await bench.registry.acquire(bench.publish(1))
+        assert (bench.names, bench.registry._free) == ({}, 8)
+
+    asyncio.run(scenario())
+
+
+def test_an_adapter_that_the_engine_has_dropped_is_loaded_for_the_next_question(tmp_path):
+    async def scenario():
+        bench = Bench(tmp_path, host_slots=1)
+        record = bench.publish(1)
+        first, second = await bench.registry.acquire(record), await bench.registry.acquire(record)
+        assert await first.confirm()
+        bench.engine.loaded.clear()
+        assert not await first.confirm()
+        assert not await second.confirm()
+        assert bench.names == {}
+        again = await bench.registry.acquire(record)
+        first.release()
+        second.release()
+        await settle()
+        assert set(ids(bench)) == {"f2l-1"}  # held by the third, whatever the others do
+        assert await again.confirm()
+        again.release()
+        await settle()
+        assert bench.registry._free == 0
+        (await bench.registry.acquire(bench.publish(2))).release()
+        assert set(ids(bench)) == {"f2l-2"}  # its place is counted once
 
     asyncio.run(scenario())
 
