@@ -91,6 +91,8 @@ def _identity(questions: QuestionSet, setup: Setup) -> dict[str, Any]:
         identity["model_revision"] = fingerprint(models.resolve(setup.model))
         weights = models.resolve_hypernetwork(setup.model, setup.hypernetwork)
         identity["hypernetwork_revision"] = fingerprint(weights)
+    if setup.serve_flags:
+        identity["serve_flags"] = setup.serve_flags
     return identity
 
 
@@ -130,7 +132,6 @@ def _server_answers(setup: Setup, base_url: str) -> ServerAnswers:
         setup.api_key,
         concurrency=setup.concurrency,
         max_tokens=setup.max_tokens,
-        counts_visual_tokens=setup.base_url is None,
     )
 
 

@@ -100,7 +100,8 @@ class ServerAnswers:
             stream_options={"include_usage": True},
             extra_body={"f2l": {"mode": "frames"}} if ask.arm == FRAMES else None,
         )
-        text, first, prompt_tokens, visual = "", None, 0, 0
+        text, first, prompt_tokens = "", None, 0
+        visual: int | None = None if ask.arm == FRAMES else 0
         async for chunk in stream:
             if chunk.choices and chunk.choices[0].delta.content:
                 first = first or time.perf_counter()

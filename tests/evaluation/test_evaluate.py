@@ -100,7 +100,7 @@ def test_every_answer_is_a_line_with_its_cost(served):
         assert answer.ttft_ms > 0
         assert answer.seconds * 1e3 >= answer.ttft_ms - 1
         assert (folder / answer.video).is_file()
-        assert answer.visual_tokens == (None if answer.arm == "frames" else 0)
+        assert answer.visual_tokens == (32 if answer.arm == "frames" else 0)  # four of each of eight frames
 
 
 def test_an_evaluation_leaves_no_files_on_a_running_server(served, base_url):
@@ -154,9 +154,13 @@ def test_a_killed_evaluation_goes_on_where_it_was(base_url, working_folder):
 
 
 def test_answers_of_another_configuration_are_not_mixed_in(served, base_url):
-    result = run(*WORLD, "--max-tokens", "8", "--base-url", base_url, "--work", served[0])
-    assert result.exit_code == 2
-    assert "max_tokens: 64 there, 8 here" in " ".join(result.output.replace("│", " ").split())
+    for other, difference in (
+        (("--max-tokens", "8", "--base-url", base_url), "max_tokens: 64 there, 8 here"),
+        (("--serve-flags", "--video-pruning-rate 0.5"), "serve_flags: None there, '--video-pruning-rate 0.5' here"),
+    ):
+        result = run(*WORLD, *other, "--work", served[0])
+        assert result.exit_code == 2
+        assert difference in " ".join(result.output.replace("│", " ").split())
 
 
 def test_kept_answers_are_judged_without_asking_again(served, base_url):
