@@ -11,14 +11,13 @@ import json
 import tarfile
 from collections.abc import AsyncIterator
 from http import HTTPStatus
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from f2l_vllm.adapters.states import IN_WORK, VideoState
-from f2l_vllm.adapters.store import MANIFEST_FILE, StoreError
+from f2l_vllm.adapters.store import MANIFEST_FILE, Store, StoreError
 from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, Found
 from f2l_vllm.serving import compat
 from f2l_vllm.serving.errors import bad_request, video_not_found
@@ -142,13 +141,19 @@ async def file_events(file_id: str, request: Request) -> StreamingResponse:
 
 @router.get("/v1/files/{file_id}/adapter")
 async def file_adapter(file_id: str, request: Request) -> Response:
-    """The PEFT adapter as a tar archive; plain vLLM and peft load what it holds."""
+    """The PEFT adapter as a tar archive; plain vLLM and peft load what it holds. A damaged one is made again first."""
     videos = service(request)
-    name = (await videos.ready(file_id, tenant_of(request), wait=0.0)).file.adapter_name
-    try:
-        archive = await asyncio.to_thread(lambda: _tar(videos.store.load_path(name)))
-    except (FileNotFoundError, StoreError) as error:
-        raise video_not_found(file_id) from error  # deleted between look-up and read
+    archive, wait = None, 0.0
+    while archive is None:
+        found = await videos.ready(file_id, tenant_of(request), wait)
+        name = found.file.adapter_name
+        try:
+            archive = await asyncio.to_thread(_tar, videos.store, name)
+        except (FileNotFoundError, StoreError) as error:
+            if found.adapter is None or wait:
+                raise video_not_found(file_id) from error  # deleted between look-up and read
+            await videos.remake(found.adapter, error)
+            wait = videos.settings.wait_seconds
     disposition = f'attachment; filename="{name}.tar"'
     return Response(archive, media_type="application/x-tar", headers={"Content-Disposition": disposition})
 
@@ -230,7 +235,8 @@ def _model_card(base: dict[str, Any], record: FileRecord) -> dict[str, Any]:
     return {**base, **own, "owned_by": "f2l-vllm"}
 
 
-def _tar(directory: Path) -> bytes:
+def _tar(store: Store, name: str) -> bytes:
+    directory = store.load_path(name)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for path in sorted(directory.iterdir()):

@@ -21,7 +21,7 @@ from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, Found
 from f2l_vllm.pool.process import PoolProcess
 from f2l_vllm.serving import metrics
 from f2l_vllm.serving.errors import APIError, HTTPStatus, video_failed, video_not_found, video_not_ready
-from f2l_vllm.serving.registry import AdapterLost, Registry
+from f2l_vllm.serving.registry import Registry
 from f2l_vllm.serving.watcher import Watcher
 from f2l_vllm.settings import Settings
 
@@ -77,6 +77,7 @@ class VideoService:
         self._writers = ThreadPoolExecutor(_WRITERS, "f2l-catalog")
         self._used: dict[str, float] = {}  # file ids, and when they were asked about
         self._prepared: int | None = None  # the id of the adapter that was copied into memory last
+        self._in_doubt: set[str] = set()  # videos whose bytes may be nobody's
         self._cleaned = -_CLEANING_SECONDS
         # Keeping bytes and entering them, or forgetting both, is one step for videos whose hashes share a lock.
         self._entering = [asyncio.Lock() for _ in range(64)]
@@ -179,7 +180,7 @@ class VideoService:
             raise video_not_ready(file_id, record.state, wait)
         return found
 
-    async def remake(self, adapter: AdapterRecord, error: AdapterLost) -> None:
+    async def remake(self, adapter: AdapterRecord, error: Exception) -> None:
         """Let an adapter whose files were found missing or damaged be made again; its files wait for it meanwhile."""
         logger.warning("making an adapter again: %s", error)
         await asyncio.to_thread(self.store.remove_adapter, adapter.name)
@@ -247,6 +248,10 @@ class VideoService:
         await self._note_use()
         for removal in await self._write(self.catalog.expire_files, time.time()):
             await self._clean(removal)
+        doubtful, self._in_doubt = self._in_doubt, set()
+        for sha256 in doubtful:
+            async with self._entering_lock(sha256):
+                await self._forget_bytes(sha256)
         if time.monotonic() - self._cleaned > _CLEANING_SECONDS:
             await self._write(self.catalog.purge, time.time() - _TOMBSTONE_SECONDS)
             for adapter in await self._write(self.catalog.drop_abandoned):
@@ -290,7 +295,8 @@ class VideoService:
             if not await asyncio.to_thread(self.catalog.has_video, sha256):
                 await asyncio.to_thread(self.store.remove_video, sha256)
         except Unavailable as error:
-            logger.warning("the video %s is swept later: %s", sha256, error)
+            logger.warning("whether the video %s stays is looked up later: %s", sha256, error)
+            self._in_doubt.add(sha256)
 
     async def _note_use(self) -> None:
         """Write down what was used since the last time, in one transaction."""

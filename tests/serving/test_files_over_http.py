@@ -2,6 +2,7 @@
 
 import sqlite3
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -42,14 +43,29 @@ def test_a_file_is_pinned_and_let_go(server, clips):
 
 
 def test_a_locked_catalog_is_waited_for_then_said_and_questions_go_on(server, clips, file):
+    def ask():
+        options = {"temperature": 0, "max_tokens": 8}
+        response = server.client.chat.completions.create(model=file.id, messages=QUESTION, **options)
+        return response.choices[0].message.content
+
+    before = ask()
     other = sqlite3.connect(server.home / "catalog.sqlite3", check_same_thread=False)
-    other.execute("BEGIN IMMEDIATE")
-    with pytest.raises(openai.InternalServerError) as caught:
-        server.client.files.create(file=clips[2], purpose="vision")
-    assert (caught.value.status_code, caught.value.code) == (503, "catalog_busy")
-    assert int(caught.value.response.headers["Retry-After"]) > 0
-    answer = server.client.chat.completions.create(model=file.id, messages=QUESTION, max_tokens=2)
-    assert answer.choices[0].message.content is not None
+    other.execute("BEGIN EXCLUSIVE")
+    writes = (
+        lambda: server.client.files.create(file=clips[2], purpose="vision"),
+        lambda: server.client.files.delete(file.id),
+        lambda: server.client.post(f"/files/{file.id}", body={"f2l": {"pinned": True}}, cast_to=object),
+    )
+    with ThreadPoolExecutor() as threads:
+        refused = [threads.submit(write) for write in writes]
+        assert ask() == before
+        for future in refused:
+            with pytest.raises(openai.InternalServerError) as caught:
+                future.result()
+            assert (caught.value.status_code, caught.value.code) == (503, "catalog_busy")
+            assert int(caught.value.response.headers["Retry-After"]) > 0
+    assert ask() == before
+    assert httpx.get(f"{server.url}/ready").json() == {"ready": True, "engine": True, "workers": True}
     threading.Timer(1.0, other.rollback).start()
     late = server.client.files.create(file=clips[2], purpose="vision")
     assert server.client.files.wait_for_processing(late.id, poll_interval=0.02).status == "processed"

@@ -204,6 +204,8 @@ def test_a_delete_is_done_even_if_the_store_is_away(tmp_path, monkeypatch):
                 await bench.service.find([file.id], T)
             with pytest.raises(StoreUnavailable, match="no route"):
                 await bench.upload("another")
+        await bench.service.tidy()
+        assert [path for path in (tmp_path / "far").rglob("videos/*/*") if path.is_file()] == []
         bench.store.sweep(keep=bench.catalog.wanted, older_than_s=-1)
         assert stored(bench) == []
         assert [path for path in (tmp_path / "far").rglob("*") if path.is_file()] == []
