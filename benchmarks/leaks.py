@@ -2,10 +2,13 @@
 
 Every video is uploaded and asked once with nothing else going on; that answer is the one it has to keep giving. Then
 the question goes to videos at random, many at a time, streamed and not, some clients leaving in the middle, while
-videos are deleted and uploaded again, with prefix caching and chunked prefill on. There are far more adapters than the
-engine has slots (`--slots`), and than it keeps in host memory (`--host-slots`), so they are dropped from both tiers all
-the time. An answer that differs from the video's own is counted, and counted apart where it is another video's. In the
-end every video is deleted and what is left is counted.
+videos are deleted or expire and are uploaded again, with prefix caching and chunked prefill on. There are far more
+adapters than the engine has slots (`--slots`), and than it keeps in host memory (`--host-slots`), so they are dropped
+from both tiers all the time. An answer that differs from the video's own is counted, and counted apart where it is
+another video's. In the end every video is deleted and what is left is counted.
+
+A file lives an hour at least, so the clock is turned for it: its end is moved into the past in the server's catalog, by
+another connection, and the server finds out as it always does.
 """
 
 from __future__ import annotations
@@ -21,9 +24,13 @@ from typing import Any
 
 import httpx
 from openai import APIStatusError, AsyncOpenAI
+from sqlalchemy import select, update
 
 from benchmarks import record
 from benchmarks.fleet import fleet
+from f2l_vllm.adapters.catalog import Catalog
+from f2l_vllm.adapters.rows import LIVE
+from f2l_vllm.adapters.tables import files
 from f2l_vllm.commands.server_process import ServerProcess
 
 _QUESTION = "Describe the video."
@@ -46,6 +53,7 @@ class Run:
     """What the questions met."""
 
     client: AsyncOpenAI
+    catalog: Catalog
     videos: list[Video]
     rng: random.Random
     counts: Counter[str] = field(default_factory=Counter)
@@ -84,7 +92,7 @@ class Run:
             answer = await self.ask(file_id, stream=self.rng.random() < 0.5, leave=leave)
         except APIStatusError as error:
             gone = error.code == "video_not_found" and (was_changing or video.changing or video.file_id != file_id)
-            self.counts["deleted meanwhile" if gone else f"error {error.code or error.status_code}"] += 1
+            self.counts["gone meanwhile" if gone else f"error {error.code or error.status_code}"] += 1
             return
         self.seconds.append(time.perf_counter() - started)
         if answer is None:
@@ -97,23 +105,30 @@ class Run:
             self.wrong.append({"file": file_id, "own": video.answer, "got": answer})
 
     async def change(self) -> None:
-        """Delete one video and upload it again, under a new id."""
+        """Delete one video, or let it expire, and upload it again, under a new id."""
         video = self.rng.choice(self.videos)
         if video.changing:
             return
         video.changing = True
+        how = self.rng.choice(("deleted", "expired"))
         try:
-            await self.client.files.delete(video.file_id)
+            if how == "deleted":
+                await self.client.files.delete(video.file_id)
+            else:
+                await asyncio.to_thread(expire, self.catalog, video.file_id)
+                while await asyncio.to_thread(is_live, self.catalog, video.file_id):  # else the bytes never leave
+                    await asyncio.sleep(0.1)
             await self.upload(video)
-            self.counts["deleted and uploaded again"] += 1
+            self.counts[f"{how} and uploaded again"] += 1
         finally:
             video.changing = False
 
 
 async def run(server: ServerProcess, paths: list[Path], options: argparse.Namespace) -> dict[str, Any]:
     """Upload, ask, change, delete; the counts."""
+    catalog = Catalog(f"sqlite:///{server.home / 'catalog.sqlite3'}")
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600) as client:
-        work = Run(client, [Video(path) for path in paths], random.Random(options.seed))
+        work = Run(client, catalog, [Video(path) for path in paths], random.Random(options.seed))
         gate = asyncio.Semaphore(_AT_ONCE_BEFORE)
 
         async def enter(video: Video) -> None:
@@ -140,6 +155,7 @@ async def run(server: ServerProcess, paths: list[Path], options: argparse.Namesp
         for video in work.videos:
             await client.files.delete(video.file_id)
         await asyncio.sleep(1.0)
+        catalog.close()
         ordered = sorted(work.seconds)
         return {
             "distinct_answers": distinct,
@@ -152,6 +168,19 @@ async def run(server: ServerProcess, paths: list[Path], options: argparse.Namesp
             },
             "left_1_s_after_the_last_delete": left_behind(server),
         }
+
+
+def expire(catalog: Catalog, file_id: str) -> None:
+    """Let the file's time have come."""
+    with catalog._write() as connection:
+        connection.execute(update(files).where(files.c.id == file_id).values(expires_at=time.time() - 1))
+
+
+def is_live(catalog: Catalog, file_id: str) -> bool:
+    """Whether the server has still to find out that the file's time has come."""
+    with catalog._read() as connection:
+        live = select(files.c.id).where(files.c.id == file_id, files.c.state.in_(LIVE))
+        return connection.scalar(live) is not None
 
 
 def left_behind(server: ServerProcess) -> dict[str, float]:
@@ -174,7 +203,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=500)
     parser.add_argument("--questions", type=int, default=10_000)
     parser.add_argument("--concurrency", type=int, default=32)
-    parser.add_argument("--change-every", type=int, default=20, help="questions between a delete and upload")
+    parser.add_argument("--change-every", type=int, default=20, help="questions between an end and an upload")
     parser.add_argument("--slots", type=int, default=16, help="--max-loras of the engine")
     parser.add_argument("--host-slots", type=int, default=64, help="--max-cpu-loras of the engine")
     parser.add_argument("--seed", type=int, default=0)
