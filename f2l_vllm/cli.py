@@ -207,6 +207,9 @@ def evaluate(
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Its API key.")] = "none",
     serve_flags: Annotated[str, typer.Option(help="More flags for the server that is started, in quotes.")] = "",
     max_frames: MaxFrames = None,
+    merge_rate: Annotated[
+        float, typer.Option(help="Part of the visual tokens to merge away, in context and in internalization.")
+    ] = 0.0,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; default: 64, manifests 256.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Questions in work at a time.")] = 8,
     metric: Annotated[
@@ -254,6 +257,7 @@ def evaluate(
             api_key=api_key,
             serve_flags=serve_flags,
             max_frames=max_frames,
+            merge_rate=merge_rate,
             max_tokens=max_tokens or (64 if manifest is None else 256),
             concurrency=concurrency,
             judge=judge,

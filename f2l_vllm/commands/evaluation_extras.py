@@ -80,7 +80,11 @@ class Extras:
             from f2l_vllm.evaluation.in_process import TransformersAnswers
 
             answers = TransformersAnswers(
-                setup.model, setup.hypernetwork, max_frames=setup.max_frames, max_tokens=setup.max_tokens
+                setup.model,
+                setup.hypernetwork,
+                max_frames=setup.max_frames,
+                max_tokens=setup.max_tokens,
+                merge_rate=setup.merge_rate,
             )
             found["diagnostics"] = diagnose(
                 answers, questions, on_progress=lambda n, of: progress("diagnostics", n, of)

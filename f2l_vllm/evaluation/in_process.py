@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
+from transformers import BatchFeature
 
 from f2l_vllm import models
 from f2l_vllm.evaluation.questions import (
@@ -25,6 +26,7 @@ from f2l_vllm.evaluation.questions import (
 from f2l_vllm.evaluation.server import OnReply, OnSkip
 from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter
 from f2l_vllm.hypernetwork.internalizer import Internalizer
+from f2l_vllm.hypernetwork.merging import tokens_of_frames, without_merged
 from f2l_vllm.video.chunks import Chunking
 from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.sample import SampledVideo, Sampling, open_source, sample_video
@@ -38,15 +40,25 @@ class TransformersAnswers:
     Args:
         max_frames: frames read of a video or chunk; as the hypernetwork was trained when None.
         max_tokens: of an answer.
+        merge_rate: part of the visual tokens to save, in context and in internalization.
 
     Raises:
-        ValueError: no such model or hypernetwork, or two that do not fit together.
+        ValueError: no such model or hypernetwork, or two that do not fit together; a rate outside [0, 1).
     """
 
-    def __init__(self, model: str, hypernetwork: str | None, *, max_frames: int | None, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: str,
+        hypernetwork: str | None,
+        *,
+        max_frames: int | None,
+        max_tokens: int,
+        merge_rate: float = 0.0,
+    ) -> None:
         directory, weights = models.resolve(model), models.resolve_hypernetwork(model, hypernetwork)
         in_fp32 = model in models.shipped() and not torch.cuda.is_available()  # as it is served
-        self.internalizer = Internalizer.load(directory, weights, dtype=torch.float32 if in_fp32 else None)
+        dtype = torch.float32 if in_fp32 else None
+        self.internalizer = Internalizer.load(directory, weights, dtype=dtype, merge_rate=merge_rate)
         self.internalizer.sampling = Sampling(max_frames).or_else(self.internalizer.sampling)
         self._model = cast(Any, self.internalizer.model)  # transformers leaves `generate` untyped
         self._processor = self.internalizer.processor
@@ -116,6 +128,8 @@ class TransformersAnswers:
                 padding=True,
             )
         inputs = inputs.to(self._model.device)
+        if video is not None and self.internalizer.encoder.merge_rate:
+            inputs = self._merged(inputs, video)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
         with apply_adapter(self._model, adapter) if adapter else nullcontext():
@@ -128,6 +142,21 @@ class TransformersAnswers:
             Reply(text.strip(), tokens, seen, None, seconds)
             for text, tokens, seen in zip(answers, prompt, visual, strict=True)
         ]
+
+    def _merged(self, inputs: BatchFeature, video: SampledVideo) -> BatchFeature:
+        """The same prompts with the video's merged tokens as embeddings."""
+        encoder, image = self.internalizer.encoder, self._model.config.image_token_id
+        visual = encoder.see(video)
+        per_frame = self._processor.image_seq_len
+        counts = tokens_of_frames(len(video.frames), per_frame, encoder.merge_rate)
+        rows = [
+            ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        rows = [without_merged(row, image, per_frame, counts) for row in rows]
+        merged = self._processor.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self._model.device)
+        embeds = self._model.get_input_embeddings()(merged["input_ids"])
+        embeds[merged["input_ids"] == image] = visual.to(embeds.dtype).repeat(len(rows), 1)
+        return BatchFeature({**merged, "inputs_embeds": embeds})
 
     def _prompt(self, question: str, *, with_video: bool) -> str:
         parts = [{"type": "video"}] if with_video else []

@@ -93,6 +93,8 @@ def _identity(questions: QuestionSet, setup: Setup) -> dict[str, Any]:
         identity["hypernetwork_revision"] = fingerprint(weights)
     if setup.serve_flags:
         identity["serve_flags"] = setup.serve_flags
+    if setup.merge_rate:
+        identity["merge_rate"] = setup.merge_rate
     return identity
 
 
@@ -114,14 +116,20 @@ def _answer(asks: list[Ask], setup: Setup, log: AnswerLog, skipped: list[Skipped
         _server_answers(setup, setup.base_url).answer(of_server, on_reply, skipped.append)
     elif of_server:
         report("starting the server", 0, 1)
-        with started_server(setup.model, setup.hypernetwork, setup.max_frames, setup.serve_flags) as base_url:
+        rate = setup.merge_rate
+        flags = f"{setup.serve_flags} --video-pruning-rate {rate} --merge-rate {rate}" if rate else setup.serve_flags
+        with started_server(setup.model, setup.hypernetwork, setup.max_frames, flags) as base_url:
             report("starting the server", 1, 1)
             _server_answers(setup, base_url).answer(of_server, on_reply, skipped.append)
     if in_process:
         from f2l_vllm.evaluation.in_process import TransformersAnswers
 
         answerer = TransformersAnswers(
-            setup.model, setup.hypernetwork, max_frames=setup.max_frames, max_tokens=setup.max_tokens
+            setup.model,
+            setup.hypernetwork,
+            max_frames=setup.max_frames,
+            max_tokens=setup.max_tokens,
+            merge_rate=setup.merge_rate,
         )
         answerer.answer(in_process, on_reply, skipped.append)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from f2l_vllm import models
 from f2l_vllm.evaluation.questions import ARMS
 from f2l_vllm.evaluation.scores import EQUIVALENCE_MARGIN, JUDGE, METRICS
+from f2l_vllm.hypernetwork.merging import check_rate
 
 SERVER, TRANSFORMERS = WAYS = ("server", "transformers")
 
@@ -33,6 +34,7 @@ class Setup:
         base_url: a running server (ending in `/v1`) in place of one started for the evaluation.
         serve_flags: more flags for the server that is started.
         max_frames: frames read of a video, in every arm; as the hypernetwork was trained when None.
+        merge_rate: part of the visual tokens to save, in context and in internalization.
         max_tokens: of an answer.
         concurrency: questions in work at a time.
         metric: the metric of the headline; the question set's own when None.
@@ -51,6 +53,7 @@ class Setup:
     api_key: str = field(default="none", repr=False)
     serve_flags: str = ""
     max_frames: int | None = None
+    merge_rate: float = 0.0
     max_tokens: int = 64
     concurrency: int = 8
     judge: JudgeSetup | None = None
@@ -65,8 +68,11 @@ class Setup:
             raise ValueError(f"questions are answered through {' or '.join(WAYS)}, not {self.through!r}")
         if self.through == TRANSFORMERS and (self.base_url or self.serve_flags):
             raise ValueError("a server's address or flags make no sense when transformers answers: leave them out")
-        if self.base_url and (self.serve_flags or self.max_frames):
-            raise ValueError("a running server has its flags and its number of frames: leave them out, or the address")
+        if self.base_url and (self.serve_flags or self.max_frames or self.merge_rate):
+            raise ValueError(
+                "a running server has its flags, frames and rate of merging: leave them out, or the address"
+            )
+        check_rate(self.merge_rate)
         if self.metric is not None and self.metric not in METRICS:
             raise ValueError(f"unknown metric {self.metric!r}: choose one of {', '.join(METRICS)}")
         if self.metric == JUDGE and self.judge is None:
