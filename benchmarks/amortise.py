@@ -25,7 +25,7 @@ _SEQUENCES = 2
 
 
 async def run(suite: suites.Amortise, subject: Subject, folder: Path, results: ResultsFile, say: Say) -> None:
-    """Ask about a fresh video in each round, the arms in turn at every question.
+    """Ask about a fresh video in each round, all arms the same questions.
 
     A row per arm: `ttft_ms` of each question (medians over rounds), of which `asked` were really asked, and their
     running sum, `cumulative_ttft_ms`.
@@ -41,23 +41,20 @@ async def run(suite: suites.Amortise, subject: Subject, folder: Path, results: R
     room = Room(tokens, _SEQUENCES, suite.frames, 2 * suite.rounds, suite.kv_gib)
     rounds: dict[str, list[list[float]]] = {arm.name: [] for arm in arms}
     async with Askers(suite, subject, costs, folder, room) as askers:
+        results.note(servers=askers.described())
         await askers.prepare()
         for number in range(suite.rounds):
             video = await asyncio.to_thread(askers.fresh, suite.frames, suite.resolution)
             for times in rounds.values():
                 times.append([])
-            for count in range(suite.questions_per_video):
+            for arm, count in _order(askers, suite, number):
                 question = suite.questions[count % len(suite.questions)]
-                turn = (number + count) % len(arms)
-                for arm in arms[turn:] + arms[:turn]:
-                    if count >= _asked(arm, suite):
-                        continue
-                    if arm.reads == "adapter" and count == 0:
-                        answer = await askers.ask_cold(arm, video, question, keep=True)
-                    else:
-                        answer = await askers.ask(arm, video, question)
-                    rounds[arm.name][-1].append(answer.ttft * 1e3)
-                    say(f"question {count + 1}, {arm.name}: first token after {answer.ttft * 1e3:.1f} ms")
+                if arm.reads == "adapter" and count == 0:
+                    answer = await askers.ask_cold(arm, video, question, keep=True)
+                else:
+                    answer = await askers.ask(arm, video, question)
+                rounds[arm.name][-1].append(answer.ttft * 1e3)
+                say(f"question {count + 1}, {arm.name}: first token after {answer.ttft * 1e3:.1f} ms")
     results.add(*(_row(arm, suite, rounds[arm.name]) for arm in arms))
 
 
@@ -82,6 +79,17 @@ def derive(rows: list[Row]) -> dict[str, Any]:
 def _projected(ours: Row, other: Row) -> int | None:
     later, other_later = (row["later_ttft_ms"]["median"] for row in (ours, other))
     return break_even(ours["first_ttft_ms"], later, other["first_ttft_ms"], other_later)
+
+
+def _order(askers: Askers, suite: suites.Amortise, number: int) -> list[tuple[Arm, int]]:
+    """Which arm is asked which question, one after the other: in turn at every question, unless each turn would start
+    a server, and with it forget what it has cached."""
+    counts = range(suite.questions_per_video)
+    if askers.run_together:
+        order = [(arm, count) for count in counts for arm in askers.turn(number + count)]
+    else:
+        order = [(arm, count) for arm in askers.turn(number) for count in counts]
+    return [(arm, count) for arm, count in order if count < _asked(arm, suite)]
 
 
 def _asked(arm: Arm, suite: suites.Amortise) -> int:

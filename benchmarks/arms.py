@@ -32,6 +32,11 @@ class Arm:
     env: tuple[tuple[str, str], ...] = ()
     workers: bool = True
 
+    @property
+    def merges(self) -> bool:
+        """Whether visual tokens are merged, in its prompts or before the hypernetwork reads them."""
+        return any(_MERGE in word for word in (*self.flags, *dict(self.env).values()))
+
     def server(self, merge_rate: float) -> ServerKind:
         """The server it needs."""
         rate = f"{merge_rate:g}"

@@ -40,7 +40,8 @@ class Askers:
         self.adapter_bytes: int | None = None  # of the adapters made here, as the server says
         self._suite = suite
         self._arms = [ARMS[name] for name in suite.arms]
-        start = video_server(subject, folder, room.flags(subject, costs), suite.serve_flags)
+        self._flags = room.flags(subject, costs)
+        start = video_server(subject, folder, self._flags, suite.serve_flags)
         self._servers = Servers(start, suite.servers_at_once, self._warm)
         self._files: dict[tuple[ServerKind, Path], str] = {}
         self._clients: dict[str, tuple[Client, str]] = {}  # by the server's address, with its model's name
@@ -56,6 +57,26 @@ class Askers:
             await self._open.aclose()
         finally:
             self._servers.close()
+
+    def turn(self, number: int) -> list[Arm]:
+        """The arms in the order of a round: another one begins each time, and those of one server stay together."""
+        start = number % len(self._arms)
+        rotated = self._arms[start:] + self._arms[:start]
+        kinds = list(dict.fromkeys(self._kind(arm) for arm in rotated))
+        return sorted(rotated, key=lambda arm: kinds.index(self._kind(arm)))
+
+    @property
+    def run_together(self) -> bool:
+        """Whether all servers run at the same time, so that going from arm to arm starts none."""
+        return len({self._kind(arm) for arm in self._arms}) <= self._suite.servers_at_once
+
+    def described(self) -> dict[str, Any]:
+        """How the servers are started, for the result."""
+        return {
+            "flags_of_all": self._flags[self._flags.index("--dtype") :],
+            "flags_of_arms": {arm.name: _words(self._kind(arm)) for arm in self._arms},
+            "alternation": "servers run together" if self.run_together else "servers take turns, each started anew",
+        }
 
     async def prepare(self) -> None:
         """Start as many of the servers as may run, and warm them up."""
@@ -149,6 +170,10 @@ class Askers:
                 await client.delete(file.id)
             else:
                 await client.ask(self._suite.questions[0], **about_frames(base, video))
+
+
+def _words(kind: ServerKind) -> list[str]:
+    return [*(f"{name}={value}" for name, value in kind.env), *kind.flags]
 
 
 def _check(answer: Answer, arm: Arm, waits: bool) -> None:

@@ -18,6 +18,7 @@ import torch
 from benchmarks.shapes import Subject
 from f2l_vllm.adapters.peft_format import BaseShapes
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE, save_tensors
+from f2l_vllm.hypernetwork.merging import tokens_of_frames
 from f2l_vllm.hypernetwork.model import read_config
 
 
@@ -49,9 +50,11 @@ class Costs:
             write_adapter(self._subject, Path(folder) / "adapter", self.rank, seed=None)
             return (Path(folder) / "adapter" / WEIGHTS_FILE).stat().st_size
 
-    def visual_tokens(self, frames: int) -> int:
+    def visual_tokens(self, frames: int, merge_rate: float = 0.0) -> int:
         """Of a video in the prompt, the words around its frames left out."""
-        return int(frames * self.processor.image_seq_len)
+        if not frames:
+            return 0
+        return int(sum(tokens_of_frames(frames, self.processor.image_seq_len, merge_rate)))
 
     def kv_bytes(self, frames: int) -> int:
         """KV cache of a video's visual tokens."""
@@ -70,7 +73,7 @@ class Costs:
         )
         if frames:
             prompt = prompt.replace(self.processor.video_token, self._video_text(frames))
-        return len(self.processor.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        return len(self.processor.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
 
     def longest_prompt(self, questions: Sequence[str], frames: int) -> int:
         """Tokens of the longest of the questions' prompts with a video in it."""

@@ -51,6 +51,7 @@ async def run(suite: suites.Latency, subject: Subject, folder: Path, results: Re
         videos = 2 * len(suite.resolution) * len(suite.frames)
         room = Room(tokens, _SEQUENCES, longest, videos, suite.kv_gib)
         async with Askers(suite, subject, costs, folder, room) as askers:
+            results.note(servers=askers.described())
             await askers.prepare()
             for frames, edge in measured:
                 results.add(*await _cell(suite, costs, askers, frames, edge, say))
@@ -74,11 +75,7 @@ def derive(rows: list[Row]) -> dict[str, Any]:
                     "frames": row["frames"],
                     "resolution": row["resolution"],
                     "ttft": round(row["ttft_ms"]["median"] / adapter["ttft_ms"]["median"], 2) if timed else None,
-                    **{
-                        name: round(row[name] / adapter[name], 2)
-                        for name in ("prompt_tokens", "state_bytes")
-                        if row[name] is not None
-                    },
+                    **{name: round(row[name] / adapter[name], 2) for name in ("prompt_tokens", "state_bytes")},
                 }
             )
     arms = dict.fromkeys(ratio["arm"] for ratio in ratios)
@@ -93,8 +90,7 @@ async def _cell(suite: suites.Latency, costs: Costs, askers: Askers, frames: int
     for number in range(suite.rounds):
         question = suite.questions[number % len(suite.questions)]
         other = suite.questions[(number + 1) % len(suite.questions)]
-        turn = number % len(arms)
-        for arm in arms[turn:] + arms[:turn]:
+        for arm in askers.turn(number):
             if arm.reads == "adapter" and not arm.cold:
                 await askers.upload(arm, [known])
                 answer = await askers.ask(arm, known, question)
@@ -116,49 +112,43 @@ def _row(
     arm: Arm, suite: suites.Latency, costs: Costs, askers: Askers, frames: int, edge: int, answers: list[Answer]
 ) -> Row:
     times = [answer.ttft * 1e3 for answer in answers]
-    visual = 0
-    if arm.reads == "frames":
-        # What a pruning server leaves out of the prompt is not in its KV cache either.
-        whole = costs.prompt_tokens(suite.questions[0], frames)
-        visual = costs.visual_tokens(frames) - (whole - answers[0].prompt_tokens)
+    timed = {
+        "median": round(statistics.median(times), 3),
+        "p90": round(float(np.percentile(times, 90)), 3),
+        "all": [round(value, 3) for value in times],
+    }
+    tokens = statistics.median_low(answer.prompt_tokens for answer in answers)
+    visual = answers[0].details["visual_tokens"] if arm.reads == "frames" else 0
+    return _cost(arm, costs, frames, edge, tokens, visual, askers.adapter_bytes) | {"ttft_ms": timed}
+
+
+def _counted(arm: Arm, suite: suites.Latency, costs: Costs, frames: int, edge: int) -> Row:
+    """What is known of a cell without running it."""
+    asked = [suite.questions[number % len(suite.questions)] for number in range(suite.rounds)]
+    in_prompt = frames if arm.reads == "frames" else 0
+    whole = statistics.median_low(costs.prompt_tokens(question, in_prompt) for question in asked)
+    visual = costs.visual_tokens(in_prompt, suite.merge_rate if arm.merges else 0.0)
+    tokens = whole - (costs.visual_tokens(in_prompt) - visual)
+    return _cost(arm, costs, frames, edge, tokens, visual, None) | {"counted": True}
+
+
+def _cost(arm: Arm, costs: Costs, frames: int, edge: int, tokens: int, visual: int, adapter_bytes: int | None) -> Row:
     return {
         "arm": arm.name,
         "frames": frames,
         "resolution": edge,
-        "ttft_ms": {
-            "median": round(statistics.median(times), 3),
-            "p90": round(float(np.percentile(times, 90)), 3),
-            "all": [round(value, 3) for value in times],
-        },
-        "prompt_tokens": statistics.median_low(answer.prompt_tokens for answer in answers),
-        "visual_tokens": visual,
-        "state_bytes": visual * costs.kv_bytes_per_token if visual else askers.adapter_bytes or costs.adapter_bytes,
-        "counted": False,
-    }
-
-
-def _counted(arm: Arm, suite: suites.Latency, costs: Costs, frames: int, edge: int) -> Row:
-    """What is known of a cell without running it; of a merging arm that is not how many tokens are left."""
-    asked = [suite.questions[number % len(suite.questions)] for number in range(suite.rounds)]
-    in_prompt = frames if arm.reads == "frames" else 0
-    tokens = statistics.median_low(costs.prompt_tokens(question, in_prompt) for question in asked)
-    row = {"arm": arm.name, "frames": frames, "resolution": edge, "ttft_ms": None}
-    if arm.name == "frames-merged":
-        return {**row, "prompt_tokens": None, "visual_tokens": None, "state_bytes": None, "counted": True}
-    visual = costs.visual_tokens(in_prompt)
-    return {
-        **row,
+        "ttft_ms": None,
         "prompt_tokens": tokens,
         "visual_tokens": visual,
-        "state_bytes": visual * costs.kv_bytes_per_token if visual else costs.adapter_bytes,
-        "counted": True,
+        "state_bytes": visual * costs.kv_bytes_per_token if visual else adapter_bytes or costs.adapter_bytes,
+        "counted": False,
     }
 
 
 def _means(arm: str, ratios: list[dict[str, Any]]) -> dict[str, float]:
     means = {}
     for name in ("ttft", "prompt_tokens", "state_bytes"):
-        values = [ratio[name] for ratio in ratios if ratio["arm"] == arm and ratio.get(name)]
+        values = [ratio[name] for ratio in ratios if ratio["arm"] == arm and ratio[name] is not None]
         if values:
             means[name] = round(statistics.geometric_mean(values), 2)
     return means

@@ -14,13 +14,14 @@ from f2l_vllm.evaluation.plots import style
 Result = dict[str, Any]
 # One look for an arm in every picture: colour and marker.
 _ARMS = ("adapter", "frames", "frames-cached", "adapter-cold", "frames-merged", "adapter-merged")
+_ARMS_THAT_DIFFER = ("adapter", "frames", "frames-merged")  # in what is counted
 _NAMES = {
     "adapter": "adapter, ready",
     "adapter-cold": "adapter, first question",
     "adapter-merged": "adapter, first question, merged",
     "frames": "frames in context",
     "frames-cached": "frames, prefix cached",
-    "frames-merged": "frames, pruned",
+    "frames-merged": "frames, merged",
 }
 
 
@@ -90,10 +91,10 @@ def _lines(result: Result, path: Path) -> Path:
     quantities = {
         "first token, ms": lambda row: (row["ttft_ms"] or {}).get("median"),
         "prompt tokens": lambda row: row["prompt_tokens"],
-        "state of a video, MB": lambda row: row["state_bytes"] / 1e6 if row["state_bytes"] else None,
+        "state of a video, MB": lambda row: row["state_bytes"] / 1e6,
     }
     for at, (name, value) in zip(panels, quantities.items(), strict=True):
-        for arm in _ARMS:
+        for arm in _ARMS if name.startswith("first token") else _ARMS_THAT_DIFFER:
             points = [(row["frames"], value(row)) for row in rows if row["arm"] == arm and value(row) is not None]
             if points:
                 _line(at, arm, *zip(*sorted(points), strict=True))

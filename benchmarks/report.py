@@ -65,8 +65,8 @@ def _latency_sentences(result: Result) -> list[str]:
     for ratio in result["ratios"]:
         where = f"{ratio['frames']} frames, {ratio['resolution']} px"
         parts = {"first token": "ttft", "prompt tokens": "prompt_tokens", "state": "state_bytes"}
-        told = [f"{name} {ratio[key]:g}x" for name, key in parts.items() if ratio.get(key) is not None]
-        if told:
+        told = [f"{name} {ratio[key]:g}x" for name, key in parts.items() if ratio[key] is not None]
+        if not ratio["arm"].startswith("adapter") or ratio["ttft"] is not None:
             lines.append(f"{ratio['arm']} / adapter, {where}: {', '.join(told)}")
     if any(row["counted"] for row in result["rows"]):
         lines.append("A cell without a time was counted from processor and configuration, not run.")

@@ -39,13 +39,18 @@ class ResultsFile:
             before = json.loads(path.read_text())
             if (before.get("suite"), before.get("configuration")) != (suite, configuration):
                 raise ValueError(f"{path} was measured under another configuration: leave out --resume to replace it")
-            self.content["rows"] = before["rows"]
+            self.content = {**before, **self.content, "rows": before["rows"]}
+            self.content |= derive(self.rows)
 
     @property
     def rows(self) -> list[Row]:
         """Those there are."""
         rows: list[Row] = self.content["rows"]
         return rows
+
+    def note(self, **facts: Any) -> None:
+        """What else is to stand in the file, from its next row on."""
+        self.content |= facts
 
     def has(self, **key: Any) -> bool:
         """Whether there is a row with these values."""

@@ -56,6 +56,14 @@ async def run(suite: suites.Tax, subject: Subject, folder: Path, results: Result
         more = [word for flag in suite.serve_flags for word in shlex.split(flag)]
         return EngineProcess(str(subject.directory), folder / "engine", *kind.flags, *more, env=ENGINE_ENV)
 
+    together = suite.servers_at_once > 1
+    results.note(
+        servers={
+            "flags_of_all": without.flags,
+            "rank": rank,
+            "alternation": "servers run together" if together else "servers take turns, each started anew",
+        }
+    )
     servers = Servers(start, suite.servers_at_once, warm)
     try:
         for cell in cells(suite):

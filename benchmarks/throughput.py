@@ -41,6 +41,7 @@ async def run(suite: suites.Throughput, subject: Subject, folder: Path, results:
     if not todo:
         return
     async with Askers(suite, subject, costs, folder, room) as askers:
+        results.note(servers=askers.described())
         await askers.prepare()
         videos = [
             await asyncio.to_thread(askers.films.make, suite.frames, suite.resolution, suite.seed, number)
@@ -52,8 +53,7 @@ async def run(suite: suites.Throughput, subject: Subject, folder: Path, results:
             found: dict[str, list[tuple[list[Answer], float]]] = {arm.name: [] for arm in arms}
             for number in range(suite.rounds):
                 whole = _trace(suite, popularity, number)
-                turn = number % len(arms)
-                for arm in arms[turn:] + arms[:turn]:
+                for arm in askers.turn(number):
                     asked = whole[: suite.requests if arm.reads == "adapter" else suite.frames_requests]
                     answers, seconds = await _replay(arm, askers, videos, asked, suite, concurrency)
                     found[arm.name].append((answers, seconds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import logging
@@ -21,7 +22,39 @@ class TrafficFailed(RuntimeError):
     """Requests failed, or were not of the length that was asked for."""
 
 
-async def random_text(
+async def random_text(url: str, model: str, tokenizer: Path, *, log: Path, **traffic: Any) -> dict[str, Any]:
+    """Ask a server for random text, closed loop, greedy, every answer of the same length.
+
+    Args:
+        url, model, tokenizer, traffic: as `arguments` takes them.
+        log: what the client prints is added to it.
+
+    Returns:
+        vLLM's result, without texts and the values of single requests.
+
+    Raises:
+        TrafficFailed: not every request was answered at full length.
+    """
+    from vllm.benchmarks.serve import main_async
+
+    args = arguments(url, model, tokenizer, **traffic)
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    try:
+        with log.open("a") as output, contextlib.redirect_stdout(output):
+            result: dict[str, Any] = await main_async(args)
+    finally:
+        gc.unfreeze()  # it freezes what is there, and a library complains of that at exit
+    wanted = args.num_prompts * args.random_output_len
+    if result["completed"] != args.num_prompts or result["total_output_tokens"] != wanted:
+        errors = sorted({error for error in result["errors"] if error})
+        raise TrafficFailed(
+            f"{result['completed']} of {args.num_prompts} requests were answered, with "
+            f"{result['total_output_tokens']} of {wanted} tokens: {'; '.join(errors)[:500] or 'no error was given'}"
+        )
+    return {name: value for name, value in result.items() if name not in _PER_REQUEST | _TEXTS}
+
+
+def arguments(
     url: str,
     model: str,
     tokenizer: Path,
@@ -32,23 +65,16 @@ async def random_text(
     concurrency: int,
     adapters: Sequence[str] = (),
     seed: int = 0,
-    log: Path,
-) -> dict[str, Any]:
-    """Ask a server for random text, closed loop, greedy, every answer of the same length.
+) -> argparse.Namespace:
+    """What `vllm bench serve` is asked.
 
     Args:
         url: without `/v1`.
         model: name of the base model on the server.
+        tokenizer: the model's directory.
         adapters: names that take turns; the base model without.
-        log: what the client prints is added to it.
-
-    Returns:
-        vLLM's result, without texts and the values of single requests.
-
-    Raises:
-        TrafficFailed: not every request was answered at full length.
     """
-    from vllm.benchmarks.serve import add_cli_args, main_async
+    from vllm.benchmarks.serve import add_cli_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser()
@@ -73,17 +99,5 @@ async def random_text(
     words = [word for flag, value in chosen.items() for word in (flag, str(value))] + ["--disable-tqdm"]
     if adapters:
         words += ["--lora-assignment", "round-robin", "--lora-modules", *adapters]
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    try:
-        with log.open("a") as output, contextlib.redirect_stdout(output):
-            result: dict[str, Any] = await main_async(parser.parse_args(words))
-    finally:
-        gc.unfreeze()  # it freezes what is there, and a library complains of that at exit
-    wanted = requests * output_tokens
-    if result["completed"] != requests or result["total_output_tokens"] != wanted:
-        errors = sorted({error for error in result["errors"] if error})
-        raise TrafficFailed(
-            f"{result['completed']} of {requests} requests were answered, with {result['total_output_tokens']} of "
-            f"{wanted} tokens: {'; '.join(errors)[:500] or 'no error was given'}"
-        )
-    return {name: value for name, value in result.items() if name not in _PER_REQUEST | _TEXTS}
+    args: argparse.Namespace = parser.parse_args(words)
+    return args
