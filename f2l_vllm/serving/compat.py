@@ -1,11 +1,13 @@
-"""Where the API server leans on vLLM's internals, for vLLM 0.32; `residency` and `worker_manager` do in the engine.
+"""Where this package leans on vLLM's internals, for vLLM 0.32, but for what holds adapters in workers: `compat_engine`.
 
-Each function names what it relies on; `tests/serving/test_compat.py` holds a contract test for each, so that another
-vLLM version fails there first, with a sentence, and not in production.
+Each function names what it relies on; `tests/serving/test_compat.py` holds a contract test for each, and
+`test_compat_engine.py` for those of the engine, so that another vLLM version fails there first, with a sentence, and
+not in production.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -17,8 +19,10 @@ from typing import Any
 from starlette.datastructures import State
 from vllm.lora.request import LoRARequest
 
-from f2l_vllm.serving.residency import FIRST_ADAPTER_ID
+from f2l_vllm.serving.residency import FIRST_ADAPTER_ID, Residency
 from f2l_vllm.settings import refuse_environment
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED_VLLM = "0.32"
 # What the client asked for, while its request is set up: responses carry it instead of an adapter's name.
@@ -188,6 +192,11 @@ def api_keys(args: Any) -> list[str]:
     return [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
 
 
+def engine_has_died(engine_client: Any) -> bool:
+    """Whether the engine's process ended by itself; after a stop in order it has not."""
+    return bool(engine_client.engine_core.resources.engine_dead)
+
+
 def is_engine_dead(error: BaseException) -> bool:
     """Whether a call failed because there is no engine any more: vLLM's handlers know what to do then."""
     from vllm.v1.engine.exceptions import EngineDeadError
@@ -216,3 +225,84 @@ async def engine_is_healthy(engine_client: Any) -> bool:
     except EngineDeadError:
         return False
     return True
+
+
+def install_residency() -> None:
+    """Put a `Residency` between vLLM's engine core and its workers. Does nothing the second time.
+
+    Every request enters through `EngineCore.add_request`; adapters are added, removed and pinned, and whatever drops
+    them in the workers comes, through the other methods replaced here.
+    """
+    from vllm.v1.engine import core
+
+    EngineCore: Any = core.EngineCore
+    if hasattr(EngineCore, "_f2l_residency"):
+        return
+    EngineCore._f2l_residency = None
+    stock_add_request, stock_collective_rpc = EngineCore.add_request, EngineCore.collective_rpc
+
+    @functools.wraps(EngineCore.add_request)
+    def add_request(self: Any, request: Any, request_wave: int = 0) -> None:
+        if request.lora_request is not None:
+            try:
+                _residency(self).admit(request.lora_request)
+            except Exception as error:
+                name = request.lora_request.lora_name
+                logger.error("request %s failed: adapter %s cannot be loaded: %s", request.request_id, name, error)
+                if not isinstance(self, core.EngineCoreProc):
+                    raise  # an engine in its caller's process: the caller gets it
+                self._send_error_outputs_to_client([request.request_id], request.client_index)
+                return
+        stock_add_request(self, request, request_wave)
+
+    # Arguments of the three below arrive as plain lists and are made into what the stock methods' annotations say.
+    @functools.wraps(EngineCore.add_lora)
+    def add_lora(self: Any, lora_request: Any) -> bool:
+        return _residency(self).add(lora_request)
+
+    @functools.wraps(EngineCore.remove_lora)
+    def remove_lora(self: Any, lora_id: int) -> bool:
+        return _residency(self).remove(lora_id)
+
+    @functools.wraps(EngineCore.pin_lora)
+    def pin_lora(self: Any, lora_id: int) -> bool:
+        return _residency(self).pin(lora_id)
+
+    @functools.wraps(EngineCore.collective_rpc)
+    def collective_rpc(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _residency(self).doubt()
+        return stock_collective_rpc(self, *args, **kwargs)
+
+    for method in (add_request, add_lora, remove_lora, pin_lora, collective_rpc):
+        setattr(EngineCore, method.__name__, method)
+
+
+def _residency(engine: Any) -> Residency:
+    if engine._f2l_residency is None:
+        config = engine.vllm_config.lora_config
+        capacity = 0 if config is None else config.max_cpu_loras or config.max_loras
+        engine._f2l_residency = Residency(engine.model_executor, engine.scheduler.requests, capacity)
+    residency: Residency = engine._f2l_residency
+    return residency
+
+
+def install_worker_manager() -> None:
+    """Have vLLM's model runners use `HostTierLoRAManager`. Put in place when a worker is made, because the modules it
+    needs would cost the API server's start seconds. Does nothing the second time."""
+    from vllm.v1.worker import worker_base
+
+    wrapper: Any = worker_base.WorkerWrapperBase
+    stock = wrapper.init_device
+    if stock.__module__ == __name__:
+        return
+
+    def init_device(self: Any) -> None:
+        from vllm.v1.worker import lora_model_runner_mixin
+
+        from f2l_vllm.serving.compat_engine import HostTierLoRAManager
+
+        runners: Any = lora_model_runner_mixin
+        runners.LRUCacheWorkerLoRAManager = HostTierLoRAManager
+        stock(self)
+
+    wrapper.init_device = init_device

@@ -6,7 +6,9 @@ Named `f2l_files` in `VLLM_PLUGINS`; settings come from the environment (`f2l_vl
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
+import os
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -54,6 +56,7 @@ class F2LEndpointPlugin:
     def __init__(self) -> None:
         self._app: FastAPI | None = None
         self._service: VideoService | None = None
+        self._engine_client: Any = None
         self._background: list[asyncio.Task[None]] = []
 
     def attach_router(self, app: FastAPI) -> None:
@@ -83,6 +86,7 @@ class F2LEndpointPlugin:
         Raises:
             ValueError: settings, model and hypernetwork that cannot work together; the server does not start then.
         """
+        self._engine_client = engine_client
         compat.log_like_vllm("f2l_vllm")
         compat.check_environment(args)
         settings = Settings()
@@ -157,6 +161,9 @@ class F2LEndpointPlugin:
                 await asyncio.to_thread(self._service.pool.stop)
             self._service.store.close()
             self._service.catalog.close()
+        if self._engine_client is not None and compat.engine_has_died(self._engine_client):
+            # vLLM's server ends with 0 all the same, which a supervisor takes for a stop in order.
+            atexit.register(os._exit, 1)
 
 
 def worker_spec(settings: Settings, model: Path, hypernetwork: Path, max_rank: int, chunk_rank: int) -> WorkerSpec:

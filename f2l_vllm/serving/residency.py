@@ -1,4 +1,4 @@
-"""Which adapters an engine keeps in host memory, decided between its steps; for vLLM 0.32.
+"""Which adapters an engine keeps in host memory, decided between its steps; `compat` puts it in front of vLLM's core.
 
 Stock vLLM loads an adapter that a step lacks inside the step, where a failure ends the engine, and drops the least
 recently used one even if a request waits for it. Here a request reaches the scheduler with its adapter loaded already:
@@ -8,15 +8,11 @@ so does one of ours (an id from `FIRST_ADAPTER_ID` up) until the API server, whi
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
-
-logger = logging.getLogger(__name__)
 
 # Adapters that an operator names with `--lora-modules` count from 1; ours begin far above them. int32 in the engine.
 FIRST_ADAPTER_ID = 1 << 20
@@ -105,58 +101,3 @@ class Residency:
         idle = [i for i in self._names if i < FIRST_ADAPTER_ID and i not in kept]
         for adapter_id in idle[: len(self._names) - self._capacity]:
             self.remove(adapter_id)
-
-
-def install() -> None:
-    """Put a `Residency` between vLLM's engine core and its workers. Does nothing the second time."""
-    from vllm.v1.engine import core
-
-    EngineCore: Any = core.EngineCore
-    if hasattr(EngineCore, "_f2l_residency"):
-        return
-    EngineCore._f2l_residency = None
-    stock_add_request, stock_collective_rpc = EngineCore.add_request, EngineCore.collective_rpc
-
-    @functools.wraps(EngineCore.add_request)
-    def add_request(self: Any, request: Any, request_wave: int = 0) -> None:
-        if request.lora_request is not None:
-            try:
-                _residency(self).admit(request.lora_request)
-            except Exception as error:
-                name = request.lora_request.lora_name
-                logger.error("request %s failed: adapter %s cannot be loaded: %s", request.request_id, name, error)
-                if not isinstance(self, core.EngineCoreProc):
-                    raise  # an engine in its caller's process: the caller gets it
-                self._send_error_outputs_to_client([request.request_id], request.client_index)
-                return
-        stock_add_request(self, request, request_wave)
-
-    # Arguments of the three below arrive as plain lists and are made into what the stock methods' annotations say.
-    @functools.wraps(EngineCore.add_lora)
-    def add_lora(self: Any, lora_request: Any) -> bool:
-        return _residency(self).add(lora_request)
-
-    @functools.wraps(EngineCore.remove_lora)
-    def remove_lora(self: Any, lora_id: int) -> bool:
-        return _residency(self).remove(lora_id)
-
-    @functools.wraps(EngineCore.pin_lora)
-    def pin_lora(self: Any, lora_id: int) -> bool:
-        return _residency(self).pin(lora_id)
-
-    @functools.wraps(EngineCore.collective_rpc)
-    def collective_rpc(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _residency(self).doubt()
-        return stock_collective_rpc(self, *args, **kwargs)
-
-    for method in (add_request, add_lora, remove_lora, pin_lora, collective_rpc):
-        setattr(EngineCore, method.__name__, method)
-
-
-def _residency(engine: Any) -> Residency:
-    if engine._f2l_residency is None:
-        config = engine.vllm_config.lora_config
-        capacity = 0 if config is None else config.max_cpu_loras or config.max_loras
-        engine._f2l_residency = Residency(engine.model_executor, engine.scheduler.requests, capacity)
-    residency: Residency = engine._f2l_residency
-    return residency

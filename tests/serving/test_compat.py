@@ -27,6 +27,7 @@ from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import GenerationError
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import BackgroundResources, MPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from f2l_vllm.serving import compat
@@ -140,6 +141,16 @@ def test_the_server_says_that_it_stops_before_it_waits_for_requests():
     assert not compat.is_stopping(state)
     state.server = Namespace(should_exit=True)
     assert compat.is_stopping(state)
+
+
+def test_an_engine_that_died_is_told_from_one_that_was_stopped():
+    assert "engine_dead: bool = False" in inspect.getsource(BackgroundResources)
+    assert "self.resources = BackgroundResources(" in inspect.getsource(MPClient.__init__)
+    died = "_self._finalizer.alive or _self.resources.engine_dead:\n                return\n"
+    source = inspect.getsource(MPClient.start_engine_core_monitor)
+    assert source.index(died) < source.index("_self.resources.engine_dead = True")
+    assert "engine_dead" not in inspect.getsource(MPClient.shutdown)
+    assert "self.engine_core = EngineCoreClient.make_async_mp_client(" in inspect.getsource(AsyncLLM.__init__)
 
 
 def test_keys_are_those_of_vllms_own_check(monkeypatch):

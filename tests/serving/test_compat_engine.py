@@ -1,4 +1,4 @@
-"""Contracts with vLLM 0.32: what `serving/residency.py` and `serving/worker_manager.py` lean on in the engine."""
+"""Contracts with vLLM 0.32: what `serving/compat.py` and `serving/compat_engine.py` lean on in the engine."""
 
 import inspect
 from inspect import signature

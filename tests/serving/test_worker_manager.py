@@ -10,8 +10,8 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
+from f2l_vllm.serving.compat_engine import HostTierLoRAManager
 from f2l_vllm.serving.residency import FIRST_ADAPTER_ID
-from f2l_vllm.serving.worker_manager import HostTierLoRAManager
 
 MAX_TOKENS = 10
 SLOTS, PLACES = 2, 4

@@ -1,4 +1,4 @@
-"""What holds adapters in vLLM's workers, in the place of vLLM 0.32's `LRUCacheWorkerLoRAManager`.
+"""What holds adapters in vLLM's workers, on the internals of vLLM 0.32's `LRUCacheWorkerLoRAManager` and in its place.
 
 Three differences. A step looks each of its adapters up directly, where the stock manager copies its whole registry
 for each. The host tier drops nothing by itself: `residency`, which knows the requests, decides. And a load reads the
