@@ -50,6 +50,7 @@ async def run(suite: suites.Tax, subject: Subject, folder: Path, results: Result
 
     async def warm(kind: ServerKind, server: ServerProcess) -> None:
         most = max(suite.adapters) if kind == with_lora else 0
+        await traffic(server.url, most, input_tokens=suite.prefill_tokens, output_tokens=1, requests=2, concurrency=1)
         await traffic(server.url, most, input_tokens=16, output_tokens=2, requests=max(1, most), concurrency=8)
 
     def start(kind: ServerKind) -> ServerProcess:
