@@ -2,15 +2,22 @@
 
 The cache of a layer is a sequence of pages, each token-major: `[block_size, kv_heads, 2 * head_size]`, keys before
 values. Slot `block * block_size + offset` is therefore one row of the cache seen as `[slots, kv_heads, 2 * head_size]`,
-and blocks that follow each other physically are one slice of it.
+and blocks that follow each other physically are one slice of it. Seen as `[slots * kv_heads * 2, head_size]`, a row is
+one key or one value of one head.
+
+Requests that decode are attended together. PyTorch's attention pays for every head of every request what calling a
+matrix product costs, which for a single query is more than the product. Here all scores are one batched product, of
+keys gathered for it, and all outputs one `embedding_bag`: it sums the values where they lie, weighted by the
+probabilities.
 
 T query tokens of the batch, H query heads, K kv heads, G = H / K, D head size, S slots, L keys of a request, B requests
-that decode together, N query tokens of one request.
+that decode together, b = B * K, N query tokens of one request.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -29,42 +36,69 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-# Decoding requests are attended together when their keys are few: one gather and one call cost less than a call per
-# request. With more keys the copy falls out of the CPU's cache, and reading each request's pages in place is faster.
-MAX_KEYS_TO_BATCH = 512
 MAX_KEYS_PER_CALL = 4096
+"""Keys of several requests that one call gathers: they stay within the processor's cache."""
+KEYS_WORTH_A_CALL = 256
+"""As many keys are read in the time that another call costs."""
 
 
 @dataclass(frozen=True)
-class Span:
-    """One request attended on its own: its query rows and where its keys are."""
+class Prompt:
+    """Several tokens of one request."""
 
     start: int
     end: int
+    """Its rows of the batch."""
     slots_L: slice | torch.Tensor
     """A slice where the blocks are physically consecutive, which needs no copy."""
     mask_NL: torch.Tensor | None
-    """True where a query sees a key; None for a single query, or where `causal` says it all."""
+    """True where a query sees a key; None where `causal` says it all."""
     causal: bool
 
 
 @dataclass(frozen=True)
 class DecodeGroup:
-    """Requests with one query each and a similar number of keys, attended in one call."""
+    """Requests with one query each, attended in one call."""
 
-    rows_B: torch.Tensor
+    rows_B: slice | torch.Tensor
     slots_BL: torch.Tensor
     """Rows shorter than L repeat their last slot."""
-    mask_B11L: torch.Tensor | None
-    """None where all rows have L keys."""
+    mask_B1L: torch.Tensor | None
+    """What is added to the scores, fp32: 0 for a key and -inf beyond a request's last; None where all have L keys."""
+    _rows: dict[tuple[int, int], DecodeRows] = field(default_factory=dict)
+
+    def cache_rows(self, kv_heads: int, group: int) -> DecodeRows:
+        """Where keys and values lie; the same for every layer of a step with so many heads."""
+        rows = self._rows.get((kv_heads, group))
+        if rows is None:
+            keys_BKL = 2 * (self.slots_BL[:, None] * kv_heads + torch.arange(kv_heads)[:, None])
+            values_BKGL = (keys_BKL + 1)[:, :, None].expand(-1, -1, group, -1)
+            starts = torch.arange(0, values_BKGL.numel(), values_BKGL.shape[-1])
+            mask = None if self.mask_B1L is None else self.mask_B1L.repeat_interleave(kv_heads, 0)
+            rows = DecodeRows(keys_BKL.view(-1), values_BKGL.reshape(-1), starts, mask)
+            self._rows[kv_heads, group] = rows
+        return rows
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """Rows of the cache seen as `[S * K * 2, D]`."""
+
+    keys: torch.Tensor
+    """`[b * L]`"""
+    values: torch.Tensor
+    """`[b * G * L]`"""
+    starts: torch.Tensor
+    """`[b * G]`, where the values of each query head begin."""
+    mask_b1L: torch.Tensor | None
 
 
 @dataclass(frozen=True)
 class TorchAttentionMetadata(AttentionMetadata):
     """What every layer of a step shares."""
 
-    spans: list[Span]
-    groups: list[DecodeGroup]
+    prompts: list[Prompt]
+    decodes: list[DecodeGroup]
 
 
 class TorchAttentionBackend(AttentionBackend):
@@ -92,7 +126,7 @@ class TorchAttentionBackend(AttentionBackend):
 
 
 class TorchAttentionMetadataBuilder(AttentionMetadataBuilder[TorchAttentionMetadata]):
-    """Turns vLLM's description of a step into spans and decode groups."""
+    """Turns vLLM's description of a step into prompts and decode groups."""
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -115,7 +149,7 @@ class TorchAttentionMetadataBuilder(AttentionMetadataBuilder[TorchAttentionMetad
 
 
 def plan(starts: list[int], num_keys: list[int], block_table: torch.Tensor, block_size: int) -> TorchAttentionMetadata:
-    """Divide a batch into decode groups and spans.
+    """Divide a batch into prompts, or parts of them, and groups that decode.
 
     Args:
         starts: first query row of each request, then the number of rows.
@@ -123,33 +157,42 @@ def plan(starts: list[int], num_keys: list[int], block_table: torch.Tensor, bloc
         block_table: `[>= requests, blocks]`, physical block of each logical block.
         block_size: tokens per block.
     """
-    spans: list[Span] = []
-    short_decodes: dict[int, list[int]] = {}
+    prompts, decoding = [], []
     for request, keys in enumerate(num_keys):
         start, end = starts[request], starts[request + 1]
-        if start == end:
-            continue
-        if end - start == 1 and keys <= MAX_KEYS_TO_BATCH:
-            # Powers of two bound the padding to half of what is read.
-            short_decodes.setdefault((keys - 1).bit_length(), []).append(request)
-        else:
-            spans.append(_span(start, end, keys, block_table[request], block_size))
+        if end - start > 1:
+            prompts.append(_prompt(start, end, keys, block_table[request], block_size))
+        elif end > start:
+            decoding.append(request)
     groups = []
-    for power, requests in short_decodes.items():
-        size = MAX_KEYS_PER_CALL >> power
-        for first in range(0, len(requests), size):
-            members = requests[first : first + size]
-            if len(members) == 1:
-                start, keys = starts[members[0]], num_keys[members[0]]
-                spans.append(_span(start, start + 1, keys, block_table[members[0]], block_size))
-            else:
-                rows_B = torch.tensor([starts[request] for request in members])
-                keys_B = torch.tensor([num_keys[request] for request in members])
-                groups.append(_decode_group(rows_B, keys_B, block_table[torch.tensor(members)], block_size))
-    return TorchAttentionMetadata(spans, groups)
+    for requests in _groups(decoding, num_keys):
+        rows, keys_B = [starts[request] for request in requests], [num_keys[request] for request in requests]
+        blocks = block_table[torch.tensor(requests)]
+        groups.append(_decode_group(_rows(rows), torch.tensor(keys_B), blocks, block_size))
+    return TorchAttentionMetadata(prompts, groups)
 
 
-def _span(start: int, end: int, keys: int, blocks: torch.Tensor, block_size: int) -> Span:
+def _groups(requests: list[int], num_keys: list[int]) -> list[list[int]]:
+    """Divide requests, so that padding to the longest of a group costs less than calls would."""
+    groups: list[list[int]] = []
+    longest = 0
+    left = sorted(requests, key=lambda request: -num_keys[request])
+    for place, request in enumerate(left):
+        keys = num_keys[request]
+        is_short = 2 * keys <= longest and (longest - keys) * (len(left) - place) > KEYS_WORTH_A_CALL
+        if not groups or is_short or (len(groups[-1]) + 1) * longest > MAX_KEYS_PER_CALL:
+            groups.append([])
+            longest = keys
+        groups[-1].append(request)
+    return [sorted(group) for group in groups]
+
+
+def _rows(rows: list[int]) -> slice | torch.Tensor:
+    first, last = rows[0], rows[-1]
+    return slice(first, last + 1) if last - first + 1 == len(rows) else torch.tensor(rows)
+
+
+def _prompt(start: int, end: int, keys: int, blocks: torch.Tensor, block_size: int) -> Prompt:
     queries = end - start
     blocks = blocks[: -(-keys // block_size)].to(torch.long)
     first = int(blocks[0])
@@ -159,17 +202,20 @@ def _span(start: int, end: int, keys: int, blocks: torch.Tensor, block_size: int
     else:
         slots_L = (blocks[:, None] * block_size + torch.arange(block_size)).view(-1)[:keys]
     mask_NL = None
-    if 1 < queries < keys:  # the queries are the last ones: query i sees keys up to keys - queries + i
+    if queries < keys:  # the queries are the last ones: query i sees keys up to keys - queries + i
         mask_NL = torch.ones(queries, keys, dtype=torch.bool).tril_(keys - queries)
-    return Span(start, end, slots_L, mask_NL, causal=queries == keys)
+    return Prompt(start, end, slots_L, mask_NL, causal=queries == keys)
 
 
-def _decode_group(rows_B: torch.Tensor, keys_B: torch.Tensor, blocks: torch.Tensor, block_size: int) -> DecodeGroup:
+def _decode_group(
+    rows_B: slice | torch.Tensor, keys_B: torch.Tensor, blocks: torch.Tensor, block_size: int
+) -> DecodeGroup:
     position_L = torch.arange(int(keys_B.max()))
     position_BL = torch.minimum(position_L, keys_B[:, None] - 1)
     slots_BL = blocks.to(torch.long).gather(1, position_BL // block_size) * block_size + position_BL % block_size
-    visible_BL = position_L < keys_B[:, None]
-    return DecodeGroup(rows_B, slots_BL, None if bool(visible_BL.all()) else visible_BL[:, None, None])
+    hidden_BL = position_L >= keys_B[:, None]
+    mask_BL = torch.zeros(hidden_BL.shape).masked_fill_(hidden_BL, -math.inf) if bool(hidden_BL.any()) else None
+    return DecodeGroup(rows_B, slots_BL, None if mask_BL is None else mask_BL[:, None])
 
 
 class TorchAttentionImpl(AttentionImpl[TorchAttentionMetadata]):
@@ -242,40 +288,42 @@ class TorchAttentionImpl(AttentionImpl[TorchAttentionMetadata]):
         """Attend `query` `[T, H, D]` to the cache and write `output`, of the same shape or `[T, H * D]`."""
         if attn_metadata is None:  # a profiling run has no requests
             return output.fill_(0)
-        heads, kv_heads, size = self.num_heads, self.num_kv_heads, self.head_size
-        group = heads // kv_heads
+        heads, size = self.num_heads, self.head_size
         query_THD, output_THD = query.view(-1, heads, size), output.view(-1, heads, size)
         cache_SKC = _as_slots(kv_cache)
 
-        for decode in attn_metadata.groups:
-            # The query heads of a kv head become the query axis, so that keys and values are not repeated.
-            q_BKGD = query_THD[decode.rows_B].view(-1, kv_heads, group, size)
-            kv_BKLC = cache_SKC[decode.slots_BL].transpose(1, 2)
-            out_BKGD = F.scaled_dot_product_attention(
-                q_BKGD, kv_BKLC[..., :size], kv_BKLC[..., size:], attn_mask=decode.mask_B11L, scale=self.scale
-            )
-            output_THD[decode.rows_B] = out_BKGD.reshape(-1, heads, size)
+        for decode in attn_metadata.decodes:
+            self._decode(decode, query_THD, cache_SKC, output_THD)
 
-        for span in attn_metadata.spans:
-            kv_1KLC = cache_SKC[span.slots_L].transpose(0, 1)[None]
-            k_1KLD, v_1KLD = kv_1KLC[..., :size], kv_1KLC[..., size:]
-            if span.end - span.start == 1:
-                q_1KGD = query_THD[span.start].view(1, kv_heads, group, size)
-                out_1KGD = F.scaled_dot_product_attention(q_1KGD, k_1KLD, v_1KLD, scale=self.scale)
-                output_THD[span.start] = out_1KGD.reshape(heads, size)
-            else:
-                q_1HND = query_THD[span.start : span.end].transpose(0, 1)[None]
-                out_1HND = F.scaled_dot_product_attention(
-                    q_1HND,
-                    k_1KLD,
-                    v_1KLD,
-                    attn_mask=span.mask_NL,
-                    is_causal=span.causal,
-                    scale=self.scale,
-                    enable_gqa=group > 1,
-                )
-                output_THD[span.start : span.end] = out_1HND[0].transpose(0, 1)
+        for prompt in attn_metadata.prompts:
+            rows = slice(prompt.start, prompt.end)
+            kv_1KLC = cache_SKC[prompt.slots_L].transpose(0, 1)[None]
+            out_1HND = F.scaled_dot_product_attention(
+                query_THD[rows].transpose(0, 1)[None],
+                kv_1KLC[..., :size],
+                kv_1KLC[..., size:],
+                attn_mask=prompt.mask_NL,
+                is_causal=prompt.causal,
+                scale=self.scale,
+                enable_gqa=heads > self.num_kv_heads,
+            )
+            output_THD[rows] = out_1HND[0].transpose(0, 1)
         return output
+
+    def _decode(
+        self, decode: DecodeGroup, query_THD: torch.Tensor, cache_SKC: torch.Tensor, output_THD: torch.Tensor
+    ) -> None:
+        heads, kv_heads, size = self.num_heads, self.num_kv_heads, self.head_size
+        cache_rows = cache_SKC.view(-1, size)
+        rows = decode.cache_rows(kv_heads, heads // kv_heads)
+        # The query heads of a kv head are the rows of a product, so that keys are not repeated. Scores are fp32, as in
+        # PyTorch's attention.
+        q_bGD = query_THD[decode.rows_B].reshape(-1, heads // kv_heads, size).float() * self.scale
+        k_bDL = cache_rows.index_select(0, rows.keys).view(len(q_bGD), -1, size).float().transpose(1, 2)
+        scores_bGL = torch.bmm(q_bGD, k_bDL) if rows.mask_b1L is None else torch.baddbmm(rows.mask_b1L, q_bGD, k_bDL)
+        weights = scores_bGL.softmax(-1).to(cache_rows.dtype).view(-1)
+        out = F.embedding_bag(rows.values, cache_rows, rows.starts, mode="sum", per_sample_weights=weights)
+        output_THD[decode.rows_B] = out.view(-1, heads, size)
 
 
 def _as_slots(kv_cache: torch.Tensor) -> torch.Tensor:

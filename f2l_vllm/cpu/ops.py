@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 PAD_SLOT = -1  # vLLM's mark for a token that has no place in the KV cache
@@ -61,13 +62,15 @@ def compute_slot_mapping(
         slot_mapping: int64, `[>= T]`, written in place.
         block_size: tokens per block.
     """
-    bounds = query_start_loc.to(torch.long)
+    # In numpy, which counts a few numbers in a fraction of the time that PyTorch needs to share them among threads.
+    bounds, table = query_start_loc.numpy(), block_table.numpy()
     num_tokens = int(bounds[-1])
-    request_T = torch.repeat_interleave(bounds[1:] - bounds[:-1], output_size=num_tokens)
-    position_T = positions_T[:num_tokens].to(torch.long)
-    block_T = block_table[request_T, position_T // block_size].to(torch.long)
-    slot_mapping[:num_tokens] = block_T * block_size + position_T % block_size
-    slot_mapping[num_tokens:] = PAD_SLOT
+    request_T = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    position_T = positions_T[:num_tokens].numpy()
+    slots = slot_mapping.numpy()
+    slots[:num_tokens] = table[request_T, position_T // block_size].astype(np.int64) * block_size
+    slots[:num_tokens] += position_T % block_size
+    slots[num_tokens:] = PAD_SLOT
 
 
 class SlotMappingOverride:

@@ -9,7 +9,7 @@ import torch
 
 from f2l_vllm.cpu.attention import (
     MAX_KEYS_PER_CALL,
-    MAX_KEYS_TO_BATCH,
+    DecodeGroup,
     TorchAttentionImpl,
     plan,
 )
@@ -82,7 +82,9 @@ CASES = {
     "decode, unequal lengths": [(1, 3), (1, 16), (1, 17), (1, 60), (1, 33), (1, 64)],
     "decode, equal lengths": [(1, 20), (1, 20), (1, 20)],
     "decode, one request": [(1, 20)],
-    "decode, too long to batch": [(1, MAX_KEYS_TO_BATCH + 1), (1, MAX_KEYS_TO_BATCH + 30)],
+    "decode, long": [(1, 700), (1, 513), (1, 1000)],
+    "decode, too long to batch": [(1, MAX_KEYS_PER_CALL + 1), (1, 30), (1, MAX_KEYS_PER_CALL // 2 + 30)],
+    "decode among prompts": [(1, 20), (4, 4), (1, 90), (1, 33), (8, 20), (1, 1)],
     "everything at once": [(1, 9), (12, 30), (1, 600), (20, 20), (1, 10), (3, 50)],
     "a request without new tokens": [(1, 9), (0, 30), (1, 12)],
 }
@@ -96,17 +98,37 @@ def test_equals_dense_attention(impl: TorchAttentionImpl, requests: list[tuple[i
 
 
 def test_consecutive_blocks_are_read_without_a_copy() -> None:
-    span = plan([0, 30], [30], torch.tensor([[4, 5]]), BLOCK).spans[0]
-    assert span.slots_L == slice(4 * BLOCK, 4 * BLOCK + 30)
+    prompt = plan([0, 30], [30], torch.tensor([[4, 5]]), BLOCK).prompts[0]
+    assert prompt.slots_L == slice(4 * BLOCK, 4 * BLOCK + 30)
 
 
-def test_many_short_decodes_are_few_calls_of_bounded_size() -> None:
+def groups_of(lengths: list[int]) -> list[list[int]]:
+    """Rows of the batch that decode in each call."""
+    blocks = -(-max(lengths) // BLOCK)
+    table = torch.arange(len(lengths) * blocks).view(len(lengths), blocks)
+    metadata = plan(list(range(len(lengths) + 1)), lengths, table, BLOCK)
+    assert not metadata.prompts
+    assert all(group.slots_BL.shape[1] == max(lengths[row] for row in rows_of(group)) for group in metadata.decodes)
+    return [rows_of(group) for group in metadata.decodes]
+
+
+def rows_of(group: DecodeGroup) -> list[int]:
+    rows = group.rows_B
+    return list(range(rows.start, rows.stop)) if isinstance(rows, slice) else rows.tolist()
+
+
+def test_many_decode_in_few_calls_of_bounded_size() -> None:
     lengths = [400 + row % 50 for row in range(40)]
-    metadata = plan(list(range(41)), lengths, torch.arange(40 * 32).view(40, 32), BLOCK)
-    assert not metadata.spans
-    assert sum(len(group.rows_B) for group in metadata.groups) == 40
-    assert max(group.slots_BL.numel() for group in metadata.groups) <= MAX_KEYS_PER_CALL
-    assert len(metadata.groups) == 5
+    groups = groups_of(lengths)
+    assert sorted(row for rows in groups for row in rows) == list(range(40))
+    assert max(len(rows) * max(lengths[row] for row in rows) for rows in groups) <= MAX_KEYS_PER_CALL
+    assert len(groups) == 5
+
+
+def test_requests_are_padded_where_that_costs_less_than_a_call() -> None:
+    assert groups_of([10, 40, 90, 25]) == [[0, 1, 2, 3]]
+    assert groups_of([900, 20, 800, 30] + [25] * 10) == [[0, 2], [1, 3, *range(4, 14)]]
+    assert groups_of([MAX_KEYS_PER_CALL + 1, 5]) == [[0], [1]]
 
 
 def test_padding_tokens_are_not_written(impl: TorchAttentionImpl) -> None:
