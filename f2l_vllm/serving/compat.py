@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -192,9 +193,21 @@ def api_keys(args: Any) -> list[str]:
     return [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
 
 
-def engine_has_died(engine_client: Any) -> bool:
-    """Whether the engine's process ended by itself; after a stop in order it has not."""
-    return bool(engine_client.engine_core.resources.engine_dead)
+def engine_was_stopped(engine_client: Any) -> Callable[[], bool]:
+    """A function that says whether vLLM has stopped the engine.
+
+    It does so, by `engine_client.shutdown`, before it ends a server in order. A server that ends with an engine that
+    nobody stopped ends because that has died.
+    """
+    stock, stopped = engine_client.shutdown, threading.Event()
+
+    @functools.wraps(stock)
+    def shutdown(*args: Any, **kwargs: Any) -> Any:
+        stopped.set()
+        return stock(*args, **kwargs)
+
+    engine_client.shutdown = shutdown
+    return stopped.is_set
 
 
 def is_engine_dead(error: BaseException) -> bool:

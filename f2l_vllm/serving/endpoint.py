@@ -10,7 +10,7 @@ import atexit
 import logging
 import os
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class F2LEndpointPlugin:
     def __init__(self) -> None:
         self._app: FastAPI | None = None
         self._service: VideoService | None = None
-        self._engine_client: Any = None
+        self._engine_was_stopped: Callable[[], bool] | None = None
         self._background: list[asyncio.Task[None]] = []
 
     def attach_router(self, app: FastAPI) -> None:
@@ -86,7 +86,7 @@ class F2LEndpointPlugin:
         Raises:
             ValueError: settings, model and hypernetwork that cannot work together; the server does not start then.
         """
-        self._engine_client = engine_client
+        self._engine_was_stopped = compat.engine_was_stopped(engine_client)
         compat.log_like_vllm("f2l_vllm")
         compat.check_environment(args)
         settings = Settings()
@@ -161,7 +161,7 @@ class F2LEndpointPlugin:
                 await asyncio.to_thread(self._service.pool.stop)
             self._service.store.close()
             self._service.catalog.close()
-        if self._engine_client is not None and compat.engine_has_died(self._engine_client):
+        if self._engine_was_stopped is not None and not self._engine_was_stopped():
             # vLLM's server ends with 0 all the same, which a supervisor takes for a stop in order.
             atexit.register(os._exit, 1)
 

@@ -10,6 +10,7 @@ import vllm
 from starlette.datastructures import State
 from vllm.config import LoRAConfig
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.openai.chat_completion import api_router as chat_router
 from vllm.entrypoints.openai.chat_completion import serving
 from vllm.entrypoints.openai.chat_completion.protocol import (
@@ -27,7 +28,6 @@ from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import GenerationError
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.core_client import BackgroundResources, MPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from f2l_vllm.serving import compat
@@ -132,8 +132,6 @@ def test_a_chat_is_rendered_by_a_method_of_its_own_that_knows_the_placeholders()
 
 
 def test_the_server_says_that_it_stops_before_it_waits_for_requests():
-    from vllm.entrypoints.launchers import launcher
-
     source = inspect.getsource(launcher)
     assert "app.state.server = server" in source
     assert "should_exit = True" in source
@@ -143,14 +141,17 @@ def test_the_server_says_that_it_stops_before_it_waits_for_requests():
     assert compat.is_stopping(state)
 
 
-def test_an_engine_that_died_is_told_from_one_that_was_stopped():
-    assert "engine_dead: bool = False" in inspect.getsource(BackgroundResources)
-    assert "self.resources = BackgroundResources(" in inspect.getsource(MPClient.__init__)
-    died = "_self._finalizer.alive or _self.resources.engine_dead:\n                return\n"
-    source = inspect.getsource(MPClient.start_engine_core_monitor)
-    assert source.index(died) < source.index("_self.resources.engine_dead = True")
-    assert "engine_dead" not in inspect.getsource(MPClient.shutdown)
-    assert "self.engine_core = EngineCoreClient.make_async_mp_client(" in inspect.getsource(AsyncLLM.__init__)
+def test_a_stop_in_order_stops_the_engine_before_the_server_and_a_dead_engine_does_not():
+    source = inspect.getsource(launcher.serve_http)
+    assert source.index("partial(engine_client.shutdown, timeout=timeout)") < source.index("server.should_exit = True")
+    assert "shutdown" not in inspect.getsource(launcher.terminate_if_errored).split('"""')[-1]
+    calls = []
+    engine = Namespace(shutdown=lambda timeout: calls.append(timeout))
+    was_stopped = compat.engine_was_stopped(engine)
+    assert not was_stopped()
+    engine.shutdown(timeout=3)
+    assert was_stopped()
+    assert calls == [3]
 
 
 def test_keys_are_those_of_vllms_own_check(monkeypatch):
