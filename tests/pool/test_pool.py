@@ -147,18 +147,6 @@ def test_a_bad_video_fails_once_with_its_reason(bench, tmp_path):
     assert any(isinstance(event, Failed) for event in bench.events)
 
 
-def test_a_job_whose_worker_is_killed_is_done_by_another(bench, videos):
-    before = bench.pids(2)
-    record = bench.add(videos[1])
-    bench.wait(record, VideoState.DECODING)
-    for pid in before:  # whichever of them has the job
-        os.kill(pid, signal.SIGKILL)
-    bench.wait(record, VideoState.PROCESSED)
-    bench.store.verify_adapter(record.adapter_name)
-    assert not before & bench.pids(2)
-    assert bench.catalog.counts()[1:] == (0, 0)
-
-
 def test_only_one_pool_serves_a_data_folder(bench, hypernetwork_model):
     other = Bench(bench.store.home, hypernetwork_model)
     assert not other.pool.start()
