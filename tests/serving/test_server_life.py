@@ -1,10 +1,11 @@
-"""Servers that stop, start again, are full, or are started wrongly."""
+"""Servers beside each other, that stop, start again, are full, or are started wrongly; on PostgreSQL if it is there."""
 
 import http.client
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +13,11 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from postgres import Postgres, find_postgres
 from serving.server import Server
 from video.videos import write_video
+
+from f2l_vllm.adapters.catalog import Catalog
 
 QUESTION = [{"role": "user", "content": "What is shown?"}]
 GREEDY = {"temperature": 0, "max_tokens": 12}
@@ -44,16 +48,45 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def postgres():
+    """A real one; None where it is not installed, and these servers have SQLite."""
+    binaries = find_postgres()
+    if binaries is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="f2l-postgres-") as folder:
+        postgres = Postgres(Path(folder), binaries)
+        yield postgres
+        postgres.stop()
+
+
+@pytest.fixture(scope="module")
+def catalog_url(postgres, home):
+    return f"sqlite:///{home / 'catalog.sqlite3'}" if postgres is None else postgres.new_database()
+
+
+@pytest.fixture(scope="module")
 def details():
     """What the first life said of its videos."""
     return {}
 
 
 @pytest.fixture(scope="module")
-def first_life(home, hypernetwork_model, clips, details):
-    """A server that made two videos ready and was stopped with Ctrl-C: its ids and answers, and how it ended."""
-    server = Server(hypernetwork_model, home, "--api-key", KEY, *CHUNKS, api_key=KEY)
-    server.wait_ready()
+def beginning(home, hypernetwork_model, catalog_url):
+    """The server of the first life, as long as it runs."""
+    env = {"F2L_DATABASE_URL": catalog_url}
+    server = Server(hypernetwork_model, home, "--api-key", KEY, *CHUNKS, api_key=KEY, env=env)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def first_life(beginning, home, clips, details):
+    """It made two videos ready and was stopped with Ctrl-C: its ids and answers, and how it ended."""
+    server = beginning
     assert httpx.get(f"{server.url}/v1/models").json()["error"]["code"] == "invalid_api_key"
     answers = {}
     for clip in clips[:2]:
@@ -71,12 +104,12 @@ def first_life(home, hypernetwork_model, clips, details):
 
 
 @pytest.fixture(scope="module")
-def second_life(home, hypernetwork_model, first_life):
+def second_life(home, hypernetwork_model, catalog_url, first_life):
     """The same data folder served again, without workers, with room for one waiting video, for two tenants."""
     tenants = home.parent / "tenants.json"
     tenants.write_text(json.dumps({"default": [KEY], "other": [OTHER_KEY]}))
     flags = ("--hypernetwork-workers", "0", "--queue-limit", "1", "--tenants", str(tenants), *CHUNKS)
-    server = Server(hypernetwork_model, home, *flags, api_key=KEY)
+    server = Server(hypernetwork_model, home, *flags, api_key=KEY, env={"F2L_DATABASE_URL": catalog_url})
     try:
         server.wait_ready()
         yield server
@@ -84,8 +117,88 @@ def second_life(home, hypernetwork_model, first_life):
         server.stop()
 
 
-def test_ctrl_c_stops_everything_that_was_started(first_life):
+def upload(server, path):
+    file = server.client.files.create(file=path, purpose="vision")
+    return server.client.files.wait_for_processing(file.id, poll_interval=0.02).id
+
+
+def test_two_servers_on_one_machine_share_nothing(beginning, server, clips):
+    mine, theirs = upload(beginning, clips[0]), upload(server, clips[0])
+    for one, other_id in ((beginning, theirs), (server, mine)):
+        with pytest.raises(openai.NotFoundError) as error:
+            ask(one, other_id)
+        assert error.value.code == "video_not_found"
+        assert other_id not in {file.id for file in one.client.files.list()}
+    answer = ask(server, theirs)
+    assert set(beginning.descendants()).isdisjoint(server.descendants())
+    ask(beginning, mine)
+    beginning.client.files.delete(mine)
+    assert ask(server, theirs) == answer
+    server.client.files.delete(theirs)
+
+
+def test_videos_that_come_and_go_leave_nothing_behind(beginning, home, catalog_url, clips, tmp_path):
+    films = clips[:2]
+    kept = [upload(beginning, film) for film in films]
+    answers = [ask(beginning, file_id) for file_id in kept]
+    assert len(set(answers)) == 2
+
+    def cycle(index):
+        path = tmp_path / f"{index}.mp4"
+        skipped = b"\0\0\0\x0cfree" + index.to_bytes(4, "big")  # other bytes, the same film
+        path.write_bytes(films[index % 2].read_bytes() + skipped)
+        file_id = upload(beginning, path)
+        assert ask(beginning, file_id) == answers[index % 2]
+        beginning.client.files.delete(file_id)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(cycle, range(24)))
+    for file_id in kept:
+        beginning.client.files.delete(file_id)
+    catalog = Catalog(catalog_url)
+    try:
+        assert catalog.counts() == ({}, 0, 0)
+        assert catalog.recent_adapters(100) == []
+        assert catalog.purge(time.time()) >= 26
+    finally:
+        catalog.close()
+    kept_files = [path for folder in ("adapters", "videos", "tmp") for path in (home / folder).rglob("*")]
+    assert [path for path in kept_files if path.is_file()] == []
+    lines = dict(line.rsplit(" ", 1) for line in httpx.get(f"{beginning.url}/metrics").text.splitlines())
+    assert float(lines["f2l_adapters_resident"]) == float(lines["f2l_adapter_leases"]) == 0
+
+
+def test_a_database_that_is_away_is_said_and_found_again(beginning, postgres, home, clips):
+    if postgres is None:
+        pytest.skip("PostgreSQL is not installed: SQLite is never away")
+    file_id = upload(beginning, clips[0])
+    answer = ask(beginning, file_id)
+    workers = {pid for pid, command in beginning.descendants().items() if command.startswith("ray::Hyper")}
+    postgres.stop()
+    try:
+        for call in (lambda: ask(beginning, file_id), lambda: upload(beginning, clips[1])):
+            with pytest.raises(openai.InternalServerError) as error:
+                call()
+            assert (error.value.status_code, error.value.code) == (503, "catalog_busy")
+            assert int(error.value.response.headers["Retry-After"]) > 0
+        assert httpx.get(f"{beginning.url}/ready").status_code == 200
+    finally:
+        postgres.start()
+    assert ask(beginning, file_id) == answer
+    deadline = time.monotonic() + 30
+    while len(stored := [path for path in (home / "videos").rglob("*") if path.is_file()]) > 1:
+        assert time.monotonic() < deadline, stored  # what was refused goes when the catalog can be asked
+        time.sleep(0.1)
+    other = upload(beginning, clips[1])
+    assert ask(beginning, other) not in ("", answer)
+    for left in (file_id, other):
+        beginning.client.files.delete(left)
+    assert workers <= set(beginning.descendants())  # none was lost over it
+
+
+def test_ctrl_c_stops_everything_that_was_started_and_nothing_else(first_life, server, clips):
     _, code, children = first_life
+    server.client.files.delete(upload(server, clips[0]))
     assert code == 0
     assert len(children) > 3  # engine, Ray, worker
     deadline = time.monotonic() + 20
