@@ -15,9 +15,9 @@ from benchmarks.costs import Costs, write_adapter
 from benchmarks.results_file import ResultsFile, Row
 from benchmarks.servers import ENGINE_ENV, EngineProcess, Servers
 from benchmarks.shapes import Subject
-from f2l_vllm.commands.serve import LORA_RANKS
 from f2l_vllm.commands.server_process import ServerProcess
 from f2l_vllm.hypernetwork.model import read_config
+from f2l_vllm.serving.engine_defaults import smallest_rank
 
 Say = Callable[[str], None]
 
@@ -156,7 +156,7 @@ def _flags(suite: suites.Tax, costs: Costs) -> tuple[str, ...]:
 def _lora_flags(subject: Subject, names: dict[str, Path], rank: int) -> tuple[str, ...]:
     return (
         "--enable-lora",
-        *("--max-lora-rank", str(min(size for size in LORA_RANKS if size >= rank))),
+        *("--max-lora-rank", str(smallest_rank(rank))),
         *("--max-loras", str(len(names))),
         *("--max-cpu-loras", str(len(names))),
         *("--lora-target-modules", *sorted(read_config(subject.hypernetwork).modules)),

@@ -19,16 +19,12 @@ from f2l_vllm.adapters.peft_format import BaseShapes
 from f2l_vllm.adapters.remote import check_url as check_store
 from f2l_vllm.hypernetwork.merging import check_rate
 from f2l_vllm.hypernetwork.model import read_config
+from f2l_vllm.serving import engine_defaults
+from f2l_vllm.serving.engine_defaults import LORA_RANKS
 from f2l_vllm.serving.tenants import Keys
 from f2l_vllm.settings import Settings, refuse_environment
 
 PLUGINS = ("f2l", "f2l_files", "f2l_cpu")
-# Ranks vLLM has kernels for; an adapter is computed at the largest, so the smallest that fits is chosen.
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# Slots are memory and launch cost on a GPU (32 to 64 is a sane start). Requests for adapters beyond the slots wait,
-# so there are as many slots as sequences: no video starves.
-SLOTS = 32
-HOST_SLOTS = 256
 
 
 @dataclass(frozen=True)
@@ -57,22 +53,16 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], vllm_fl
     if chosen.store is not None:
         check_store(chosen.store)
     rank = (_chunks(chosen, config.rank) + 1) * config.rank  # the bias takes the rank of one chunk
-    allowed = [size for size in LORA_RANKS if size >= rank]
-    if not allowed:
+    allowed = engine_defaults.smallest_rank(rank)
+    if allowed is None:
         raise ValueError(f"adapters would have rank {rank}, above vLLM's largest {LORA_RANKS[-1]}: lower --max-chunks")
     defaults = {
         "--host": ["127.0.0.1"],
         "--served-model-name": [model if not Path(model).exists() else directory.name],
-        "--enable-lora": [],
-        "--max-lora-rank": [str(allowed[0])],
-        "--lora-target-modules": sorted(config.modules),
-        "--max-loras": [str(SLOTS)],
-        "--max-cpu-loras": [str(HOST_SLOTS)],
-        "--max-num-seqs": [str(SLOTS)],
+        **engine_defaults.engine_flags(
+            rank=allowed, modules=config.modules, is_small=model in models.shipped(), has_gpu=_has_gpu()
+        ),
     }
-    if model in models.shipped() and not _has_gpu():
-        # Small enough that fp32 costs nothing, and processors without fast bf16 are spared its emulation.
-        defaults["--dtype"] = ["float32"]
     given = {flag.split("=")[0].replace("_", "-") for flag in vllm_flags if flag.startswith("--")}
     server_keys = [os.environ.get("VLLM_API_KEY", ""), *(["given"] if "--api-key" in given else [])]
     Keys([key for key in server_keys if key], chosen.tenants)  # stops here if they cannot work

@@ -1,0 +1,66 @@
+"""What `f2l-vllm serve` asks of vLLM's engine where the operator says nothing, and why.
+
+Sources are files of vLLM 0.32, or measurements of this project; `docs/operations.md` has the same as a table. Nobody
+here has run them on a GPU: what is said about one is read from vLLM's kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""`--max-lora-rank` may be one of these (`config/lora.py`, `MaxLoRARanks`)."""
+
+SEQUENCES = 32
+"""Requests in a step, and slots for adapters.
+
+As many slots as requests: the scheduler passes over a request whose adapter would be one more than the slots
+(`v1/core/sched/scheduler.py`), so with fewer a video asked rarely waits behind those asked often.
+
+No more than 32, for slots are memory, used or not (at rank 64, 14.4 MB each for the 500M shape and 31.5 MB for 2.2B),
+and on a GPU every LoRA kernel of a step is launched for all of them (`lora/ops/triton_ops/lora_shrink_op.py`: the grid
+has `max_loras + 1` layers, of which those without rows end at once). 64 is sane there, too; 256 slots make 2 million
+blocks a layer of a prompt of 8,192 tokens."""
+
+HOST_ADAPTERS = 256
+"""Adapters kept in host memory, of which a step takes those it needs: 1.8 GB at rank 32 for the 500M shape in bf16. An
+adapter that is not there is read from its file before its question is scheduled, which costs about a millisecond."""
+
+
+def smallest_rank(rank: int) -> int | None:
+    """The smallest rank vLLM takes that holds an adapter of `rank`, or None.
+
+    Every slot has room for it, and a GPU computes every adapter at it (`lora/layers/base_linear.py`); a CPU computes
+    an adapter at its own rank.
+    """
+    return next((size for size in LORA_RANKS if size >= rank), None)
+
+
+def engine_flags(*, rank: int, modules: Collection[str], is_small: bool, has_gpu: bool) -> dict[str, list[str]]:
+    """Flags of `vllm serve` and their values.
+
+    Args:
+        rank: what `smallest_rank` gave.
+        modules: linear layers that adapters change.
+        is_small: whether the model is one that this package ships.
+    """
+    flags = {
+        "--enable-lora": [],
+        "--max-lora-rank": [str(rank)],
+        # Without it every linear layer of the text model gets slots and LoRA kernels: five times the memory, and on a
+        # CPU 5.9 tokens a second where down_proj alone leaves 8.2 of 8.7.
+        "--lora-target-modules": sorted(modules),
+        "--max-loras": [str(SEQUENCES)],
+        "--max-cpu-loras": [str(HOST_ADAPTERS)],
+        "--max-num-seqs": [str(SEQUENCES)],
+    }
+    if is_small and not has_gpu:
+        # Small enough that fp32 costs nothing, and processors without fast bf16 are spared its emulation.
+        flags["--dtype"] = ["float32"]
+    return flags
+
+
+# Left at vLLM's default, which is off, and refused by `compat.check_environment`:
+# --specialize-active-lora launches LoRA kernels for as many adapters as a step has, rounded up to what CUDA graphs were
+# captured for (`lora/ops/triton_ops/lora_kernel_metadata.py`). Nobody here has seen on a GPU that a batch of requests
+# with and without adapters keeps every adapter under it; where one is lost, the base model answers in its place.
