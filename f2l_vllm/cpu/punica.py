@@ -207,9 +207,9 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
     ) -> None:
         """Add each slice's adapter to its columns of `y` `[T, sum(output_slices)]`, for the input `x` `[T, I]`."""
         x_TI, y_TO = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        slices = y_TO[:, : sum(output_slices)].split(output_slices, dim=1)
+        slices = [y_TO] if len(output_slices) == 1 else y_TO[:, : sum(output_slices)].split(output_slices, dim=1)
         for out_TO, a_M1RI, b_M1OR in zip(slices, lora_a_stacked, lora_b_stacked, strict=True):
-            if is_table(a_M1RI) and is_table(b_M1OR):
+            if is_table(a_M1RI):
                 if self._plan is None:
                     self._plan = plan(self.token_lora_indices, self._widths, a_M1RI.shape[2])
                 add_low_rank(out_TO, x_TI, a_M1RI, b_M1OR, self._plan, scale)
