@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from f2l_vllm import __version__
-from f2l_vllm.commands import training
+from f2l_vllm.commands import measuring, training
 from f2l_vllm.commands.manifest import app as manifest_app
 
 app = typer.Typer(
@@ -272,76 +272,6 @@ def evaluate(
 
 
 @app.command()
-def bench(
-    suite: Annotated[
-        str, typer.Argument(help="latency, amortise, throughput, tax, capacity, or the path of a suite's YAML file.")
-    ],
-    json_to: Annotated[Path, typer.Option("--json", help="Write the results here, after every cell.", dir_okay=False)],
-    shape: Annotated[
-        str | None, typer.Option(help="tiny (the default), or random weights of a released shape: 500m, 2.2b.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Any other model: directory or hub id.")] = None,
-    hypernetwork: Hypernetwork = None,
-    arms: Annotated[str | None, typer.Option(help="Ways of answering, by comma.")] = None,
-    frames: Annotated[str | None, typer.Option(help="Frames of the videos, by comma.")] = None,
-    resolution: Annotated[str | None, typer.Option(help="Longest edges of the files, pixels, by comma.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Times that all arms are measured.")] = None,
-    videos: Annotated[int | None, typer.Option(min=1, help="How many videos (throughput).")] = None,
-    concurrency: Annotated[str | None, typer.Option(help="Questions in work at a time, by comma (throughput).")] = None,
-    streams: Annotated[str | None, typer.Option(help="Streams at a time, by comma (tax).")] = None,
-    adapters: Annotated[str | None, typer.Option(help="Numbers of adapters, by comma; 0: no LoRA (tax).")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other key of the suite: key=value, the value as YAML.")
-    ] = None,
-    serve_flags: Annotated[str | None, typer.Option(help="More flags for every server, in quotes.")] = None,
-    work: Annotated[
-        Path | None,
-        typer.Option(help="Folder for models, videos and servers' data, kept; default: temporary.", file_okay=False),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the cells that are in the JSON file.")] = False,
-    plots: Annotated[Path | None, typer.Option(help="Folder for plots.", file_okay=False)] = None,
-    markdown_to: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here.")] = None,
-) -> None:
-    """Measure adapters against frames in context, on real servers: latency, throughput, memory, what LoRA costs."""
-    from f2l_vllm.commands.bench import bench as run
-    from f2l_vllm.commands.bench import parse_changes
-
-    try:
-        changes = parse_changes(
-            set_ or [],
-            {"arms": arms, "frames": frames, "resolution": resolution, "concurrency": concurrency}
-            | {"streams": streams, "adapters": adapters},
-            {"rounds": rounds, "videos": videos, "serve_flags": serve_flags},
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    run(suite, shape, model, hypernetwork, changes, work, resume, json_to, plots, markdown_to)
-
-
-@app.command()
-def plan(
-    frames: Annotated[int, typer.Option(min=1, help="Frames of each video.")],
-    questions: Annotated[int, typer.Option(min=1, help="Questions about each video.")],
-    videos: Annotated[int, typer.Option(min=1, help="How many videos.")],
-    memory: Annotated[float, typer.Option(min=0.001, help="To keep videos answerable in, GiB.")],
-    shape: Annotated[str, typer.Option(help="Whose tables to read: tiny, 500m, 2.2b.")] = "500m",
-    measured: Annotated[
-        list[Path] | None,
-        typer.Option(help="Results of 'bench latency' to read instead; may be repeated.", exists=True, dir_okay=False),
-    ] = None,
-    resolution: Annotated[
-        int | None, typer.Option(min=1, help="Longest edge of the videos; the nearest measured is read.")
-    ] = None,
-    json_to: Annotated[Path | None, typer.Option("--json", help="Write the plan here.", dir_okay=False)] = None,
-) -> None:
-    """Say from measured tables which is cheapest: adapters, KV caches, or the frames in context; show the sums."""
-    from benchmarks.planner import Need
-    from f2l_vllm.commands.plan import plan as run
-
-    run(Need(frames, questions, videos, memory * 2**30), shape, measured or [], resolution, json_to)
-
-
-@app.command()
 def demo(
     video: Annotated[Path | None, typer.Argument(help="Your own mp4; default: one is made.")] = None,
     model: Model = DEFAULT_MODEL,
@@ -362,6 +292,8 @@ def doctor(model: Model = DEFAULT_MODEL, hypernetwork: Hypernetwork = None) -> N
     run(model, hypernetwork)
 
 
+app.command()(measuring.bench)
+app.command()(measuring.plan)
 app.command()(training.train)
 app.command("make-model")(training.make_model)
 
