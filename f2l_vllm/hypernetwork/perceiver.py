@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from f2l_vllm.hypernetwork.blocks import linear, mlp_in_blocks
+from f2l_vllm.hypernetwork.blocks import HIDDEN_AT_ONCE, gated_mlp, mlp_in_blocks, packed
 
 EXPANSION = 4  # hidden width of every MLP, in multiples of its reference width
 NORM_EPS = 1e-6
@@ -61,9 +61,11 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        # In place: fresh memory for the widest tensors costs as much time as what is computed there.
-        gate = F.silu(linear(x, self.gate_proj.weight), inplace=True)
-        return linear(gate.mul_(linear(x, self.up_proj.weight)), self.down_proj.weight)
+        return gated_mlp(x, *self.weights())
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of gate, up and down."""
+        return self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
 
 
 class GroupedAttention(nn.Module):
@@ -226,17 +228,28 @@ class Perceiver(nn.Module):
         """features [N, T, D] of any dtype, mask [N, T] bool or None -> [N, num_outputs, d] in the weights' dtype."""
         return self.read(self.context(features_NTD), mask_NT)
 
-    def context(self, features_NTD: Tensor) -> Tensor:
-        """Features of any dtype -> what `read` takes: projected, of unit root mean square, [N, T, d]."""
-        return mlp_in_blocks(self._project, features_NTD, self.modality_projection.gate_proj.out_features)
+    def context(self, features_NTD: Tensor, weights: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+        """Features of any dtype -> what `read` takes: projected, of unit root mean square, [N, T, d].
+
+        `weights` are `packed_projection`'s, for inference; None takes the parameters.
+        """
+        projection = self.modality_projection
+
+        def project(features: Tensor) -> Tensor:
+            features = features.to(projection.gate_proj.weight.dtype)
+            return unit_rms(projection(features) if weights is None else gated_mlp(features, *weights))
+
+        return mlp_in_blocks(project, features_NTD, projection.gate_proj.out_features)
+
+    def packed_projection(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A copy of the projection's weights that is faster to multiply by, where there is one."""
+        gate, up, down = self.modality_projection.weights()
+        rows = max(1, HIDDEN_AT_ONCE // len(gate))
+        return packed(gate, rows), packed(up, rows), packed(down, rows)
 
     def read(self, context_NTd: Tensor, mask_NT: Tensor | None = None) -> Tensor:
         """`context` of N rows, mask [N, T] bool or None -> [N, num_outputs, d]."""
         return self.decoder(unit_rms(self.encoder(context_NTd, mask_NT)))
-
-    def _project(self, features: Tensor) -> Tensor:
-        projection = self.modality_projection
-        return unit_rms(projection(features.to(projection.gate_proj.weight.dtype)))
 
 
 class LayerReader:
@@ -249,12 +262,13 @@ class LayerReader:
     def __init__(self, perceiver: Perceiver, mask_BT: Tensor | None = None) -> None:
         self._perceiver = perceiver
         self._mask_BT = mask_BT
+        self._weights = None if torch.is_grad_enabled() else perceiver.packed_projection()
         self._contexts: list[Tensor] = []
         self._latents: list[Tensor] = []
 
     def add(self, features_BTD: Tensor) -> None:
         """The next layer's features."""
-        self._contexts.append(self._perceiver.context(features_BTD))
+        self._contexts.append(self._perceiver.context(features_BTD, self._weights))
         if (len(self._contexts) + 1) * self._contexts[0].numel() > CONTEXT_AT_ONCE:
             self._read()
 

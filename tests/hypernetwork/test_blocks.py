@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from f2l_vllm.hypernetwork.blocks import HIDDEN_AT_ONCE, linear, mlp_in_blocks
+from f2l_vllm.hypernetwork.blocks import HIDDEN_AT_ONCE, gated_mlp, mlp_in_blocks, packed
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from hypernetwork.test_method import SMALL, random_hypernetwork, reference_factors
@@ -138,13 +139,34 @@ def test_in_bfloat16_factors_stay_within_three_percent(kv_heads: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (1, 1, 24), (3, 1100, 24)], ids=str)
 @torch.no_grad()
-def test_linear_is_torchs_whatever_computes_it(
+def test_a_gated_mlp_is_torchs_whatever_computes_it(
     dtype: torch.dtype, shape: tuple[int, ...], has_onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("f2l_vllm.hypernetwork.blocks._HAS_ONEDNN", has_onednn)
+    monkeypatch.setattr("f2l_vllm.hypernetwork.blocks.MIN_PACKED", 1000)
     torch.manual_seed(0)
-    weight = torch.randn(40, 24, dtype=dtype)
-    x = torch.randn(*shape[:-1], 48, dtype=dtype)[..., ::2]
-    torch.testing.assert_close(linear(x, weight), torch.nn.functional.linear(x, weight))
-    x = x.contiguous()
-    torch.testing.assert_close(linear(x, weight), torch.nn.functional.linear(x, weight))
+    gate, up, down = (
+        torch.randn(80, 24, dtype=dtype),
+        torch.randn(80, 24, dtype=dtype),
+        torch.randn(40, 80, dtype=dtype),
+    )
+    strided = torch.randn(*shape[:-1], 48, dtype=dtype)[..., ::2]
+    for x in (strided, strided.contiguous()):
+        want = F.linear(F.silu(F.linear(x.double(), gate.double())) * F.linear(x.double(), up.double()), down.double())
+        for weights in ((gate, up, down), tuple(packed(weight, 512) for weight in (gate, up, down))):
+            have = gated_mlp(x, *weights)
+            assert have.dtype == dtype
+            tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+            assert ((have.double() - want).norm() / want.norm()).item() < tolerance
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_large_weights_are_packed_for_a_video_and_the_parameters_stay() -> None:
+    projection = Hypernetwork(replace(SMALL, feature_size=256)).perceiver
+    parameters = [weight.clone() for weight in projection.modality_projection.weights()]
+    gate, up, down = projection.packed_projection()
+    assert gate.is_mkldnn, "1,024 by 256 is worth packing"
+    assert up.is_mkldnn
+    assert down is projection.modality_projection.down_proj.weight, "6 by 1,024 is not"
+    for before, after in zip(parameters, projection.modality_projection.weights(), strict=True):
+        assert torch.equal(before, after)
