@@ -16,6 +16,7 @@ from benchmarks.arms import ServerKind
 from benchmarks.costs import Costs
 from benchmarks.shapes import Subject
 from f2l_vllm.commands.server_process import ServerProcess
+from f2l_vllm.cpu.plugin import openmp_defaults
 
 Start = Callable[[ServerKind], ServerProcess]
 Warm = Callable[[ServerKind, ServerProcess], Awaitable[None]]
@@ -76,7 +77,7 @@ class EngineProcess(ServerProcess):
         return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
 
 
-ENGINE_ENV = {"VLLM_PLUGINS": "f2l,f2l_cpu", "OMP_WAIT_POLICY": "PASSIVE"}
+ENGINE_ENV = {"VLLM_PLUGINS": "f2l,f2l_cpu", **openmp_defaults({})}
 
 
 class Servers:

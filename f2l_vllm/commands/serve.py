@@ -17,6 +17,7 @@ from f2l_vllm import models
 from f2l_vllm.adapters.database import check_url as check_database
 from f2l_vllm.adapters.peft_format import BaseShapes
 from f2l_vllm.adapters.remote import check_url as check_store
+from f2l_vllm.cpu.plugin import openmp_defaults
 from f2l_vllm.hypernetwork.merging import check_rate
 from f2l_vllm.hypernetwork.model import read_config
 from f2l_vllm.serving import engine_defaults
@@ -76,8 +77,7 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], vllm_fl
         "F2L_HYPERNETWORK": str(weights),
         "VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, *PLUGINS])),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Spinning OpenMP threads starve the API server and the engine's loop on small machines; read at load time.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        **openmp_defaults(os.environ),
     }
     return Launch(argv, env)
 

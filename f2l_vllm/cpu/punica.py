@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Rows = slice | torch.Tensor
 Groups = list[tuple[int, Rows]]
 
-MIN_ROWS_OF_A_PRODUCT = 8
+MIN_ROWS_OF_A_PRODUCT = 16
 """From so many rows that follow each other, two matrix products take less time than sums of the tables' rows."""
 
 
@@ -61,8 +61,9 @@ class Bag:
         """
         key = (count, slot_size)
         if key not in self._tables:  # the same for every layer of the step
-            rows_NC = self.slots_N[:, None] * slot_size + torch.arange(count)
-            self._tables[key] = (rows_NC.view(-1), torch.arange(0, rows_NC.numel(), count))
+            # int32: an index names a row of 64 bytes or so, and is read with it.
+            rows_NC = self.slots_N.int()[:, None] * slot_size + torch.arange(count, dtype=torch.int32)
+            self._tables[key] = (rows_NC.view(-1), torch.arange(0, rows_NC.numel(), count, dtype=torch.int32))
         return self._tables[key]
 
 

@@ -61,13 +61,20 @@ class TestWithoutAnAccelerator:
         plugin.register()
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "-1"
 
-    def test_openmp_waits_without_spinning_unless_told_otherwise(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_openmp_spins_for_a_moment_unless_told_otherwise(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def waiting() -> tuple[str | None, str | None]:
+            plugin.register()
+            return os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT")
+
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
         monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-        plugin.register()
-        assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+        assert waiting() == ("ACTIVE", None)
         monkeypatch.delenv("OMP_WAIT_POLICY")
-        plugin.register()
-        assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+        monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+        assert waiting() == ("PASSIVE", "7")
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+        assert waiting() == ("PASSIVE", "2000")
 
 
 @pytest.mark.usefixtures("accelerated")

@@ -31,7 +31,7 @@ def generator() -> torch.Generator:
 
 
 def make_wrapper(slots: list[int]) -> GroupedPunicaWrapper:
-    wrapper = GroupedPunicaWrapper(32, 32, torch.device("cpu"))
+    wrapper = GroupedPunicaWrapper(128, 128, torch.device("cpu"))
     ids = [slot + 10 if slot >= 0 else 0 for slot in slots]
     mapping = LoRAMapping(index_mapping=tuple(ids), prompt_mapping=tuple(ids), is_prefill=True)
     wrapper.update_metadata(mapping, [10, 11, 12], SLOTS, 100)
