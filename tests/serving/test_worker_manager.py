@@ -40,11 +40,11 @@ class Engine:
         )
         self.core = self.llm.llm_engine
 
-    def ask(self, adapters, question=QUESTION):
+    def ask(self, adapters, question=QUESTION, max_tokens=MAX_TOKENS):
         """One batch: token ids and why each ended, per adapter (None: the base model)."""
         from vllm import SamplingParams
 
-        sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         outputs = self.llm.generate([question] * len(adapters), sampling, lora_request=adapters, use_tqdm=False)
         return [(tuple(o.outputs[0].token_ids), o.outputs[0].finish_reason) for o in outputs]
 
@@ -129,9 +129,10 @@ def test_an_adapter_in_use_is_not_removed(engine, adapter):
     from vllm import SamplingParams
 
     one = adapter(1, FIRST_ADAPTER_ID)
-    [expected] = engine.ask([one])
+    many = 300  # the engine does not wait for this process, however late that is
+    [expected] = engine.ask([one], max_tokens=many)
     engine.core.add_request(
-        "running", QUESTION, SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True), lora_request=one
+        "running", QUESTION, SamplingParams(temperature=0, max_tokens=many, ignore_eos=True), lora_request=one
     )
     engine.core.step()
     assert engine.core.remove_lora(one.lora_int_id) is False
