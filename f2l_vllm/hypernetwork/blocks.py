@@ -55,7 +55,8 @@ def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     if not _suits_onednn(gate) or x.dtype != gate.dtype:
         # In place: fresh memory for the widest tensors costs as much time as what is computed there.
         return F.linear(F.silu(F.linear(x, gate), inplace=True).mul_(F.linear(x, up)), down)
-    product, no_scalars = torch.ops.mkldnn._linear_pointwise, []  # type: ignore[var-annotated]
+    product = torch.ops.mkldnn._linear_pointwise
+    no_scalars: list[float] = []
     activated = product(x, gate, None, "swish", no_scalars, "")
     return product(product.binary(x, activated, up, None, "mul"), down, None, "none", no_scalars, "")
 
