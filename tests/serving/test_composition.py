@@ -96,7 +96,10 @@ def whole(record):
 
 
 async def settle():
-    await asyncio.sleep(0.1)
+    """Return when whatever goes on in the background is done."""
+    await asyncio.sleep(0.01)  # for it to begin
+    while others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait_for(asyncio.wait(others), 60)
 
 
 def test_chunks_stand_in_order_each_once_and_the_bias_at_the_end(tmp_path):

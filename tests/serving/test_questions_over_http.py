@@ -161,7 +161,7 @@ def test_files_of_the_same_bytes_share_an_adapter_until_the_last_is_deleted(serv
         ask(server, first.id)
     assert error.value.code == "video_not_found"
     server.client.files.delete(second.id)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     left = [server.home / "adapters" / name]
     left += [p for p in (server.home / "videos").rglob("*") if p.is_file() and p.read_bytes() == clips[2].read_bytes()]
     while any(path.exists() for path in left) and time.monotonic() < deadline:
@@ -237,7 +237,7 @@ def test_a_client_that_goes_away_gives_its_adapter_back(server, videos):
         next(iter(stream))
         assert gauge(server, "f2l_adapter_leases") == 1
         stream.close()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while gauge(server, "f2l_adapter_leases") and time.monotonic() < deadline:
             time.sleep(0.05)
         assert gauge(server, "f2l_adapter_leases") == 0
@@ -252,7 +252,7 @@ def test_a_video_deleted_in_mid_answer_answers_to_the_end(server, tmp_path):
     server.client.files.delete(file.id)
     chunks += list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text(whole)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     adapter = server.home / "adapters" / file.model_extra["f2l"]["adapter"]
     while adapter.exists() and time.monotonic() < deadline:
         time.sleep(0.05)

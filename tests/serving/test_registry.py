@@ -76,8 +76,16 @@ def ids(bench):
     return {request.lora_name: request.lora_int_id - FIRST_ADAPTER_ID for request in bench.names.values() if request}
 
 
-async def settle():
+async def pause():
+    """Long enough for what must not happen."""
     await asyncio.sleep(0.15)
+
+
+async def settle():
+    """Return when whatever goes on in the background is done."""
+    await asyncio.sleep(0.01)  # for it to begin
+    while others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait_for(asyncio.wait(others), 60)
 
 
 def test_an_adapter_is_loaded_once_before_it_is_named(tmp_path):
@@ -116,7 +124,7 @@ def test_removal_waits_for_the_last_lease(tmp_path):
         first, second = await bench.registry.acquire(record), await bench.registry.acquire(record)
         await bench.registry.remove(record)
         first.release()
-        await settle()
+        await pause()
         assert ids(bench) == {"f2l-1": 1}
         assert bench.exists(1)
         second.release()
@@ -139,7 +147,7 @@ def test_files_go_only_when_the_engine_has_let_go(tmp_path):
         lease.release()
         await asyncio.sleep(0)
         removal = asyncio.create_task(bench.registry.remove(record))
-        await settle()
+        await pause()
         assert bench.names == {}  # no new question can reach it
         assert bench.exists(1)
         bench.engine.busy.clear()
@@ -160,10 +168,10 @@ def test_a_name_published_again_while_in_use_keeps_the_id_the_engine_knows(tmp_p
         new = await bench.registry.acquire(again)
         assert {call[-1] for call in bench.engine.calls} == {FIRST_ADAPTER_ID + 1}
         old.release()
-        await settle()
+        await pause()
         assert ids(bench) == {"f2l-1": 1}
         new.release()
-        await settle()
+        await pause()
         assert bench.exists(1)
         (await bench.registry.acquire(again)).release()
         assert ids(bench) == {"f2l-1": 2}  # the old id has left first: the engine here accepts no name twice
