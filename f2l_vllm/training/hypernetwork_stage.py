@@ -21,7 +21,7 @@ from f2l_vllm.hypernetwork.base_model import module_sizes
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.encoder import INSTRUCTION, VideoEncoder
 from f2l_vllm.hypernetwork.model import Hypernetwork
-from f2l_vllm.training import precision, stages
+from f2l_vllm.training import phrases, precision, stages
 from f2l_vllm.training.loop import Loop
 from f2l_vllm.training.optimizer import MuonAdamW, warm_constant_linear
 from f2l_vllm.training.packing import PackedBatch, answer_loss, pack
@@ -86,7 +86,9 @@ def train_hypernetwork(
             with precision.mixed():
                 features = encode(model, prompts, clips, pixels)
             chunks.append(hypernetwork(features))
-        turns = [draw_turns(scene, prompts, randomness.rng, with_video=False) for scene in scenes]
+        # Every kind in every row: the yes/no questions click late, and in some seeds not at all when they are rarer.
+        kinds = len(phrases.QUESTION_TYPES)
+        turns = [draw_turns(scene, prompts, randomness.rng, questions=kinds, with_video=False) for scene in scenes]
         batch = text_only_batch(prompts, turns, model)
         with precision.mixed():
             hidden = adapted_hidden(model, batch, hypernetwork.combine(chunks), hypernetwork.scale)

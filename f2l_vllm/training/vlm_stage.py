@@ -142,18 +142,20 @@ def draw_turns(
     prompts: Prompts,
     rng: random.Random,
     *,
+    questions: int = QUESTIONS,
     text_only_share: float = 0.0,
     with_video: bool = True,
 ) -> list[Turn]:
-    """`QUESTIONS` questions of different types about a scene, all types about motion among them, and one for a caption.
+    """Questions of different types about a scene, all types about motion among them, and one for a caption.
 
     Args:
+        questions: how many, besides the caption.
         text_only_share: how often one of the questions is asked without the video.
         with_video: whether the others are asked with it.
     """
     others = [kind for kind in phrases.QUESTION_TYPES if kind not in _MOTION_TYPES]
-    others = rng.sample(others, QUESTIONS - len(_MOTION_TYPES))
-    blind = rng.randrange(QUESTIONS) if rng.random() < text_only_share else -1
+    others = rng.sample(others, questions - len(_MOTION_TYPES))
+    blind = rng.randrange(questions) if rng.random() < text_only_share else -1
     turns = []
     for index, kind in enumerate([*_MOTION_TYPES, *others, phrases.CAPTION]):
         question, answer, _ = phrases.ask(scene, kind, rng)
