@@ -92,10 +92,32 @@ def check_limits(limits: EngineLimits, *, rank: int, modules: Collection[str]) -
         )
 
 
+class AdapterNames(dict[str, LoRARequest]):
+    """vLLM's registry with the adapters of videos in it, which are found by their key alone.
+
+    vLLM goes through the values for models to list, and for an adapter whose name is the type of one of a question's
+    content parts (its adapters for images or audio): so a question could have a video's adapter without its key.
+    """
+
+    def values(self) -> list[LoRARequest]:  # type: ignore[override]
+        """The operator's own adapters."""
+        return [request for request in super().values() if request.lora_int_id < FIRST_ADAPTER_ID]
+
+
 def lora_registry(state: State) -> MutableMapping[str, LoRARequest]:
     """vLLM's dynamic registry, `state.openai_serving_models.lora_requests`: name -> `LoRARequest`."""
-    registry: MutableMapping[str, LoRARequest] = state.openai_serving_models.lora_requests
+    registry = state.openai_serving_models.lora_requests = AdapterNames(state.openai_serving_models.lora_requests)
     return registry
+
+
+def leave_adapters_out_of_metrics(engine_client: Any) -> None:
+    """Have `vllm:lora_requests_info` name no adapter.
+
+    Every combination of adapters that were ever asked for at once would stay in it, and in the API server's memory, for
+    good; and whoever may read metrics would learn the videos' adapters. It is filled from
+    `engine_client.output_processor.lora_states`.
+    """
+    engine_client.output_processor.lora_states.log_stats = False
 
 
 def new_lora_request(name: str, int_id: int, path: str, base_model: str) -> LoRARequest:
@@ -110,9 +132,9 @@ def base_model_names(state: State) -> list[str]:
     return [model.name for model in state.openai_serving_models.base_model_paths]
 
 
-async def base_model_cards(state: State) -> list[dict[str, Any]]:
-    """The base model's entries of `/v1/models`, without adapters."""
-    models = await state.openai_serving_models.registry.show_available_models()
+async def model_cards(state: State) -> list[dict[str, Any]]:
+    """vLLM's entries of `/v1/models`: the base model, and the operator's own adapters (`--lora-modules`)."""
+    models = await state.openai_serving_models.show_available_models()
     return [card.model_dump() for card in models.data]
 
 

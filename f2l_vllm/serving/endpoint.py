@@ -98,6 +98,7 @@ class F2LEndpointPlugin:
         self._app.user_middleware.insert(0, door)
         self._app.middleware_stack = self._app.build_middleware_stack()
         limits = compat.engine_limits(engine_client)
+        compat.leave_adapters_out_of_metrics(engine_client)
         base_names = compat.base_model_names(state)
         model = models.resolve(args.model)
         hypernetwork = models.resolve_hypernetwork(args.model, settings.hypernetwork)

@@ -160,10 +160,10 @@ async def file_adapter(file_id: str, request: Request) -> Response:
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> JSONResponse:
-    """The base model, and every ready video of the caller as a model of its own."""
+    """vLLM's models, and every ready video of the caller as a model of its own."""
     videos = service(request)
     tenant = tenant_of(request)
-    base = await compat.base_model_cards(request.app.state)
+    base = await compat.model_cards(request.app.state)
 
     def cards() -> list[dict[str, Any]]:
         records, _ = videos.catalog.files(tenant, after=None, limit=1 << 20, descending=False)
@@ -174,8 +174,8 @@ async def list_models(request: Request) -> JSONResponse:
 
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: str, request: Request) -> JSONResponse:
-    """One model: the base model's name, or a ready video's file id."""
-    base = await compat.base_model_cards(request.app.state)
+    """One model: one of vLLM's by name, or a ready video by its file id."""
+    base = await compat.model_cards(request.app.state)
     for card in base:
         if card["id"] == model:
             return JSONResponse(card)

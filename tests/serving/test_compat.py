@@ -26,9 +26,12 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, UsageInfo
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import GenerationError
+from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
 
 from f2l_vllm.serving import compat
 from f2l_vllm.serving.endpoint import F2LEndpointPlugin
@@ -47,6 +50,28 @@ def test_the_adapter_is_chosen_by_model_name_from_the_registry():
     assert "self.models.lora_requests[request.model]" in inspect.getsource(BaseServing._maybe_get_adapters)
     assert "request.model in self.models.lora_requests" in inspect.getsource(BaseServing._check_model)
     assert "self.lora_requests: dict" in inspect.getsource(OpenAIServingModels.__init__)
+
+
+def test_vllm_goes_through_the_registrys_values_and_finds_no_videos_adapter():
+    for method in (BaseServing._get_active_default_mm_loras, OpenAIServingModels.show_available_models):
+        assert "lora_requests.values()" in inspect.getsource(method)
+    own = LoRARequest(lora_name="image", lora_int_id=1, lora_path="/adapters/image")
+    video = compat.new_lora_request("f2l-x", 7, "/adapters/f2l-x", "base")
+    state = State({"openai_serving_models": Namespace(lora_requests={"image": own})})
+    compat.lora_registry(state)["f2l-x:secret"] = video
+    registry = state.openai_serving_models.lora_requests
+    assert registry.values() == [own]
+    assert (registry["f2l-x:secret"], len(registry)) == (video, 2)
+
+
+def test_metrics_of_adapters_are_filled_from_states_that_can_be_turned_off():
+    assert "self.lora_states = LoRARequestStates(" in inspect.getsource(OutputProcessor.__init__)
+    engine = Namespace(output_processor=Namespace(lora_states=LoRARequestStates(log_stats=True)))
+    states, stats = engine.output_processor.lora_states, SchedulerStats()
+    compat.leave_adapters_out_of_metrics(engine)
+    states.request_running("request", "f2l-x")
+    states.update_scheduler_stats(stats)
+    assert (stats.running_lora_adapters, dict(states.requests)) == ({}, {})
 
 
 @pytest.mark.parametrize(

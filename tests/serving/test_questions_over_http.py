@@ -116,6 +116,25 @@ def test_an_adapters_own_name_is_not_a_model(server, videos):
         ask(server, videos[0].model_extra["f2l"]["adapter"])
 
 
+def test_no_content_part_reaches_an_adapter_by_its_name(server, videos):
+    """vLLM takes an adapter that has the name of a part's type, and a type that it does not know if there is a uuid."""
+    ask(server, videos[0].id)
+    name = videos[0].model_extra["f2l"]["adapter"]
+    question = {"type": "text", "text": QUESTION[0]["content"]}
+    crafted = {"type": name, "uuid": "x", "tool_reference": "", "name": ""}
+    harmless = {**crafted, "type": "tool_reference"}
+    crafted, harmless = (
+        ask(server, "base", [{"role": "user", "content": [question, part]}]) for part in (crafted, harmless)
+    )
+    assert text(crafted) == text(harmless)
+
+
+def test_a_question_does_not_choose_how_media_are_decoded(server, videos):
+    for options in ({"media_io_kwargs": {"video": {"video_backend": "opencv"}}}, {"mm_processor_kwargs": {"fps": 100}}):
+        with pytest.raises(openai.BadRequestError, match="disabled"):
+            ask(server, videos[0].id, extra_body={"f2l": {"mode": "frames"}, **options})
+
+
 def test_routes_that_do_not_know_videos_say_so(server, videos):
     by_file = [{"role": "user", "content": [{"type": "input_file", "file_id": videos[0].id}]}]
     for model, text in ((videos[0].id, "hello"), ("base", by_file)):
@@ -221,6 +240,7 @@ def test_metrics_and_health(server, videos):
     assert float(lines["f2l_adapters_resident"]) >= 2
     assert float(lines["f2l_adapter_leases"]) == 0
     assert "vllm:" in metrics
+    assert "f2l-" not in metrics  # the names of adapters: they are nobody's to know, and there is no end of them
     assert httpx.get(f"{server.url}/health").status_code == 200
     assert httpx.get(f"{server.url}/ready").json() == {"ready": True, "engine": True, "workers": True}
 
