@@ -31,6 +31,7 @@ class Answer:
     Attributes:
         id: the question's id.
         video: path of the video, relative to the working folder where it lies inside.
+        source: as `Clip.source`: the unit of every interval and test.
         truth: the true answer.
         exact_match, f1: as in `metrics`.
         judge: the judge's score; None when there is none.
@@ -39,6 +40,7 @@ class Answer:
 
     id: str
     video: str
+    source: str
     question: str
     type: str
     dataset: str
@@ -60,6 +62,7 @@ class Answer:
         return cls(
             id=question.id,
             video=ask.clip.id,
+            source=ask.clip.source,
             question=question.text,
             type=question.type,
             dataset=question.dataset,
@@ -87,6 +90,8 @@ _FIELDS = {field.name for field in fields(Answer)}
 def read_answers(path: Path) -> list[Answer]:
     """The answers of a file; an unfinished last line, as a kill leaves it, is passed over.
 
+    A line without `source` is of a whole video.
+
     Raises:
         ValueError: a line that is no answer; names file and line.
     """
@@ -97,6 +102,8 @@ def read_answers(path: Path) -> list[Answer]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
+            if isinstance(row, dict) and "video" in row:
+                row.setdefault("source", row["video"])
             if not isinstance(row, dict) or set(row) != _FIELDS:
                 raise ValueError(f"not an object with the fields {', '.join(sorted(_FIELDS))}")
         except ValueError as error:

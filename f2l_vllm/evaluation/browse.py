@@ -84,11 +84,17 @@ def write_page(answers: Sequence[Answer], videos: Path, output: Path, *, metric:
     if missing:
         raise ValueError(f"{len(missing)} of {len(files)} videos are not there, e.g. {missing[0]}: restore them first")
     sources = {video: f"{VIDEO_FOLDER}/{_file_name(index, path)}" for index, (video, path) in enumerate(files.items())}
+    # Files that spans were cut from are not in the folder; a number tells them apart without saying where they lie.
+    others = sorted({answer.source for answer in answers} - sources.keys())
+    cut_from = sources | {source: f"source-{index:04d}" for index, source in enumerate(others)}
     with atomic_directory(output) as staging:
         (staging / VIDEO_FOLDER).mkdir()
         for video, path in files.items():
             shutil.copyfile(path, staging / sources[video])
-        write_jsonl(staging / ANSWERS_FILE, (asdict(answer) | {"video": sources[answer.video]} for answer in answers))
+        write_jsonl(
+            staging / ANSWERS_FILE,
+            (asdict(one) | {"video": sources[one.video], "source": cut_from[one.source]} for one in answers),
+        )
         (staging / PAGE_FILE).write_text(_render(answers, sources, metric, title), encoding="utf-8")
     return output / PAGE_FILE
 

@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]  # videos done, of how many
 _MOST_RIVALS = 64  # wrong answers that the right one is compared with
 _DIGITS = 5
 
-Row = tuple[str, str, float]  # video, type, value
+Row = tuple[str, str, float]  # the file a clip is of, type, value
 
 
 def diagnose(
@@ -139,7 +139,7 @@ class _Diagnosis:
             for ask, reply in zip(asks, self._answers.replies(asks, part), strict=True):
                 score = measure(Answer.of(ask, reply), self._metric)
                 assert score is not None  # only a judge leaves answers without a score
-                self.scores[cut].append((clip.id, ask.question.type, score))
+                self.scores[cut].append((clip.source, ask.question.type, score))
 
     def _attribute(self, clip: Clip, question: Question, adapter: Adapter) -> None:
         internalizer = self._answers.internalizer
@@ -149,7 +149,7 @@ class _Diagnosis:
         values |= {f"base {layer}": value for layer, value in enumerate(parts.base_L.tolist())}
         values |= {f"adapter {layer}": value for layer, value in enumerate(parts.lora_L.tolist())}
         for name, value in values.items():
-            self._leads[name].append((clip.id, question.type, value))
+            self._leads[name].append((clip.source, question.type, value))
 
     def _points(self, curve: Curve) -> list[dict[str, Any]]:
         return [{"at": at, **_mean(self.scores[cut], "score")} for at, cut in curve]

@@ -37,12 +37,12 @@ class Clip:
     Attributes:
         id: how answers name the video: its path, relative to the working folder where it lies inside.
         path: the file to watch.
-        source: the file it was cut from, or the file itself.
+        source: the file it was cut from, or the file itself, named as `id` is. Clips of one file are not independent.
     """
 
     id: str
     path: Path
-    source: Path
+    source: str
     questions: tuple[Question, ...]
 
 

@@ -41,6 +41,7 @@ def evaluate(questions: QuestionSet, setup: Setup, work: Path, on_progress: Prog
     skipped = list(questions.skipped)
     identity = _identity(questions, setup)
     with AnswerLog(work, identity) as log:
+        _name_sources(asks, log)
         _answer(asks, setup, log, skipped, report)
         keys = [(ask.arm, ask.question.id) for ask in asks]
         judged_by = _judge(log, keys, setup, work, report)
@@ -96,6 +97,14 @@ def _identity(questions: QuestionSet, setup: Setup) -> dict[str, Any]:
     if setup.merge_rate:
         identity["merge_rate"] = setup.merge_rate
     return identity
+
+
+def _name_sources(asks: list[Ask], log: AnswerLog) -> None:
+    """Lines that do not say of which file a clip is are read as of a whole video; the clips know better."""
+    kept = [(log.answers[ask.arm, ask.question.id], ask) for ask in asks if (ask.arm, ask.question.id) in log.answers]
+    wrong = [replace(answer, source=ask.clip.source) for answer, ask in kept if answer.source != ask.clip.source]
+    if wrong:
+        log.replace(wrong)
 
 
 def _answer(asks: list[Ask], setup: Setup, log: AnswerLog, skipped: list[Skipped], report: Progress) -> None:

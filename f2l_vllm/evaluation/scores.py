@@ -1,7 +1,7 @@
 """From answers to figures: each arm's scores, the arms compared, and how pieces of a video compose.
 
 A score is the macro mean over question types: every type weighs the same. It is written as the mean of one value per
-video, so that intervals and tests take the video as their unit.
+video, so that intervals and tests take the video as their unit. Spans of one file are one video.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Scores:
             "metric": self.metric,
             **self._estimate(answers, self.metric),
             "n": len(answers),
-            "videos": len({answer.video for answer in answers}),
+            "videos": len({answer.source for answer in answers}),
             "by_type": {kind: self._mean(some, self.metric) for kind, some in self._by_type(answers).items()},
             **{metric: self._mean(answers, metric) for metric in self.metrics},
         }
@@ -139,7 +139,7 @@ class Scores:
             "dataset": ", ".join(sorted({answer.dataset for answer in everything})),
             "type": kind,
             "n": len({answer.id for answer in everything}),
-            "videos": len({answer.video for answer in everything}),
+            "videos": len({answer.source for answer in everything}),
             "arms": {arm: self._estimate(some, self.metric) for arm, some in answers.items()},
         }
         if ADAPTER in answers and FRAMES in answers:
@@ -156,7 +156,7 @@ class Scores:
         return groups
 
     def _values(self, answers: Iterable[Answer], metric: str) -> Values | None:
-        rows = [(a.video, self._group(a), score) for a in answers if (score := measure(a, metric)) is not None]
+        rows = [(a.source, self._group(a), score) for a in answers if (score := measure(a, metric)) is not None]
         return macro_values(rows) if rows else None
 
     def _mean(self, answers: Iterable[Answer], metric: str) -> float | None:
@@ -170,7 +170,7 @@ class Scores:
     def _compare(self, ours: Iterable[Answer], theirs: Iterable[Answer], metric: str) -> dict[str, Any]:
         reference = {answer.id: measure(answer, metric) for answer in theirs}
         differences = [
-            (answer.video, self._group(answer), score - other)
+            (answer.source, self._group(answer), score - other)
             for answer in ours
             if (score := measure(answer, metric)) is not None and (other := reference.get(answer.id)) is not None
         ]

@@ -58,7 +58,8 @@ def world_questions(
         questions = tuple(
             Question(f"{name}/{kind}", text, truth, kind, f"world, {split}") for text, truth, kind in asked
         )
-        clips.append(Clip(_name(path, work), path, path, questions))
+        known_as = _name(path, work)
+        clips.append(Clip(known_as, path, known_as, questions))
         if on_progress:
             on_progress(index + 1, videos)
     identity = {"world": split, "videos": videos, "seed": seed, "phrasing": phrasing}
@@ -94,7 +95,7 @@ def manifest_questions(
             if on_progress:
                 on_progress(number + 1, len(groups))
         questions = tuple(Question(e.id, e.prompt, e.target_text, e.task_type, e.dataset) for e in asked)
-        clips.append(Clip(_name(path, work), path, source, questions))
+        clips.append(Clip(_name(path, work), path, _name(source, work), questions))
     if not clips:
         raise ValueError(f"{manifest} has no example to ask about; the first reason: {skipped[0].reason}")
     digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
@@ -103,6 +104,6 @@ def manifest_questions(
 
 
 def _name(path: Path, work: Path) -> str:
-    """How answers name a video: relative to the working folder where it lies inside."""
+    """How answers name a file: relative to the working folder where it lies inside."""
     path, work = Path(os.path.abspath(path)), Path(os.path.abspath(work))
     return str(path.relative_to(work) if path.is_relative_to(work) else path)

@@ -12,6 +12,7 @@ def answer(video: str, kind: str, arm: str = "adapter", right: bool = True, **ch
     record: dict[str, Any] = {
         "id": f"{video}/{kind}",
         "video": video,
+        "source": video,
         "question": f"What {kind}?",
         "type": kind,
         "dataset": "world, held-out",

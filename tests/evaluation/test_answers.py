@@ -1,4 +1,5 @@
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ SETTING = {"world": "held-out", "videos": 2, "max_tokens": 64}
 
 def test_a_reply_is_scored_against_the_truth():
     question = Question("q", "What is it?", "A red circle.", "shape", "mine")
-    clip = Clip("a.mp4", Path("a.mp4"), Path("a.mp4"), (question,))
+    clip = Clip("a.mp4", Path("a.mp4"), "whole.mp4", (question,))
     found = Answer.of(Ask(clip, question, "adapter", clip), Reply("A blue circle.", 9, 0, 21.126, 0.12345))
     assert (found.exact_match, found.f1, found.judge) == (False, 0.5, None)
-    assert (found.id, found.video, found.arm, found.ttft_ms, found.seconds) == ("q", "a.mp4", "adapter", 21.13, 0.1235)
+    assert (found.video, found.source) == ("a.mp4", "whole.mp4")
+    assert (found.id, found.arm, found.ttft_ms, found.seconds) == ("q", "adapter", 21.13, 0.1235)
 
 
 def test_answers_come_back_and_go_on(tmp_path):
@@ -55,6 +57,13 @@ def test_a_line_that_is_no_answer_is_named(tmp_path):
     (tmp_path / ANSWERS_FILE).write_text('{"id": "a"}\n')
     with pytest.raises(ValueError, match=r"answers\.jsonl, line 1: .*name a new folder"):
         AnswerLog(tmp_path, SETTING)
+
+
+def test_a_line_without_a_source_is_of_a_whole_video(tmp_path):
+    line = asdict(answer("a", "colour"))
+    del line["source"]
+    (tmp_path / ANSWERS_FILE).write_text(json.dumps(line) + "\n")
+    assert read_answers(tmp_path / ANSWERS_FILE) == [answer("a", "colour")]
 
 
 def test_answers_are_replaced_together(tmp_path):

@@ -32,6 +32,7 @@ def answer(video: str, kind: str, arm: str, text: str, truth: str, f1: float = 0
     return Answer(
         id=f"{video}/{kind}",
         video=video,
+        source=video,
         question=f"What {kind}?",
         type=kind,
         dataset="test",
@@ -153,8 +154,17 @@ def test_every_video_is_beside_the_page_and_is_the_one_that_was_watched(page: Pa
 
 def test_the_folder_holds_its_answers_with_the_videos_it_plays(page: Path) -> None:
     kept = read_answers(page.parent / "answers.jsonl")
-    assert [replace(one, video="") for one in kept] == [replace(one, video="") for one in ANSWERS]
+    assert [replace(one, video="", source="") for one in kept] == [replace(a, video="", source="") for a in ANSWERS]
     assert {one.video for one in kept} == {attrs["src"] for attrs in read(page).all("video")}
+    assert all(one.source == one.video for one in kept)
+
+
+def test_files_that_spans_were_cut_from_are_told_apart_and_not_named(work: Path, tmp_path: Path) -> None:
+    spans = [replace(one, source="/home/someone/match.mp4") for one in ANSWERS]
+    page = write_page(spans, work, tmp_path / "page", metric="exact_match", title="Spans")
+    kept = read_answers(page.parent / "answers.jsonl")
+    assert len({one.video for one in kept}) == 2
+    assert {one.source for one in kept} == {"source-0000"}
 
 
 def test_nothing_an_answer_says_runs_and_nothing_is_fetched_from_elsewhere(page: Path) -> None:

@@ -95,6 +95,15 @@ def test_parts_of_the_lead_add_up_and_the_adapter_is_what_makes_the_right_answer
     assert from_adapter > 0.5
 
 
+def test_clips_of_one_file_are_one_video(answers: TransformersAnswers, questions: QuestionSet) -> None:
+    one, two, _ = (replace(clip, questions=clip.questions[:2]) for clip in questions.clips)
+    apart = diagnose(answers, replace(questions, clips=(one, two)))
+    together = diagnose(answers, replace(questions, clips=(one, replace(two, source=one.source))))
+    assert (apart["videos"], together["videos"]) == (2, 1)
+    assert together["logit_attribution"]["lead"]["mean"] == apart["logit_attribution"]["lead"]["mean"]
+    assert together["logit_attribution"]["lead"]["ci95"] is None, "one video has no interval"
+
+
 def test_a_video_that_cannot_be_used_is_named_and_the_others_count(
     answers: TransformersAnswers, questions: QuestionSet, tmp_path: Path
 ) -> None:
@@ -102,7 +111,7 @@ def test_a_video_that_cannot_be_used_is_named_and_the_others_count(
     broken.write_bytes(b"no video")
     one, two, _ = questions.clips
     short = replace(one, questions=one.questions[:2])
-    bad = Clip("broken.mp4", broken, broken, two.questions)
+    bad = Clip("broken.mp4", broken, "broken.mp4", two.questions)
     found = diagnose(answers, replace(questions, clips=(bad, short)))
     assert [skipped["video"] for skipped in found["skipped"]] == ["broken.mp4"]
     assert (found["videos"], found["questions"]) == (1, 2)

@@ -182,6 +182,29 @@ def test_kept_answers_are_judged_without_asking_again(served, base_url):
     }
 
 
+def test_spans_of_one_file_count_as_one_video_also_where_kept_answers_do_not_say_so(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, frames=40, fps=10)
+    common = {"prompt": "Describe the video.", "target_text": "A bar.", "task_type": "caption", "dataset": "bars"}
+    rows = [
+        common | {"id": f"{name}-{start}", "video_path": name, "split": "test", "metadata": span}
+        for name in ("a.mp4", "b.mp4")
+        for start in (0, 1)
+        if (span := {"start": start, "end": start + 2})
+    ]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--manifest", tmp_path / "m.jsonl", "--through", "transformers", "--arms", "adapter")
+    work = tmp_path / "work"
+    first = evaluate(work, *options)["arms"]["adapter"]
+    assert (first["n"], first["videos"]) == (4, 2)
+    lines = [asdict(answer) for answer in read_answers(work / ANSWERS_FILE)]
+    for line in lines:
+        del line["source"]
+    (work / ANSWERS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert evaluate(work, *options)["arms"]["adapter"] == first
+    assert len({answer.source for answer in read_answers(work / ANSWERS_FILE)}) == 2
+
+
 def test_a_manifest_is_asked_and_a_broken_video_left_out(base_url, tmp_path):
     for name in ("a.mp4", "b.mp4"):
         write_video(tmp_path / name, frames=30, size=(64, 64) if name == "a.mp4" else (96, 64))

@@ -16,7 +16,7 @@ def answers(path: Path, rate: float) -> dict[str, list[Reply]]:
     """Two questions of unequal length about one video, from its frames and from its adapter."""
     texts = ("What is the background?", "Describe the video.")
     questions = tuple(Question(text, text, "", "type", "set") for text in texts)
-    clip = Clip("clip", path, path, questions)
+    clip = Clip("clip", path, "clip", questions)
     replies: dict[str, list[Reply]] = {FRAMES: [], ADAPTER: []}
     TransformersAnswers("f2l-tiny", None, max_frames=None, max_tokens=16, merge_rate=rate).answer(
         [Ask(clip, question, arm, clip) for arm in replies for question in questions],

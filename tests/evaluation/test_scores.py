@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,6 +72,24 @@ def test_arms_are_compared_on_the_questions_that_both_answered():
     assert found["difference"] == pytest.approx(-1 / 21, abs=1e-4)
     assert found["non_inferior"]["margin"] == 0.05
     assert found["other_metrics"]["f1"]["difference"] == found["difference"]
+
+
+def test_spans_of_one_file_are_one_video():
+    """Eight files, each cut into four spans that are answered alike: no surer than the eight files themselves."""
+    wrong = {(0, "colour"), (1, "shape"), (2, "colour")}
+    whole = [*answers("adapter", wrong), *answers("frames")]
+    cut = [
+        replace(one, video=f"{one.video}-{span}", id=f"{one.id}-{span}", source=one.video)
+        for one in whole
+        for span in range(4)
+    ]
+    of_files, of_spans = Scores(whole, "exact_match"), Scores(cut, "exact_match")
+    assert of_spans.arm("adapter")["videos"] == of_spans.rows(["adapter"])[0]["videos"] == 8
+    assert of_spans.arm("adapter")["ci95"] == of_files.arm("adapter")["ci95"]
+    found, expected = (scores.comparison("adapter", "frames") for scores in (of_spans, of_files))
+    assert found["n"] == 4 * expected["n"]
+    for name in ("difference", "ci95", "videos", "non_inferior", "equivalent"):
+        assert found[name] == expected[name]
 
 
 def test_equal_answers_are_said_to_allow_no_test():

@@ -17,6 +17,7 @@ def test_the_world_asks_one_question_of_each_type_about_each_video(tmp_path):
     for clip, scene in zip(asked.clips, sample_scenes(2, 7, "held-out"), strict=True):
         assert [question.type for question in clip.questions] == [*QUESTION_TYPES, CAPTION]
         assert clip.questions[-1].truth == scene.caption()
+        assert clip.source == clip.id
         assert probe(tmp_path / clip.id).frame_count > 0
     assert asked.apart == {CAPTION}
     sizes = {(probe(clip.path).width, probe(clip.path).height) for clip in asked.clips}

@@ -51,7 +51,7 @@ def test_the_answers_are_the_models_with_the_frames_in_context(world, answered):
     for first in range(0, len(before), 3):
         some = before[first : first + 3]
         questions = [Question(e.id, e.prompt, e.target_text, e.task_type, e.dataset) for e in some]
-        clip = Clip(some[0].id, some[0].video_path, some[0].video_path, tuple(questions))
+        clip = Clip(some[0].id, some[0].video_path, some[0].id, tuple(questions))
         expected: list[str] = []
         asks = [Ask(clip, question, FRAMES, clip) for question in questions]
         reference.answer(asks, lambda _, reply: expected.append(reply.text), pytest.fail)  # noqa: B023
