@@ -6,6 +6,8 @@ own videos, and a video that cannot be used is left out and reported, another on
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import random
 from collections.abc import Iterator, Sequence
@@ -82,6 +84,14 @@ class Lessons:
     def __len__(self) -> int:
         """Videos (and spans) of an epoch."""
         return len(self._keys)
+
+    def digest(self) -> str:
+        """16 hex digits that change with any video's name, span, question or answer, and with their order."""
+        taught = [
+            [str(key), [(example.prompt, example.target_text, example.task_type) for example in examples]]
+            for key, examples in self._videos.items()
+        ]
+        return hashlib.sha256(json.dumps(taught).encode()).hexdigest()[:16]
 
     def take(self, first: int, count: int, shared: random.Random, rng: random.Random) -> list[Lesson]:
         """Lessons number `first` to `first + count` of the endless sequence of epochs.

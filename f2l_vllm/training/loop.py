@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ class Loop:
         steps: int,
         schedule: Schedule,
         accumulate: int = 1,
+        identity: Mapping[str, Any] | None = None,
     ) -> dict[str, float]:
         """Train until `steps` steps are done, counting those of an earlier run that was stopped.
 
@@ -103,26 +104,29 @@ class Loop:
                 for the log.
             schedule: factor on the learning rates, of a step and the number of steps.
             accumulate: losses averaged per step.
+            identity: what the steps depend on besides, by name, in plain types; another one is another run.
 
         Returns:
             The first and the last, smoothed loss, and the CPU seconds of this process.
 
         Raises:
-            ValueError: the folder holds the checkpoint of another run.
+            ValueError: the folder holds the checkpoint of another run; the message names what is different.
         """
-        run = {
+        run: dict[str, Any] = {
             "seed": self.seed,
             "steps": steps,
             "processes": self.processes,
             "accumulate": accumulate,
             "start": _digest(module),
+            **(identity or {}),
         }
         path = None if self._folder is None else self._folder / f"{stage}.ckpt"
         losses, first, cpu_seconds = Losses(), 0, 0.0
         if path is not None and path.exists():
             kept = torch.load(path, map_location="cpu", weights_only=True)
             if kept["run"] != run:
-                different = [name for name in run if kept["run"].get(name) != run[name]]
+                names = dict.fromkeys((*run, *kept["run"]))
+                different = [name for name in names if kept["run"].get(name) != run.get(name)]
                 raise ValueError(
                     f"{path} belongs to another run (other {', '.join(different)}). Continue it with the options it "
                     "was started with, or choose another folder."

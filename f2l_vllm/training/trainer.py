@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from f2l_vllm.hypernetwork.adapter import apply_factors
-from f2l_vllm.hypernetwork.base_model import check_fit, text_model_of
+from f2l_vllm.hypernetwork.base_model import check_fit, name_of, text_model_of
 from f2l_vllm.hypernetwork.encoder import VideoEncoder, pad_mask
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.training.conversations import Conversations
@@ -164,11 +164,22 @@ class Trainer:
             steps=steps,
             schedule=warm_cosine,
             accumulate=options.accumulate,
+            identity=self._identity(lessons, options, sampling),
         )
         result |= {"videos": len(lessons), "left_out": lessons.unusable}
         if held_out is not None:
             result["validation_loss"] = {"before": before, "after": self.validate(held_out, options)}
         return result
+
+    def _identity(self, lessons: Lessons, options: TrainingOptions, sampling: Sampling) -> dict[str, Any]:
+        """What the steps depend on besides what the loop knows; epochs count by the steps they make."""
+        known = {"epochs", "steps", "accumulate"}
+        return {
+            **{name: value for name, value in asdict(options).items() if name not in known},
+            **asdict(sampling),
+            "examples": lessons.digest(),
+            "model": name_of(self.model),
+        }
 
     def loss(self, lessons: Sequence[Lesson], options: TrainingOptions) -> tuple[Tensor, dict[str, float]]:
         """The loss of B videos, each with its own adapter, and its parts."""

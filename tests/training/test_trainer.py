@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -274,13 +275,49 @@ def test_the_command_goes_on_after_a_kill_as_if_there_had_been_none(examples, tm
     assert Hypernetwork.load(killed / "hypernetwork").config.rank == 4
 
 
-def test_other_options_do_not_go_on_with_this_run(examples, processor, tmp_path):
+@pytest.fixture(scope="module")
+def kept_run(examples, processor, tmp_path_factory) -> Path:
+    """The folder of a run of one step, its checkpoint in it."""
+    folder = tmp_path_factory.mktemp("run")
     model = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
-    for steps, expected in ((2, None), (3, "other steps")):
-        trainer = Trainer(model, processor, new_hypernetwork(model), Loop(tmp_path))
-        options = TrainingOptions(steps=steps, videos=1, questions=1)
-        if expected is None:
-            trainer.train(examples, options)
-        else:
-            with pytest.raises(ValueError, match=expected):
-                trainer.train(examples, options)
+    trainer = Trainer(model, processor, new_hypernetwork(model), Loop(folder))
+    trainer.train(examples, TrainingOptions(steps=1, videos=2, questions=1))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 3),
+        ("videos", 4),
+        ("accumulate", 2),
+        ("questions", 2),
+        ("learning_rate", 1e-3),
+        ("muon_rate", 0.01),
+        ("weight_decay", 0.0),
+        ("clip", 2.0),
+        ("kl", 0.5),
+        ("frames", (4,)),
+        ("chunks", (1, 2)),
+        ("precision", "bf16"),
+    ],
+)
+def test_a_run_goes_on_with_the_options_it_was_started_with_alone(examples, trainer, kept_run, name, value):
+    trainer.loop = Loop(kept_run)
+    options = TrainingOptions(**{"steps": 1, "videos": 2, "questions": 1, name: value})
+    with pytest.raises(ValueError, match=rf"another run \(other {name}\)"):
+        trainer.train(examples, options)
+
+
+def test_a_run_goes_on_with_the_same_examples_and_sampling_alone(examples, trainer, kept_run):
+    options = TrainingOptions(steps=1, videos=2, questions=1)
+    trainer.loop = Loop(kept_run)
+    for others in (examples[:-1], [replace(examples[0], target_text="No."), *examples[1:]]):
+        with pytest.raises(ValueError, match=r"\(other examples\)"):
+            trainer.train(others, options)
+    as_trained = trainer.hyper.config
+    trainer.hyper.config = replace(as_trained, longest_edge=64)
+    with pytest.raises(ValueError, match=r"\(other longest_edge\)"):
+        trainer.train(examples, options)
+    trainer.hyper.config = as_trained
+    assert trainer.train(examples, options)["steps"] == 1
