@@ -22,7 +22,7 @@ from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.encoder import INSTRUCTION, VideoEncoder
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.training import phrases, precision, stages
-from f2l_vllm.training.loop import Loop
+from f2l_vllm.training.loop import Loop, Loss
 from f2l_vllm.training.optimizer import MuonAdamW, warm_constant_linear
 from f2l_vllm.training.packing import PackedBatch, answer_loss, pack
 from f2l_vllm.training.prompts import Clip, Prompts, Turn, times_of
@@ -77,7 +77,7 @@ def train_hypernetwork(
     prompts = Prompts(processor)
     optimizer = MuonAdamW(hypernetwork.named_parameters(), muon_lr=0.01, adamw_lr=2e-3)
 
-    def step_loss(randomness: stages.Randomness, step: int) -> tuple[Tensor, dict[str, float]]:
+    def step_loss(randomness: stages.Randomness, step: int) -> Loss:
         scenes, pieces = _lesson(prompts, randomness, loop, mixed=step > steps * 0.3)
         size = stages.draw_size(randomness.rng)
         chunks = []
@@ -92,7 +92,7 @@ def train_hypernetwork(
         batch = text_only_batch(prompts, turns, model)
         with precision.mixed():
             hidden = adapted_hidden(model, batch, hypernetwork.combine(chunks), hypernetwork.scale)
-            return answer_loss(hidden, batch, model.lm_head), {}
+            return Loss(answer_loss(hidden, batch, model.lm_head))
 
     with precision.attention_in_fp32(model):
         return loop.run(NAME, hypernetwork, optimizer, step_loss, steps=steps, schedule=warm_constant_linear)

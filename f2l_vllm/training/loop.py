@@ -2,7 +2,7 @@
 
 What a step draws depends on the seed, the stage, the step and the process alone, and the state is kept every minute. So
 a run that is started again goes on from its last checkpoint and takes the steps it would have taken. Several processes,
-started by `torchrun` or `accelerate launch`, each draw their own part of a step's videos and average their gradients.
+started by `torchrun` or `accelerate launch`, each draw their own part of a step's videos and share their gradients.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,24 @@ from f2l_vllm.training.stages import Losses, Progress, Randomness, report
 LOG_FILE = "log.jsonl"
 LOG_EVERY = 10  # steps
 
-StepLoss = Callable[[Randomness, int], tuple[Tensor, dict[str, float]]]
+
+@dataclass(frozen=True)
+class Loss:
+    """Of the videos that a process computes at once.
+
+    Attributes:
+        mean: what is learned from.
+        figures: for the log.
+        weight: of this mean among those of the step's other parts: the number of tokens it is taken over, where a step
+            is to learn the same however it is cut; 1 where parts count alike.
+    """
+
+    mean: Tensor
+    figures: dict[str, float] = field(default_factory=dict)
+    weight: float = 1.0
+
+
+StepLoss = Callable[[Randomness, int], Loss]
 Schedule = Callable[[int, int], float]
 
 
@@ -77,7 +95,7 @@ class Loop:
         return bool(self._processes.is_main_process)
 
     def share(self, count: int) -> int:
-        """How many of a step's `count` videos this process takes; at least one."""
+        """How many of a step's `count` videos each process takes, rounded; at least one."""
         return max(1, round(count / self.processes))
 
     def wait(self) -> None:
@@ -100,10 +118,9 @@ class Loop:
 
         Args:
             module: holds everything that is trained.
-            step_loss: given a step's random sources and its number, the loss of this process's videos, and figures
-                for the log.
+            step_loss: given a step's random sources and its number, the loss of this process's videos.
             schedule: factor on the learning rates, of a step and the number of steps.
-            accumulate: losses averaged per step.
+            accumulate: losses per step and process; with those of the other processes they are averaged by weight.
             identity: what the steps depend on besides, by name, in plain types; another one is another run.
 
         Returns:
@@ -140,15 +157,16 @@ class Loop:
         started, saved = time.process_time() - cpu_seconds, time.monotonic()
         for step in range(first, steps):
             figures: dict[str, float] = {}
-            total = 0.0
+            total = weight = 0.0
             optimizer.zero_grad()
             for part in range(accumulate):
                 name = f"{stage}:{step}" if accumulate == 1 else f"{stage}:{step}:{part}"
                 randomness = Randomness.of(name, self.seed, self._processes.process_index)
-                loss, figures = step_loss(randomness, step)
-                (loss / accumulate).backward()
-                total += loss.item() / accumulate
-            self._average_gradients(optimizer)
+                loss = step_loss(randomness, step)
+                share = loss.weight if accumulate * self.processes > 1 else 1.0  # a mean that is alone stays as it is
+                (loss.mean * share).backward()
+                total, weight, figures = total + loss.mean.item() * share, weight + share, loss.figures
+            total = self._average(optimizer, total, weight)
             factor = schedule(step, steps)
             norm = optimizer.step(factor)
             losses.add(total)
@@ -173,19 +191,27 @@ class Loop:
             result = broadcast_object_list([result])[0]
         return result
 
-    def _average_gradients(self, optimizer: MuonAdamW) -> None:
-        if self.processes == 1:
-            return
-        gradients = []
-        for parameter in optimizer.parameters:
-            if parameter.grad is None:  # this process's videos did not need it; another's may
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        mean = reduce(flat, reduction="mean")
-        parts = mean.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+    def _average(self, optimizer: MuonAdamW, total: float, weight: float) -> float:
+        """Turn the sums of all processes' parts into means by weight: the gradients in place, the loss returned.
+
+        Args:
+            total, weight: this process's sums of weighted losses, and of weights.
+        """
+        if self.processes > 1:
+            for parameter in optimizer.parameters:
+                if parameter.grad is None:  # this process's videos did not need it; another's may
+                    parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in optimizer.parameters if parameter.grad is not None]
+        if self.processes > 1:
+            sums = torch.tensor([total, weight], device=gradients[0].device)
+            flat = reduce(torch.cat([*(gradient.flatten() for gradient in gradients), sums]), reduction="sum")
+            *parts, sums = flat.split([*(gradient.numel() for gradient in gradients), len(sums)])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+            total, weight = sums.tolist()
+        for gradient in gradients:
+            gradient.div_(weight)
+        return total / weight
 
     def _log(self, stage: str, step: int, steps: int, figures: dict[str, float], seconds: float) -> None:
         if self._folder is None or (step % LOG_EVERY and step != steps - 1):

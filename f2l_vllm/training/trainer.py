@@ -29,7 +29,7 @@ from f2l_vllm.hypernetwork.encoder import VideoEncoder, pad_mask
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.training.conversations import Conversations
 from f2l_vllm.training.lessons import Lesson, Lessons
-from f2l_vllm.training.loop import LOG_FILE, Loop
+from f2l_vllm.training.loop import LOG_FILE, Loop, Loss
 from f2l_vllm.training.manifest import Example
 from f2l_vllm.training.optimizer import MuonAdamW, warm_cosine
 from f2l_vllm.training.packing import IGNORED, PackedBatch, pack
@@ -124,21 +124,21 @@ class Trainer:
             before and after.
 
         Raises:
-            ValueError: examples that cannot be trained on, or too few videos for the processes.
+            ValueError: examples that cannot be trained on, or a step whose videos cannot be shared evenly.
         """
+        parts = self.loop.processes * options.accumulate
+        share, left_over = divmod(options.videos, parts)
+        if left_over:
+            raise ValueError(
+                f"{options.videos} videos a step cannot be shared evenly by {self.loop.processes} processes that "
+                f"accumulate {options.accumulate} parts each; choose a multiple of {parts}, e.g. {parts * (share + 1)}."
+            )
         config = self.hyper.config
         sampling = Sampling(config.max_frames, longest_edge=config.longest_edge)
         mix = {"sampling": sampling, "frames": options.frames, "chunks": options.chunks, "questions": options.questions}
         lessons = Lessons(examples, self.processor, seed=self.loop.seed, **mix)  # type: ignore[arg-type]
         held_out = Lessons(validation, self.processor, seed=0, **mix) if validation else None  # type: ignore[arg-type]
-        share = self.loop.share(options.videos) // options.accumulate
-        if share < 1:
-            raise ValueError(
-                f"{options.videos} videos a step are too few for {self.loop.processes} processes that accumulate "
-                f"{options.accumulate} parts; give at least their product."
-            )
-        in_a_step = share * options.accumulate * self.loop.processes
-        steps = options.steps or max(1, math.ceil(options.epochs * len(lessons) / in_a_step))
+        steps = options.steps or max(1, math.ceil(options.epochs * len(lessons) / options.videos))
         named = self.hyper.named_parameters()
         optimizer = MuonAdamW(
             named,
@@ -149,9 +149,9 @@ class Trainer:
         )
         part = 0
 
-        def step_loss(randomness: Randomness, step: int) -> tuple[Tensor, dict[str, float]]:
+        def step_loss(randomness: Randomness, step: int) -> Loss:
             nonlocal part
-            first = step * in_a_step + (part * self.loop.processes + self.loop.process) * share
+            first = step * options.videos + (part * self.loop.processes + self.loop.process) * share
             part = (part + 1) % options.accumulate
             return self.loss(lessons.take(first, share, randomness.shared, randomness.rng), options)
 
@@ -181,8 +181,8 @@ class Trainer:
             "model": name_of(self.model),
         }
 
-    def loss(self, lessons: Sequence[Lesson], options: TrainingOptions) -> tuple[Tensor, dict[str, float]]:
-        """The loss of B videos, each with its own adapter, and its parts."""
+    def loss(self, lessons: Sequence[Lesson], options: TrainingOptions) -> Loss:
+        """The loss of B videos, each with its own adapter: the mean over their answers' N tokens, N its weight."""
         dtype = PRECISIONS[options.precision]
         device = self.loop.device
         context: Any = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
@@ -198,12 +198,13 @@ class Trainer:
             targets_N = batch.labels[batch.labels != IGNORED].to(device)
             answers = nn.functional.cross_entropy(logits_NV.float(), targets_N)
             if not options.kl:
-                return answers, {"answers": answers.item()}
+                return Loss(answers, {"answers": answers.item()}, len(targets_N))
             teacher_NV = torch.cat([self._teach(lesson) for lesson in lessons])
             divergence = nn.functional.kl_div(
                 logits_NV.float().log_softmax(-1), teacher_NV.log_softmax(-1), log_target=True, reduction="batchmean"
             )
-        return answers + options.kl * divergence, {"answers": answers.item(), "kl": divergence.item()}
+        figures = {"answers": answers.item(), "kl": divergence.item()}
+        return Loss(answers + options.kl * divergence, figures, len(targets_N))
 
     @torch.no_grad()
     def features(self, videos: Sequence[SampledVideo]) -> tuple[Tensor, Tensor]:
@@ -216,14 +217,15 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, lessons: Lessons, options: TrainingOptions, videos: int = 64) -> float:
-        """Mean loss of up to `videos` videos, the same ones whenever it is asked."""
+        """Mean loss over the answers' tokens of up to `videos` videos, the same ones whenever it is asked."""
         count = min(videos, len(lessons))
-        total = 0.0
+        total = weight = 0.0
         for first in range(0, count, options.videos):
             randomness = Randomness.of(f"validation:{first}", 0)
             some = lessons.take(first, min(options.videos, count - first), randomness.shared, randomness.rng)
-            total += self.loss(some, options)[0].item() * len(some)
-        return round(total / count, 4)
+            loss = self.loss(some, options)
+            total, weight = total + loss.mean.item() * loss.weight, weight + loss.weight
+        return round(total / weight, 4)
 
     @torch.no_grad()
     def _teach(self, lesson: Lesson) -> Tensor:

@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import SmolVLMForConditionalGeneration, SmolVLMProcessor
 
 from f2l_vllm.training import precision, stages
 from f2l_vllm.training.auxiliary import PatchHead, patch_targets
-from f2l_vllm.training.loop import Loop
+from f2l_vllm.training.loop import Loop, Loss
 from f2l_vllm.training.optimizer import MuonAdamW, warm_constant_linear
 from f2l_vllm.training.world import draw_scene
 
@@ -35,14 +35,14 @@ def train_vision(
     optimizer = MuonAdamW(named, muon_lr=0.02, adamw_lr=2e-3)
     count = loop.share(_SCENES)
 
-    def step_loss(randomness: stages.Randomness, _step: int) -> tuple[Tensor, dict[str, float]]:
+    def step_loss(randomness: stages.Randomness, _step: int) -> Loss:
         scenes = [draw_scene(randomness.rng, two_shapes=0.6) for _ in range(count)]
         times_BT = torch.rand(count, _FRAMES, generator=randomness.torch_rng)
         size = stages.draw_size(randomness.rng)
         pixels = stages.film(scenes, times_BT, size, processor.video_processor, randomness)
         with precision.mixed():
             features = tower(pixel_values=pixels.flatten(0, 1)).last_hidden_state
-        return head.loss(features, patch_targets(scenes, times_BT, size))
+        return Loss(*head.loss(features, patch_targets(scenes, times_BT, size)))
 
     trained = nn.ModuleDict({"tower": tower, "head": head})
     schedule = partial(warm_constant_linear, warmup=30)

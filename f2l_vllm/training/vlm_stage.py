@@ -13,12 +13,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import SmolVLMForConditionalGeneration, SmolVLMProcessor
 
 from f2l_vllm.training import phrases, precision, stages
 from f2l_vllm.training.auxiliary import PatchHead, VelocityHead, patch_targets
-from f2l_vllm.training.loop import Loop
+from f2l_vllm.training.loop import Loop, Loss
 from f2l_vllm.training.optimizer import MuonAdamW, warm_constant_linear
 from f2l_vllm.training.packing import answer_loss, pack
 from f2l_vllm.training.prompts import Prompts, Turn, times_of
@@ -84,7 +84,7 @@ def train_vlm(
     tower = ("model.vision_model.", _VISION_PACE)
     optimizer = MuonAdamW(named, muon_lr=course.muon_lr, adamw_lr=course.adamw_lr, slow=tower)
 
-    def step_loss(randomness: stages.Randomness, step: int) -> tuple[Tensor, dict[str, float]]:
+    def step_loss(randomness: stages.Randomness, step: int) -> Loss:
         rng = randomness.rng
         mixed = step > steps * course.mixed_from
         num_frames = frame_count(randomness.shared) if mixed else processor.video_processor.num_frames
@@ -111,7 +111,7 @@ def train_vlm(
             )
             answers = answer_loss(output.last_hidden_state, batch, model.lm_head)
         if not course.seen_weight and not course.moved_weight:
-            return answers, {"answers": answers.item()}
+            return Loss(answers, {"answers": answers.item()})
         targets = patch_targets(scenes, times_BT, size)
         seen, _ = patch_head.loss(output.image_hidden_states.last_hidden_state, targets)
         visual = batch.input_ids == config.image_token_id
@@ -120,7 +120,7 @@ def train_vlm(
             entering = output.hidden_states[layer][visual].unflatten(0, (count, -1))
             moved = moved + head(entering, targets)
         loss = answers + course.seen_weight * seen + course.moved_weight * moved
-        return loss, {"answers": answers.item(), "seen": seen.item(), "moved": moved.item()}
+        return Loss(loss, {"answers": answers.item(), "seen": seen.item(), "moved": moved.item()})
 
     trained = nn.ModuleDict({"model": model, "patches": patch_head, "velocity": velocity_heads})
     schedule = partial(warm_constant_linear, decay_from=course.decay_from)

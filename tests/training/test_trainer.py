@@ -193,7 +193,7 @@ def test_the_loss_is_the_cross_entropy_under_each_videos_own_adapter(trainer, ex
     )
     assert [len(lesson.chunks) for lesson in lessons] == [chunks, chunks]
     options = TrainingOptions(kl=0.5)
-    loss, figures = trainer.loss(lessons, options)
+    loss = trainer.loss(lessons, options)
     pieces = [trainer.hyper(*trainer.features([lesson.chunks[index] for lesson in lessons])) for index in range(chunks)]
     factors = trainer.hyper.combine(pieces)
     none = {name: (a * 0, b) for name, (a, b) in factors.items()}
@@ -207,9 +207,10 @@ def test_the_loss_is_the_cross_entropy_under_each_videos_own_adapter(trainer, ex
     answers = torch.nn.functional.cross_entropy(torch.cat(student), torch.cat(truth))
     p, q = torch.cat(teacher).softmax(-1), torch.cat(student).softmax(-1)
     divergence = (p * (p.log() - q.log())).sum(-1).mean()
-    assert figures["answers"] == pytest.approx(answers.item(), abs=1e-4)
-    assert figures["kl"] == pytest.approx(divergence.item(), abs=1e-4)
-    assert loss.item() == pytest.approx(answers.item() + 0.5 * divergence.item(), abs=1e-4)
+    assert loss.figures["answers"] == pytest.approx(answers.item(), abs=1e-4)
+    assert loss.figures["kl"] == pytest.approx(divergence.item(), abs=1e-4)
+    assert loss.weight == len(torch.cat(truth))
+    assert loss.mean.item() == pytest.approx(answers.item() + 0.5 * divergence.item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -232,19 +233,31 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_step(processor, exampl
         return 0.0
 
     monkeypatch.setattr(MuonAdamW, "step", keep)
-    # Answers of one length: the mean over parts is then the mean over all tokens.
-    same = [example for example in examples if example.task_type in ("count", "has shape")]
-    for accumulate in (1, 2):
+    # All questions but one are about the first video: the parts of a step are of very different lengths.
+    uneven = [example for example in examples if example.id.startswith("0-")]
+    uneven += [example for example in examples if example.id in ("1-0", "2-0", "3-0")]
+    for accumulate in (1, 2, 4):
         model = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
         trainer = Trainer(model, processor, new_hypernetwork(model), Loop())
-        trainer.train(same, TrainingOptions(steps=1, videos=4, accumulate=accumulate))
-    for whole, parts in zip(*gradients, strict=True):
-        torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-3)
+        trainer.train(uneven, TrainingOptions(steps=1, videos=4, accumulate=accumulate, questions=20))
+    for whole, *split in zip(*gradients, strict=True):
+        for parts in split:
+            torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-3)
 
 
-def train_command(folder: Path, manifest: Path, *launch: str) -> list[str]:
-    options = "--rank 4 --latent-size 32 --blocks 1 --steps 30 --videos 2 --questions 3 --frames 4 --chunks 1,2"
-    command = ["-m", "f2l_vllm.cli", "train", str(folder), "--manifest", str(manifest), *options.split(" ")]
+@pytest.mark.parametrize(("videos", "accumulate", "choice"), [(3, 2, 4), (1, 4, 4), (10, 4, 12)])
+def test_a_step_that_cannot_be_shared_evenly_is_refused(trainer, examples, videos, accumulate, choice):
+    with pytest.raises(ValueError, match=rf"{videos} videos a step cannot be shared evenly.*e\.g\. {choice}\."):
+        trainer.train(examples, TrainingOptions(steps=1, videos=videos, accumulate=accumulate))
+
+
+STEPS = "--steps 30 --videos 2 --questions 3 --frames 4 --chunks 1,2"
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+
+
+def train_command(folder: Path, manifest: Path, *launch: str, steps: str = STEPS) -> list[str]:
+    options = ["--rank", "4", "--latent-size", "32", "--blocks", "1", *steps.split(" ")]
+    command = ["-m", "f2l_vllm.cli", "train", str(folder), "--manifest", str(manifest), *options]
     return [sys.executable, *launch, *command]
 
 
@@ -273,6 +286,18 @@ def test_the_command_goes_on_after_a_kill_as_if_there_had_been_none(examples, tm
     for name in ("config.json", "model.safetensors"):
         assert (killed / "hypernetwork" / name).read_bytes() == (unbroken / "hypernetwork" / name).read_bytes()
     assert Hypernetwork.load(killed / "hypernetwork").config.rank == 4
+
+
+def test_two_processes_learn_what_one_does(examples, tmp_path):
+    """All questions but one are about one video, so the processes' parts of a step are of very different lengths."""
+    manifest = tmp_path / "manifest.jsonl"
+    write_manifest(manifest, [example for example in examples if example.id.startswith("0-") or example.id == "1-0"])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, launch in (("one", ()), ("two", TWO_PROCESSES)):
+        command = train_command(tmp_path / name, manifest, *launch, steps="--steps 2 --videos 2 --questions 20")
+        assert subprocess.run(command, env=environment).returncode == 0
+    for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert (two["loss"], two["norm"]) == pytest.approx((one["loss"], one["norm"]), rel=1e-3)
 
 
 @pytest.fixture(scope="module")
