@@ -179,11 +179,15 @@ def convert(
     checkpoint: Annotated[str, typer.Argument(help="Released .pt file, directory, or hub id.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write; must not exist.")],
     base_model: Annotated[str | None, typer.Option(help="Base model, where the reference holds several.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Round the weights to bf16 (half the size of fp32) or fp32; default: as they are."),
+    ] = None,
 ) -> None:
     """Write a hypernetwork in the safe format: config.json and model.safetensors."""
     from f2l_vllm.commands.local import convert as run
 
-    run(checkpoint, output, base_model)
+    run(checkpoint, output, base_model, dtype)
 
 
 @app.command("eval")

@@ -61,5 +61,5 @@ def hypernetwork_model(smolvlm_dir: Path, tmp_path_factory: pytest.TempPathFacto
     hypernetwork = Hypernetwork(config)
     with torch.no_grad():
         hypernetwork.scaler_B["down_proj"].fill_(1.0)
-    hypernetwork.save(directory / "hypernetwork")
+    hypernetwork.save(directory / "hypernetwork", torch.bfloat16)
     return directory

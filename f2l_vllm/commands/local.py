@@ -129,15 +129,20 @@ def ask_server(video: Path, question: str, url: str, api_key: str, max_tokens: i
     console.print(answer.choices[0].message.content)
 
 
-def convert(checkpoint: str, output: Path, base_model: str | None) -> None:
-    """Read a hypernetwork through the safe reader and write the safe format."""
+def convert(checkpoint: str, output: Path, base_model: str | None, dtype: str | None) -> None:
+    """Read a hypernetwork through the safe reader and write the safe format, in `dtype` or the file's own."""
     torch_shims.install()
+    import torch
+
     from f2l_vllm.hypernetwork.model import Hypernetwork
 
+    dtypes = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise typer.BadParameter(f"--dtype is fp32 or bf16, got {dtype!r}; leave it out to keep the file's own")
     try:
         with console.status("reading the checkpoint"):
-            hypernetwork = Hypernetwork.load(checkpoint, base_model=base_model)
-            hypernetwork.save(output)
+            hypernetwork = Hypernetwork.load(checkpoint, base_model=base_model, dtype=None)
+            hypernetwork.save(output, dtypes[dtype])
     except (ValueError, FileExistsError) as error:
         raise typer.BadParameter(str(error)) from error
     config = hypernetwork.config

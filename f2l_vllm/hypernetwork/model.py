@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -210,8 +211,12 @@ class Hypernetwork(nn.Module):
         """One adapter from K chunks of factors without a batch axis; rank (K + 1) R. Raises as `combine` does."""
         return Adapter(factors=self.combine(factors_list), scale=self.scale)
 
-    def save(self, directory: str | Path, dtype: torch.dtype = torch.bfloat16, overwrite: bool = False) -> None:
+    def save(self, directory: str | Path, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
         """Write `config.json` and `model.safetensors`, both or neither.
+
+        Args:
+            dtype: what the weights are rounded to; None writes them as they are.
+            overwrite: replace a hypernetwork that is there.
 
         Raises:
             FileExistsError: the directory holds something and `overwrite` is False.
@@ -229,14 +234,16 @@ class Hypernetwork(nn.Module):
             save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
 
     @classmethod
-    def load(cls, ref: str | Path, base_model: str | None = None, dtype: torch.dtype = torch.float32) -> Hypernetwork:
+    def load(
+        cls, ref: str | Path, base_model: str | None = None, dtype: torch.dtype | None = torch.float32
+    ) -> Hypernetwork:
         """Read a released `.pt` file, a directory written by `save`, or a Hugging Face repository holding either.
 
         Args:
             ref: path, `owner/repository`, or `owner/repository/file.pt`.
             base_model: the model it is wanted for; chooses among several `.pt` files of a repository by the model
                 size in their names.
-            dtype: dtype to compute in; the file's own may be narrower.
+            dtype: dtype to compute in; the file's own may be narrower. None keeps the file's own.
 
         Raises:
             ValueError: nothing readable at `ref`, or a file that is not a hypernetwork; the message says what is wrong.
@@ -245,7 +252,7 @@ class Hypernetwork(nn.Module):
 
         path = locate(ref, base_model)
         if path.is_dir():
-            config, tensors = _read_directory_config(path), load_file(path / WEIGHTS_FILE)
+            config, tensors = _read_directory_config(path), _read_weights(path / WEIGHTS_FILE)
         else:
             from f2l_vllm.hypernetwork.checkpoint import read_checkpoint
 
@@ -257,7 +264,7 @@ class Hypernetwork(nn.Module):
         cls,
         config: HypernetworkConfig,
         tensors: dict[str, Tensor],
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         source: str = "the checkpoint",
     ) -> Hypernetwork:
         """Build from named tensors; every one must be used and none may be missing or have another shape."""
@@ -274,7 +281,7 @@ class Hypernetwork(nn.Module):
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise ValueError(f"{source} does not hold the hypernetwork its config describes: {problems[:5]}{more}.")
-        hyper.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+        hyper.load_state_dict({name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}, assign=True)
         return hyper
 
     def _check(self, features_BLTD: Tensor, mask_BT: Tensor | None) -> None:
@@ -310,6 +317,15 @@ def _digest(config: HypernetworkConfig, tensors: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): it is damaged or was not copied to its end. Copy or download it again."
+        ) from error
 
 
 def _read_directory_config(directory: Path) -> HypernetworkConfig:

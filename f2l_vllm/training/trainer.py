@@ -258,7 +258,7 @@ def train_to(
     options: TrainingOptions,
     validation: Sequence[Example] = (),
 ) -> dict[str, Any]:
-    """Train and write the hypernetwork's directory: weights in the safe format, `training.json`, `log.jsonl`.
+    """Train and write the hypernetwork's directory: weights as they were trained, `training.json`, `log.jsonl`.
 
     The trainer's loop keeps its checkpoint in `output / RUN_FOLDER`, which goes when all is written.
     """
@@ -268,7 +268,7 @@ def train_to(
         import shutil
 
         run = output / RUN_FOLDER
-        trainer.hyper.save(output / "hypernetwork", torch.bfloat16, overwrite=True)
+        trainer.hyper.save(output / "hypernetwork", overwrite=True)
         (output / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         (run / LOG_FILE).replace(output / LOG_FILE)
         shutil.rmtree(run)

@@ -37,8 +37,8 @@ def make() -> Hypernetwork:
 
 def test_saved_and_loaded_weights_and_config_are_the_same(tmp_path: Path) -> None:
     hyper = make()
-    hyper.save(tmp_path / "fp32", dtype=torch.float32)
-    hyper.save(tmp_path / "bf16")
+    hyper.save(tmp_path / "fp32")
+    hyper.save(tmp_path / "bf16", dtype=torch.bfloat16)
     exact, rounded = Hypernetwork.load(tmp_path / "fp32"), Hypernetwork.load(tmp_path / "bf16")
     assert exact.config == rounded.config == CONFIG
     for name, tensor in hyper.state_dict().items():
@@ -46,13 +46,15 @@ def test_saved_and_loaded_weights_and_config_are_the_same(tmp_path: Path) -> Non
         assert torch.equal(rounded.state_dict()[name], tensor.bfloat16().float())
     assert Hypernetwork.load(tmp_path / "bf16", dtype=torch.bfloat16).head.weight.dtype == torch.bfloat16
     assert all(parameter.requires_grad for parameter in exact.parameters())
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        assert {tensor.dtype for tensor in Hypernetwork.load(tmp_path / name, dtype=None).parameters()} == {dtype}
 
 
 def test_revision_changes_with_every_weight_and_size_and_with_nothing_else(tmp_path: Path) -> None:
     hyper = make()
     revision = hyper.revision
     assert len(revision) == 16
-    hyper.save(tmp_path / "copy", dtype=torch.float32)
+    hyper.save(tmp_path / "copy")
     assert Hypernetwork.load(tmp_path / "copy").revision == revision
     renamed = HypernetworkConfig.from_dict(CONFIG.to_dict() | {"base_model": "/elsewhere"})
     assert Hypernetwork.from_tensors(renamed, hyper.state_dict()).revision == revision
@@ -88,6 +90,16 @@ def test_a_directory_without_or_with_another_model_is_explained(tmp_path: Path) 
         Hypernetwork.load(tmp_path / "h")
     with pytest.raises(ValueError, match="No hypernetwork at '/nowhere/at/all'"):
         Hypernetwork.load("/nowhere/at/all")
+
+
+@pytest.mark.parametrize("kept", [0, 7, 0.5, 0.99])
+def test_weights_that_were_not_copied_to_their_end_are_named(kept: float, tmp_path: Path) -> None:
+    make().save(tmp_path / "h")
+    path = tmp_path / "h" / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if 0 < kept < 1 else int(kept)])
+    with pytest.raises(ValueError, match=r"h/model\.safetensors cannot be read .*Copy or download it again"):
+        Hypernetwork.load(tmp_path / "h")
 
 
 def test_among_several_checkpoints_the_one_for_the_base_model_is_taken(tmp_path: Path) -> None:

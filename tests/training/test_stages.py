@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.training import hypernetwork_stage, recipe, vision_stage, vlm_stage
 from f2l_vllm.training.checkpoint import build_model, build_processor
 from f2l_vllm.training.loop import LOG_FILE, Loop
@@ -74,7 +75,8 @@ def test_a_stopped_run_goes_on_with_the_first_stage_that_is_missing(tmp_path, mo
     assert set(trained) == {"hypernetwork"}
     assert list(report["stages"]) == ["vision", "vlm", "refinement", "hypernetwork"]
     assert json.loads((tmp_path / "training.json").read_text()) == report
-    assert (tmp_path / "hypernetwork" / "model.safetensors").is_file()
+    made = Hypernetwork.load(tmp_path / "hypernetwork", dtype=None)
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.bfloat16}
     assert not (tmp_path / ".stages").exists()
 
 
