@@ -16,10 +16,23 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    TypeDecorator,
     false,
 )
+from sqlalchemy.engine import Dialect
 
 from f2l_vllm.adapters.states import VideoState
+
+
+class _Text(TypeDecorator[str]):
+    """Text that came from outside. PostgreSQL has no NUL in a text, and an id with one in it is nobody's."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else value.replace("\0", "\ufffd")
+
 
 metadata = MetaData()
 _Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up by itself in INTEGER columns only
@@ -28,10 +41,10 @@ files = Table(
     "files",
     metadata,
     Column("number", _Number, primary_key=True, autoincrement=True),  # upload order: the list's cursor
-    Column("id", String(64), nullable=False, unique=True),
+    Column("id", _Text(64), nullable=False, unique=True),
     Column("tenant", String(128), nullable=False),
-    Column("filename", String(1024), nullable=False),
-    Column("purpose", String(32), nullable=False),
+    Column("filename", _Text(1024), nullable=False),
+    Column("purpose", _Text(32), nullable=False),
     Column("bytes", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False, index=True),
     Column("adapter_name", String(128), nullable=False, index=True),
@@ -39,7 +52,7 @@ files = Table(
     Column("state", String(16), nullable=False),
     Column("progress", Float, nullable=False, default=0.0),
     Column("error_code", String(64)),
-    Column("error_message", String(2048)),
+    Column("error_message", _Text(2048)),
     Column("created_at", Float, nullable=False),
     Column("last_used_at", Float),
     Column("expires_at", Float, index=True),

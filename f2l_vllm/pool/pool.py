@@ -288,13 +288,16 @@ class _Lane(threading.Thread):
         method = self._actor.internalize.options(num_returns="streaming")
         events = method.remote([(job.adapter_name, job.sha256) for job in jobs.values()])
         cancelled: set[str] = set()
+        looked = time.monotonic()
         while jobs:
             ready, _ = ray.wait([events], timeout=max(0.0, min(_CANCEL_SECONDS, deadline - time.monotonic())))
             if ready:
                 yield ray.get(next(events))
-                continue
-            if time.monotonic() >= deadline:
+            elif time.monotonic() >= deadline:
                 raise GetTimeoutError(f"no result within {seconds:.0f} s")
+            if time.monotonic() - looked < _CANCEL_SECONDS:
+                continue
+            looked = time.monotonic()
             for name in jobs.keys() - cancelled:
                 if not self._wanted(name):
                     logger.info("%s is given up: every file that waited for it was deleted", name)

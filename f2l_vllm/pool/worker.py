@@ -106,6 +106,10 @@ class HypernetworkWorker:
         except (_GivenUp, DecoderStopped):
             yield Cancelled()
             return
+        except FileNotFoundError:
+            _raise_unless_deleted(path)
+            yield Cancelled()
+            return
         except VideoError as error:
             yield Failed(error.code, str(error))
             return
@@ -135,6 +139,9 @@ class HypernetworkWorker:
                     path, internalizer.processor, internalizer.limits, internalizer.sampling, self._decoder
                 )
             except DecoderStopped:
+                yield name, Cancelled()
+            except FileNotFoundError:
+                _raise_unless_deleted(path)
                 yield name, Cancelled()
             except VideoError as error:
                 yield name, Failed(error.code, str(error))
@@ -181,6 +188,12 @@ class HypernetworkWorker:
         except ValueError as error:  # not finite, or not of the base model's shape
             return Failed("adapter_rejected", f"the generated adapter failed its checks: {error}")
         return Published(files.rank, files.bytes, info)
+
+
+def _raise_unless_deleted(path: Path) -> None:
+    """Raise what is being handled, unless it is that the video's own bytes went, as they do when it is deleted."""
+    if path.exists():
+        raise
 
 
 def _events_of(run: Callable[[Callable[[str, float], None]], Adapter]) -> Generator[Progress, None, Adapter]:

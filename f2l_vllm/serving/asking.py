@@ -64,12 +64,14 @@ class Asking:
         """The caller's file for every video, those named by address fetched first, all at once.
 
         Raises:
-            APIError: `video_not_found`, and as `RemoteVideos.file`.
+            APIError: `video_not_found`, `too_many_videos`, and as `RemoteVideos.file`.
         """
 
         ids = [video.file_id for video in videos if video.file_id is not None]
         files = await self._service.find(ids, tenant, "messages")  # first: a wrong id costs no fetching
         addresses = [video.url for video in videos if video.url is not None]
+        if addresses:  # more than there is room for are not fetched
+            self._composer.check(len({one.file.sha256 for one in files} | set(addresses)), len(videos))
         fetched = await asyncio.gather(*(self._remote.file(url, tenant) for url in addresses))
         found: dict[str | None, Found] = {one.file.id: one for one in files}
         records = dict(zip(addresses, fetched, strict=True))

@@ -18,6 +18,7 @@ from f2l_vllm.serving.questions import (
     FILE_PREFIX,
     Options,
     Video,
+    keep_apart,
     names_a_video,
     options,
     videos,
@@ -58,7 +59,12 @@ class AnswerStream:
 
 async def _has_lost_its_adapter(source: Source) -> bool:
     """Whether an answer failed because the engine had dropped the adapter and could not load it again."""
-    return source.lease is not None and not await source.lease.confirm()
+    try:
+        return source.lease is not None and not await source.lease.confirm()
+    except Exception as error:
+        if compat.is_engine_dead(error):
+            return False  # the answer failed of that, and vLLM says so
+        raise
 
 
 class _Handler:
@@ -111,11 +117,12 @@ class ChatHandler(_Handler):
 
     async def create_chat_completion(self, request: Any, raw_request: Request | None = None) -> Any:
         """vLLM's method, with videos resolved first."""
-        how = self._options(request, raw_request)
+        how, tenant = self._options(request, raw_request), tenant_of(raw_request)
         asked = videos(request.model, request.messages)
+        keep_apart(request.messages, tenant)
         if not asked or not self._knows(request.model):  # vLLM says which models exist
             return await self._inner.create_chat_completion(request, raw_request)
-        source = await self._source(request, asked, how, tenant_of(raw_request))
+        source = await self._source(request, asked, how, tenant)
         return await self._answer(self._inner.create_chat_completion, request, raw_request, source)
 
     def _knows(self, model: str | None) -> bool:

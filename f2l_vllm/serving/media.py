@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ class GuardedConnection(HTTPConnection):
         """As `async_get_bytes`, for vLLM's threads."""
         return asyncio.run(self.async_get_bytes(url, **limits))
 
-    async def async_get_bytes(self, url: str, **_limits: Any) -> bytes:
-        """The bytes at a URL.
+    async def async_get_bytes(self, url: str, *, max_bytes: int | None = None, **_limits: Any) -> bytes:
+        """The bytes at a URL, up to `max_bytes` if the caller takes less than the policy.
 
         Raises:
             VLLMValidationError: what `fetch` refuses, in its words.
@@ -42,7 +43,8 @@ class GuardedConnection(HTTPConnection):
         with tempfile.TemporaryDirectory(prefix="f2l-media-") as folder:
             target = Path(folder) / "media"
             try:
-                await fetch(url, target, self._policy)
+                cap = min(max_bytes or self._policy.max_bytes, self._policy.max_bytes)
+                await fetch(url, target, replace(self._policy, max_bytes=cap))
             except VideoError as error:
                 raise VLLMValidationError(error.message) from error
             return await asyncio.to_thread(target.read_bytes)
@@ -53,4 +55,7 @@ class GuardedMediaConnector(MediaConnector):
     """vLLM's connector over a guarded connection."""
 
     def __init__(self, media_io_kwargs: dict[str, dict[str, Any]] | None = None, **options: Any) -> None:
-        super().__init__(media_io_kwargs, GuardedConnection(Settings().fetch_policy), **options)
+        settings = Settings()
+        # What is fetched here is read into memory, as the bytes of files are for answers from their frames.
+        cap = min(settings.max_upload_bytes, settings.max_frames_bytes)
+        super().__init__(media_io_kwargs, GuardedConnection(replace(settings.fetch_policy, max_bytes=cap)), **options)

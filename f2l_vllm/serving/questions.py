@@ -145,6 +145,13 @@ def with_frames(messages: Sequence[Any], urls: Mapping[Video, str]) -> list[Any]
     return replaced
 
 
+def keep_apart(messages: Sequence[Any], tenant: str) -> None:
+    """Make the `uuid`s of pictures the tenant's own: what vLLM keeps under one it takes for anybody's who names it."""
+    for part in _parts(messages):
+        if isinstance(part, dict) and isinstance(part.get("uuid"), str):
+            part["uuid"] = f"{tenant}/{part['uuid']}"
+
+
 def names_a_video(value: Any) -> bool:
     """Whether a video is named anywhere in what other routes take as input, in whosever words."""
     if isinstance(value, dict):
@@ -172,8 +179,8 @@ def _video(part: Any) -> Video | None:
     if not isinstance(part, dict):
         return None
     kind = part.get("type")
-    if kind is None:
-        kind = next((key for key in ("file", "video_url", *_FOREIGN) if key in part), None)
+    if kind is None or "uuid" in part:  # as vLLM does, which reads a part with a uuid by its keys
+        kind = next((key for key in ("file", "video_url", *_FOREIGN) if key in part), kind)
     if kind in _FOREIGN:
         message = f"A content part of type '{kind}' is not how this server takes a video: {_HOW}."
         raise bad_request("unsupported_part", message, "messages")

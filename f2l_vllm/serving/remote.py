@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from f2l_vllm.adapters.errors import disk_errors
+from f2l_vllm.adapters.errors import AdapterIdsExhausted, disk_errors
+from f2l_vllm.adapters.jobs import EXHAUSTED
+from f2l_vllm.adapters.states import VideoState
 from f2l_vllm.adapters.tables import FileRecord
 from f2l_vllm.serving.errors import APIError
 from f2l_vllm.serving.service import VideoService
@@ -23,6 +25,8 @@ from f2l_vllm.video.fetch import fetch
 PURPOSE = "user_data"
 _STATUS = {"file_too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE}
 _REMEMBERED = 4096
+_PASSING = {EXHAUSTED, "not_enough_memory", "video_lost", AdapterIdsExhausted.code}  # errors that are no video's own
+_AGAIN_SECONDS = 600.0  # each attempt may cost a worker
 _Work = Coroutine[Any, Any, FileRecord]
 _Running = dict[tuple[str, str], asyncio.Task[FileRecord]]
 
@@ -68,7 +72,7 @@ class RemoteVideos:
         key = (tenant, sha256)
         known = self._known.get(key)
         record = None if known is None else await asyncio.to_thread(self._service.catalog.file, known, tenant)
-        if record is None:
+        if record is None or _may_do_better(record):
             await inspect(temporary, self._service.settings)
             size = (await asyncio.to_thread(temporary.stat)).st_size
             idle = self._service.settings.url_seconds
@@ -87,6 +91,12 @@ class RemoteVideos:
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
         return record
+
+
+def _may_do_better(record: FileRecord) -> bool:
+    """Whether a video failed for a reason that may have passed: it is tried again, now and then."""
+    passing = record.state is VideoState.ERROR and record.error_code in _PASSING
+    return passing and time.time() - record.created_at > _AGAIN_SECONDS
 
 
 async def _once(running: _Running, key: tuple[str, str], work: Callable[[], _Work]) -> FileRecord:

@@ -31,7 +31,9 @@ _MAINTENANCE_SECONDS = 5.0
 _CLEANING_SECONDS = 60.0
 _TOMBSTONE_SECONDS = 3600.0  # how long a page of files can go on from one that was deleted
 _PREPARED_AT_ONCE = 256
-_WRITERS = 4  # threads that may wait for a busy catalog, so that those that read files and catalog never do
+# Threads of their own for what may take long, so that questions, which read files and catalog, never wait for one.
+_WRITERS = 4  # for a busy catalog
+_MOVERS = 4  # for videos on the way into the store
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class VideoService:
         self._is_stopping = is_stopping
         self._watcher = Watcher(catalog, is_stopping)
         self._writers = ThreadPoolExecutor(_WRITERS, "f2l-catalog")
+        self._movers = ThreadPoolExecutor(_MOVERS, "f2l-store")
         self._used: dict[str, float] = {}  # file ids, and when they were asked about
         self._prepared: int | None = None  # the id of the adapter that was copied into memory last
         self._in_doubt: set[str] = set()  # videos whose bytes may be nobody's
@@ -107,7 +110,7 @@ class VideoService:
             Unavailable: store or catalog cannot take it now; nothing is kept then.
         """
         async with self._entering_lock(sha256):
-            await asyncio.to_thread(self.store.keep_video, temporary, sha256)
+            await asyncio.get_running_loop().run_in_executor(self._movers, self.store.keep_video, temporary, sha256)
             try:
                 record = await self._write(
                     self.catalog.add_file,
@@ -124,9 +127,9 @@ class VideoService:
                     tenant_limit=self.settings.tenant_queue_limit,
                     job_attempts=self.settings.job_attempts,
                 )
-            except (QueueFull, Unavailable) as error:
+            except Exception as error:
                 await self._forget_bytes(sha256)
-                if isinstance(error, Unavailable):
+                if not isinstance(error, QueueFull):
                     raise
                 message = f"{error}. Try again in about {error.retry_after} s."
                 headers = {"Retry-After": str(error.retry_after)}

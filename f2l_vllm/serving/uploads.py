@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +26,7 @@ from f2l_vllm.video.probe import VideoInfo
 
 PURPOSES = ("vision", "user_data")
 _OVERHEAD_BYTES = 1 << 20  # multipart boundaries and the other fields
+_INSPECTORS = 2
 _INSPECT_SECONDS = 20.0
 _EXPIRY_SECONDS = (3600, 2592000)  # what the OpenAI API accepts: one hour to thirty days
 _IDLE_ANCHORS = ("last_used_at", "last_active_at")  # ours, and what other OpenAI objects call it
@@ -89,7 +91,7 @@ async def inspect(path: Path, settings: Settings) -> VideoInfo:
             return decoder.probe(path, settings.video_limits)
 
     try:
-        return await asyncio.to_thread(probe)
+        return await asyncio.get_running_loop().run_in_executor(_threads(), probe)
     except VideoError as error:
         raise APIError(
             _STATUS.get(error.code, HTTPStatus.BAD_REQUEST), error.code, error.message, param="file"
@@ -98,7 +100,13 @@ async def inspect(path: Path, settings: Settings) -> VideoInfo:
 
 @cache
 def _inspectors() -> Decoders:
-    return Decoders(2, DecodeLimits(seconds=_INSPECT_SECONDS))
+    return Decoders(_INSPECTORS, DecodeLimits(seconds=_INSPECT_SECONDS))
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Uploads wait here for an inspector, and take no thread that questions need."""
+    return ThreadPoolExecutor(_INSPECTORS, "f2l-inspect")
 
 
 def too_large(cap: int) -> APIError:

@@ -5,11 +5,11 @@ from f2l_vllm.adapters.states import VideoState
 STAGES = (VideoState.DECODING, VideoState.ENCODING, VideoState.PUBLISHING)
 
 
-def add(catalog, adapter="f2l-1", sha="a", tenant="t", expires_at=None, limit=10, **options):
+def add(catalog, adapter="f2l-1", sha="a", tenant="t", expires_at=None, limit=10, filename="v.mp4", **options):
     """Enter a file."""
     return catalog.add_file(
         tenant=tenant,
-        filename="v.mp4",
+        filename=filename,
         purpose="vision",
         size=3,
         sha256=sha * 64,

@@ -20,6 +20,18 @@ def test_files_of_the_same_bytes_share_one_job_and_one_adapter(catalog):
     assert catalog.adapter("f2l-1") == adapter
 
 
+def test_an_id_that_no_database_could_hold_is_nobodys(catalog):
+    record = add(catalog)
+    assert catalog.file(f"{record.id}\0", "t") is None
+    assert list(catalog.find([record.id, "file-\0"], "t")) == [record.id]
+    assert catalog.remove_file("file-\0", "t") is None
+    assert catalog.files("t", after=None, limit=9, descending=False, purpose="\0") == ([], False)
+    with pytest.raises(KeyError):
+        catalog.files("t", after="\0", limit=9, descending=False)
+    named = add(catalog, filename="a\0b.mp4")
+    assert catalog.file(named.id, "t").filename == named.filename == "a\ufffdb.mp4"
+
+
 def test_a_file_that_joins_a_job_in_work_is_ready_with_it(catalog):
     first = add(catalog)
     job = claim(catalog)

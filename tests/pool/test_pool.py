@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from f2l_vllm.adapters.catalog import Catalog
 from f2l_vllm.adapters.peft_format import BaseShapes, validate_adapter
 from f2l_vllm.adapters.states import VideoState
 from f2l_vllm.adapters.store import Store
-from f2l_vllm.pool.messages import Failed, Progress, Published, WorkerSpec
+from f2l_vllm.pool.messages import Cancelled, Failed, Progress, Published, WorkerSpec
 from f2l_vllm.pool.pool import Pool, PoolConfig
 from tests.video.videos import write_video
 
@@ -304,6 +305,23 @@ def test_jobs_taken_together_end_each_on_its_own_and_equal_alone(tmp_path, hyper
             together.wait(record, VideoState.PROCESSED)
     finally:
         together.pool.stop()
+
+
+def test_a_video_deleted_while_its_chunks_are_read_is_given_up(tmp_path, hypernetwork_model, videos):
+    """Its bytes go at once, and the next chunk finds none: no fault of the worker's."""
+    from f2l_vllm.pool.worker import HypernetworkWorker
+
+    bench = Bench(tmp_path, hypernetwork_model)
+    record = bench.add(videos[1])
+    worker = HypernetworkWorker(replace(bench.spec, chunk_frames=6, max_chunks=7))
+    events = []
+    for _, event in worker.internalize([("f2l-deleted", record.sha256)]):
+        events.append(event)
+        if isinstance(event, Progress) and event.fraction > 0:
+            bench.store.remove_video(record.sha256)
+    worker._decoder.close()
+    assert len(events) > 1
+    assert isinstance(events[-1], Cancelled)
 
 
 def weights_of(bench, record):

@@ -15,6 +15,7 @@ from f2l_vllm.adapters.catalog import Catalog
 from f2l_vllm.adapters.peft_format import BaseShapes
 from f2l_vllm.adapters.store import Store
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE, save_tensors
+from f2l_vllm.serving import remote
 from f2l_vllm.serving.asking import Asking
 from f2l_vllm.serving.composition import Composer
 from f2l_vllm.serving.errors import APIError
@@ -220,6 +221,40 @@ def test_too_many_are_refused_before_anything_is_waited_for(tmp_path):
         assert (error.value.code, f"rank {5 * RANK}" in error.value.message) == ("too_many_videos", True)
 
     run(scenario, tmp_path, max_rank=3 * RANK)
+
+
+def test_more_addresses_than_there_is_room_for_are_not_fetched(tmp_path, uris):
+    async def scenario(bench):
+        with pytest.raises(APIError) as error:
+            await bench.ask(Video(url=uris[0]), Video(url="data:,text"), Video(url=uris[2]))
+        assert error.value.code == "too_many_videos"
+        assert bench.files() == []
+
+    run(scenario, tmp_path, max_rank=3 * RANK)
+
+
+def test_a_video_by_address_that_failed_for_no_fault_of_its_own_is_tried_again_later(tmp_path, uris, monkeypatch):
+    async def scenario(bench):
+        bench.works = False
+
+        async def ask_and_fail(code):
+            with pytest.raises(APIError):
+                await bench.ask(Video(url=uris[0]), wait=0)
+            for job in bench.catalog.claim_jobs(8):
+                bench.catalog.fail_job(job.adapter_name, code, "it did not work")
+
+        await ask_and_fail("not_enough_memory")
+        for _ in range(2):
+            with pytest.raises(APIError, match="it did not work"):
+                await bench.ask(Video(url=uris[0]))
+        monkeypatch.setattr(remote, "_AGAIN_SECONDS", 0.0)
+        await ask_and_fail("unsupported_codec")  # the new one's
+        assert len(bench.files()) == 2
+        with pytest.raises(APIError, match="it did not work"):
+            await bench.ask(Video(url=uris[0]))  # a fault of the video's is for good
+        assert len(bench.files()) == 2
+
+    run(scenario, tmp_path)
 
 
 def test_damaged_parts_are_made_again(tmp_path):

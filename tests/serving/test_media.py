@@ -73,3 +73,6 @@ def test_only_from_where_the_operator_allows_and_without_redirects(url, monkeypa
     assert load("/picture") == b"picture"
     with pytest.raises(VLLMValidationError, match="redirects are not followed"):
         load("/moved")
+    monkeypatch.setenv("F2L_MAX_FRAMES_BYTES", "6")  # all of it would be read into memory
+    with pytest.raises(VLLMValidationError, match="compress or cut it"):
+        load("/picture")

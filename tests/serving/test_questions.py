@@ -3,7 +3,16 @@ import math
 import pytest
 
 from f2l_vllm.serving.errors import APIError
-from f2l_vllm.serving.questions import Span, Video, names_a_video, options, videos, with_frames, without_videos
+from f2l_vllm.serving.questions import (
+    Span,
+    Video,
+    keep_apart,
+    names_a_video,
+    options,
+    videos,
+    with_frames,
+    without_videos,
+)
 
 
 def part(file_id, **details):
@@ -148,3 +157,17 @@ def test_videos_in_the_input_of_other_routes_are_noticed():
     assert names_a_video([{"role": "user", "content": [{"type": "input_file", "file_id": "x"}]}])
     assert names_a_video([{"content": [{"type": "document", "source": {"type": "stored", "file_id": "file-a"}}]}])
     assert not names_a_video([{"role": "user", "content": [TEXT, IMAGE]}, "file-a"])
+
+
+def test_what_vllm_keeps_under_a_uuid_is_the_tenants_own():
+    pictures = [{**IMAGE, "uuid": "logo"}, {"type": "image_url", "image_url": None, "uuid": "logo"}, {**TEXT}]
+    messages = [user(*pictures), {"role": "assistant", "content": "A logo."}]
+    keep_apart(messages, "newsroom")
+    assert [part.get("uuid") for part in messages[0]["content"]] == ["newsroom/logo", "newsroom/logo", None]
+
+
+@pytest.mark.parametrize("kind", ["f2l-0", "video_url", None])
+def test_a_video_with_a_uuid_is_refused_whatever_its_part_calls_itself(kind):
+    with pytest.raises(APIError) as error:
+        videos("base", [user({"type": kind, "uuid": "u", "video_url": {"url": "data:,"}}, TEXT)])
+    assert (error.value.code, "uuid" in error.value.message) == ("invalid_request", True)

@@ -2,8 +2,12 @@
 
 import asyncio
 import io
+import os
+import signal
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 
 import httpx
 import openai
@@ -248,6 +252,38 @@ def test_metrics_and_health(server, videos):
 def gauge(server, name):
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
     return float(next(line.rsplit(" ", 1)[1] for line in lines if line.startswith(f"{name} ")))
+
+
+@contextmanager
+def hanging_inspectors(server):
+    """What the API server inspects takes for ever: its decoding processes are stopped."""
+    stopped = [pid for pid, command in server.descendants().items() if "decoder_child" in command]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in stopped:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def test_uploads_that_wait_to_be_inspected_hold_up_no_question(server, videos, clips):
+    def create(_):
+        return server.client.files.create(file=clips[0], purpose="vision")
+
+    with ThreadPoolExecutor(40) as threads:
+        for file in threads.map(create, range(4)):  # inspectors are started when there is something to inspect
+            server.client.files.delete(file.id)
+        with hanging_inspectors(server):
+            uploads = [threads.submit(create, i) for i in range(40)]
+            deadline = time.monotonic() + 60
+            while len(list((server.home / "tmp").glob("*/*"))) < 40 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert text(ask(server, videos[1].id))
+            assert not any(upload.done() for upload in uploads)
+        for upload in uploads:
+            server.client.files.delete(upload.result().id)
 
 
 def test_a_client_that_goes_away_gives_its_adapter_back(server, videos):

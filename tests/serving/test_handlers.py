@@ -1,0 +1,32 @@
+import asyncio
+
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from f2l_vllm.serving.asking import Source
+from f2l_vllm.serving.handlers import AnswerStream
+
+FAILED = 'data: {"error":{"message":"the engine is dead","code":500}}\n\n'
+
+
+class LeaseOfADeadEngine:
+    released = False
+
+    async def confirm(self):
+        raise EngineDeadError
+
+    def release(self):
+        self.released = True
+
+
+def test_a_stream_whose_engine_died_ends_with_vllms_error():
+    async def chunks():
+        yield 'data: {"choices":[{"delta":{"content":"A"}}]}\n\n'
+        yield FAILED
+        yield "data: [DONE]\n\n"
+
+    async def answer():
+        return [chunk async for chunk in AnswerStream(chunks(), Source("adapter", lease=lease))]
+
+    lease = LeaseOfADeadEngine()
+    assert asyncio.run(answer())[1:] == [FAILED, "data: [DONE]\n\n"]
+    assert lease.released
