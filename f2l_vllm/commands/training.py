@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,9 @@ def train(
     accumulate: Annotated[int, typer.Option(min=1, help="Parts of a step computed one after the other.")] = 1,
     questions: Annotated[int, typer.Option(min=1, help="Most questions about a video in a step.")] = 8,
     frames: Annotated[str, typer.Option(help="Numbers of frames to mix, e.g. 8,12,16; default: the sampling's.")] = "",
+    longest_edge: Annotated[
+        int | None, typer.Option(min=2, help="Pixels the longer side is read at; default: the hypernetwork's.")
+    ] = None,
     chunks: Annotated[str, typer.Option(help="Numbers of chunks to mix, e.g. 1,1,2.")] = "1",
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-4,
     muon_rate: Annotated[float | None, typer.Option(help="Of Muon, which then takes the matrices.")] = None,
@@ -86,12 +90,14 @@ def train(
                     base_model=model,
                     num_layers=text_config.num_hidden_layers,
                     feature_size=text_config.hidden_size,
-                    modules=module_sizes(base, modules.split(",")),
+                    modules=module_sizes(base, [name.strip() for name in modules.split(",")]),
                     rank=rank,
                     latent_size=latent_size,
                     num_blocks=blocks,
                 )
             )
+        if longest_edge is not None:
+            hyper.config = replace(hyper.config, longest_edge=longest_edge)
         with _bar() as bar:
             task = bar.add_task("training", total=1.0)
             loop = Loop(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from f2l_vllm.hypernetwork.config import ATTENTION_MODULES, HypernetworkConfig
+from f2l_vllm.hypernetwork.config import ATTENTION_MODULES, HypernetworkConfig, check_module
 
 
 def text_model_of(model: nn.Module) -> nn.Module:
@@ -48,7 +48,13 @@ def name_of(model: nn.Module) -> str:
 
 
 def module_sizes(model: nn.Module, names: tuple[str, ...] | list[str]) -> dict[str, tuple[int, int]]:
-    """`HypernetworkConfig.modules` for the given target linears of a model: name -> (d_in, d_out)."""
+    """`HypernetworkConfig.modules` for the given target linears of a model: name -> (d_in, d_out).
+
+    Raises:
+        ValueError: a name that is none of a target linear; the message lists those there are.
+    """
+    for name in names:
+        check_module(name)
     layer = text_layers_of(model)[0]
     linears = {name: target_linear(layer, name) for name in sorted(names)}
     return {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}

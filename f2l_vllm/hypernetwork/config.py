@@ -101,6 +101,12 @@ class HypernetworkConfig:
         return cls(**values)
 
 
+def check_module(name: str) -> None:
+    """Raises ValueError where a text layer has no target linear of that name."""
+    if name not in ATTENTION_MODULES + MLP_MODULES:
+        raise ValueError(f"Unknown target module {name!r}; choose from {[*ATTENTION_MODULES, *MLP_MODULES]}.")
+
+
 def _require_int(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
@@ -111,8 +117,7 @@ def _checked_modules(modules: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
         raise ValueError("modules must name at least one target linear, e.g. {'down_proj': (2560, 960)}.")
     checked = {}
     for name, sizes in sorted(modules.items()):
-        if name not in ATTENTION_MODULES + MLP_MODULES:
-            raise ValueError(f"Unknown target module {name!r}; choose from {[*ATTENTION_MODULES, *MLP_MODULES]}.")
+        check_module(name)
         if not isinstance(sizes, (tuple, list)) or len(sizes) != 2:
             raise ValueError(f"modules[{name!r}] must be (d_in, d_out), got {sizes!r}.")
         for size in sizes:

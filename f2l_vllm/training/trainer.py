@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class TrainingOptions:
         learning_rate: of AdamW, or of everything that is no matrix when `muon_rate` is given.
         muon_rate: learning rate of Muon for the matrices; None for AdamW alone.
         kl: weight of the divergence from the teacher with the frames in its context.
-        frames: numbers of frames to mix; empty for the hypernetwork's own sampling.
+        frames: numbers of frames to mix, the largest of which becomes the hypernetwork's own; empty for its own alone.
         chunks: numbers of chunks to mix.
         precision: of the computation; weights and optimizer stay in fp32.
 
@@ -166,6 +166,8 @@ class Trainer:
             accumulate=options.accumulate,
             identity=self._identity(lessons, options, sampling),
         )
+        if options.frames:  # what it has learned to read is what it reads wherever it is used
+            self.hyper.config = replace(config, max_frames=max(options.frames))
         result |= {"videos": len(lessons), "left_out": lessons.unusable}
         if held_out is not None:
             result["validation_loss"] = {"before": before, "after": self.validate(held_out, options)}

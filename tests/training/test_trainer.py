@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
 
 from f2l_vllm import models
+from f2l_vllm.cli import app
 from f2l_vllm.hypernetwork.adapter import apply_factors
 from f2l_vllm.hypernetwork.base_model import module_sizes
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
@@ -251,8 +253,16 @@ def test_a_step_that_cannot_be_shared_evenly_is_refused(trainer, examples, video
         trainer.train(examples, TrainingOptions(steps=1, videos=videos, accumulate=accumulate))
 
 
-STEPS = "--steps 30 --videos 2 --questions 3 --frames 4 --chunks 1,2"
+STEPS = "--steps 30 --videos 2 --questions 3 --frames 4 --longest-edge 48 --chunks 1,2"
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+
+
+def test_the_frames_it_is_trained_on_become_its_own(trainer, examples):
+    trainer.hyper.config = replace(trainer.hyper.config, max_frames=12)
+    trainer.train(examples, TrainingOptions(steps=1, videos=1))
+    assert trainer.hyper.config.max_frames == 12
+    trainer.train(examples, TrainingOptions(steps=1, videos=1, frames=(4, 8, 6)))
+    assert trainer.hyper.config.max_frames == 8
 
 
 def train_command(folder: Path, manifest: Path, *launch: str, steps: str = STEPS) -> list[str]:
@@ -286,8 +296,28 @@ def test_the_command_goes_on_after_a_kill_as_if_there_had_been_none(examples, tm
     for name in ("config.json", "model.safetensors"):
         assert (killed / "hypernetwork" / name).read_bytes() == (unbroken / "hypernetwork" / name).read_bytes()
     trained = Hypernetwork.load(killed / "hypernetwork", dtype=None)
-    assert trained.config.rank == 4
+    assert (trained.config.rank, trained.config.max_frames, trained.config.longest_edge) == (4, 4, 48)
     assert {parameter.dtype for parameter in trained.parameters()} == {torch.float32}, "as it was trained and validated"
+
+
+@pytest.mark.parametrize(("modules", "wrong"), [("down_projj", "down_projj"), ("q_proj,,up_proj", "")])
+def test_a_module_that_there_is_not_is_refused_with_those_there_are(examples, tmp_path, modules, wrong):
+    manifest = tmp_path / "manifest.jsonl"
+    write_manifest(manifest, examples)
+    options = ["train", str(tmp_path / "run"), "--manifest", str(manifest), "--modules", modules]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 2
+    shown = " ".join(result.output.replace("│", " ").split())
+    assert f"Unknown target module {wrong!r}; choose from ['q_proj'," in shown
+
+
+def test_blanks_between_modules_do_not_matter(examples, tmp_path):
+    manifest = tmp_path / "manifest.jsonl"
+    write_manifest(manifest, examples)
+    command = train_command(tmp_path / "run", manifest, steps="--steps 1 --videos 1")
+    result = CliRunner().invoke(app, [*command[3:], "--modules", "up_proj, down_proj"])
+    assert result.exit_code == 0, result.output
+    assert list(Hypernetwork.load(tmp_path / "run" / "hypernetwork").config.modules) == ["down_proj", "up_proj"]
 
 
 def test_two_processes_learn_what_one_does(examples, tmp_path):
