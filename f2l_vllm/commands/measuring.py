@@ -12,7 +12,10 @@ def bench(
     suite: Annotated[
         str, typer.Argument(help="latency, amortise, throughput, tax, capacity, or the path of a suite's YAML file.")
     ],
-    json_to: Annotated[Path, typer.Option("--json", help="Write the results here, after every cell.", dir_okay=False)],
+    json_to: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the results here, after every cell; default: SUITE.json.", dir_okay=False),
+    ] = None,
     shape: Annotated[
         str | None, typer.Option(help="tiny (the default), or random weights of a released shape: 500m, 2.2b.")
     ] = None,
@@ -53,6 +56,7 @@ def bench(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    json_to = json_to or Path(f"{Path(suite).stem}.json")
     run(suite, shape, model, hypernetwork, changes, work, resume, json_to, plots, markdown_to)
 
 

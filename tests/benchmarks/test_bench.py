@@ -98,3 +98,9 @@ def test_a_result_of_another_configuration_is_not_resumed(tmp_path: Path) -> Non
     assert ran.exit_code == 2
     assert "leave out --resume" in ran.output
     assert [row["frames"] for row in json.loads(Path(target).read_text())["rows"]] == [8]
+
+
+def test_without_a_place_the_result_has_the_suites_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, ["bench", "capacity", "--shape", "tiny", "--frames", "8"]).exit_code == 0
+    assert json.loads((tmp_path / "capacity.json").read_text())["suite"] == "capacity"
