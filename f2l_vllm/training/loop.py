@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, reduce
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor, nn
 
 from f2l_vllm.hypernetwork.files import sync
@@ -113,6 +113,7 @@ class Loop:
         schedule: Schedule,
         accumulate: int = 1,
         identity: Mapping[str, Any] | None = None,
+        notes: dict[str, str] | None = None,
     ) -> dict[str, float]:
         """Train until `steps` steps are done, counting those of an earlier run that was stopped.
 
@@ -122,6 +123,8 @@ class Loop:
             schedule: factor on the learning rates, of a step and the number of steps.
             accumulate: losses per step and process; with those of the other processes they are averaged by weight.
             identity: what the steps depend on besides, by name, in plain types; another one is another run.
+            notes: what a process adds to it on the way goes into the checkpoint and comes back from it; in the end it
+                holds the notes of all processes.
 
         Returns:
             The first and the last, smoothed loss, and the CPU seconds of this process.
@@ -129,6 +132,7 @@ class Loop:
         Raises:
             ValueError: the folder holds the checkpoint of another run; the message names what is different.
         """
+        notes = {} if notes is None else notes
         run: dict[str, Any] = {
             "seed": self.seed,
             "steps": steps,
@@ -151,6 +155,7 @@ class Loop:
             module.load_state_dict(kept["module"])
             optimizer.load_state_dict(kept["optimizer"])
             losses, first, cpu_seconds = Losses(*kept["losses"]), kept["step"], kept["cpu_seconds"]
+            notes |= kept.get("notes", {})
         self._cut_log(stage, first)
         self.wait()  # a process that is late must not find the checkpoint that another one writes from here on
         module.train()
@@ -166,7 +171,11 @@ class Loop:
                 share = loss.weight if accumulate * self.processes > 1 else 1.0  # a mean that is alone stays as it is
                 (loss.mean * share).backward()
                 total, weight, figures = total + loss.mean.item() * share, weight + share, loss.figures
-            total = self._average(optimizer, total, weight)
+            late = path is not None and self.is_main and time.monotonic() - saved > self._save_seconds
+            total, late = self._average(optimizer, total, weight, late)
+            to_keep = late or step == steps - 1
+            if to_keep:
+                self._gather(notes)
             factor = schedule(step, steps)
             norm = optimizer.step(factor)
             losses.add(total)
@@ -174,12 +183,13 @@ class Loop:
                 figures = {"loss": total, "smoothed": losses.smoothed, **figures, "norm": norm, "factor": factor}
                 self._log(stage, step, steps, figures, time.process_time() - started)
                 report(self.on_progress, stage, step, steps, figures)
-                if path is not None and (time.monotonic() - saved > self._save_seconds or step == steps - 1):
+                if path is not None and to_keep:
                     kept = {
                         "run": run,
                         "step": step + 1,
                         "losses": [losses.first, losses.smoothed, losses.count],
                         "cpu_seconds": time.process_time() - started,
+                        "notes": dict(notes),
                         "module": module.state_dict(),
                         "optimizer": optimizer.state_dict(),
                     }
@@ -191,11 +201,15 @@ class Loop:
             result = broadcast_object_list([result])[0]
         return result
 
-    def _average(self, optimizer: MuonAdamW, total: float, weight: float) -> float:
+    def _average(self, optimizer: MuonAdamW, total: float, weight: float, late: bool) -> tuple[float, bool]:
         """Turn the sums of all processes' parts into means by weight: the gradients in place, the loss returned.
 
         Args:
             total, weight: this process's sums of weighted losses, and of weights.
+            late: whether it is time for a checkpoint by this process's clock.
+
+        Returns:
+            The mean loss, and whether it is time for a checkpoint by any process's clock.
         """
         if self.processes > 1:
             for parameter in optimizer.parameters:
@@ -203,15 +217,21 @@ class Loop:
                     parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in optimizer.parameters if parameter.grad is not None]
         if self.processes > 1:
-            sums = torch.tensor([total, weight], device=gradients[0].device)
+            sums = torch.tensor([total, weight, late], device=gradients[0].device)
             flat = reduce(torch.cat([*(gradient.flatten() for gradient in gradients), sums]), reduction="sum")
             *parts, sums = flat.split([*(gradient.numel() for gradient in gradients), len(sums)])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
-            total, weight = sums.tolist()
+            total, weight, late = sums.tolist()
         for gradient in gradients:
             gradient.div_(weight)
-        return total / weight
+        return total / weight, bool(late)
+
+    def _gather(self, notes: dict[str, str]) -> None:
+        """Give every process the notes of all; all have to call it."""
+        if self.processes > 1:
+            for others in gather_object([notes]):
+                notes |= others
 
     def _log(self, stage: str, step: int, steps: int, figures: dict[str, float], seconds: float) -> None:
         if self._folder is None or (step % LOG_EVERY and step != steps - 1):

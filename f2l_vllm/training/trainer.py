@@ -165,6 +165,7 @@ class Trainer:
             schedule=warm_cosine,
             accumulate=options.accumulate,
             identity=self._identity(lessons, options, sampling),
+            notes=lessons.unusable,
         )
         if options.frames:  # what it has learned to read is what it reads wherever it is used
             self.hyper.config = replace(config, max_frames=max(options.frames))

@@ -27,7 +27,7 @@ from f2l_vllm.training.loop import LOG_FILE, Loop
 from f2l_vllm.training.manifest import Example, write_manifest
 from f2l_vllm.training.optimizer import MuonAdamW
 from f2l_vllm.training.render import write_mp4
-from f2l_vllm.training.trainer import Trainer, TrainingOptions
+from f2l_vllm.training.trainer import REPORT_FILE, Trainer, TrainingOptions
 from f2l_vllm.training.world import sample_scenes
 from f2l_vllm.video.sample import Sampling, sample_video
 
@@ -321,15 +321,22 @@ def test_blanks_between_modules_do_not_matter(examples, tmp_path):
 
 
 def test_two_processes_learn_what_one_does(examples, tmp_path):
-    """All questions but one are about one video, so the processes' parts of a step are of very different lengths."""
+    """All questions but one are about one video, so the processes' parts of a step are of very different lengths. The
+    second process alone comes upon the broken video."""
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    broken = Example("x", tmp_path / "broken.mp4", "What?", "No.", "caption", "world", "train")
     manifest = tmp_path / "manifest.jsonl"
-    write_manifest(manifest, [example for example in examples if example.id.startswith("0-") or example.id == "1-0"])
+    uneven = [example for example in examples if example.id.startswith("0-") or example.id == "1-0"]
+    write_manifest(manifest, [*uneven, broken])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, launch in (("one", ()), ("two", TWO_PROCESSES)):
-        command = train_command(tmp_path / name, manifest, *launch, steps="--steps 2 --videos 2 --questions 20")
+        command = train_command(tmp_path / name, manifest, *launch, steps="--steps 1 --videos 2 --questions 20")
         assert subprocess.run(command, env=environment).returncode == 0
     for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert (two["loss"], two["norm"]) == pytest.approx((one["loss"], one["norm"]), rel=1e-3)
+    left_out = [json.loads((tmp_path / name / REPORT_FILE).read_text())["left_out"] for name in ("one", "two")]
+    assert left_out[0] == left_out[1]
+    assert ["broken.mp4" in key for key in left_out[1]] == [True]
 
 
 @pytest.fixture(scope="module")
