@@ -33,7 +33,7 @@ def train(
     modules: NewModules = "down_proj",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default: by --epochs.")] = None,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the videos.")] = 1.0,
-    videos: Annotated[int, typer.Option(min=1, help="Videos per step, of all processes together.")] = 8,
+    videos: Annotated[int, typer.Option(min=1, help="Videos per step, of all processes and parts together.")] = 8,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts of a step computed one after the other.")] = 1,
     questions: Annotated[int, typer.Option(min=1, help="Most questions about a video in a step.")] = 8,
     frames: Annotated[str, typer.Option(help="Numbers of frames to mix, e.g. 8,12,16; default: the sampling's.")] = "",

@@ -323,13 +323,20 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}): it is damaged or was not copied to its end. Copy or download it again."
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} cannot be read ({error}): it is damaged or was not copied to its end. Copy or download it again."
+    )
 
 
 def _read_directory_config(directory: Path) -> HypernetworkConfig:
-    values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    try:
+        values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(directory / CONFIG_FILE, error) from error
     found = values.pop("format", None) if isinstance(values, dict) else None
     if found != FORMAT:
         raise ValueError(f"{directory / CONFIG_FILE} has format {found!r}, expected {FORMAT!r}: not a hypernetwork.")

@@ -50,7 +50,7 @@ class TrainingOptions:
     Attributes:
         epochs: passes over the manifest's videos; ignored when `steps` is given.
         steps: optimizer steps.
-        videos: per step, all processes and accumulated parts together.
+        videos: per step, all processes and accumulated parts together: a multiple of their product.
         accumulate: parts a process computes one after the other in a step.
         questions: asked about a video in one step, at most.
         learning_rate: of AdamW, or of everything that is no matrix when `muon_rate` is given.

@@ -92,13 +92,14 @@ def test_a_directory_without_or_with_another_model_is_explained(tmp_path: Path) 
         Hypernetwork.load("/nowhere/at/all")
 
 
-@pytest.mark.parametrize("kept", [0, 7, 0.5, 0.99])
-def test_weights_that_were_not_copied_to_their_end_are_named(kept: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.99])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_that_was_not_copied_to_its_end_is_named(name: str, part: float, tmp_path: Path) -> None:
     make().save(tmp_path / "h")
-    path = tmp_path / "h" / "model.safetensors"
+    path = tmp_path / "h" / name
     content = path.read_bytes()
-    path.write_bytes(content[: int(kept * len(content)) if 0 < kept < 1 else int(kept)])
-    with pytest.raises(ValueError, match=r"h/model\.safetensors cannot be read .*Copy or download it again"):
+    path.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(ValueError, match=rf"h/{name} cannot be read .*Copy or download it again"):
         Hypernetwork.load(tmp_path / "h")
 
 
