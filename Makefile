@@ -14,7 +14,7 @@ TORCH_INDEX ?=
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## Create .venv with everything in it (once; about 7 GB)
+setup: $(STAMP) ## Create .venv with everything in it (once; 6.3 GB)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or later is needed, this is {v.major}.{v.minor}; try: make setup PYTHON=python3.11")'

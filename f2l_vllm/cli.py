@@ -32,7 +32,8 @@ ChunkFrames = Annotated[int | None, typer.Option(min=1, help="Cut videos into ch
 MergeRate = Annotated[
     float | None, typer.Option(help="Part of a video's visual tokens to merge away before it is internalized.")
 ]
-MaxChunks = Annotated[int | None, typer.Option(min=1, help="Most chunks of a video (each adds to the LoRA rank).")]
+_MAX_CHUNKS = "Most chunks of a video (each adds to the LoRA rank); default: serve 3, internalize 15."
+MaxChunks = Annotated[int | None, typer.Option(min=1, help=_MAX_CHUNKS)]
 
 
 def _version(value: bool) -> None:

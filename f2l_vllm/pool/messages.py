@@ -8,6 +8,7 @@ from typing import Any
 
 from f2l_vllm.adapters.states import VideoState
 from f2l_vllm.video.decoder import DecodeLimits
+from f2l_vllm.video.probe import Limits
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,8 @@ class WorkerSpec:
     home: Path
     base_name: str
     max_rank: int
-    max_seconds: float
-    max_pixels: int
     threads: int
+    limits: Limits = field(default_factory=Limits)
     max_frames: int | None = None
     fps: float | None = None
     chunk_seconds: float | None = None

@@ -38,15 +38,15 @@ class HypernetworkWorker:
         from f2l_vllm.hypernetwork.proof import Proof
         from f2l_vllm.video.chunks import Chunking
         from f2l_vllm.video.decoder import IsolatedDecoder
-        from f2l_vllm.video.probe import Limits
         from f2l_vllm.video.sample import Sampling
 
         torch.set_num_threads(max(1, spec.threads))
         self._spec = spec
         self._store = Store(spec.home, url=spec.store)
         self._shapes = BaseShapes.read(spec.model)
-        limits = Limits(max_duration_s=spec.max_seconds, max_pixels=spec.max_pixels)
-        self._internalizer = Internalizer.load(spec.model, spec.hypernetwork, limits=limits, merge_rate=spec.merge_rate)
+        self._internalizer = Internalizer.load(
+            spec.model, spec.hypernetwork, limits=spec.limits, merge_rate=spec.merge_rate
+        )
         self._decoder = self._internalizer.decoder = IsolatedDecoder(spec.decode)
         self._proof = Proof(self._internalizer.model, self._internalizer.processor.tokenizer)
         self._cancelled: set[str] = set()

@@ -48,8 +48,6 @@ class Bench:
             home=home,
             base_name="base",
             max_rank=64,
-            max_seconds=3600,
-            max_pixels=10**7,
             threads=1,
             batch_tokens=4096,
         )
