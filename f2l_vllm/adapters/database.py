@@ -87,7 +87,7 @@ def _engine(url: str, busy_seconds: float) -> Engine:
             return create_engine(parsed, connect_args=session, pool_pre_ping=True, **options)
         engine = create_engine(parsed, connect_args={"timeout": busy_seconds, "check_same_thread": False}, **options)
     except (ModuleNotFoundError, NoSuchModuleError) as error:
-        message = f"no driver for {parsed.drivername}: install it with pip install 'f2l-vllm[postgres]', or '.[postgres]' in a checkout"
+        message = f"no driver for {parsed.drivername}: install it, for PostgreSQL with pip install 'psycopg[binary]'"
         raise ValueError(message) from error
 
     @event.listens_for(engine, "connect")
