@@ -11,7 +11,7 @@ from f2l_vllm.video.decoder import DecodeLimits
 from f2l_vllm.video.probe import Limits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
     """What a worker loads at start, and how it reads videos. Paths are on a file system shared with the server.
 

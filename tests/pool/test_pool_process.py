@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pool.test_pool import Bench, hanging_decoders, until
+from pool.test_pool import WAIT_SECONDS, Bench, hanging_decoders, until
 from video.videos import write_video
 
 from f2l_vllm.adapters.states import VideoState
@@ -73,14 +73,18 @@ def test_a_pool_whose_server_is_gone_stops(tmp_path, hypernetwork_model):
         "from f2l_vllm.pool.messages import WorkerSpec\n"
         "from f2l_vllm.pool.process import PoolProcess\n"
         f"home, model = Path({str(home)!r}), Path({str(hypernetwork_model)!r})\n"
-        "spec = WorkerSpec(model, model / 'hypernetwork', home, 'base', 64, 3600.0, 10**7, 1)\n"
+        "spec = WorkerSpec(\n"
+        "    model=model, hypernetwork=model / 'hypernetwork', home=home, base_name='base', max_rank=64, threads=1\n"
+        ")\n"
         "pool = PoolProcess(spec, lambda *_: None)\n"
         "pool.start()\n"
-        "while not pool.workers:\n"
+        f"end = time.monotonic() + {WAIT_SECONDS}\n"
+        "while not pool.workers and time.monotonic() < end:\n"
         "    time.sleep(0.05)\n"
-        "sys.stdout.write(str(pool._process.pid) + '\\n')\n"
+        "sys.stdout.write(str(pool._process.pid if pool.workers else 0) + '\\n')\n"
         "sys.stdout.flush()\n"
-        "time.sleep(600)\n"
+        "if pool.workers:\n"
+        "    time.sleep(600)\n"
     )
     server = subprocess.Popen(
         [sys.executable, "-c", program],
@@ -89,6 +93,7 @@ def test_a_pool_whose_server_is_gone_stops(tmp_path, hypernetwork_model):
         env={**os.environ, "F2L_HOME": str(home)},
     )
     pool_pid = int(server.stdout.readline())
+    assert pool_pid, "no worker was ready in time"
     assert len(session(pool_pid)) > 2  # Ray and the worker
     server.kill()
     server.wait()
