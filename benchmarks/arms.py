@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 # Frames that were seen before cost a server less; where that is not what an arm is about, nothing is kept.
 _NOTHING_KEPT = ("--no-enable-prefix-caching", "--mm-processor-cache-gb", "0")
+# Prefixes are cached by whole blocks, so a question reads the end of the video's last block anew, and for that vLLM
+# encodes the whole video again unless its encoder cache holds it, whose size in tokens is that of a step.
+_ALL_KEPT = ("--enable-prefix-caching", "--max-num-batched-tokens", "65536")
 _MERGE = "{merge_rate}"
 
 
@@ -61,7 +64,7 @@ ARMS = {
         Arm("adapter-cold", "adapter", cold=True),
         Arm("adapter-merged", "adapter", cold=True, env=(("F2L_MERGE_RATE", _MERGE),)),
         Arm("frames", "frames"),
-        Arm("frames-cached", "frames", warmed=True, flags=("--enable-prefix-caching",), workers=False),
+        Arm("frames-cached", "frames", warmed=True, flags=_ALL_KEPT, workers=False),
         Arm("frames-merged", "frames", flags=(*_NOTHING_KEPT, "--video-pruning-rate", _MERGE), workers=False),
     )
 }

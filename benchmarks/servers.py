@@ -34,7 +34,8 @@ class Room:
         sequences: in work at a time.
         frames: of the longest video.
         videos: whose adapters stay in host memory.
-        kv_gib: None: enough for all sequences at their longest.
+        kv_gib: None: enough for all sequences at their longest, and for the videos whose KV is to stay.
+        kept: how many those are.
     """
 
     tokens: int
@@ -42,11 +43,12 @@ class Room:
     frames: int
     videos: int
     kv_gib: float | None = None
+    kept: int = 0
 
     def flags(self, subject: Subject, costs: Costs) -> list[str]:
         """For `f2l-vllm serve`, the same for all arms."""
         length = -(-self.tokens // 256) * 256
-        kv = max(_LEAST_KV, int(length * (self.sequences + 1) * costs.kv_bytes_per_token))
+        kv = max(_LEAST_KV, int(length * (self.sequences + self.kept + 1) * costs.kv_bytes_per_token))
         if self.kv_gib is not None:
             kv = int(self.kv_gib * 2**30)
         sampling = {"video": {"max_frames": self.frames, "fps": 1}}

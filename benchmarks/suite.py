@@ -126,8 +126,8 @@ class Throughput(OfVideos):
     """Many videos asked at once.
 
     Attributes:
-        requests, frames_requests: asked in each round, of arms that answer from adapters and from frames; the latter
-            are the first of the former.
+        requests, frames_requests: asked in each round, of arms that know the videos, as adapters or by their KV, and of
+            those that read the frames at every question; the latter are the first of the former.
         popularity: how often each video is asked; `zipf`: the n-th as often as 1 / n ** zipf_alpha.
         arrivals: `closed`: `concurrency` askers, each with its next question when the last is answered; `poisson`:
             `request_rate` questions a second whatever the server does, at most `concurrency` of them in work.

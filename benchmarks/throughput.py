@@ -31,7 +31,8 @@ async def run(suite: suites.Throughput, subject: Subject, folder: Path, results:
     costs = Costs(subject)
     arms = [ARMS[name] for name in suite.arms]
     tokens = costs.longest_prompt(suite.questions, suite.frames) + suite.output_tokens
-    room = Room(tokens, max(suite.concurrency), suite.frames, suite.videos, suite.kv_gib)
+    kept = suite.videos if any(arm.warmed for arm in arms) else 0
+    room = Room(tokens, max(suite.concurrency), suite.frames, suite.videos, suite.kv_gib, kept)
     todo = [
         (popularity, concurrency)
         for popularity in suite.popularity
@@ -54,7 +55,8 @@ async def run(suite: suites.Throughput, subject: Subject, folder: Path, results:
             for number in range(suite.rounds):
                 whole = _trace(suite, popularity, number)
                 for arm in askers.turn(number):
-                    asked = whole[: suite.requests if arm.reads == "adapter" else suite.frames_requests]
+                    known = arm.warmed or arm.reads == "adapter"
+                    asked = whole[: suite.requests if known else suite.frames_requests]
                     answers, seconds = await _replay(arm, askers, videos, asked, suite, concurrency)
                     found[arm.name].append((answers, seconds))
                     rate = len(answers) / seconds
