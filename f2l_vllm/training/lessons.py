@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -86,10 +87,18 @@ class Lessons:
         return len(self._keys)
 
     def digest(self) -> str:
-        """16 hex digits that change with any video's name, span, question or answer, and with their order."""
+        """16 hex digits that change with any video's name, span, question or answer, and with their order.
+
+        They stay when the folder that holds all the videos moves.
+        """
+        folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path, _ in self._videos])
         taught = [
-            [str(key), [(example.prompt, example.target_text, example.task_type) for example in examples]]
-            for key, examples in self._videos.items()
+            [
+                os.path.relpath(path, folder),
+                span,
+                [(example.prompt, example.target_text, example.task_type) for example in examples],
+            ]
+            for (path, span), examples in self._videos.items()
         ]
         return hashlib.sha256(json.dumps(taught).encode()).hexdigest()[:16]
 

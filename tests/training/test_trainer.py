@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -385,3 +386,19 @@ def test_a_run_goes_on_with_the_same_examples_and_sampling_alone(examples, train
         trainer.train(examples, options)
     trainer.hyper.config = as_trained
     assert trainer.train(examples, options)["steps"] == 1
+
+
+def test_a_run_goes_on_when_the_folder_of_its_videos_has_moved(examples, trainer, kept_run, tmp_path):
+    options = TrainingOptions(steps=1, videos=2, questions=1)
+    trainer.loop = Loop(kept_run)
+    shutil.copytree(examples[0].video_path.parent, tmp_path / "moved")
+    moved = [replace(example, video_path=tmp_path / "moved" / example.video_path.name) for example in examples]
+    assert trainer.train(moved, options)["steps"] == 1
+    names = {"0.mp4": "1.mp4", "1.mp4": "0.mp4"}
+    paths = {example.video_path.name: example.video_path for example in moved}
+    swapped = [
+        replace(example, video_path=paths[names.get(example.video_path.name, example.video_path.name)])
+        for example in moved
+    ]
+    with pytest.raises(ValueError, match=r"\(other examples\)"):
+        trainer.train(swapped, options)
