@@ -54,7 +54,7 @@ def main() -> None:
         arm, shape, dtype, tokens = options.memory_of
         print(json.dumps(peak_memory(arm, shape, dtype, int(tokens))))
         return
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"matrix_product_gflops": {name: gflops(dtype) for name, dtype in DTYPES.items()}}
     for shape in options.shapes:
         for tokens in options.tokens:
             results[f"{shape}, {tokens} tokens"] = measure(shape, tokens, options.rounds)
@@ -97,6 +97,17 @@ def measure(shape: str, tokens: int, rounds: int) -> dict[str, Any]:
             )
         row["largest_difference_fp32_over_largest_value"] = difference
     return row
+
+
+def gflops(dtype: torch.dtype, size: int = 2048, rounds: int = 7) -> float:
+    """What torch's own product of square matrices does on this machine, 10^9 operations a second, median."""
+    a, b = torch.ones(2, size, size, dtype=dtype)
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        F.linear(a, b)
+        seconds.append(time.perf_counter() - started)
+    return round(2 * size**3 / statistics.median(seconds) / 1e9, 1)
 
 
 def fresh_process(arm: str, shape: str, dtype: str, tokens: int) -> float:
