@@ -76,6 +76,9 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], vllm_fl
         **settings,
         "F2L_HYPERNETWORK": str(weights),
         "VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, *PLUGINS])),
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": os.environ.get(
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(engine_defaults.KEEP_ALIVE_SECONDS)
+        ),
         "RAY_USAGE_STATS_ENABLED": "0",
         **openmp_defaults(os.environ),
     }

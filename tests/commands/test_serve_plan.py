@@ -1,3 +1,4 @@
+import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -21,6 +22,16 @@ def test_the_flags_follow_from_the_hypernetwork(hypernetwork_model):
     assert launch.env["F2L_HYPERNETWORK"] == str(hypernetwork_model / "hypernetwork")
     assert launch.env["F2L_HOME"] == "/data"
     assert launch.env["VLLM_PLUGINS"].split(",") == list(PLUGINS)
+
+
+def test_idle_connections_outlive_a_clients_use_of_them_unless_told_otherwise(hypernetwork_model, monkeypatch):
+    def seconds():
+        return int(plan(str(hypernetwork_model), None, {}, []).env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"])
+
+    monkeypatch.delenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", raising=False)
+    assert seconds() > httpx.Limits().keepalive_expiry
+    monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "3")
+    assert seconds() == 3
 
 
 def test_what_the_user_says_wins(hypernetwork_model):

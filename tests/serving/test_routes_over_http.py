@@ -1,5 +1,8 @@
 """Of all the routes vLLM has, those listed exist, and nothing else."""
 
+import time
+from http.client import HTTPConnection
+
 import httpx
 import pytest
 from fastapi import FastAPI
@@ -56,3 +59,16 @@ def test_an_operator_opens_more():
     keep_listed_routes(app, ["/tokenize"])
     assert {r.path for r in app.routes if isinstance(r, APIRoute)} == {"/tokenize", "/v1/chat/completions"}
     assert not [r for r in app.routes if r.path in ("/docs", "/openapi.json")]  # nor is the app's own documentation
+
+
+def test_a_connection_is_still_open_when_clients_stop_using_theirs(server):
+    """Clients on httpx use one for 5 s, after which vLLM's server alone would have closed it."""
+    where = httpx.URL(server.url)
+    connection = HTTPConnection(where.host, where.port, timeout=30)
+    connection.request("GET", "/health")
+    connection.getresponse().read()
+    socket = connection.sock
+    time.sleep(6)
+    connection.request("GET", "/health")
+    assert connection.getresponse().status == 200
+    assert connection.sock is socket
