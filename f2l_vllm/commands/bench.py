@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 import yaml
-from openai import APIError
+from openai import APIConnectionError, APIError
 from rich.console import Console
 
 from benchmarks import plots, report, run, shapes
@@ -61,7 +61,8 @@ def bench(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     except (ServerFailed, APIError, WrongAnswer, TrafficFailed) as error:
-        console.print(str(error), style="red", markup=False, highlight=False)
+        cause = f" ({error.__cause__!r})" if isinstance(error, APIConnectionError) else ""  # openai's message has none
+        console.print(f"{error}{cause}", style="red", markup=False, highlight=False)
         if json_to.exists():
             console.print(f"{json_to} holds the cells that were measured; --resume goes on from there")
         raise typer.Exit(1) from error
