@@ -11,7 +11,8 @@ from typing import Any, Literal
 _NOTHING_KEPT = ("--no-enable-prefix-caching", "--mm-processor-cache-gb", "0")
 # Prefixes are cached by whole blocks, so a question reads the end of the video's last block anew, and for that vLLM
 # encodes the whole video again unless its encoder cache holds it, whose size in tokens is that of a step.
-_ALL_KEPT = ("--enable-prefix-caching", "--max-num-batched-tokens", "65536")
+_KEPT = "{kept_tokens}"
+_ALL_KEPT = ("--enable-prefix-caching", "--max-num-batched-tokens", _KEPT)
 _MERGE = "{merge_rate}"
 
 
@@ -23,7 +24,8 @@ class Arm:
         reads: what a question is answered from.
         cold: its question is the first about the video, whose upload and internalization it waits for.
         warmed: another question about the video is answered before, so that the server has the video's KV.
-        flags, env: of its server, in which `{merge_rate}` stands for the suite's.
+        flags, env: of its server, in which `{merge_rate}` stands for the suite's and `{kept_tokens}` for those of all
+            videos that are to stay known.
         workers: its server internalizes.
     """
 
@@ -40,12 +42,14 @@ class Arm:
         """Whether visual tokens are merged, in its prompts or before the hypernetwork reads them."""
         return any(_MERGE in word for word in (*self.flags, *dict(self.env).values()))
 
-    def server(self, merge_rate: float) -> ServerKind:
+    def server(self, merge_rate: float, kept_tokens: int) -> ServerKind:
         """The server it needs."""
-        rate = f"{merge_rate:g}"
-        flags = tuple(flag.replace(_MERGE, rate) for flag in self.flags)
-        env = tuple((name, value.replace(_MERGE, rate)) for name, value in self.env)
-        return ServerKind(flags, env, self.workers)
+
+        def filled(word: str) -> str:
+            return word.replace(_MERGE, f"{merge_rate:g}").replace(_KEPT, str(kept_tokens))
+
+        env = tuple((name, filled(value)) for name, value in self.env)
+        return ServerKind(tuple(map(filled, self.flags)), env, self.workers)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Askers:
         self._suite = suite
         self._arms = [ARMS[name] for name in suite.arms]
         self._flags = room.flags(subject, costs)
+        self._kept_tokens = room.kept_tokens
         start = video_server(subject, folder, self._flags, suite.serve_flags)
         self._servers = Servers(start, suite.servers_at_once, self._warm)
         self._files: dict[tuple[ServerKind, Path], str] = {}
@@ -135,7 +136,7 @@ class Askers:
         return self.films.make(frames, edge, "fresh", uuid.uuid4().hex[:12])
 
     def _kind(self, arm: Arm) -> ServerKind:
-        return arm.server(self._suite.merge_rate)
+        return arm.server(self._suite.merge_rate, self._kept_tokens)
 
     async def _client(self, arm: Arm) -> tuple[Client, str]:
         return await self._client_of(await self._servers.get(self._kind(arm)))

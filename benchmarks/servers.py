@@ -45,19 +45,33 @@ class Room:
     kv_gib: float | None = None
     kept: int = 0
 
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return -(-self.tokens // 256) * 256
+
+    @property
+    def step(self) -> int:
+        """Tokens of a step."""
+        return min(max(self.length, 2048), _MOST_BATCHED)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens of all videos whose KV is to stay; at least a step's."""
+        return max(self.step, self.kept * self.length)
+
     def flags(self, subject: Subject, costs: Costs) -> list[str]:
         """For `f2l-vllm serve`, the same for all arms."""
-        length = -(-self.tokens // 256) * 256
-        kv = max(_LEAST_KV, int(length * (self.sequences + self.kept + 1) * costs.kv_bytes_per_token))
+        kv = max(_LEAST_KV, int(self.length * (self.sequences + self.kept + 1) * costs.kv_bytes_per_token))
         if self.kv_gib is not None:
             kv = int(self.kv_gib * 2**30)
         sampling = {"video": {"max_frames": self.frames, "fps": 1}}
         chosen = {
             "--hypernetwork": subject.hypernetwork,
             "--dtype": subject.dtype,
-            "--max-model-len": length,
+            "--max-model-len": self.length,
             "--max-num-seqs": self.sequences,
-            "--max-num-batched-tokens": min(max(length, 2048), _MOST_BATCHED),
+            "--max-num-batched-tokens": self.step,
             "--kv-cache-memory-bytes": kv,
             "--max-loras": self.sequences,
             "--max-cpu-loras": self.videos + self.sequences,

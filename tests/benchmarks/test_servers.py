@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from benchmarks import shapes
-from benchmarks.arms import ServerKind
+from benchmarks.arms import ARMS, ServerKind
 from benchmarks.costs import Costs
 from benchmarks.servers import Room, Servers
 
@@ -78,3 +78,17 @@ def test_a_server_has_room_for_what_it_will_be_asked() -> None:
     assert flags["--max-loras"] == flags["--max-num-seqs"] == "3"
     assert flags["--max-frames"] == "12"
     assert json.loads(flags["--media-io-kwargs"])["video"] == {"max_frames": 12, "fps": 1}
+
+
+def test_videos_that_stay_known_have_room_in_the_kv_and_the_encoder_cache() -> None:
+    subject = shapes.of_shape(shapes.TINY, Path("unused"))
+    costs = Costs(subject)
+    for videos in (64, 1000):
+        room = Room(tokens=1000, sequences=3, frames=12, videos=videos, kept=videos)
+        words = room.flags(subject, costs)
+        assert int(words[words.index("--kv-cache-memory-bytes") + 1]) >= videos * 1000 * costs.kv_bytes_per_token
+        flags = ARMS["frames-cached"].server(0.7, room.kept_tokens).flags
+        assert int(flags[flags.index("--max-num-batched-tokens") + 1]) >= videos * 1000
+    alone = Room(tokens=1000, sequences=3, frames=12, videos=64)
+    words = alone.flags(subject, costs)
+    assert words[words.index("--max-num-batched-tokens") + 1] == str(alone.kept_tokens)

@@ -80,7 +80,7 @@ def test_a_pair_that_is_none_is_refused() -> None:
 
 
 def test_arms_with_the_same_server_share_it_and_merging_ones_say_how_much() -> None:
-    kinds = {name: arm.server(0.7) for name, arm in ARMS.items()}
+    kinds = {name: arm.server(0.7, 4096) for name, arm in ARMS.items()}
     assert kinds["adapter"] == kinds["adapter-cold"] == kinds["frames"]
     assert len(set(kinds.values())) == 4
     assert kinds["frames-merged"].flags[-2:] == ("--video-pruning-rate", "0.7")

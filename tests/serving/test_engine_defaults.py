@@ -7,7 +7,7 @@ from typing import get_args
 
 from vllm.config.lora import MaxLoRARanks
 
-from f2l_vllm.serving.engine_defaults import LORA_RANKS, engine_flags, smallest_rank
+from f2l_vllm.serving.engine_defaults import KEEP_ALIVE_SECONDS, LORA_RANKS, engine_flags, smallest_rank
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 
@@ -42,3 +42,4 @@ def test_the_documentation_has_every_flag_with_its_value() -> None:
     for flag, values in engine_flags(rank=64, modules=["down_proj"], is_small=True, has_gpu=False).items():
         if flag != "--enable-lora":
             assert values[0] in rows[flag], flag
+    assert rows["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"].strip() == str(KEEP_ALIVE_SECONDS)
