@@ -192,6 +192,11 @@ def peft_config(rank: int, modules: list[str], base_model: str) -> dict[str, Any
     }
 
 
+def named_for(config: str, base_model: str) -> str:
+    """The text of an `adapter_config.json` with another name for the base model."""
+    return json.dumps(json.loads(config) | {"base_model_name_or_path": base_model}, indent=2) + "\n"
+
+
 @contextmanager
 def apply_adapter(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     """Within the block, a transformers SmolVLM computes with the adapter. Raises as `apply_factors` does."""

@@ -10,6 +10,7 @@ from f2l_vllm.hypernetwork.locate import locate
 DEFAULT_MODEL = "f2l-tiny"
 _HERE = Path(__file__).parent
 HYPERNETWORK_FOLDER = "hypernetwork"
+_HUB_SNAPSHOT = re.compile(r"/models--(?P<owner>(?:(?!--)[^/])+)--(?P<name>[^/]+)/snapshots/[^/]+$")
 # The released hypernetworks (Frames2LoRA, MIT) and the base models they were trained for.
 RELEASED_HYPERNETWORKS = "MananSuri27/Frames2LoRA-SmolVLM-ckpts"
 RELEASED_FOR = ("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "HuggingFaceTB/SmolVLM2-2.2B-Instruct")
@@ -37,6 +38,13 @@ def resolve(reference: str) -> Path:
         f"no model at {reference!r}: give a directory with a config.json, a hub id (owner/repository), or one of the "
         f"shipped models: {', '.join(shipped()) or 'none'}"
     )
+
+
+def loadable_name(model: Path) -> str:
+    """What names a model directory to `from_pretrained` elsewhere: the hub id it was downloaded from, or its path."""
+    model = model.absolute()
+    repository = _HUB_SNAPSHOT.search(model.as_posix())
+    return repository["owner"] + "/" + repository["name"] if repository else str(model)
 
 
 def resolve_hypernetwork(model_reference: str, reference: str | None) -> Path:

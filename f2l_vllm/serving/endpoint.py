@@ -130,6 +130,7 @@ class F2LEndpointPlugin:
         if pool is not None:
             pool.start()
         state.f2l = self._service
+        state.f2l_base_model = models.loadable_name(model)
         warm = self._service.warm(min(settings.warm_adapters, limits.host_slots))
         self._background = [asyncio.create_task(self._service.maintain()), asyncio.create_task(warm)]
         composer = Composer(

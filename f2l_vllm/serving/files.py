@@ -19,6 +19,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from f2l_vllm.adapters.states import IN_WORK, VideoState
 from f2l_vllm.adapters.store import MANIFEST_FILE, Store, StoreError
 from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, Found
+from f2l_vllm.hypernetwork.adapter import CONFIG_FILE, named_for
 from f2l_vllm.serving import compat
 from f2l_vllm.serving.errors import bad_request, video_not_found
 from f2l_vllm.serving.service import VideoService
@@ -148,7 +149,7 @@ async def file_adapter(file_id: str, request: Request) -> Response:
         found = await videos.ready(file_id, tenant_of(request), wait)
         name = found.file.adapter_name
         try:
-            archive = await asyncio.to_thread(_tar, videos.store, name)
+            archive = await asyncio.to_thread(_tar, videos.store, name, request.app.state.f2l_base_model)
         except (FileNotFoundError, StoreError) as error:
             if found.adapter is None or wait:
                 raise video_not_found(file_id) from error  # deleted between look-up and read
@@ -235,11 +236,18 @@ def _model_card(base: dict[str, Any], record: FileRecord) -> dict[str, Any]:
     return {**base, **own, "owned_by": "f2l-vllm"}
 
 
-def _tar(store: Store, name: str) -> bytes:
+def _tar(store: Store, name: str, base_model: str) -> bytes:
+    """The adapter's files; their config names the base model as whoever unpacks them can load it."""
     directory = store.load_path(name)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for path in sorted(directory.iterdir()):
-            if path.name != MANIFEST_FILE:
-                archive.add(path, arcname=f"{directory.name}/{path.name}")
+            if path.name == MANIFEST_FILE:
+                continue
+            content = path.read_bytes()
+            if path.name == CONFIG_FILE:
+                content = named_for(content.decode(), base_model).encode()
+            info = archive.gettarinfo(path, f"{directory.name}/{path.name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
     return buffer.getvalue()

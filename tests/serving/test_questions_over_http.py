@@ -152,17 +152,18 @@ def test_routes_that_do_not_know_videos_say_so(server, videos):
     assert answer.status_code == 400  # vLLM's own answer to a block it does not know
 
 
-def test_the_exported_adapter_answers_the_same_in_plain_peft(server, videos, hypernetwork_model, tmp_path):
-    from peft import PeftModel
+def test_the_exported_adapter_names_its_base_and_answers_the_same_in_plain_peft(server, videos, tmp_path):
+    from peft import PeftConfig, PeftModel
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     archive = httpx.get(f"{server.url}/v1/files/{videos[0].id}/adapter").content
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(tmp_path, filter="data")
     (directory,) = tmp_path.iterdir()
-    base = AutoModelForImageTextToText.from_pretrained(hypernetwork_model, dtype=torch.float32)
+    named = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+    base = AutoModelForImageTextToText.from_pretrained(named, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(directory))
-    processor = AutoProcessor.from_pretrained(hypernetwork_model)
+    processor = AutoProcessor.from_pretrained(named)
     message = [{"role": "user", "content": [{"type": "text", "text": QUESTION[0]["content"]}]}]
     inputs = processor.apply_chat_template(
         message, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

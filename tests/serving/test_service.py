@@ -250,6 +250,7 @@ def test_the_event_loop_never_reads_or_writes_the_catalog(tmp_path):
         app = FastAPI()
         app.include_router(router)
         app.state.f2l = bench.service
+        app.state.f2l_base_model = "/models/base"
 
         @app.middleware("http")
         async def as_tenant(request, call_next):
