@@ -6,7 +6,6 @@ comes silently from the base model. So keys, shapes, rank and scale are checked 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from f2l_vllm.hypernetwork.adapter import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
 from f2l_vllm.hypernetwork.base_model import module_path
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
+from f2l_vllm.hypernetwork.files import read_json
 
 
 class AdapterError(ValueError):
@@ -32,7 +32,7 @@ class BaseShapes:
     @classmethod
     def read(cls, model_dir: Path) -> BaseShapes:
         """From a model directory's `config.json` (SmolVLM layout: a Llama-like `text_config`)."""
-        text = json.loads((model_dir / "config.json").read_text())["text_config"]
+        text = read_json(model_dir / "config.json")["text_config"]
         hidden, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
         head_dim = text.get("head_dim") or hidden // heads
         q, kv = heads * head_dim, text.get("num_key_value_heads", heads) * head_dim
@@ -83,7 +83,7 @@ def validate_adapter(directory: Path, shapes: BaseShapes, *, max_rank: int | Non
             or scale that the tensors contradict, a rank above `max_rank`, or a value that is not finite.
     """
     try:
-        config = json.loads((directory / CONFIG_FILE).read_text())
+        config = read_json(directory / CONFIG_FILE)
         rank, alpha, targets = int(config["r"]), config["lora_alpha"], config["target_modules"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{CONFIG_FILE} cannot be read: {error}") from error

@@ -11,6 +11,10 @@ ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 
 
+_MOST = 1 << 24  # what no real size reaches; a file that says more would have its reader build it first
+_MOST_LAYERS = 4096
+
+
 @dataclass(frozen=True)
 class HypernetworkConfig:
     """Everything needed to build a hypernetwork, and nothing about its weights.
@@ -60,6 +64,10 @@ class HypernetworkConfig:
             _require_int(name, getattr(self, name), least=1)
         for name in ("num_self_attn_per_block", "num_pre_head_layers"):
             _require_int(name, getattr(self, name), least=0)
+        if self.num_blocks * (1 + self.num_self_attn_per_block) + self.num_pre_head_layers > _MOST_LAYERS:
+            raise ValueError(
+                f"a hypernetwork has at most {_MOST_LAYERS:,} layers; num_blocks and the like ask for more."
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}), "
@@ -108,8 +116,8 @@ def check_module(name: str) -> None:
 
 
 def _require_int(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
+        raise ValueError(f"{name} must be an integer from {least} to {_MOST:,}, got {str(value)[:20]}.")
 
 
 def _checked_modules(modules: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

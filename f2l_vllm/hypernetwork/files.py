@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -51,6 +56,24 @@ def _move_into_place(staging: Path, target: Path, overwrite: bool) -> None:
         os.rename(target, replaced)
         os.rename(staging, target)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises ValueError for one that is none, or nested deeper than Python reads."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("its values are nested too deep") from error
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write safetensors. The library's own writer makes files for their owner alone; this follows the umask."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def sync(path: Path) -> None:

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from f2l_vllm.hypernetwork.adapter import Adapter, Factors
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
-from f2l_vllm.hypernetwork.files import atomic_directory
+from f2l_vllm.hypernetwork.files import atomic_directory, read_json, write_weights
 from f2l_vllm.hypernetwork.perceiver import EXPANSION, LayerReader, Perceiver
 
 CONFIG_FILE = "config.json"
@@ -231,7 +231,7 @@ class Hypernetwork(nn.Module):
         with atomic_directory(directory, overwrite=overwrite) as staging:
             text = json.dumps({"format": FORMAT, **self.config.to_dict()}, indent=2)
             (staging / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-            save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+            write_weights(staging / WEIGHTS_FILE, tensors)
 
     @classmethod
     def load(
@@ -334,7 +334,7 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 
 def _read_directory_config(directory: Path) -> HypernetworkConfig:
     try:
-        values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        values = read_json(directory / CONFIG_FILE)
     except ValueError as error:
         raise _damaged(directory / CONFIG_FILE, error) from error
     found = values.pop("format", None) if isinstance(values, dict) else None

@@ -4,38 +4,54 @@ A pickle is a program. Here it runs only after its opcodes were read and found h
 containers, tensors whose bytes we read ourselves, and inert records for a handful of known class names; no class of
 the file's is imported. Any other name is refused before it is looked up. Every object a pickle can get hold of refuses
 to be changed by it, except the records, which take a plain dict of attributes.
+
+The unpickler is the one in Python, whose recursion and memory the interpreter watches; keys of dicts are texts and
+numbers, because hashing a tuple follows all it holds, in C, as deep and as often as it is nested. A file is first read
+without its tensors by this module as a program, in a process with little memory and time: whatever it may still break
+is broken there, and becomes an error message. That process needs nothing but the standard library.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import pickletools
+import resource
 import struct
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MAX_PICKLE_BYTES = 16 * 1024**2
+MAX_OPCODES = 1_000_000  # the released checkpoints have some 20,000
 MAX_VALUES = 1_000_000  # objects that share parts can unfold to far more than the pickle holds
+MAX_DEPTH = 64
+MAX_PARTS = 100_000
+EXAMINED_BYTES, EXAMINED_SECONDS = 1 << 30, 60  # address space and CPU time of the process that examines a file
+_REFUSED = 3
 
+# What torch calls them, and the bytes of a number.
 _DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+    "DoubleStorage": ("float64", 8),
+    "FloatStorage": ("float32", 4),
+    "HalfStorage": ("float16", 2),
+    "BFloat16Storage": ("bfloat16", 2),
+    "LongStorage": ("int64", 8),
+    "IntStorage": ("int32", 4),
+    "ShortStorage": ("int16", 2),
+    "CharStorage": ("int8", 1),
+    "ByteStorage": ("uint8", 1),
+    "BoolStorage": ("bool", 1),
 }
 # Protocol 2, as torch.save writes it. Left out: everything that names objects otherwise than GLOBAL does.
 _OPCODES = """
@@ -47,6 +63,9 @@ _OPCODES = """
 
 class Record(dict[str, Any]):
     """Stands for an object of a class that is never imported: only the attributes it was pickled with."""
+
+    def __init__(self) -> None:  # a dict would take pairs, and hash their keys
+        super().__init__()
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
@@ -70,17 +89,25 @@ class _Inert:
 
 
 class _StorageType(_Inert):
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, name: str, width: int) -> None:
+        self.name = name
+        self.width = width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        found: torch.dtype = getattr(torch, self.name)
+        return found
 
 
 class _Storage(_Inert):
     """Bytes of tensors, read from the file when a tensor's numbers are wanted."""
 
-    def __init__(self, read: Callable[[], bytes], size: int, dtype: torch.dtype) -> None:
+    def __init__(self, read: Callable[[], bytes], size: int, type_: _StorageType) -> None:
         self._read = read
         self.size = size
-        self.dtype = dtype
+        self.type = type_
 
     @cached_property
     def data(self) -> bytes:
@@ -98,16 +125,26 @@ class _PickledTensor(_Inert):
         self._offset = offset
         self._shape = shape
 
+    @property
+    def numbers(self) -> int:
+        return prod(self._shape)
+
+    @cached_property
     def tensor(self) -> Tensor:
-        dtype, count = self._storage.dtype, prod(self._shape)
+        """One, however often the file names it."""
+        import torch
+
+        type_, count = self._storage.type, self.numbers
         if count == 0:
-            return torch.empty(self._shape, dtype=dtype)
-        start, end = self._offset * dtype.itemsize, (self._offset + count) * dtype.itemsize
+            return torch.empty(self._shape, dtype=type_.dtype)
+        start, end = self._offset * type_.width, (self._offset + count) * type_.width
         data = bytearray(memoryview(self._storage.data)[start:end])
-        return torch.frombuffer(data, dtype=dtype).reshape(self._shape)
+        return torch.frombuffer(data, dtype=type_.dtype).reshape(self._shape)
 
     def shape_only(self) -> Tensor:
-        return torch.empty(self._shape, dtype=self._storage.dtype, device="meta")
+        import torch
+
+        return torch.empty(self._shape, dtype=self._storage.type.dtype, device="meta")
 
 
 class _MakeDict(_Inert):
@@ -151,7 +188,7 @@ class _MakeTensor(_Inert):
             if length > 1 and step != count:
                 raise pickle.UnpicklingError("a tensor is not stored contiguously")
             count *= length
-        width = storage.dtype.itemsize
+        width = storage.type.width
         self._budget_bytes -= count * width
         if (offset + count) * width > storage.size or self._budget_bytes < 0:
             raise pickle.UnpicklingError("a tensor reaches beyond its storage")
@@ -165,10 +202,16 @@ class _MakeParameter(_Inert):
         return data
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # typeshed names the one in C only
     def __init__(
-        self, archive: zipfile.ZipFile, records: Iterable[tuple[str, str]], enums: Iterable[tuple[str, str]]
+        self,
+        archive: zipfile.ZipFile,
+        records: Iterable[tuple[str, str]],
+        enums: Iterable[tuple[str, str]],
+        file_bytes: int,
     ) -> None:
+        if len(archive.namelist()) > MAX_PARTS:
+            raise pickle.UnpicklingError(f"it has more than {MAX_PARTS} parts")
         names = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(names) != 1:
             raise pickle.UnpicklingError("it is not in torch's zip format (no data.pkl)")
@@ -176,13 +219,15 @@ class _Unpickler(pickle.Unpickler):
         self._prefix = names[0].removesuffix("data.pkl")
         if self._prefix + "byteorder" in archive.namelist() and self._read("byteorder", limit=16) != b"little":
             raise pickle.UnpicklingError("its numbers are not little-endian")
+        if sum(info.file_size for info in archive.infolist()) > file_bytes:
+            raise pickle.UnpicklingError("its parts are compressed or overlap: together they are larger than the file")
         program = self._read("data.pkl", limit=MAX_PICKLE_BYTES)
         _check_opcodes(program)
         self._storages: dict[str, _Storage] = {}
         self._known: dict[tuple[str, str], Any] = {
-            **{("torch", name): _StorageType(dtype) for name, dtype in _DTYPES.items()},
+            **{("torch", name): _StorageType(*dtype) for name, dtype in _DTYPES.items()},
             ("collections", "OrderedDict"): _MakeDict(),
-            ("torch._utils", "_rebuild_tensor_v2"): _MakeTensor(sum(info.file_size for info in archive.infolist())),
+            ("torch._utils", "_rebuild_tensor_v2"): _MakeTensor(file_bytes),
             ("torch._utils", "_rebuild_parameter"): _MakeParameter(),
             ("__builtin__", "set"): _MakeSet(),
             ("builtins", "set"): _MakeSet(),
@@ -190,6 +235,20 @@ class _Unpickler(pickle.Unpickler):
             **{key: _MakeText() for key in enums},
         }
         super().__init__(io.BytesIO(program))
+
+    def _set_item(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        self.load_setitem()
+
+    def _set_items(self) -> None:
+        _check_keys(self.stack[::2])
+        self.load_setitems()
+
+    dispatch = {  # noqa: RUF012
+        **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
+        pickle.SETITEM[0]: _set_item,
+        pickle.SETITEMS[0]: _set_items,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._known:
@@ -200,12 +259,12 @@ class _Unpickler(pickle.Unpickler):
         valid = isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], _StorageType)
         if not valid or not isinstance(pid[2], str) or type(pid[4]) is not int:
             raise pickle.UnpicklingError("it refers to a storage in an unknown way")
-        dtype, key, length = pid[1].dtype, pid[2], pid[4]
+        type_, key, length = pid[1], pid[2], pid[4]
         if key not in self._storages:
-            part, size = f"data/{key}", length * dtype.itemsize
-            self._storages[key] = _Storage(partial(self._read, part, limit=size), self._check(part, size), dtype)
+            part, size = f"data/{key}", length * type_.width
+            self._storages[key] = _Storage(partial(self._read, part, limit=size), self._check(part, size), type_)
         storage = self._storages[key]
-        if storage.dtype != dtype or storage.size != length * dtype.itemsize:
+        if storage.type is not type_ or storage.size != length * type_.width:
             raise pickle.UnpicklingError(f"storage {key} has another size than the {length} numbers it claims")
         return storage
 
@@ -223,12 +282,19 @@ class _Unpickler(pickle.Unpickler):
 
 def _check_opcodes(program: bytes) -> None:
     allowed = set(_OPCODES.split())
-    for opcode, argument, _ in pickletools.genops(program):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):
         if opcode.name not in allowed:
             raise pickle.UnpicklingError(f"it uses the pickle instruction {opcode.name}, which torch does not write")
-        # The memo is an array as long as its largest index, so an index may not exceed what the program could fill.
-        if opcode.name == "LONG_BINPUT" and int(argument or 0) > len(program):
+        if opcode.name == "LONG_BINPUT" and int(argument or 0) > MAX_OPCODES:
             raise pickle.UnpicklingError("its memo is larger than the pickle")
+        if count > MAX_OPCODES:
+            raise pickle.UnpicklingError(f"its pickle has more than {MAX_OPCODES} instructions")
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    for key in keys:
+        if key is not None and not isinstance(key, (str, int, float)):
+            raise pickle.UnpicklingError(f"it has a {type(key).__name__.strip('_')} for a key")
 
 
 # The ways in which a damaged or hostile file makes zipfile, pickletools or the unpickler fail.
@@ -266,38 +332,90 @@ def load(
         ValueError: not such a file, damaged, or asking for anything else; nothing in it was executed.
         FileNotFoundError: no such file.
     """
+    records, enums = list(records), list(enums)
+    _examine(path, records, enums)
+    return _read(path, records, enums, lambda tensor: tensor.tensor if weights else tensor.shape_only())
+
+
+def _read(
+    path: Path,
+    records: Iterable[tuple[str, str]],
+    enums: Iterable[tuple[str, str]],
+    unfold: Callable[[_PickledTensor], Any],
+) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
-            content = _Unpickler(archive, records, enums).load()
+            content = _Unpickler(archive, records, enums, path.stat().st_size).load()
             if not isinstance(content, _StateDict | dict) or not all(isinstance(name, str) for name in content):
                 raise pickle.UnpicklingError(f"it holds a {type(content).__name__} instead of a dict of tensors")
-            budget = [MAX_VALUES]
-            return {name: _unfold(value, budget, weights) for name, value in content.items()}
+            values = _Values(unfold)
+            return {name: values.top(value) for name, value in content.items()}
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is not a checkpoint in torch's zip format, or is cut short.") from error
     except _FAILURES as error:
         raise ValueError(f"{path} was refused, and nothing in it was executed: {error}.") from error
 
 
-def _unfold(value: Any, budget: list[int], weights: bool) -> Any:
-    if isinstance(value, _PickledTensor):
-        return value.tensor() if weights else value.shape_only()
-    return _plain(value, budget)
+def _examine(path: Path, records: list[tuple[str, str]], enums: list[tuple[str, str]]) -> None:
+    """Read the file without its tensors in a process of its own; raises as `load` does."""
+    with path.open("rb"):
+        pass
+    known = json.dumps({"records": records, "enums": enums})
+    command = [sys.executable, "-I", __file__, str(path)]
+    done = subprocess.run(command, input=known, capture_output=True, text=True, errors="replace")
+    if done.returncode == _REFUSED:
+        raise ValueError(done.stdout)
+    if done.returncode:
+        how = f"by signal {-done.returncode}" if done.returncode < 0 else f"with code {done.returncode}"
+        raise ValueError(
+            f"{path} was refused, and nothing in it was executed: the process that examined it ended {how}, "
+            f"within {EXAMINED_BYTES >> 20} MiB and {EXAMINED_SECONDS} s."
+        )
 
 
-def _plain(value: Any, budget: list[int]) -> Any:
-    """A copy that holds only plain values; `budget` is how many there may still be."""
-    budget[0] -= 1
-    if budget[0] < 0:
-        raise pickle.UnpicklingError("it holds more values than any checkpoint")
-    if isinstance(value, _PickledTensor):
-        return value.tensor().tolist()
-    if isinstance(value, Record):
-        return type(value)({name: _plain(item, budget) for name, item in value.items()})
-    if isinstance(value, dict):
-        return {name: _plain(item, budget) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item, budget) for item in value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise pickle.UnpicklingError(f"it holds a {type(value).__name__.strip('_')} outside of a tensor")
+def _main() -> int:
+    known = json.load(sys.stdin)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (EXAMINED_BYTES, EXAMINED_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (EXAMINED_SECONDS, EXAMINED_SECONDS))
+    records, enums = ([tuple(one) for one in known[name]] for name in ("records", "enums"))
+    try:
+        _read(Path(sys.argv[1]), records, enums, lambda tensor: None)
+    except ValueError as error:
+        sys.stdout.write(str(error))
+        return _REFUSED
+    return 0
+
+
+class _Values:
+    """Turns what a pickle built into plain values, of which there may be so many."""
+
+    def __init__(self, unfold: Callable[[_PickledTensor], Any]) -> None:
+        self._unfold = unfold
+        self._left = MAX_VALUES
+
+    def top(self, value: Any) -> Any:
+        """A value of the dict itself, whose tensors are what is wanted."""
+        return self._unfold(value) if isinstance(value, _PickledTensor) else self._plain(value, MAX_DEPTH)
+
+    def _plain(self, value: Any, depth: int) -> Any:
+        self._left -= value.numbers if isinstance(value, _PickledTensor) else 1
+        if self._left < 0:
+            raise pickle.UnpicklingError("it holds more values than any checkpoint")
+        if depth < 0:
+            raise pickle.UnpicklingError(f"its values are nested more than {MAX_DEPTH} deep")
+        if isinstance(value, _PickledTensor):
+            return [] if self._unfold(value) is None else value.tensor.tolist()
+        if isinstance(value, dict):
+            record = type(value)() if isinstance(value, Record) else {}
+            record.update({name: self._plain(item, depth - 1) for name, item in value.items()})
+            return record
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._plain(item, depth - 1) for item in value)
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise pickle.UnpicklingError(f"it holds a {type(value).__name__.strip('_')} outside of a tensor")
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

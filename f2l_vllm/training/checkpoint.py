@@ -10,11 +10,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import GenerationConfig, SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMProcessor
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 
+from f2l_vllm.hypernetwork.files import write_weights
 from f2l_vllm.training import tokenizer as tokens
 
 IMAGE_SIZE = 32
@@ -137,8 +138,7 @@ def save_checkpoint(directory: str | Path, processor: SmolVLMProcessor, model: S
     processor.video_processor.save_pretrained(directory)
     weights = {name: tensor.bfloat16().contiguous() for name, tensor in model.state_dict().items()}
     weights.pop("lm_head.weight")  # tied to the embedding
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "model.safetensors").chmod(0o644)
+    write_weights(directory / "model.safetensors", weights)
     config = model.config.to_dict()
     config["architectures"] = ["SmolVLMForConditionalGeneration"]
     config["dtype"] = "bfloat16"
