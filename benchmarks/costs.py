@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from benchmarks.shapes import Subject
-from f2l_vllm.adapters.peft_format import BaseShapes
+from f2l_vllm.adapters.base_shapes import BaseShapes
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE, save_tensors
+from f2l_vllm.hypernetwork.config import read_config
 from f2l_vllm.hypernetwork.merging import tokens_of_frames
-from f2l_vllm.hypernetwork.model import read_config
 
 
 class Costs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -223,6 +223,30 @@ def load(reference: str, changes: Mapping[str, Any] | None = None) -> Suite:
         return _ANY.validate_python({**content, **(changes or {})})
     except ValidationError as error:
         raise ValueError(f"{path.name}: " + "; ".join(_said(one) for one in error.errors())) from error
+
+
+def parse_changes(pairs: Sequence[str], lists: Mapping[str, str | None], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is replaced of a suite.
+
+    Args:
+        pairs: `key=value`, the values as YAML.
+        lists: one value, or several separated by commas; None for those not given.
+        values: as they are; None for those not given.
+
+    Raises:
+        ValueError: a pair that is none.
+    """
+    changes = {key: value for key, value in values.items() if value is not None}
+    for key, text in lists.items():
+        if text is not None:
+            parts = [yaml.safe_load(part) for part in text.split(",")]
+            changes[key] = parts[0] if len(parts) == 1 else parts
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key:
+            raise ValueError(f"--set takes a key and its value, e.g. --set output_tokens=16, not {pair!r}")
+        changes[key.strip().replace("-", "_")] = yaml.safe_load(value)
+    return changes
 
 
 def _said(error: Any) -> str:

@@ -15,9 +15,9 @@ from benchmarks.costs import Costs, write_adapter
 from benchmarks.results_file import ResultsFile, Row
 from benchmarks.servers import ENGINE_ENV, EngineProcess, Servers
 from benchmarks.shapes import Subject
+from f2l_vllm.adapters.ranks import smallest_rank
 from f2l_vllm.commands.server_process import ServerProcess
-from f2l_vllm.hypernetwork.model import read_config
-from f2l_vllm.serving.engine_defaults import smallest_rank
+from f2l_vllm.hypernetwork.config import read_config
 
 Say = Callable[[str], None]
 

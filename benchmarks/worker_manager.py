@@ -31,8 +31,7 @@ from benchmarks import record  # noqa: E402
 from benchmarks.hypernetwork_shapes import SHAPES  # noqa: E402
 from f2l_vllm import models  # noqa: E402
 from f2l_vllm.hypernetwork.adapter import Adapter  # noqa: E402
-from f2l_vllm.hypernetwork.config import HypernetworkConfig  # noqa: E402
-from f2l_vllm.hypernetwork.model import read_config  # noqa: E402
+from f2l_vllm.hypernetwork.config import HypernetworkConfig, read_config  # noqa: E402
 
 MODEL = "f2l-tiny"
 SLOTS = 32

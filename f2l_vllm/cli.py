@@ -8,32 +8,28 @@ from typing import Annotated
 import typer
 
 from f2l_vllm import __version__
-from f2l_vllm.commands import measuring, training
+from f2l_vllm.commands import measuring, serving, training
 from f2l_vllm.commands.manifest import app as manifest_app
+from f2l_vllm.commands.options import (
+    DEFAULT_MODEL,
+    ChunkFrames,
+    ChunkSeconds,
+    Fps,
+    Hypernetwork,
+    MaxChunks,
+    MaxFrames,
+    MergeRate,
+    Model,
+)
+from f2l_vllm.commands.plain import PlainGroup
 
 app = typer.Typer(
     name="f2l-vllm",
+    cls=PlainGroup,
     help="Video answered at text cost: a hypernetwork turns each video into a LoRA adapter that vLLM serves.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-
-DEFAULT_MODEL = "f2l-tiny"
-Model = Annotated[str, typer.Option("--model", help="Shipped model, directory, or hub id.")]
-Hypernetwork = Annotated[
-    str | None,
-    typer.Option("--hypernetwork", help="Directory, released .pt file, or hub id; default: the model's own."),
-]
-
-MaxFrames = Annotated[int | None, typer.Option(min=1, help="Frames read of a video or chunk; default: as trained.")]
-Fps = Annotated[float | None, typer.Option(min=0.001, help="Frames read per second, up to --max-frames.")]
-ChunkSeconds = Annotated[float | None, typer.Option(min=0.001, help="Cut videos into chunks of this many seconds.")]
-ChunkFrames = Annotated[int | None, typer.Option(min=1, help="Cut videos into chunks of this many frames.")]
-MergeRate = Annotated[
-    float | None, typer.Option(help="Part of a video's visual tokens to merge away before it is internalized.")
-]
-_MAX_CHUNKS = "Most chunks of a video (each adds to the LoRA rank); default: serve 3, internalize 15."
-MaxChunks = Annotated[int | None, typer.Option(min=1, help=_MAX_CHUNKS)]
 
 
 def _version(value: bool) -> None:
@@ -49,86 +45,6 @@ def _main(
     ] = False,
 ) -> None:
     """Watch a video once; answer about it for ever, at text-only cost."""
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def serve(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Shipped model, directory, or hub id.")] = DEFAULT_MODEL,
-    hypernetwork: Hypernetwork = None,
-    hypernetwork_workers: Annotated[int | None, typer.Option(min=0, help="Ray actors that internalize videos.")] = None,
-    worker_cpus: Annotated[float | None, typer.Option(min=0, help="CPUs Ray reserves for each worker.")] = None,
-    worker_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs, or a fraction, for each worker.")] = None,
-    queue_limit: Annotated[int | None, typer.Option(min=1, help="Videos that may wait before queue_full.")] = None,
-    max_frames: MaxFrames = None,
-    fps: Fps = None,
-    chunk_seconds: ChunkSeconds = None,
-    chunk_frames: ChunkFrames = None,
-    max_chunks: MaxChunks = None,
-    merge_rate: MergeRate = None,
-    batch_tokens: Annotated[
-        int | None, typer.Option(min=0, help="Tokens a pass: internalize waiting videos together.")
-    ] = None,
-    home: Annotated[Path | None, typer.Option(help="Data folder (F2L_HOME).")] = None,
-    store: Annotated[
-        str | None, typer.Option(help="Where videos and adapters are kept, any fsspec URL; default: the data folder.")
-    ] = None,
-    database_url: Annotated[
-        str | None,
-        typer.Option(help="Catalog in SQLite or PostgreSQL. Others see flags: a password belongs in F2L_DATABASE_URL."),
-    ] = None,
-    cache_bytes: Annotated[
-        int | None, typer.Option(min=0, help="How much of a remote store is kept in the folder; 0: no limit.")
-    ] = None,
-    hot_bytes: Annotated[
-        int | None, typer.Option(min=0, help="Memory (/dev/shm) for the adapters used most; 0: none.")
-    ] = None,
-    warm_adapters: Annotated[
-        int | None, typer.Option(min=0, help="Adapters made resident at start, those used last first.")
-    ] = None,
-    tenants: Annotated[
-        Path | None, typer.Option(help="JSON or TOML file of tenants and their API keys.", exists=True, dir_okay=False)
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the vllm command and stop.")] = False,
-) -> None:
-    """Start Ray, the hypernetwork workers and vLLM's OpenAI server. Any other flag goes to `vllm serve`."""
-    import shlex
-
-    from f2l_vllm.commands.serve import plan
-    from f2l_vllm.commands.serve import serve as become_server
-
-    given = {
-        "F2L_HYPERNETWORK_WORKERS": hypernetwork_workers,
-        "F2L_WORKER_CPUS": worker_cpus,
-        "F2L_WORKER_GPUS": worker_gpus,
-        "F2L_QUEUE_LIMIT": queue_limit,
-        "F2L_MAX_FRAMES": max_frames,
-        "F2L_FPS": fps,
-        "F2L_CHUNK_SECONDS": chunk_seconds,
-        "F2L_CHUNK_FRAMES": chunk_frames,
-        "F2L_MAX_CHUNKS": max_chunks,
-        "F2L_MERGE_RATE": merge_rate,
-        "F2L_BATCH_TOKENS": batch_tokens,
-        "F2L_HOME": home,
-        "F2L_STORE": store,
-        "F2L_DATABASE_URL": database_url,
-        "F2L_CACHE_BYTES": cache_bytes,
-        "F2L_HOT_BYTES": hot_bytes,
-        "F2L_WARM_ADAPTERS": warm_adapters,
-        "F2L_TENANTS": tenants.absolute() if tenants is not None else None,
-    }
-    extra = list(context.args)
-    if model.startswith("-"):  # no model named: what stands in its place is a flag for vLLM
-        extra.insert(0, model)
-        model = DEFAULT_MODEL
-    try:
-        launch = plan(model, hypernetwork, {k: str(v) for k, v in given.items() if v is not None}, extra)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    if dry_run:
-        typer.echo(" ".join([*(f"{k}={shlex.quote(v)}" for k, v in launch.env.items()), shlex.join(launch.argv)]))
-        return
-    become_server(launch)
 
 
 @app.command()
@@ -278,25 +194,29 @@ def evaluate(
 
 @app.command()
 def demo(
-    video: Annotated[Path | None, typer.Argument(help="Your own mp4; default: one is made.")] = None,
+    video: Annotated[
+        Path | None, typer.Argument(help="Your own mp4; default: one is made.", exists=True, dir_okay=False)
+    ] = None,
     model: Model = DEFAULT_MODEL,
     hypernetwork: Hypernetwork = None,
     port: Annotated[int | None, typer.Option(help="Port to serve on; default: a free one.")] = None,
 ) -> None:
     """The whole way: make a video, serve, upload it with the openai client, ask, compare with frames in context."""
+    from f2l_vllm import models
+    from f2l_vllm.commands.checks import DEFAULT_HOST, check_listening
+
+    try:
+        models.resolve_hypernetwork(model, hypernetwork)
+        if port is not None:
+            check_listening(DEFAULT_HOST, port)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     from f2l_vllm.commands.demo import demo as run
 
     run(video, model, hypernetwork, port)
 
 
-@app.command()
-def doctor(model: Model = DEFAULT_MODEL, hypernetwork: Hypernetwork = None) -> None:
-    """Say what is installed, which device there is, and what `serve` would use."""
-    from f2l_vllm.commands.doctor import doctor as run
-
-    run(model, hypernetwork)
-
-
+serving.add_to(app)
 app.command()(measuring.bench)
 app.command()(measuring.plan)
 app.command()(training.train)

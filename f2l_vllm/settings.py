@@ -6,21 +6,28 @@ The environment is the one channel that reaches the API server, its engine and e
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from f2l_vllm.video.decoder import DecodeLimits
 from f2l_vllm.video.fetch import FetchPolicy
 from f2l_vllm.video.probe import Limits
 
+PREFIX = "F2L_"
+SERVER_LOCK = "server.lock"  # in the data folder, held by the server that has it
+# Variables with our prefix that are no fields: `cpu/` reads them where vLLM looks for a platform.
+OTHER_VARIABLES = ("F2L_CPU_PLATFORM", "F2L_CPU_KV_BYTES")
+
 
 class Settings(BaseSettings):
     """Operator settings; each field is the environment variable `F2L_<FIELD>`."""
 
-    model_config = SettingsConfigDict(env_prefix="F2L_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True, allow_inf_nan=False)
 
     home: Path = Field(Path("~/.f2l"), description="Data folder: videos, adapters, catalog.")
     database_url: str | None = Field(None, description="Catalog: SQLite or PostgreSQL by URL; default: in the folder.")
@@ -81,6 +88,23 @@ class Settings(BaseSettings):
     )
     max_composed: int = Field(1024, ge=1, description="Adapters composed of several videos or chunks that are kept.")
 
+    @classmethod
+    def read(cls, given: Mapping[str, str] | None = None) -> Settings:
+        """From the environment.
+
+        Args:
+            given: variables that count before it: what flags say.
+
+        Raises:
+            ValueError: a value that cannot be; the message names the flag or variable, in one sentence.
+        """
+        given = given or {}
+        try:
+            values: Any = {name.removeprefix(PREFIX).lower(): value for name, value in given.items()}
+            return cls(**values)
+        except ValidationError as error:
+            raise ValueError("; ".join(_in_words(dict(one), given) for one in error.errors())) from error
+
     @model_validator(mode="after")
     def _one_way_to_cut(self) -> Settings:
         if self.chunk_seconds is not None and self.chunk_frames is not None:
@@ -135,12 +159,54 @@ def listed(text: str) -> list[str]:
     return [entry for part in text.split(",") if (entry := part.strip())]
 
 
-def refuse_environment(environment: Mapping[str, str]) -> None:
-    """Refuse vLLM's own settings under which videos would not be served, or served by anyone's adapters.
+_WORDS = {
+    "int_parsing": "is no whole number",
+    "int_from_float": "is no whole number",
+    "float_parsing": "is no number",
+    "finite_number": "is no finite number",
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be below {lt}",
+}
+
+
+def _in_words(error: dict[str, Any], given: Mapping[str, str]) -> str:
+    """One of pydantic's errors, by the flag or variable that a user knows."""
+    if not error["loc"]:
+        return str(error["msg"]).removeprefix("Value error, ")
+    field = str(error["loc"][0])
+    name = f"{PREFIX}{field.upper()}"
+    if name in given:
+        name = f"--{field.replace('_', '-')}"
+    limits = {key: f"{value:g}" for key, value in error.get("ctx", {}).items() if isinstance(value, int | float)}
+    words = _WORDS.get(error["type"])
+    what = str(error["msg"]) if words is None else words.format(**limits)
+    return f"{name}={error['input']}: {error['input']!r} {what}"
+
+
+def refuse_unknown(environment: Mapping[str, str]) -> None:
+    """Refuse variables that look like this server's and are not: a misspelt one would be ignored.
 
     Raises:
-        ValueError: one of them is set; the message says which and why.
+        ValueError: there is one; the message names the closest that exists.
     """
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | set(OTHER_VARIABLES)
+    for name in environment:
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            close = difflib.get_close_matches(name.upper(), sorted(known), 1)
+            hint = f"did you mean {close[0]}?" if close else "unset it, or see f2l_vllm/settings.py for those that are."
+            raise ValueError(f"{name} is no setting of f2l-vllm: {hint}")
+
+
+def refuse_environment(environment: Mapping[str, str]) -> None:
+    """Refuse settings that do not exist, and those of vLLM's under which videos would not be served, or from anyone's
+    adapters.
+
+    Raises:
+        ValueError: one of them is set, or a setting that does not exist; the message says which and why.
+    """
+    refuse_unknown(environment)
     if environment.get("VLLM_USE_RUST_FRONTEND", "0") == "1":
         raise ValueError("VLLM_USE_RUST_FRONTEND=1 bypasses Python plugins, so videos would not be served: unset it")
     if environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true"):

@@ -67,6 +67,24 @@ def check_url(url: str) -> None:
     _engine(url, 1.0).dispose()
 
 
+def check_reachable(url: str) -> None:
+    """Whether the database answers; SQLite's file is made where it is not.
+
+    Raises:
+        ValueError: it does not, or it refuses; the message holds its reason and no password.
+    """
+    engine = _engine(url, 1.0)
+    try:
+        engine.connect().close()
+    except DBAPIError as error:
+        if (found := _unavailable(error)) is not None and found.full:
+            return  # a server on a full disk is how its users make room
+        reason = " ".join(str(error.orig).split())
+        raise ValueError(f"F2L_DATABASE_URL: the catalog's database cannot be used: {reason}") from error
+    finally:
+        engine.dispose()
+
+
 def _engine(url: str, busy_seconds: float) -> Engine:
     try:
         parsed = make_url(url)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import typer
-import yaml
 from openai import APIConnectionError, APIError
 from rich.console import Console
 
@@ -27,11 +25,10 @@ console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
 
 
 def bench(
-    suite: str,
+    chosen: suites.Suite,
     shape: str | None,
     model: str | None,
     hypernetwork: str | None,
-    changes: Mapping[str, Any],
     work: Path | None,
     resume: bool,
     json_to: Path,
@@ -41,15 +38,10 @@ def bench(
     """Measure, write what was measured after every cell, and show it; exit with 1 when it cannot be done.
 
     Args:
-        changes: keys of the suite and their values.
+        chosen: the suite, with what is replaced of it.
         work: keeps random models, videos and servers' data for the next run; the models alone are kept without.
     """
-    if shape is not None and model is not None:
-        raise typer.BadParameter("a shape is a model already: give --shape or --model")
-    if model is None and hypernetwork is not None:
-        raise typer.BadParameter("a shape has a hypernetwork of its own: give --hypernetwork with --model")
     try:
-        chosen = suites.load(suite, changes)
         with _folder(work) as folder, stoppable():
             if model is None:
                 kept = shapes.cache_folder() if work is None else folder / "shapes"
@@ -73,30 +65,6 @@ def bench(
         write_whole(markdown_to, report.markdown(result))
     for path in plots.plot(result, plots_to) if plots_to is not None else []:
         console.print(f"written: {path}", highlight=False)
-
-
-def parse_changes(pairs: Sequence[str], lists: Mapping[str, str | None], values: Mapping[str, Any]) -> dict[str, Any]:
-    """What is replaced of a suite.
-
-    Args:
-        pairs: `key=value`, the values as YAML.
-        lists: one value, or several separated by commas; None for those not given.
-        values: as they are; None for those not given.
-
-    Raises:
-        ValueError: a pair that is none.
-    """
-    changes = {key: value for key, value in values.items() if value is not None}
-    for key, text in lists.items():
-        if text is not None:
-            parts = [yaml.safe_load(part) for part in text.split(",")]
-            changes[key] = parts[0] if len(parts) == 1 else parts
-    for pair in pairs:
-        key, sign, value = pair.partition("=")
-        if not sign or not key:
-            raise ValueError(f"--set takes a key and its value, e.g. --set output_tokens=16, not {pair!r}")
-        changes[key.strip().replace("-", "_")] = yaml.safe_load(value)
-    return changes
 
 
 def _say(line: str) -> None:

@@ -5,20 +5,27 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from f2l_vllm import models, torch_shims
-from f2l_vllm.settings import Settings
+from f2l_vllm import torch_shims
+from f2l_vllm.commands import checks
+from f2l_vllm.commands.serve import Launch
 
 _PACKAGES = ("f2l-vllm", "vllm", "torch", "transformers", "ray", "av", "safetensors", "openai")
 
 
-def doctor(model: str, hypernetwork: str | None) -> None:
-    """Print a table; exit with 1 when `serve` could not start."""
+def doctor(launch: Callable[[], Launch]) -> None:
+    """Print a table; exit with 1 when `serve` could not start.
+
+    Args:
+        launch: plans what `serve` would run; a `ValueError` says why it would not.
+    """
     console, problems = Console(), []
     table = Table(show_header=False, box=None)
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs")
@@ -37,24 +44,20 @@ def doctor(model: str, hypernetwork: str | None) -> None:
         table.add_row(group, ", ".join(own) or "[red]missing[/]")
         if not own:
             problems.append(f"no plugin of f2l-vllm in {group}: install the package, do not only put it on the path")
-    settings = Settings()
-    home = settings.data_folder
-    existing = next(folder for folder in (home, *home.parents) if folder.exists())
-    free = shutil.disk_usage(existing).free / 1e9
-    table.add_row("data folder", f"{home} ({free:.0f} GB free)")
-    if not os.access(existing, os.W_OK):
-        problems.append(f"{existing} cannot be written: set F2L_HOME to a folder that can")
     try:
-        from f2l_vllm.commands.serve import plan
-
-        table.add_row("model", str(models.resolve(model)))
-        table.add_row("hypernetwork", str(models.resolve_hypernetwork(model, hypernetwork)))
-        table.add_row("serve runs", " ".join(plan(model, hypernetwork, {}, []).argv[3:]))
+        planned = launch()
+        home = planned.settings.data_folder
+        existing = next(folder for folder in (home, *home.parents) if folder.exists())
+        table.add_row("data folder", f"{home} ({shutil.disk_usage(existing).free / 1e9:.0f} GB free)")
+        table.add_row("model", planned.argv[4])
+        table.add_row("hypernetwork", planned.env["F2L_HYPERNETWORK"])
+        table.add_row("serve runs", " ".join(planned.argv[3:]))
+        checks.check_now(planned.settings, planned.flags)
     except ValueError as error:
         problems.append(str(error))
     console.print(table)
     for problem in problems:
-        console.print(f"[red]problem[/]: {problem}")
+        console.print(f"[red]problem[/]: {escape(problem)}")
     if problems:
         raise typer.Exit(1)
     console.print("[green]ready to serve[/]")

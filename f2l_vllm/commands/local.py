@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from f2l_vllm import models, torch_shims
+from f2l_vllm.hypernetwork.locate import locate
 
 if TYPE_CHECKING:
     from f2l_vllm.hypernetwork.adapter import Adapter
@@ -40,11 +41,11 @@ def _bar() -> Progress:
 
 
 def _internalizer(model: str, hypernetwork: str | None, merge_rate: float = 0.0) -> tuple[Internalizer, Path]:
-    torch_shims.install()
-    from f2l_vllm.hypernetwork.internalizer import Internalizer
-
     try:
         directory, weights = models.resolve(model), models.resolve_hypernetwork(model, hypernetwork)
+        torch_shims.install()
+        from f2l_vllm.hypernetwork.internalizer import Internalizer
+
         with console.status("loading model and hypernetwork"):
             return Internalizer.load(directory, weights, merge_rate=merge_rate), directory
     except ValueError as error:
@@ -131,17 +132,21 @@ def ask_server(video: Path, question: str, url: str, api_key: str, max_tokens: i
 
 def convert(checkpoint: str, output: Path, base_model: str | None, dtype: str | None) -> None:
     """Read a hypernetwork through the safe reader and write the safe format, in `dtype` or the file's own."""
+    if dtype not in (None, "fp32", "bf16"):
+        raise typer.BadParameter(f"--dtype is fp32 or bf16, got {dtype!r}; leave it out to keep the file's own")
+    try:
+        found = locate(checkpoint, base_model)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     torch_shims.install()
     import torch
 
     from f2l_vllm.hypernetwork.model import Hypernetwork
 
     dtypes = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise typer.BadParameter(f"--dtype is fp32 or bf16, got {dtype!r}; leave it out to keep the file's own")
     try:
         with console.status("reading the checkpoint"):
-            hypernetwork = Hypernetwork.load(checkpoint, base_model=base_model, dtype=None)
+            hypernetwork = Hypernetwork.load(found, base_model=base_model, dtype=None)
             hypernetwork.save(output, dtypes[dtype])
     except (ValueError, FileExistsError) as error:
         raise typer.BadParameter(str(error)) from error

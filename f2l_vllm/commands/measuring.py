@@ -7,6 +7,10 @@ from typing import Annotated
 
 import typer
 
+from f2l_vllm import models
+
+SHAPES = ("tiny", "500m", "2.2b")
+
 
 def bench(
     suite: Annotated[
@@ -44,9 +48,12 @@ def bench(
     markdown_to: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here.")] = None,
 ) -> None:
     """Measure adapters against frames in context, on real servers: latency, throughput, memory, what LoRA costs."""
-    from f2l_vllm.commands.bench import bench as run
-    from f2l_vllm.commands.bench import parse_changes
+    from benchmarks.suite import load, parse_changes
 
+    if shape is not None and model is not None:
+        raise typer.BadParameter("a shape is a model already: give --shape or --model")
+    if model is None and hypernetwork is not None:
+        raise typer.BadParameter("a shape has a hypernetwork of its own: give --hypernetwork with --model")
     try:
         changes = parse_changes(
             set_ or [],
@@ -54,10 +61,17 @@ def bench(
             | {"streams": streams, "adapters": adapters},
             {"rounds": rounds, "videos": videos, "serve_flags": serve_flags},
         )
+        chosen = load(suite, changes)
+        if model is not None:
+            models.resolve_hypernetwork(model, hypernetwork)
+        elif shape is not None and shape not in SHAPES:
+            raise ValueError(f"no shape {shape!r}: give one of {', '.join(SHAPES)}, or any model with --model")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    from f2l_vllm.commands.bench import bench as run  # what measures is loaded when it is known what to measure
+
     json_to = json_to or Path(f"{Path(suite).stem}.json")
-    run(suite, shape, model, hypernetwork, changes, work, resume, json_to, plots, markdown_to)
+    run(chosen, shape, model, hypernetwork, work, resume, json_to, plots, markdown_to)
 
 
 def plan(

@@ -27,7 +27,7 @@ def train(
     hypernetwork: Annotated[
         str | None, typer.Option(help="Start from this one: directory, released .pt file, or hub id.")
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="LoRA rank of a new hypernetwork.")] = 16,
+    rank: Annotated[int, typer.Option(min=1, max=256, help="LoRA rank of a new hypernetwork.")] = 16,
     latent_size: Annotated[int, typer.Option(min=1, help="Width of a new hypernetwork's latents.")] = 512,
     blocks: Annotated[int, typer.Option(min=1, help="Cross-attention layers of a new hypernetwork.")] = 9,
     modules: NewModules = "down_proj",
@@ -48,17 +48,31 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of weights, order and choices.")] = 0,
 ) -> None:
     """Train a hypernetwork for any SmolVLM from manifests. Goes on where it was killed; `torchrun` shares the steps."""
+    from f2l_vllm import models
+    from f2l_vllm.hypernetwork.config import check_module
+    from f2l_vllm.training.manifest import read_manifest
+
+    try:  # what needs no torch, which takes seconds to load
+        examples = [example for path in manifest for example in read_manifest(path, split)]
+        held_out = [] if validation is None else read_manifest(validation)
+        directory = models.resolve(model)
+        weights = None if hypernetwork is None else models.resolve_hypernetwork(model, hypernetwork)
+        module_names = [name.strip() for name in modules.split(",")]
+        for name in module_names:
+            check_module(name)
+        numbers = _numbers(frames), _numbers(chunks)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+
     torch_shims.install()
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from f2l_vllm import models
     from f2l_vllm.evaluation.plots import plot_training
     from f2l_vllm.hypernetwork.base_model import module_sizes, text_model_of
     from f2l_vllm.hypernetwork.config import HypernetworkConfig
     from f2l_vllm.hypernetwork.model import Hypernetwork
     from f2l_vllm.training.loop import LOG_FILE, Loop
-    from f2l_vllm.training.manifest import read_manifest
     from f2l_vllm.training.trainer import RUN_FOLDER, Trainer, TrainingOptions, train_to
 
     try:
@@ -71,17 +85,14 @@ def train(
             learning_rate=learning_rate,
             muon_rate=muon_rate,
             kl=kl,
-            frames=_numbers(frames),
-            chunks=_numbers(chunks),
+            frames=numbers[0],
+            chunks=numbers[1],
             precision=precision,
         )
-        examples = [example for path in manifest for example in read_manifest(path, split)]
-        held_out = [] if validation is None else read_manifest(validation)
-        directory = models.resolve(model)
         base = AutoModelForImageTextToText.from_pretrained(str(directory), dtype="auto")
         processor = AutoProcessor.from_pretrained(str(directory))
-        if hypernetwork is not None:
-            hyper = Hypernetwork.load(models.resolve_hypernetwork(model, hypernetwork), base_model=str(directory))
+        if weights is not None:
+            hyper = Hypernetwork.load(weights, base_model=str(directory))
         else:
             torch.manual_seed(seed)
             text_config: Any = text_model_of(base).config
@@ -90,7 +101,7 @@ def train(
                     base_model=model,
                     num_layers=text_config.num_hidden_layers,
                     feature_size=text_config.hidden_size,
-                    modules=module_sizes(base, [name.strip() for name in modules.split(",")]),
+                    modules=module_sizes(base, module_names),
                     rank=rank,
                     latent_size=latent_size,
                     num_blocks=blocks,
@@ -117,7 +128,10 @@ def make_model(
     output: Annotated[Path, typer.Argument(help="Folder for model and hypernetwork; an unfinished run goes on.")],
     seed: Annotated[int, typer.Option(help="Seed of data and weights.")] = 0,
     scale: Annotated[float, typer.Option(min=0.001, help="Fraction of the full number of steps.")] = 1.0,
-    base: Annotated[Path | None, typer.Option(help="Train only a hypernetwork, for the model in this folder.")] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Train only a hypernetwork, for the model in this folder.", exists=True, file_okay=False),
+    ] = None,
     score_scenes: Annotated[int, typer.Option(min=0, help="Held-out scenes asked about in the end.")] = 512,
 ) -> None:
     """Make the default model from nothing: the synthetic world, a tiny SmolVLM, its hypernetwork, and their scores."""

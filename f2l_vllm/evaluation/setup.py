@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from f2l_vllm import models
 from f2l_vllm.evaluation.questions import ARMS
 from f2l_vllm.evaluation.scores import EQUIVALENCE_MARGIN, JUDGE, METRICS
-from f2l_vllm.hypernetwork.merging import check_rate
+from f2l_vllm.hypernetwork.config import check_rate
 
 SERVER, TRANSFORMERS = WAYS = ("server", "transformers")
 

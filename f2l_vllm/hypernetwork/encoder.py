@@ -19,12 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BatchFeature
 
-from f2l_vllm.hypernetwork.base_model import target_linear, text_layers_of, text_model_of
-from f2l_vllm.hypernetwork.blocks import mlp_in_blocks
-from f2l_vllm.hypernetwork.merging import check_rate, merge_tokens, tokens_of_frames, without_merged
-from f2l_vllm.video.sample import SampledVideo
+from f2l_vllm import torch_shims
+
+torch_shims.install()
+
+from transformers import BatchFeature  # noqa: E402  (torchvision must be importable first)
+
+from f2l_vllm.hypernetwork.base_model import target_linear, text_layers_of, text_model_of  # noqa: E402
+from f2l_vllm.hypernetwork.blocks import mlp_in_blocks  # noqa: E402
+from f2l_vllm.hypernetwork.config import check_rate  # noqa: E402
+from f2l_vllm.hypernetwork.merging import merge_tokens, tokens_of_frames, without_merged  # noqa: E402
+from f2l_vllm.video.sample import SampledVideo  # noqa: E402
 
 INSTRUCTION = "Internalize this video for later captioning."
 FRAMES_AT_ONCE = 16  # prepared at once: at their own size, which a large video makes large

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-_HUB_REF = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+\.pt)?")
+_HUB_REF = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w./-]+\.pt)?")
 _SIZE = re.compile(r"\d+(\.\d+)?[mb]\b", re.IGNORECASE)
 
 

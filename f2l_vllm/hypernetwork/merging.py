@@ -25,18 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-
-def check_rate(rate: float) -> float:
-    """The rate itself.
-
-    Raises:
-        ValueError: it is not in [0, 1).
-    """
-    if not 0 <= rate < 1:
-        raise ValueError(
-            f"a merging rate is the part of a video's visual tokens to save, from 0 (none) to less than 1; got {rate}"
-        )
-    return rate
+from f2l_vllm.hypernetwork.config import check_rate
 
 
 def tokens_of_frames(num_frames: int, tokens_per_frame: int, rate: float) -> list[int]:

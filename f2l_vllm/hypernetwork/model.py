@@ -21,13 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from f2l_vllm.hypernetwork.adapter import Adapter, Factors
-from f2l_vllm.hypernetwork.config import HypernetworkConfig
-from f2l_vllm.hypernetwork.files import atomic_directory, read_json, write_weights
+from f2l_vllm.hypernetwork.config import CONFIG_FILE, FORMAT, HypernetworkConfig, damaged, read_directory_config
+from f2l_vllm.hypernetwork.files import atomic_directory, write_weights
 from f2l_vllm.hypernetwork.perceiver import EXPANSION, LayerReader, Perceiver
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-FORMAT = "f2l-hypernetwork-1"
 
 
 class ResidualMLP(nn.Module):
@@ -252,7 +250,7 @@ class Hypernetwork(nn.Module):
 
         path = locate(ref, base_model)
         if path.is_dir():
-            config, tensors = _read_directory_config(path), _read_weights(path / WEIGHTS_FILE)
+            config, tensors = read_directory_config(path), _read_weights(path / WEIGHTS_FILE)
         else:
             from f2l_vllm.hypernetwork.checkpoint import read_checkpoint
 
@@ -296,15 +294,6 @@ class Hypernetwork(nn.Module):
             raise ValueError(f"The mask has shape {list(mask_BT.shape)}; expected {[shape[0], shape[2]]}.")
 
 
-def read_config(ref: str | Path, base_model: str | None = None) -> HypernetworkConfig:
-    """The shape of what `Hypernetwork.load` would read at `ref`, without reading its weights. Raises as it does."""
-    from f2l_vllm.hypernetwork.checkpoint import read_checkpoint_config
-    from f2l_vllm.hypernetwork.locate import locate
-
-    path = locate(ref, base_model)
-    return _read_directory_config(path) if path.is_dir() else read_checkpoint_config(path)
-
-
 def _append(chunks: list[Tensor], bias_LRX: Tensor) -> Tensor:
     bias = bias_LRX.to(chunks[0].dtype)
     return torch.cat([*chunks, bias.expand(*chunks[0].shape[:-3], -1, -1, -1)], dim=-2)
@@ -323,21 +312,4 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"{path} cannot be read ({error}): it is damaged or was not copied to its end. Copy or download it again."
-    )
-
-
-def _read_directory_config(directory: Path) -> HypernetworkConfig:
-    try:
-        values = read_json(directory / CONFIG_FILE)
-    except ValueError as error:
-        raise _damaged(directory / CONFIG_FILE, error) from error
-    found = values.pop("format", None) if isinstance(values, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{directory / CONFIG_FILE} has format {found!r}, expected {FORMAT!r}: not a hypernetwork.")
-    return HypernetworkConfig.from_dict(values)
+        raise damaged(path, error) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 from f2l_vllm.hypernetwork.locate import locate
@@ -14,6 +16,13 @@ _HUB_SNAPSHOT = re.compile(r"/models--(?P<owner>(?:(?!--)[^/])+)--(?P<name>[^/]+
 # The released hypernetworks (Frames2LoRA, MIT) and the base models they were trained for.
 RELEASED_HYPERNETWORKS = "MananSuri27/Frames2LoRA-SmolVLM-ckpts"
 RELEASED_FOR = ("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "HuggingFaceTB/SmolVLM2-2.2B-Instruct")
+_UNTRAINED = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"  # released with the others, without a hypernetwork
+# Layers, hidden and intermediate size and heads of the text model, and layers and width of the vision model.
+_SHAPES = {
+    (32, 960, 2560, 15, 12, 768): RELEASED_FOR[0],
+    (24, 2048, 8192, 32, 27, 1152): RELEASED_FOR[1],
+    (30, 576, 1536, 9, 12, 768): _UNTRAINED,
+}
 
 
 def shipped() -> list[str]:
@@ -58,12 +67,41 @@ def resolve_hypernetwork(model_reference: str, reference: str | None) -> Path:
         if own.is_dir():
             return own
         if model_reference not in RELEASED_FOR:
-            raise ValueError(
-                f"no hypernetwork is known for {model_reference!r}: name one with --hypernetwork (a directory made by "
-                "'f2l-vllm convert' or 'f2l-vllm train', a released .pt file, or a hub id)"
-            )
+            raise ValueError(_none_known(model_reference))
         reference = RELEASED_HYPERNETWORKS
-    return locate(reference, base_model=model_reference)
+    return locate(reference, base_model=recognised(model_reference) or model_reference)
+
+
+def recognised(model_reference: str) -> str | None:
+    """The released SmolVLM2 that a model is a copy of, by the sizes in its config, or None."""
+    path = Path(model_reference).expanduser() / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        text, vision = config["text_config"], config["vision_config"]
+        found = (
+            *(text[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")),
+            *(vision[name] for name in ("num_hidden_layers", "hidden_size")),
+        )
+        return _SHAPES.get(found)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _none_known(model_reference: str) -> str:
+    """What to do about a model that has no hypernetwork of its own; nothing is downloaded unless its name is given."""
+    original = recognised(model_reference)
+    released = f"the released ones, {RELEASED_HYPERNETWORKS}, are for {' and '.join(RELEASED_FOR)}"
+    if original in RELEASED_FOR:
+        return (
+            f"{model_reference!r} holds no hypernetwork, but is {original} by its config, for which one is released: "
+            f"add --hypernetwork {RELEASED_HYPERNETWORKS}, e.g. f2l-vllm serve {shlex.quote(model_reference)} "
+            f"--hypernetwork {RELEASED_HYPERNETWORKS}"
+        )
+    what = f"{model_reference!r}, which is {original} by its config" if original else repr(model_reference)
+    return (
+        f"no hypernetwork is known for {what}: name one with --hypernetwork (a directory made by 'f2l-vllm convert' or "
+        f"'f2l-vllm train', a released .pt file, or a hub id; {released})"
+    )
 
 
 def _download(repository: str) -> Path:

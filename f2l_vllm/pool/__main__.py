@@ -1,8 +1,9 @@
 """`python -m f2l_vllm.pool SPEC`: the pool as a process of its own, so that Ray's life and the server's are apart.
 
 Waits for the data folder if another pool has it, then runs until standard input closes, which is how it learns that its
-server has gone. Says one JSON object a line: `{"workers": N}` when that changes, `{"outcome": …, "seconds": {…}}` when
-a job ends. Everything else, jobs and their states, is in the catalog.
+server has gone. Says one JSON object a line: `{"workers": N}` when that changes, `{"why": …}` when there is none for
+another reason than before, `{"outcome": …, "seconds": {…}}` when a job ends. Everything else, jobs and their states, is
+in the catalog.
 """
 
 from __future__ import annotations
@@ -59,14 +60,21 @@ def main(spec_json: str) -> int:
     )
     store = Store(spec.home, url=settings.store, hot_bytes=settings.hot_bytes)
     pool = Pool(config, spec, catalog, store, on_event)
+    waited = False
     while not pool.start(wait_seconds=1.0):
+        if not waited:
+            say(why="another pool has the data folder")
+        waited = True
         if orphaned.is_set():
             return 0
-    known = -1
+    known, why = -1, ""
     while not orphaned.wait(_TICK_SECONDS) and not pool.failed.is_set():
         if (workers := len(pool.workers())) != known:
             known = workers
             say(workers=workers)
+        if not workers and (reason := pool.why()) and reason != why:
+            why = reason
+            say(why=why)
     pool.stop()
     catalog.close()
     return int(pool.failed.is_set())

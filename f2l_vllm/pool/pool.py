@@ -10,6 +10,7 @@ what one has in work that says so no more is taken over by the others.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 import uuid
@@ -33,11 +34,14 @@ from f2l_vllm.pool.worker import HypernetworkWorker
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "f2l"
+_PATH = re.compile(r"(?<![\w.])/[^\s'\",:;)]+")
+_LONGEST_REASON = 300
 _IDLE_SECONDS = 0.05
 _CANCEL_SECONDS = 0.5  # between looks at whether a job in work is still wanted
 _CANCELLED_SECONDS = 30.0  # a worker that does not give a job up by then is replaced
 _CHECK_SECONDS = 1.0
 _START_SECONDS = 600.0
+_PLACE_SECONDS = 1.0  # between two looks at whether a worker can be placed
 _FAILED_STARTS = 3
 _RESTART_SECONDS = 2.0
 _UNAVAILABLE_SECONDS = 5.0
@@ -100,6 +104,10 @@ class Pool:
         threading.Thread(target=self._beat_on, name="f2l-beat", daemon=True).start()
         return True
 
+    def why(self) -> str:
+        """What the workers that are not there wait for, or what went wrong when they were started."""
+        return next((lane.why for lane in self._lanes if lane.info is None and lane.why), "")
+
     def workers(self) -> list[WorkerInfo]:
         """The workers that are loaded and alive."""
         return [lane.info for lane in self._lanes if lane.info is not None]
@@ -147,6 +155,16 @@ class Pool:
             options["address"] = config.ray_address
         ray.init(**options)
 
+    def missing(self) -> str | None:
+        """What no node of the cluster has for a worker, or None."""
+        needed = {"CPU": self._config.cpus, "GPU": self._config.gpus}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if any(all(node.get(name, 0) >= amount for name, amount in needed.items()) for node in nodes):
+            return None
+        wanted = " and ".join(f"{amount:g} {name}" for name, amount in needed.items() if amount)
+        have = " and ".join(f"{max((node.get(name, 0) for node in nodes), default=0):g} {name}" for name in needed)
+        return f"a worker needs {wanted}, and no node of the Ray cluster has as much (the most: {have})"
+
     def _new_actor(self) -> Any:
         actor: Any = ray.remote(HypernetworkWorker)
         reserved = {"num_cpus": self._config.cpus, "num_gpus": self._config.gpus}
@@ -164,6 +182,7 @@ class _Lane(threading.Thread):
         self._checked = 0.0
         self._failed_starts = 0
         self.info: WorkerInfo | None = None
+        self.why = ""
 
     def kill(self) -> None:
         """End the actor at once, whatever it does."""
@@ -222,9 +241,10 @@ class _Lane(threading.Thread):
                 self._lose_actor("died while idle")
         self._actor = self._pool._new_actor()
         try:
-            self.info = ray.get(self._actor.info.remote(), timeout=_START_SECONDS)
-        except BaseException:
+            self.info = self._started(self._actor.info.remote())
+        except BaseException as error:
             self._lose_actor("did not start")
+            self.why = f"a worker did not start and is tried again: {_without_paths(error)}"
             self._failed_starts += 1
             if self._failed_starts >= _FAILED_STARTS:
                 self._pool.failed.set()
@@ -232,6 +252,21 @@ class _Lane(threading.Thread):
         self._failed_starts = 0
         self._checked = time.monotonic()
         logger.info("hypernetwork worker ready: pid %d on %s, %s", self.info.pid, self.info.node, self.info.device)
+
+    def _started(self, info: Any) -> WorkerInfo:
+        """Wait for a new worker to have loaded. In a cluster that is too small it waits for another node, for ever."""
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            ready, _ = ray.wait([info], timeout=_PLACE_SECONDS)
+            if ready:
+                found: WorkerInfo = ray.get(info)
+                return found
+            missing = self._pool.missing()
+            self.why = missing or "a worker loads model and hypernetwork"
+            if missing is not None:
+                deadline = time.monotonic() + _START_SECONDS
+            elif time.monotonic() > deadline:
+                raise GetTimeoutError(f"it was not ready within {_START_SECONDS:.0f} s")
 
     def _lose_actor(self, what: str) -> None:
         if not self._stopping():
@@ -354,6 +389,13 @@ def _exhausted(attempts: int, how: str) -> Failed:
     return Failed(
         EXHAUSTED, f"the video could not be internalized in {attempts} attempts; the last one ended with {how}"
     )
+
+
+def _without_paths(error: BaseException) -> str:
+    """The last line of an error, which names its cause, for clients: they learn no paths of this machine's."""
+    lines = str(error).strip().splitlines() or [""]
+    text = lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {lines[0]}"
+    return _PATH.sub("…", text)[:_LONGEST_REASON]
 
 
 def _name(home: Path) -> str:

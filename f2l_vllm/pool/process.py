@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 _RESTART_SECONDS = 5.0
 _STOP_SECONDS = 30.0
+STARTING = "the pool is starting"
 
 
 class PoolProcess:
@@ -30,9 +31,11 @@ class PoolProcess:
         self._spec = json.dumps(asdict(spec), default=str)
         self._on_outcome = on_outcome
         self._stopping = threading.Event()
+        self._last = ""
         self._process: subprocess.Popen[str] | None = None
         self._thread = threading.Thread(target=self._run, name="f2l-pool", daemon=True)
         self.workers = 0  # loaded and alive
+        self.why = STARTING  # while there is none: what it waits for, or what went wrong
 
     def start(self) -> None:
         """Start the process and listen to it."""
@@ -65,6 +68,7 @@ class PoolProcess:
                 self._hear(line)
             code = process.wait()
             self.workers = 0
+            self.why = "the pool's process ended and is started again" + (f"; {self._last}" if self._last else "")
             if not self._stopping.is_set():
                 logger.warning("the pool process ended with %d and is started again", code)
                 self._stopping.wait(_RESTART_SECONDS)
@@ -78,5 +82,8 @@ class PoolProcess:
         if "workers" in message:
             logger.info("%d hypernetwork workers are ready", message["workers"])
             self.workers = message["workers"]
+        elif "why" in message:
+            logger.info("no hypernetwork worker is ready: %s", message["why"])
+            self.why = self._last = message["why"]
         else:
             self._on_outcome(message["outcome"], message["seconds"])

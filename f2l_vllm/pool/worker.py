@@ -10,7 +10,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from f2l_vllm.adapters.peft_format import BaseShapes, validate_adapter
+from f2l_vllm.adapters.base_shapes import BaseShapes
+from f2l_vllm.adapters.peft_format import validate_adapter
 from f2l_vllm.adapters.states import VideoState
 from f2l_vllm.adapters.store import Store, StoreError
 from f2l_vllm.pool.messages import Cancelled, Event, Failed, Outcome, Progress, Published, WorkerInfo, WorkerSpec

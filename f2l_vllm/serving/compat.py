@@ -12,14 +12,14 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import State
 from vllm.lora.request import LoRARequest
 
+from f2l_vllm.serving.engine_defaults import EngineLimits, refuse_flags
 from f2l_vllm.serving.residency import FIRST_ADAPTER_ID, Residency
 from f2l_vllm.settings import refuse_environment
 
@@ -31,15 +31,6 @@ asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
 
 # Where the rendering of a chat notes how many visual tokens its prompt holds, while its request is set up.
 visual_tokens: ContextVar[list[int] | None] = ContextVar("visual_tokens", default=None)
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """What the engine was started with. `host_slots`: adapters kept in host memory."""
-
-    max_rank: int
-    host_slots: int
-    target_modules: frozenset[str] | None
 
 
 def log_like_vllm(name: str) -> None:
@@ -57,10 +48,7 @@ def check_environment(args: Any) -> None:
         ValueError: one of them is set; the message says which and why.
     """
     refuse_environment(os.environ)
-    if (getattr(args, "api_server_count", None) or 1) > 1:
-        raise ValueError("--api-server-count must be 1: who uses an adapter is known to one API server only")
-    if getattr(args, "specialize_active_lora", False):
-        raise ValueError("--specialize-active-lora is not supported: mixed base and adapter batches may lose adapters")
+    refuse_flags(args)
 
 
 def engine_limits(engine_client: Any) -> EngineLimits:
@@ -75,21 +63,6 @@ def engine_limits(engine_client: Any) -> EngineLimits:
     modules = getattr(config, "target_modules", None)
     slots = config.max_cpu_loras or config.max_loras
     return EngineLimits(config.max_lora_rank, slots, frozenset(modules) if modules else None)
-
-
-def check_limits(limits: EngineLimits, *, rank: int, modules: Collection[str]) -> None:
-    """Refuse an engine that would not attach a video's adapter: it would answer from the base model, and say nothing.
-
-    Raises:
-        ValueError: the engine's rank is below `rank`, or it does not wrap one of `modules`; the message says the flag.
-    """
-    if rank > limits.max_rank:
-        raise ValueError(f"adapters have rank {rank}: start the engine with --max-lora-rank {rank} or more")
-    missing = sorted(set(modules) - limits.target_modules) if limits.target_modules is not None else []
-    if missing:
-        raise ValueError(
-            f"adapters change {', '.join(missing)}: name it in --lora-target-modules, or leave that flag out"
-        )
 
 
 class AdapterNames(dict[str, LoRARequest]):

@@ -19,8 +19,10 @@ from typing import Any
 from safetensors.torch import load_file
 
 from f2l_vllm.adapters.address import ADAPTER_PREFIX, FORMAT_VERSION
+from f2l_vllm.adapters.base_shapes import BaseShapes
 from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.peft_format import AdapterFiles, BaseShapes, validate_adapter
+from f2l_vllm.adapters.peft_format import AdapterFiles, validate_adapter
+from f2l_vllm.adapters.ranks import most_chunks, smallest_rank
 from f2l_vllm.adapters.store import Store, StoreError
 from f2l_vllm.adapters.tables import AdapterRecord
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE, compose_tensors, save_tensors
@@ -122,10 +124,13 @@ class Composer:
         needed = (chunks + 1) * self._chunk_rank
         if needed > self._max_rank:
             what = f"{videos} videos" if videos > 1 else "this video"
+            allowed, most = smallest_rank(needed), most_chunks(self._chunk_rank)
+            room = f"no server has room for more than {most}"
+            if allowed is not None:
+                room = f"or start it with --max-chunks {chunks} (and --max-lora-rank {allowed}, if that is given)"
             message = (
                 f"{what[0].upper()}{what[1:]} of {chunks} chunks need LoRA rank {needed}, and this server has "
-                f"{self._max_rank}: ask about fewer or shorter ones, or start it with --max-chunks {chunks} or more "
-                f"(--max-lora-rank {needed})."
+                f"{self._max_rank}: ask about fewer or shorter ones, {room}."
             )
             raise bad_request("too_many_videos", message, "messages")
 

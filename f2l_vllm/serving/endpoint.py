@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from filelock import FileLock, Timeout
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -26,25 +27,28 @@ torch_shims.install()
 
 from f2l_vllm import models  # noqa: E402  (torchvision must be importable first)
 from f2l_vllm.adapters.address import fingerprint  # noqa: E402
+from f2l_vllm.adapters.base_shapes import BaseShapes  # noqa: E402
 from f2l_vllm.adapters.catalog import Catalog  # noqa: E402
 from f2l_vllm.adapters.errors import Unavailable  # noqa: E402
-from f2l_vllm.adapters.peft_format import BaseShapes  # noqa: E402
 from f2l_vllm.adapters.store import Store  # noqa: E402
-from f2l_vllm.hypernetwork.model import read_config  # noqa: E402
+from f2l_vllm.hypernetwork.config import read_config  # noqa: E402
 from f2l_vllm.pool.messages import WorkerSpec  # noqa: E402
 from f2l_vllm.pool.process import PoolProcess  # noqa: E402
 from f2l_vllm.serving import compat, errors, media  # noqa: E402, F401  (media guards vLLM's own fetching)
 from f2l_vllm.serving.asking import Asking  # noqa: E402
 from f2l_vllm.serving.composition import Composer  # noqa: E402
+from f2l_vllm.serving.engine_defaults import check_limits  # noqa: E402
 from f2l_vllm.serving.files import router  # noqa: E402
 from f2l_vllm.serving.handlers import ChatHandler, CompletionHandler, Guard  # noqa: E402
 from f2l_vllm.serving.registry import Registry  # noqa: E402
 from f2l_vllm.serving.routes import Door, keep_listed_routes  # noqa: E402
 from f2l_vllm.serving.service import Revisions, VideoService, count_outcome  # noqa: E402
 from f2l_vllm.serving.tenants import Keys  # noqa: E402
-from f2l_vllm.settings import Settings, listed  # noqa: E402
+from f2l_vllm.settings import SERVER_LOCK, Settings, listed  # noqa: E402
 
 logger = logging.getLogger(__name__)
+
+_LOCK_SECONDS = 5.0
 
 
 class F2LEndpointPlugin:
@@ -57,11 +61,12 @@ class F2LEndpointPlugin:
         self._app: FastAPI | None = None
         self._service: VideoService | None = None
         self._engine_was_stopped: Callable[[], bool] | None = None
+        self._lock: FileLock | None = None
         self._background: list[asyncio.Task[None]] = []
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, take away those not listed, and add the error envelope and the shutdown."""
-        settings = Settings()
+        settings = Settings.read()
         app.include_router(router)
         keep_listed_routes(app, [*listed(settings.open_routes), *listed(settings.extra_routes)])
         self._app = app
@@ -89,7 +94,7 @@ class F2LEndpointPlugin:
         self._engine_was_stopped = compat.engine_was_stopped(engine_client)
         compat.log_like_vllm("f2l_vllm")
         compat.check_environment(args)
-        settings = Settings()
+        settings = Settings.read()
         keys = Keys(compat.api_keys(args), settings.tenants)
         assert self._app is not None, "vLLM attaches routes first"
         # Outermost, before vLLM's own check, whose answer OpenAI clients cannot read. vLLM has built the stack already.
@@ -105,8 +110,9 @@ class F2LEndpointPlugin:
         config = read_config(hypernetwork)
         shapes = BaseShapes.read(model)
         shapes.check(config)
-        compat.check_limits(limits, rank=2 * config.rank, modules=config.modules)
+        check_limits(limits, rank=2 * config.rank, modules=config.modules)
         home = settings.data_folder
+        self._lock = hold(home)
         store = Store(home, url=settings.store, cache_bytes=settings.cache_bytes, hot_bytes=settings.hot_bytes)
         catalog = Catalog(settings.catalog_url)
         registry = Registry(
@@ -163,9 +169,26 @@ class F2LEndpointPlugin:
                 await asyncio.to_thread(self._service.pool.stop)
             self._service.store.close()
             self._service.catalog.close()
+        if self._lock is not None:
+            self._lock.release()
         if self._engine_was_stopped is not None and not self._engine_was_stopped():
             # vLLM's server ends with 0 all the same, which a supervisor takes for a stop in order.
             atexit.register(os._exit, 1)
+
+
+def hold(home: Path) -> FileLock:
+    """Take the data folder, for as long as this process lives: leases and names of adapters are known to one server.
+
+    Raises:
+        ValueError: another server has it.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(home / SERVER_LOCK, thread_local=False)
+    try:
+        lock.acquire(timeout=_LOCK_SECONDS)
+    except Timeout as error:
+        raise ValueError(f"another server runs on the data folder {home}: stop it, or set F2L_HOME") from error
+    return lock
 
 
 def worker_spec(settings: Settings, model: Path, hypernetwork: Path, max_rank: int, chunk_rank: int) -> WorkerSpec:

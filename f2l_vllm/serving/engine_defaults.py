@@ -7,9 +7,10 @@ here has run them on a GPU: what is said about one is read from vLLM's kernels.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""`--max-lora-rank` may be one of these (`config/lora.py`, `MaxLoRARanks`)."""
+from f2l_vllm.adapters.ranks import advice
 
 SEQUENCES = 32
 """Requests in a step, and slots for adapters.
@@ -32,31 +33,77 @@ stops using it too (`httpx/_config.py`, `keepalive_expiry`): a question sent at 
 connections idle for 4.97 s, 42 of 800 questions met "Connection error" with `max_retries=0`; with this value none."""
 
 
-def smallest_rank(rank: int) -> int | None:
-    """The smallest rank vLLM takes that holds an adapter of `rank`, or None.
+@dataclass(frozen=True)
+class EngineLimits:
+    """What the engine is started with. `host_slots`: adapters kept in host memory; no `target_modules`: all."""
 
-    Every slot has room for it, and a GPU computes every adapter at it (`lora/layers/base_linear.py`); a CPU computes
-    an adapter at its own rank.
+    max_rank: int
+    host_slots: int
+    target_modules: frozenset[str] | None
+
+
+def check_limits(limits: EngineLimits, *, rank: int, modules: Collection[str]) -> None:
+    """Refuse an engine that would not attach a video's adapter: it would answer from the base model, and say nothing.
+
+    Raises:
+        ValueError: the engine's rank is below `rank`, or it does not wrap one of `modules`; the message says the flag.
     """
-    return next((size for size in LORA_RANKS if size >= rank), None)
+    if rank > limits.max_rank:
+        raise ValueError(f"adapters have rank {rank}, the engine has room for {limits.max_rank}: {advice(rank)}")
+    missing = sorted(set(modules) - limits.target_modules) if limits.target_modules is not None else []
+    if missing:
+        raise ValueError(
+            f"adapters change {', '.join(missing)}: name it in --lora-target-modules, or leave that flag out"
+        )
 
 
-def engine_flags(*, rank: int, modules: Collection[str], is_small: bool, has_gpu: bool) -> dict[str, list[str]]:
+def refuse_flags(args: Any) -> None:
+    """Refuse flags of vLLM's under which videos would not be served, or not as their adapters say.
+
+    Args:
+        args: vLLM's arguments, all or those given.
+
+    Raises:
+        ValueError: one of them; the message says which and why.
+    """
+    if (getattr(args, "api_server_count", None) or 1) > 1:
+        raise ValueError("--api-server-count must be 1: who uses an adapter is known to one API server only")
+    if getattr(args, "specialize_active_lora", False):
+        raise ValueError("--specialize-active-lora is not supported: mixed base and adapter batches may lose adapters")
+    if not getattr(args, "enable_lora", True):
+        raise ValueError("--no-enable-lora: videos are answered from LoRA adapters; leave the flag out")
+    for name in ("headless", "grpc"):
+        if getattr(args, name, False):
+            raise ValueError(f"--{name}: videos are served over HTTP by this process; leave the flag out")
+
+
+def engine_flags(
+    *,
+    rank: int,
+    modules: Collection[str],
+    is_small: bool,
+    has_gpu: bool,
+    slots: int | None = None,
+    places: int | None = None,
+) -> dict[str, list[str]]:
     """Flags of `vllm serve` and their values.
 
     Args:
         rank: what `smallest_rank` gave.
         modules: linear layers that adapters change.
         is_small: whether the model is one that this package ships.
+        slots, places: what the operator gave of `--max-loras` and `--max-cpu-loras`; the other fits it, as vLLM wants
+            no fewer places than slots.
     """
+    slots = slots or min(SEQUENCES, places or HOST_ADAPTERS)
     flags = {
         "--enable-lora": [],
         "--max-lora-rank": [str(rank)],
         # Without it every linear layer of the text model gets slots and LoRA kernels: five times the memory, and on a
         # CPU 5.9 tokens a second where down_proj alone leaves 8.2 of 8.7.
         "--lora-target-modules": sorted(modules),
-        "--max-loras": [str(SEQUENCES)],
-        "--max-cpu-loras": [str(HOST_ADAPTERS)],
+        "--max-loras": [str(slots)],
+        "--max-cpu-loras": [str(max(HOST_ADAPTERS, slots))],
         "--max-num-seqs": [str(SEQUENCES)],
     }
     if is_small and not has_gpu:
@@ -65,7 +112,7 @@ def engine_flags(*, rank: int, modules: Collection[str], is_small: bool, has_gpu
     return flags
 
 
-# Left at vLLM's default, which is off, and refused by `compat.check_environment`:
+# Left at vLLM's default, which is off, and refused by `refuse_flags`:
 # --specialize-active-lora launches LoRA kernels for as many adapters as a step has, rounded up to what CUDA graphs were
 # captured for (`lora/ops/triton_ops/lora_kernel_metadata.py`). Nobody here has seen on a GPU that a batch of requests
 # with and without adapters keeps every adapter under it; where one is lost, the base model answers in its place.

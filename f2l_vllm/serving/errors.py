@@ -42,12 +42,14 @@ def video_not_found(file_id: str, param: str | None = None) -> APIError:
     return APIError(HTTPStatus.NOT_FOUND, "video_not_found", message, param=param)
 
 
-def video_not_ready(file_id: str, state: str, waited: float) -> APIError:
+def video_not_ready(file_id: str, state: str, waited: float, why: str | None = None) -> APIError:
     """409: still in work after the time the caller would wait. Clients are told not to retry by themselves, because
-    the wait is theirs to set."""
+    the wait is theirs to set. `why`: what keeps the server from working at it at all."""
+    reason = f" No hypernetwork worker is ready: {why}." if why else ""
     message = (
-        f"Video '{file_id}' is still being internalized (stage '{state}') after waiting {waited:g} s. Ask again later, "
-        "poll GET /v1/files/{id} until its status is 'processed', or allow a longer wait with the X-F2L-Wait header."
+        f"Video '{file_id}' is still being internalized (stage '{state}') after waiting {waited:g} s.{reason} "
+        "Ask again later, poll GET /v1/files/{id} until its status is 'processed', or allow a longer wait with the "
+        "X-F2L-Wait header."
     )
     headers = {"Retry-After": "5", "X-Should-Retry": "false", "X-F2L-File": file_id}
     return APIError(HTTPStatus.CONFLICT, "video_not_ready", message, headers=headers)

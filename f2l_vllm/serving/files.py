@@ -82,7 +82,7 @@ async def list_files(
 async def retrieve_file(file_id: str, request: Request) -> JSONResponse:
     """One file."""
     (found,) = await service(request).find([file_id], tenant_of(request))
-    return JSONResponse(file_object(found.file, found.adapter))
+    return JSONResponse(file_object(found.file, found.adapter, service(request).why_not_ready()))
 
 
 @router.post("/v1/files/{file_id}")
@@ -185,20 +185,29 @@ async def retrieve_model(model: str, request: Request) -> JSONResponse:
 
 @router.get("/ready")
 async def ready(request: Request) -> JSONResponse:
-    """200 when the engine answers and a hypernetwork worker is loaded, else 503 with what is missing."""
+    """200 when the engine answers and a hypernetwork worker is loaded, else 503 with what is missing and why."""
     parts = {
         "engine": await compat.engine_is_healthy(request.app.state.engine_client),
         "workers": service(request).is_ready(),
     }
+    why = {"engine": "the engine has ended"} if not parts["engine"] else {}
+    if (reason := service(request).why_not_ready()) is not None:
+        why["workers"] = reason
     status = HTTPStatus.OK if all(parts.values()) else HTTPStatus.SERVICE_UNAVAILABLE
-    return JSONResponse({"ready": all(parts.values()), **parts}, status_code=status)
+    return JSONResponse({"ready": all(parts.values()), **parts, **({"why": why} if why else {})}, status_code=status)
 
 
-def file_object(record: FileRecord, adapter: AdapterRecord | None) -> dict[str, Any]:
-    """A file as the OpenAI API shows it; `f2l` holds stage, progress, and what is known of the adapter."""
+def file_object(record: FileRecord, adapter: AdapterRecord | None, why: str | None = None) -> dict[str, Any]:
+    """A file as the OpenAI API shows it; `f2l` holds stage, progress, and what is known of the adapter.
+
+    Args:
+        why: what keeps workers from taking it up.
+    """
     shown = {VideoState.PROCESSED: "processed", VideoState.ERROR: "error"}.get(record.state, "uploaded")
     details: dict[str, Any] = {"stage": record.state.value, "progress": round(record.progress, 3)}
     details |= {"pinned": record.pinned, "last_used_at": record.last_used_at and int(record.last_used_at)}
+    if why is not None and record.state is VideoState.UPLOADED:
+        details["waits_for"] = why
     if adapter is not None:
         details |= {"adapter": adapter.name, "rank": adapter.rank, "adapter_bytes": adapter.bytes, **adapter.info}
     if record.state is VideoState.ERROR:
@@ -219,7 +228,7 @@ def file_object(record: FileRecord, adapter: AdapterRecord | None) -> dict[str, 
 
 async def _one(videos: VideoService, record: FileRecord) -> JSONResponse:
     adapters = await asyncio.to_thread(videos.catalog.adapters_of, [record])
-    return JSONResponse(file_object(record, adapters.get(record.adapter_name)))
+    return JSONResponse(file_object(record, adapters.get(record.adapter_name), videos.why_not_ready()))
 
 
 def _page(

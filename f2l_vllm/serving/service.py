@@ -180,7 +180,7 @@ class VideoService:
         if record.state is VideoState.ERROR:
             raise video_failed(file_id, record.error_code, record.error_message)
         if record.state in IN_WORK:
-            raise video_not_ready(file_id, record.state, wait)
+            raise video_not_ready(file_id, record.state, wait, self.why_not_ready())
         return found
 
     async def remake(self, adapter: AdapterRecord, error: Exception) -> None:
@@ -231,6 +231,10 @@ class VideoService:
     def is_ready(self) -> bool:
         """Whether uploads get internalized: a worker is alive, or other processes run the workers."""
         return self.pool is None or self.pool.workers > 0
+
+    def why_not_ready(self) -> str | None:
+        """What uploads wait for while no worker is alive, in words for clients; None if one is."""
+        return None if self.is_ready() or self.pool is None else self.pool.why
 
     @property
     def is_stopping(self) -> bool:

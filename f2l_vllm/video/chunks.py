@@ -94,7 +94,9 @@ def _by_seconds(
     rest = count / fps - whole * seconds
     needed = max(1, whole + (rest * rate >= 1))
     if needed > max_chunks:
-        raise _too_long(f"{needed} chunks of {seconds:g} s", max_chunks, "--chunk-seconds")
+        raise _too_long(
+            f"{needed} chunks of {seconds:g} s", max_chunks, f"--chunk-seconds {math.ceil(count / fps / max_chunks)}"
+        )
     starts = [round(chunk * seconds * fps) for chunk in range(needed)]
     ends = [*starts[1:], count]
     indices = [source.indices(processor, sampling, a, b) for a, b in zip(starts, ends, strict=True)]
@@ -108,16 +110,20 @@ def _by_frames(
     wanted = max(1, round(source.info.frame_count / source.info.fps * rate))
     needed = math.ceil(wanted / frames)
     if needed > max_chunks:
-        raise _too_long(f"{needed} chunks of {frames} frames at {rate:g} frames/s", max_chunks, "--chunk-frames")
+        raise _too_long(
+            f"{needed} chunks of {frames} frames at {rate:g} frames/s",
+            max_chunks,
+            f"--chunk-frames {math.ceil(wanted / max_chunks)}",
+        )
     whole = Sampling(max_frames=wanted, fps=sampling.fps, longest_edge=sampling.longest_edge)
     chosen = source.indices(processor, whole, 0, source.info.frame_count)
     indices = [chosen[start : start + frames] for start in range(0, len(chosen), frames)]
     return indices, [0, *(chunk[0] for chunk in indices[1:])]
 
 
-def _too_long(needs: str, max_chunks: int, flag: str) -> VideoError:
+def _too_long(needs: str, max_chunks: int, enough: str) -> VideoError:
     return VideoError(
         "video_too_long",
         f"The video needs {needs}, and the server's LoRA rank has room for {max_chunks}. Cut the video, or start the "
-        f"server with a larger {flag} or --max-chunks, or without chunks (one pass over a fixed number of frames).",
+        f"server with {enough} or more, or without chunks (one pass over a fixed number of frames).",
     )

@@ -10,7 +10,8 @@ from transformers.video_utils import VideoMetadata
 
 from benchmarks import shapes, tokenizer
 from benchmarks.costs import Costs, write_adapter
-from f2l_vllm.adapters.peft_format import BaseShapes, validate_adapter
+from f2l_vllm.adapters.base_shapes import BaseShapes
+from f2l_vllm.adapters.peft_format import validate_adapter
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.training.render import write_mp4
 from f2l_vllm.training.world import sample_scenes

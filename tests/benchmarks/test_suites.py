@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import suite as suites
 from benchmarks.arms import ARMS
-from f2l_vllm.commands.bench import parse_changes
+from benchmarks.suite import parse_changes
 
 
 @pytest.mark.parametrize("name", suites.names())

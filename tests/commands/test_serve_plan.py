@@ -65,7 +65,7 @@ def test_rates_of_merging_reach_vllm_and_the_workers(hypernetwork_model):
     launch = plan(str(hypernetwork_model), None, {"F2L_MERGE_RATE": "0.5"}, ["--video-pruning-rate", "0.7"])
     assert flag(launch.argv, "--video-pruning-rate") == "0.7"
     assert launch.env["F2L_MERGE_RATE"] == "0.5"
-    with pytest.raises(ValueError, match="merge_rate"):
+    with pytest.raises(ValueError, match="--merge-rate=1"):
         plan(str(hypernetwork_model), None, {"F2L_MERGE_RATE": "1"}, [])
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from f2l_vllm.hypernetwork.config import HypernetworkConfig
+from f2l_vllm.hypernetwork.config import HypernetworkConfig, read_config
 from f2l_vllm.hypernetwork.locate import locate
-from f2l_vllm.hypernetwork.model import Hypernetwork, read_config
+from f2l_vllm.hypernetwork.model import Hypernetwork
 
 GOLDEN = Path(__file__).parent / "golden" / "hypernetwork.pt"
 CONFIG = HypernetworkConfig(

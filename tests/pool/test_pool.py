@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from f2l_vllm.adapters.base_shapes import BaseShapes
 from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.peft_format import BaseShapes, validate_adapter
+from f2l_vllm.adapters.peft_format import validate_adapter
 from f2l_vllm.adapters.states import VideoState
 from f2l_vllm.adapters.store import Store
 from f2l_vllm.pool.messages import Cancelled, Failed, Progress, Published, WorkerSpec

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ray
 from pool.test_pool import WAIT_SECONDS, Bench, hanging_decoders, until
 from video.videos import write_video
 
 from f2l_vllm.adapters.states import VideoState
+from f2l_vllm.pool.messages import WorkerSpec
+from f2l_vllm.pool.pool import Pool, PoolConfig
 from f2l_vllm.pool.process import PoolProcess
 
 
@@ -98,3 +101,35 @@ def test_a_pool_whose_server_is_gone_stops(tmp_path, hypernetwork_model):
     server.kill()
     server.wait()
     until(lambda: not session(pool_pid))
+
+
+def test_the_server_hears_why_no_worker_is_ready(tmp_path):
+    folder = tmp_path / "any"
+    spec = WorkerSpec(model=folder, hypernetwork=folder, home=folder, base_name="base", max_rank=64, threads=1)
+    pool = PoolProcess(spec, lambda *_: None)
+    assert pool.why == "the pool is starting"
+    pool._hear('{"why": "a worker needs 0.3 GPU"}\n')
+    assert pool.why == "a worker needs 0.3 GPU"
+    pool._hear('{"workers": 1}\n')
+    assert pool.workers == 1
+
+
+def test_a_worker_that_no_node_has_room_for_is_waited_for_and_said(tmp_path, monkeypatch):
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 1.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    folder = tmp_path / "any"
+    spec = WorkerSpec(model=folder, hypernetwork=folder, home=folder, base_name="base", max_rank=64, threads=1)
+    config = PoolConfig(1, cpus=1, gpus=0.3, ray_address="auto", job_attempts=3, job_seconds=60)
+    pool = Pool(config, spec, None, None)
+    missing = pool.missing()
+    assert missing == (
+        "a worker needs 1 CPU and 0.3 GPU, and no node of the Ray cluster has as much (the most: 2 CPU and 0 GPU)"
+    )
+    (lane,) = pool._lanes
+    looks = iter([([], ["info"]), ([], ["info"]), (["info"], [])])
+    monkeypatch.setattr(ray, "wait", lambda *_args, **_values: next(looks))
+    monkeypatch.setattr(ray, "get", lambda _info: "loaded")
+    assert lane._started("info") == "loaded"
+    assert pool.why() == missing  # as it was said while the worker waited
+    nodes[1]["Alive"] = True
+    assert pool.missing() is None

@@ -11,8 +11,8 @@ import pytest
 import torch
 from video.videos import write_video
 
+from f2l_vllm.adapters.base_shapes import BaseShapes
 from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.peft_format import BaseShapes
 from f2l_vllm.adapters.store import Store
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE, save_tensors
 from f2l_vllm.serving import remote

@@ -35,6 +35,7 @@ from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
 
 from f2l_vllm.serving import compat
 from f2l_vllm.serving.endpoint import F2LEndpointPlugin
+from f2l_vllm.serving.engine_defaults import EngineLimits, check_limits
 
 
 def test_this_is_the_supported_version():
@@ -212,13 +213,13 @@ def test_an_engine_that_would_not_attach_an_adapter_is_refused():
     )
     limits = compat.engine_limits(engine)
     assert (limits.max_rank, limits.host_slots, limits.target_modules) == (16, 2, {"q_proj"})
-    compat.check_limits(limits, rank=16, modules=["q_proj"])
+    check_limits(limits, rank=16, modules=["q_proj"])
     with pytest.raises(ValueError, match="--max-lora-rank 32"):
-        compat.check_limits(limits, rank=32, modules=["q_proj"])
+        check_limits(limits, rank=32, modules=["q_proj"])
     with pytest.raises(ValueError, match="down_proj: name it in --lora-target-modules"):
-        compat.check_limits(limits, rank=16, modules=["down_proj", "q_proj"])
-    everything = compat.EngineLimits(max_rank=16, host_slots=2, target_modules=None)
-    compat.check_limits(everything, rank=16, modules=["down_proj"])
+        check_limits(limits, rank=16, modules=["down_proj", "q_proj"])
+    everything = EngineLimits(max_rank=16, host_slots=2, target_modules=None)
+    check_limits(everything, rank=16, modules=["down_proj"])
 
 
 def test_environments_that_bypass_or_open_the_server_are_refused(monkeypatch):

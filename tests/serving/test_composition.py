@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from f2l_vllm.adapters.base_shapes import BaseShapes
 from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.peft_format import BaseShapes
 from f2l_vllm.adapters.store import Store
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE, save_tensors
 from f2l_vllm.serving.composition import Composer, Part, PartGone, PartLost

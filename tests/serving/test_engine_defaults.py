@@ -7,13 +7,14 @@ from typing import get_args
 
 from vllm.config.lora import MaxLoRARanks
 
-from f2l_vllm.serving.engine_defaults import KEEP_ALIVE_SECONDS, LORA_RANKS, engine_flags, smallest_rank
+from f2l_vllm.adapters.ranks import RANKS, smallest_rank
+from f2l_vllm.serving.engine_defaults import KEEP_ALIVE_SECONDS, engine_flags
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 
 
 def test_ranks_are_those_of_vllm_0_32() -> None:
-    assert get_args(MaxLoRARanks) == LORA_RANKS
+    assert get_args(MaxLoRARanks) == RANKS
 
 
 def test_an_adapter_gets_the_smallest_rank_that_holds_it() -> None:

@@ -215,7 +215,7 @@ def test_long_videos_become_chunks_and_too_long_ones_say_so(first_life, details,
     assert len(ready[0]["spans"]) > 1
     assert long["stage"] == "error"
     assert long["error"]["code"] == "video_too_long"
-    assert "--max-chunks" in long["error"]["message"]
+    assert "--chunk-seconds" in long["error"]["message"]
 
 
 def test_ready_videos_answer_after_a_restart_without_work_done_again(first_life, second_life):
@@ -350,7 +350,7 @@ def test_a_server_that_stops_lets_nobody_hang(second_life, clips):
     ("arguments", "environment", "message"),
     [
         (["no-such-model"], {}, "no model at"),
-        ([], {"F2L_QUEUE_LIMIT": "none"}, "queue_limit"),
+        ([], {"F2L_QUEUE_LIMIT": "none"}, "F2L_QUEUE_LIMIT=none"),
         (["{model}", "--hypernetwork", "{nothing}"], {}, "No hypernetwork at"),
         (["{model}"], {"F2L_TENANTS": "/no/such/file"}, "cannot be read"),
         (["{model}"], {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}, "unset it"),
