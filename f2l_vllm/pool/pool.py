@@ -241,7 +241,7 @@ class _Lane(threading.Thread):
                 self._lose_actor("died while idle")
         self._actor = self._pool._new_actor()
         try:
-            self.info = self._started(self._actor.info.remote())
+            self.info = self._loaded(self._actor.info.remote())
         except BaseException as error:
             self._lose_actor("did not start")
             self.why = f"a worker did not start and is tried again: {_without_paths(error)}"
@@ -253,7 +253,7 @@ class _Lane(threading.Thread):
         self._checked = time.monotonic()
         logger.info("hypernetwork worker ready: pid %d on %s, %s", self.info.pid, self.info.node, self.info.device)
 
-    def _started(self, info: Any) -> WorkerInfo:
+    def _loaded(self, info: Any) -> WorkerInfo:
         """Wait for a new worker to have loaded. In a cluster that is too small it waits for another node, for ever."""
         deadline = time.monotonic() + _START_SECONDS
         while True:

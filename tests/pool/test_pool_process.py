@@ -129,7 +129,7 @@ def test_a_worker_that_no_node_has_room_for_is_waited_for_and_said(tmp_path, mon
     looks = iter([([], ["info"]), ([], ["info"]), (["info"], [])])
     monkeypatch.setattr(ray, "wait", lambda *_args, **_values: next(looks))
     monkeypatch.setattr(ray, "get", lambda _info: "loaded")
-    assert lane._started("info") == "loaded"
+    assert lane._loaded("info") == "loaded"
     assert pool.why() == missing  # as it was said while the worker waited
     nodes[1]["Alive"] = True
     assert pool.missing() is None
