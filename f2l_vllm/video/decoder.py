@@ -162,13 +162,20 @@ class IsolatedDecoder:
         with self._lock:
             # glibc reserves address space for every thread that allocates, and BLAS for every core.
             environment = {**os.environ, "MALLOC_ARENA_MAX": "2", "OPENBLAS_NUM_THREADS": "1"}
-            process = self._process = subprocess.Popen(
-                [sys.executable, "-m", "f2l_vllm.video.decoder_child", json.dumps(asdict(self._limits))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-            )
+            theirs, ours = os.pipe()
+            self._lifeline = open(ours, "wb", buffering=0)  # noqa: SIM115  (nothing is written; see `lifeline`)
+            limits = json.dumps(asdict(self._limits))
+            try:
+                process = self._process = subprocess.Popen(
+                    [sys.executable, "-m", "f2l_vllm.video.decoder_child", limits, str(theirs)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=[theirs],
+                    env=environment,
+                )
+            finally:
+                os.close(theirs)
         try:
             _read_line(process, time.monotonic() + _START_SECONDS)
         except (_Died, TimeoutError) as error:
@@ -230,6 +237,8 @@ class IsolatedDecoder:
         except subprocess.TimeoutExpired:
             process.kill()
             return process.wait()
+        finally:
+            self._lifeline.close()
 
 
 class Decoders:

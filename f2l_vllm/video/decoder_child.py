@@ -1,7 +1,7 @@
-"""`python -m f2l_vllm.video.decoder_child LIMITS`: the process behind `IsolatedDecoder`, alive as long as its parent.
+"""`python -m f2l_vllm.video.decoder_child LIMITS LIFELINE`: the process behind `IsolatedDecoder`.
 
-It limits its own memory, CPU time and files before it opens the first video. The answer to a request is a JSON object
-on a line: a header, a `shape` with that many bytes behind it, or `code` and `message`.
+It ends with its parent, and limits its own memory, CPU time and files before it opens the first video. The answer to a
+request is a JSON object on a line: a header, a `shape` with that many bytes behind it, or `code` and `message`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import threading
 from dataclasses import asdict
 from typing import Any
 
+from f2l_vllm.lifeline import end_with_writer
 from f2l_vllm.video.decode import Timeline, decode_frames, read_timeline, shown
 from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.probe import Limits, check_file
@@ -44,8 +45,9 @@ class _Videos:
         return {"shape": frames.shape}, frames.data.cast("B")
 
 
-def main(limits_json: str) -> None:
-    """Answer requests until standard input closes."""
+def main(limits_json: str, lifeline: int) -> None:
+    """Answer requests until standard input closes, or the other end of the pipe `lifeline` does."""
+    end_with_writer(lifeline)
     limits = json.loads(limits_json)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent, which closes our input
     answers = os.dup(sys.stdout.fileno())
@@ -100,4 +102,4 @@ def _write(descriptor: int, view: memoryview) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,105 @@
+"""Processes end with those that started them, in the middle of a computation that lets no thread of Python run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the promise is Linux's")
+
+LONG = "print(os.getpid(), flush=True); pow(7, 10**9, 10**400000 - 1)"
+
+SPAWNER = f"""
+import multiprocessing, os, sys, time
+from f2l_vllm.lifeline import end_with_spawner
+def work(early):
+    if early:  # the parent ends before the kernel is told
+        parent = os.getppid()
+        print(os.getpid(), flush=True)
+        while os.getppid() == parent: time.sleep(0.01)
+    end_with_spawner()
+    {LONG}
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work, args=(sys.argv[1] == "early",)).start()
+    time.sleep(3600)
+"""
+
+WRITER = f"""
+import os, subprocess, sys, threading, time
+CHILD = '''
+import os, sys, time
+from f2l_vllm.lifeline import end_with_writer
+if sys.argv[2] == "early":
+    parent = os.getppid()
+    print(os.getpid(), flush=True)
+    while os.getppid() == parent: time.sleep(0.01)
+end_with_writer(int(sys.argv[1]))
+{LONG}
+'''
+def start():
+    theirs, ours = os.pipe()
+    subprocess.Popen([sys.executable, "-c", CHILD, str(theirs), sys.argv[1]], pass_fds=[theirs])
+    os.close(theirs)
+thread = threading.Thread(target=start)  # whose end is no reason
+thread.start()
+thread.join()
+time.sleep(3600)
+"""
+
+DECODER = """
+import json, os, subprocess, sys, time
+from dataclasses import asdict
+from f2l_vllm.video.decoder import DecodeLimits
+CHILD = '''
+import os, sys
+import f2l_vllm.video.decoder_child as child
+def answer(*_):
+    print(os.getpid(), file=sys.stderr, flush=True)
+    pow(7, 10**9, 10**400000 - 1)
+child._Videos.answer = answer
+child.main(sys.argv[1], int(sys.argv[2]))
+'''
+theirs, ours = os.pipe()
+limits = json.dumps(asdict(DecodeLimits()))
+command = [sys.executable, "-c", CHILD, limits, str(theirs)]
+child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=1, pass_fds=[theirs])
+child.stdin.write(b"{}\\n")
+child.stdin.flush()
+time.sleep(3600)
+"""
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("script", "when"),
+    [(SPAWNER, "early"), (SPAWNER, "late"), (WRITER, "early"), (WRITER, "late"), (DECODER, "late")],
+    ids=["spawned, early", "spawned", "by a pipe, early", "by a pipe", "a decoder"],
+)
+def test_a_process_in_a_long_computation_ends_with_its_parent(tmp_path, script, when):
+    path = tmp_path / "parent.py"
+    path.write_text(script)
+    parent = subprocess.Popen([sys.executable, str(path), when], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    try:
+        time.sleep(0.5)
+        assert alive(child)
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + 5
+        while alive(child) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not alive(child)
+    finally:
+        parent.kill()
+        if alive(child):
+            os.kill(child, signal.SIGKILL)
