@@ -83,6 +83,10 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         128 << 20, ge=1, description="Largest body of a request that is not an upload; a data URI is a part of it."
     )
+    max_images: int = Field(32, ge=0, description="Pictures in one question.")
+    max_image_bytes: int = Field(32 << 20, ge=1, description="Largest picture, bytes.")
+    max_image_pixels: int = Field(50_000_000, ge=1, description="Pixels of a question's pictures together.")
+    share_caches: bool = Field(False, description="Tenants share vLLM's caches of prefixes, pictures and frames.")
     allowed_media_domains: str = Field(
         "", description="Hosts that videos may be fetched from, by comma; not public addresses must be listed too."
     )

@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -145,6 +146,31 @@ def noting_visual_tokens(chat: Any) -> Any:
 
     chat.render_chat_request = noting
     return chat
+
+
+def enclose_renderings(
+    engine_client: Any, question: Callable[[], AbstractContextManager[None]], salt: Callable[[str | None], str | None]
+) -> None:
+    """Have every request that vLLM makes into the engine's prompts enter `question()` meanwhile, under `salt` of its
+    own `cache_salt`.
+
+    All of its handlers come to `render_chat_async` or `render_cmpl_async` of `engine_client.renderer`.
+    """
+    renderer = engine_client.renderer
+
+    def enclosed(stock: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(stock)
+        async def render(*args: Any, prompt_extras: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+            extras = dict(prompt_extras or {})
+            if (salted := salt(extras.get("cache_salt"))) is not None:
+                extras["cache_salt"] = salted
+            with question():
+                return await stock(*args, prompt_extras=extras, **kwargs)
+
+        return render
+
+    for name in ("render_chat_async", "render_cmpl_async"):
+        setattr(renderer, name, enclosed(getattr(renderer, name)))
 
 
 def guard_other_servings(state: State, guard: Callable[[Any], Any]) -> None:

@@ -34,9 +34,11 @@ from f2l_vllm.adapters.store import Store  # noqa: E402
 from f2l_vllm.hypernetwork.config import read_config  # noqa: E402
 from f2l_vllm.pool.messages import WorkerSpec  # noqa: E402
 from f2l_vllm.pool.process import PoolProcess  # noqa: E402
-from f2l_vllm.serving import compat, errors, media  # noqa: E402, F401  (media guards vLLM's own fetching)
+from f2l_vllm.serving import compat, errors, media  # noqa: E402
 from f2l_vllm.serving.asking import Asking  # noqa: E402
+from f2l_vllm.serving.bodies import Bodies, asking_tenant  # noqa: E402
 from f2l_vllm.serving.composition import Composer  # noqa: E402
+from f2l_vllm.serving.content import private  # noqa: E402
 from f2l_vllm.serving.engine_defaults import check_limits  # noqa: E402
 from f2l_vllm.serving.files import router  # noqa: E402
 from f2l_vllm.serving.handlers import ChatHandler, CompletionHandler, Guard  # noqa: E402
@@ -98,9 +100,14 @@ class F2LEndpointPlugin:
         keys = Keys(compat.api_keys(args), settings.tenants)
         assert self._app is not None, "vLLM attaches routes first"
         # Outermost, before vLLM's own check, whose answer OpenAI clients cannot read. vLLM has built the stack already.
-        open_routes, max_body_bytes = listed(settings.open_routes), settings.max_body_bytes
-        door = Middleware(Door, keys=keys, open_routes=open_routes, max_body_bytes=max_body_bytes)
-        self._app.user_middleware.insert(0, door)
+        door = Middleware(Door, keys=keys, open_routes=listed(settings.open_routes))
+        bodies = Middleware(
+            Bodies,
+            max_body_bytes=settings.max_body_bytes,
+            max_images=settings.max_images,
+            has_tenants=keys.has_tenants,
+        )
+        self._app.user_middleware[:0] = [door, bodies]
         self._app.middleware_stack = self._app.build_middleware_stack()
         limits = compat.engine_limits(engine_client)
         compat.leave_adapters_out_of_metrics(engine_client)
@@ -162,6 +169,8 @@ class F2LEndpointPlugin:
             lambda inner: CompletionHandler(inner, asking, base_names),
         )
         compat.guard_other_servings(state, Guard)
+        apart = keys.has_tenants and not settings.share_caches
+        compat.enclose_renderings(engine_client, media.question, salt_of_tenant if apart else lambda given: given)
         logger.info("serving videos: model %s, hypernetwork %s, data in %s", base_names[0], hypernetwork, home)
         if keys.is_open:
             logger.info("no API key is set: whoever reaches this server may use it")
@@ -195,6 +204,11 @@ def hold(home: Path) -> FileLock:
     except Timeout as error:
         raise ValueError(f"another server runs on the data folder {home}: stop it, or set F2L_HOME") from error
     return lock
+
+
+def salt_of_tenant(given: str | None) -> str:
+    """The salt of the caller's prefixes: no tenant's blocks are found by another's questions."""
+    return private(asking_tenant.get(), given or "")
 
 
 def worker_spec(settings: Settings, model: Path, hypernetwork: Path, max_rank: int, chunk_rank: int) -> WorkerSpec:

@@ -18,7 +18,6 @@ from f2l_vllm.serving.questions import (
     FILE_PREFIX,
     Options,
     Video,
-    keep_apart,
     names_a_video,
     options,
     videos,
@@ -119,7 +118,6 @@ class ChatHandler(_Handler):
         """vLLM's method, with videos resolved first."""
         how, tenant = self._options(request, raw_request), tenant_of(raw_request)
         asked = videos(request.model, request.messages)
-        keep_apart(request.messages, tenant)
         if not asked or not self._knows(request.model):  # vLLM says which models exist
             return await self._inner.create_chat_completion(request, raw_request)
         source = await self._source(request, asked, how, tenant)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from f2l_vllm.serving.content import HOW_VIDEOS
 from f2l_vllm.serving.errors import APIError, bad_request
 
 FILE_PREFIX = "file-"
@@ -15,9 +16,6 @@ Mode = Literal["adapter", "frames", "both"]
 _MODES = ("adapter", "frames", "both")
 _KEYS = {"mode", "wait"}
 _SPAN_KEYS = {"start", "end"}
-# Parts that other servers and routes take for a video: a question must not be answered as if they were not there.
-_FOREIGN = ("video", "input_video", "input_file")
-_HOW = "name it as {'type': 'file', 'file': {'file_id': …}} or {'type': 'video_url', 'video_url': {'url': …}}"
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,7 @@ def videos(model: str | None, messages: Sequence[Any]) -> list[Video]:
     Messages of every role count. Where parts name the model's own video, they say which spans of it are meant.
 
     Raises:
-        APIError: `invalid_request`, `invalid_span`, `unsupported_part`: a part that cannot be read, or holds something
-            that would be left unread.
+        APIError: `invalid_request`, `invalid_span`: a part that cannot be read, or holds what would be left unread.
     """
     found = list(dict.fromkeys(video for part in _parts(messages) if (video := _video(part)) is not None))
     if model is not None and model.startswith(FILE_PREFIX) and model not in [video.file_id for video in found]:
@@ -145,17 +142,10 @@ def with_frames(messages: Sequence[Any], urls: Mapping[Video, str]) -> list[Any]
     return replaced
 
 
-def keep_apart(messages: Sequence[Any], tenant: str) -> None:
-    """Make the `uuid`s of pictures the tenant's own: what vLLM keeps under one it takes for anybody's who names it."""
-    for part in _parts(messages):
-        if isinstance(part, dict) and isinstance(part.get("uuid"), str):
-            part["uuid"] = f"{tenant}/{part['uuid']}"
-
-
 def names_a_video(value: Any) -> bool:
-    """Whether a video is named anywhere in what other routes take as input, in whosever words."""
+    """Whether a video is named anywhere in what other routes take as input."""
     if isinstance(value, dict):
-        if value.get("type") in ("file", "video_url", *_FOREIGN) or str(value.get("file_id")).startswith(FILE_PREFIX):
+        if value.get("type") in ("file", "video_url") or str(value.get("file_id")).startswith(FILE_PREFIX):
             return True
         return any(names_a_video(inner) for inner in value.values())
     return isinstance(value, list) and any(names_a_video(inner) for inner in value)
@@ -179,11 +169,6 @@ def _video(part: Any) -> Video | None:
     if not isinstance(part, dict):
         return None
     kind = part.get("type")
-    if kind is None or "uuid" in part:  # as vLLM does, which reads a part with a uuid by its keys
-        kind = next((key for key in ("file", "video_url", *_FOREIGN) if key in part), kind)
-    if kind in _FOREIGN:
-        message = f"A content part of type '{kind}' is not how this server takes a video: {_HOW}."
-        raise bad_request("unsupported_part", message, "messages")
     if kind not in ("file", "video_url"):
         return None
     inner = part.get(kind)
@@ -192,10 +177,10 @@ def _video(part: Any) -> Video | None:
         inner = {"url": inner}
     address = inner.get(name) if isinstance(inner, dict) else None
     # `filename` is what the OpenAI API lets a client say of a file; nothing depends on it.
-    unknown = [*(set(part) - {"type", kind}), *(set(inner or ()) - {name, "f2l", "filename"} if address else ())]
+    unknown = set(inner or ()) - {name, "f2l", "filename"} if address else set()
     if unknown or not isinstance(inner, dict) or not isinstance(address, str) or not address:
         what = f"holds {sorted(unknown)}, which nobody would read" if unknown else f"needs {kind}.{name}"
-        raise bad_request("invalid_request", f"A '{kind}' part {what}: {_HOW}.", "messages")
+        raise bad_request("invalid_request", f"A '{kind}' part {what}: {HOW_VIDEOS}.", "messages")
     span = _span(inner.get("f2l"))
     return Video(file_id=address, span=span) if kind == "file" else Video(url=address, span=span)
 

@@ -1,4 +1,4 @@
-"""What can be reached, and by whom: an allow-list of routes, a key in front of them, a cap on what a body may hold.
+"""What can be reached, and by whom: an allow-list of routes, and a key in front of them.
 
 vLLM's own server has more routes than this one needs, some of which its key check leaves open; here a route that is not
 listed does not exist.
@@ -11,8 +11,7 @@ from http import HTTPStatus
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from f2l_vllm.serving.errors import APIError, response
 from f2l_vllm.serving.files import router
@@ -20,7 +19,6 @@ from f2l_vllm.serving.tenants import Keys
 
 # vLLM's routes that answer about videos, or refuse to by a clear error.
 VLLM_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
-UPLOAD_ROUTE = "/v1/files"  # caps its body itself
 
 
 def keep_listed_routes(app: FastAPI, listed: Collection[str]) -> None:
@@ -37,14 +35,12 @@ class Door:
         app: what is behind it.
         keys: which keys there are.
         open_routes: paths that need no key.
-        max_body_bytes: of any body but an upload's, which has its own cap.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, open_routes: Collection[str], max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, open_routes: Collection[str]) -> None:
         self._app = app
         self._keys = keys
         self._open = frozenset(open_routes)
-        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or scope.get("method") == "OPTIONS":
@@ -58,28 +54,7 @@ class Door:
             return
         if tenant is not None:
             scope.setdefault("state", {})["tenant"] = tenant
-        if path.rstrip("/") != UPLOAD_ROUTE:
-            length = headers.get("content-length", "")
-            if length.isdecimal() and int(length) > self._max_body_bytes:
-                await self._refuse(_body_too_large(self._max_body_bytes), scope, receive, send)
-                return
-            receive = self._capped(receive)
         await self._app(scope, receive, send)
-
-    def _capped(self, receive: Receive) -> Receive:
-        left = self._max_body_bytes
-
-        async def capped() -> Message:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                # While a body is parsed FastAPI lets no other kind of error through.
-                error = _body_too_large(self._max_body_bytes)
-                raise HTTPException(error.status, error.message)
-            return message
-
-        return capped
 
     async def _refuse(self, error: APIError, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -92,8 +67,3 @@ def _invalid_key() -> APIError:
     message = "No valid API key was given: send one that this server knows in the header 'Authorization: Bearer KEY'."
     headers = {"WWW-Authenticate": "Bearer"}
     return APIError(HTTPStatus.UNAUTHORIZED, "invalid_api_key", message, headers=headers)
-
-
-def _body_too_large(cap: int) -> APIError:
-    message = f"The request's body is larger than the {cap / 1e6:.0f} MB this server reads: upload videos as files."
-    return APIError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "request_too_large", message)

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import BatchFeature
 from transformers.video_utils import VideoMetadata
@@ -107,7 +108,7 @@ class SmolVLMVideoMultiModalProcessor(SmolVLMMultiModalProcessor):
         self, info: SmolVLMVideoProcessingInfo, dummy_inputs: BaseDummyInputsBuilder[SmolVLMVideoProcessingInfo]
     ) -> None:
         super().__init__(info, dummy_inputs)
-        video_loader.SampledVideoLoader.use_processor(info.get_hf_processor)
+        video_loader.SampledVideoLoader.use_processor(info.get_hf_processor, self._resize)
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
         data, kwargs, passthrough = self._get_hf_mm_inputs(mm_items, hf_kwargs)
@@ -115,16 +116,36 @@ class SmolVLMVideoMultiModalProcessor(SmolVLMMultiModalProcessor):
         processed = self._call_hf_processor(data, kwargs) if data else None
         processed = self._finalize_hf_mm_data(data, kwargs, passthrough, processed)
         if videos:
-            processed.update(self._process_videos([frames for frames, _ in videos], hf_kwargs))
+            processed.update(self._process_videos(videos, hf_kwargs))
         return processed
 
-    def _process_videos(self, videos: Sequence[Any], hf_kwargs: Mapping[str, object]) -> dict[str, torch.Tensor]:
+    def _video_options(self, hf_kwargs: Mapping[str, object]) -> dict[str, Any]:
+        scopes: Any = self.info._merge_and_resolve_mm_processor_kwargs(hf_kwargs)
+        return {**scopes.get("videos_kwargs", {}), "do_sample_frames": False, "return_tensors": "pt"}
+
+    def _resize(self, frames_NHW3: np.ndarray) -> np.ndarray:
+        """Frames as the video processor resizes them, before all else that it does to them."""
+        processor = self.info.get_hf_processor().video_processor
+        alone = {"do_rescale": False, "do_normalize": False, "do_pad": False}
+        pixels_N3HW: torch.Tensor = processor(videos=[frames_NHW3], **{**self._video_options({}), **alone})[
+            "pixel_values"
+        ][0]
+        return pixels_N3HW.permute(0, 2, 3, 1).numpy()
+
+    def _process_videos(
+        self, videos: Sequence[tuple[Any, Mapping[str, Any]]], hf_kwargs: Mapping[str, object]
+    ) -> dict[str, torch.Tensor]:
         """Pixels `[all frames, 3, side, side]`, their masks `[all frames, side, side]` and each video's frames."""
         processor = self.info.get_hf_processor(**hf_kwargs).video_processor
-        scopes: Any = self.info._merge_and_resolve_mm_processor_kwargs(hf_kwargs)
-        options = {**scopes.get("videos_kwargs", {}), "do_sample_frames": False, "return_tensors": "pt"}
+        options = self._video_options(hf_kwargs)
+        resized = [bool(metadata.get("resized")) for _, metadata in videos]
+        if any(resized) and options != self._video_options({}):
+            raise ValueError("The video is large, and was resized as the server is set: leave out mm_processor_kwargs.")
         # One at a time: together they would be padded to the longest.
-        outputs = [processor(videos=[video], **options) for video in videos]
+        outputs = [
+            processor(videos=[frames], **{**options, **({"do_resize": False} if small else {})})
+            for (frames, _), small in zip(videos, resized, strict=True)
+        ]
         dtype = self.info.ctx.model_config.dtype
         return {
             "pixel_values_videos": torch.cat([output["pixel_values"][0] for output in outputs]).to(dtype),

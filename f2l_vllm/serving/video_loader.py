@@ -7,19 +7,23 @@ vLLM picks this loader for every model whose video processor is one of `VIDEO_PR
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
 from f2l_vllm.settings import Settings
-from f2l_vllm.video.decoder import Decoders
+from f2l_vllm.video.decoder import Decoders, IsolatedDecoder, Shrink
 from f2l_vllm.video.errors import VideoError
+from f2l_vllm.video.probe import Limits, VideoInfo
 from f2l_vllm.video.sample import Sampling, sample_video
 
 NAME = "f2l"
+WHOLE_BYTES = 64 << 20  # of a video's frames that are held as they were decoded
 VIDEO_PROCESSORS = ("SmolVLMVideoProcessor",)
 
 
@@ -32,11 +36,13 @@ class SampledVideoLoader(VideoLoader):
     """
 
     _processor: ClassVar[Callable[[], Any] | None] = None
+    _resize: ClassVar[Shrink | None] = None
 
     @classmethod
-    def use_processor(cls, get_processor: Callable[[], Any]) -> None:
-        """Sample as the processor that `get_processor` returns; the last call in a process holds."""
-        cls._processor = get_processor
+    def use_processor(cls, get_processor: Callable[[], Any], resize: Shrink) -> None:
+        """Sample as the processor that `get_processor` returns, and make frames as small as it does by `resize`; the
+        last call in a process holds."""
+        cls._processor, cls._resize = get_processor, resize
 
     @classmethod
     def load_bytes(
@@ -51,7 +57,8 @@ class SampledVideoLoader(VideoLoader):
             kwargs: what vLLM passes to every loader, such as `num_frames`, whose default is not the model's.
 
         Returns:
-            uint8 frames `[N, H, W, 3]` and the fields of transformers' VideoMetadata.
+            uint8 frames `[N, H, W, 3]` and the fields of transformers' VideoMetadata; `resized` beside them where the
+            frames are too large to be held as they are, and have been resized one by one.
 
         Raises:
             ValueError: the video cannot be used, or the served model takes no video; the message says what to do.
@@ -63,15 +70,37 @@ class SampledVideoLoader(VideoLoader):
             file.flush()
             sampling = Sampling(max_frames=max_frames, fps=fps)
             try:
-                with _decoders().lend() as decoder:
+                with _decoders().lend() as isolated:
+                    decoder = _Shrinking(isolated, cls._resize)
                     video = sample_video(file.name, cls._processor(), Settings().video_limits, sampling, decoder)
             except VideoError as error:
                 raise ValueError(error.message) from error
         metadata = dict(video.metadata)
         metadata["frames_indices"] = [int(index) for index in video.metadata.frames_indices]
-        return video.frames, {**metadata, "do_sample_frames": False}
+        return video.frames, {**metadata, "do_sample_frames": False, "resized": decoder.has_resized}
+
+
+class _Shrinking:
+    """A decoder whose frames are resized as they come if together they are larger than `WHOLE_BYTES`."""
+
+    def __init__(self, decoder: IsolatedDecoder, resize: Shrink | None) -> None:
+        self._decoder = decoder
+        self._resize = resize
+        self.has_resized = False
+
+    def open(self, path: str | Path, limits: Limits) -> VideoInfo:
+        return self._decoder.open(path, limits)
+
+    def frames(self, path: str | Path, indices: Sequence[int], frame_count: int) -> np.ndarray:
+        def shrink(frame: np.ndarray) -> np.ndarray:
+            if self._resize is None or frame.nbytes * len(indices) <= WHOLE_BYTES:
+                return frame
+            self.has_resized = True
+            return self._resize(frame)
+
+        return self._decoder.frames(path, indices, frame_count, shrink)
 
 
 @cache
 def _decoders() -> Decoders:
-    return Decoders(2, Settings().decode_limits)
+    return Decoders(2, replace(Settings().decode_limits, nice=10))  # gives way to answering

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from f2l_vllm.video.probe import Limits, VideoInfo
 
 _START_SECONDS = 60.0
 _LONGEST_LINE = 1 << 16
+Shrink = Callable[[np.ndarray], np.ndarray]
 _ATTEMPTS = 2  # a process that something else kills is replaced once
 
 
@@ -39,16 +40,18 @@ class DecodeLimits:
         memory_bytes: address space of the decoding process.
         seconds: CPU seconds of one request; by the clock it may take twice as long, for machines that are busy.
         output_bytes: of all decoded frames, as RGB.
+        nice: by how much the process gives way to others, 0 to 19.
     """
 
     memory_bytes: int = 4 << 30
     seconds: float = 300.0
     output_bytes: int = 2 << 30
+    nice: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"DecodeLimits.{name} must be positive, got {value!r}.")
+        for name in ("memory_bytes", "seconds", "output_bytes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"DecodeLimits.{name} must be positive, got {getattr(self, name)!r}.")
 
 
 class Decoder(Protocol):
@@ -96,16 +99,36 @@ class IsolatedDecoder:
         """
         return VideoInfo(**self._ask("open", path, limits=asdict(limits)))
 
-    def frames(self, path: str | Path, indices: Sequence[int], frame_count: int) -> np.ndarray:
+    def frames(
+        self, path: str | Path, indices: Sequence[int], frame_count: int, shrink: Shrink | None = None
+    ) -> np.ndarray:
         """Decode the frames at ascending `indices`: uint8 [len(indices), H, W, 3].
+
+        Args:
+            path, indices, frame_count: as for `decode_frames`.
+            shrink: what is kept of each frame, given and returned as [1, H, W, 3], so that this process never holds
+                them all as they are.
 
         Raises:
             VideoError: what `decode_frames` raises, `decode_failed` or `video_too_large_to_decode`.
             FileNotFoundError: no such file.
             DecoderStopped: `stop` was called.
         """
-        frames: np.ndarray = self._ask("frames", path, indices=[int(i) for i in indices], frame_count=frame_count)
+        places = [int(index) for index in indices]
+        frames: np.ndarray = self._ask("frames", path, shrink, indices=places, frame_count=frame_count)
         return frames
+
+    def picture(self, path: str | Path, max_pixels: int, background: Sequence[int]) -> np.ndarray:
+        """Decode a picture: uint8 [H, W, 3], as `decode_picture` gives it.
+
+        Raises:
+            VideoError: what `decode_picture` raises, `decode_failed` or `video_too_large_to_decode`.
+            FileNotFoundError, DecoderStopped: as `frames`.
+        """
+        picture: np.ndarray = self._ask(
+            "picture", path, max_pixels=max_pixels, background=list(background), indices=[0]
+        )
+        return picture[0]
 
     def stop(self) -> None:
         """End the request that is in work, if any; it raises `DecoderStopped`."""
@@ -117,23 +140,23 @@ class IsolatedDecoder:
         """End the process; the next request starts another."""
         self._kill()
 
-    def _ask(self, what: str, path: str | Path, **arguments: Any) -> Any:
+    def _ask(self, what: str, path: str | Path, shrink: Shrink | None = None, **arguments: Any) -> Any:
         if not Path(path).exists():
             raise FileNotFoundError(path)
         self._busy, self._stopped = True, False
         try:
-            return self._ask_process({"what": what, "path": os.fspath(path), **arguments})
+            return self._ask_process({"what": what, "path": os.fspath(path), **arguments}, shrink)
         finally:
             self._busy = False
 
-    def _ask_process(self, request: dict[str, Any]) -> Any:
+    def _ask_process(self, request: dict[str, Any], shrink: Shrink | None) -> Any:
         for attempt in range(_ATTEMPTS):
             try:
                 process = self._running()
                 deadline = time.monotonic() + 2 * self._limits.seconds
                 try:
                     _write(process, request)
-                    return self._answer(process, deadline, request.get("indices"))
+                    return self._answer(process, deadline, request.get("indices"), shrink)
                 except BrokenPipeError as error:
                     raise _Died from error
             except _Died as error:
@@ -185,7 +208,9 @@ class IsolatedDecoder:
             raise RuntimeError(f"the decoding process did not start ({_how(code)})") from error
         return process
 
-    def _answer(self, process: subprocess.Popen[bytes], deadline: float, indices: Sequence[int] | None) -> Any:
+    def _answer(
+        self, process: subprocess.Popen[bytes], deadline: float, indices: Sequence[int] | None, shrink: Shrink | None
+    ) -> Any:
         try:
             answer = json.loads(_read_line(process, deadline))
             if "code" in answer:
@@ -198,9 +223,10 @@ class IsolatedDecoder:
                 raise ValueError(f"frames of shape {shape}")
             if np.prod(shape, dtype=object) > self._limits.output_bytes:
                 raise ValueError("more bytes than were asked for")
-            frames = np.empty(shape, np.uint8)
-            _read_into(process, frames.data.cast("B"), deadline)
-            return frames
+            if shrink is None:
+                return _read_frames(process, shape, deadline)
+            one = [1, *shape[1:]]
+            return np.concatenate([shrink(_read_frames(process, one, deadline)) for _ in indices])
         except TimeoutError as error:
             raise self._took_too_long() from error
         except (ValueError, KeyError, TypeError, AssertionError) as error:
@@ -289,6 +315,12 @@ def _read_into(process: subprocess.Popen[bytes], view: memoryview, deadline: flo
         if count == 0:
             raise _Died
         filled += count
+
+
+def _read_frames(process: subprocess.Popen[bytes], shape: list[int], deadline: float) -> np.ndarray:
+    frames = np.empty(shape, np.uint8)
+    _read_into(process, frames.data.cast("B"), deadline)
+    return frames
 
 
 def _how(code: int) -> str:

@@ -17,6 +17,8 @@ import threading
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from f2l_vllm.lifeline import end_with_writer
 from f2l_vllm.video.decode import Timeline, decode_frames, read_timeline, shown
 from f2l_vllm.video.errors import VideoError
@@ -39,6 +41,11 @@ class _Videos:
             timeline = read_timeline(path)
             self._last = (path, timeline)
             return asdict(shown(info, timeline)), None
+        if request["what"] == "picture":
+            from f2l_vllm.video.picture import decode_picture  # few of these processes read pictures
+
+            picture = decode_picture(path, request["max_pixels"], request["background"])[None]
+            return {"shape": picture.shape}, memoryview(np.ascontiguousarray(picture)).cast("B")
         if self._last is None or self._last[0] != path:
             self._last = (path, read_timeline(path))
         frames = decode_frames(path, request["indices"], request["frame_count"], self._last[1], self._output_bytes)
@@ -54,6 +61,7 @@ def main(limits_json: str, lifeline: int) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints cannot disturb an answer
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
+    os.nice(limits["nice"])
     resource.setrlimit(resource.RLIMIT_AS, (limits["memory_bytes"], limits["memory_bytes"]))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

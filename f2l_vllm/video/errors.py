@@ -20,6 +20,8 @@ VideoErrorCode = Literal[
     "invalid_url",
     "url_not_allowed",
     "url_unreachable",
+    "invalid_image",
+    "image_too_large",
 ]
 CODES: tuple[str, ...] = get_args(VideoErrorCode)
 

@@ -1,8 +1,10 @@
 """Contracts with vLLM 0.32: what `serving/compat.py` leans on. Another version fails here first."""
 
+import asyncio
 import inspect
 import json
 from argparse import Namespace
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -265,3 +267,42 @@ def test_a_request_that_the_engine_gave_up_raises_in_one_way_and_is_streamed_in_
 
 def test_an_engine_says_which_adapters_it_has():
     assert inspect.iscoroutinefunction(AsyncLLM.list_loras)
+
+
+def test_every_handler_makes_its_prompts_by_two_methods_of_one_renderer():
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.renderers import base, online_renderer
+
+    for method in (base.BaseRenderer.render_chat_async, base.BaseRenderer.render_cmpl_async):
+        assert "prompt_extras" in inspect.signature(method).parameters
+        assert "self._apply_prompt_extras(tok_prompts, prompt_extras)" in inspect.getsource(method)
+    source = inspect.getsource(online_renderer)
+    assert "renderer = self.renderer" in source
+    assert source.count("await renderer.render_chat_async(") == source.count("await renderer.render_cmpl_async(") == 1
+    assert "online_renderer" in inspect.getsource(OpenAIServingChat.render_chat_request)
+    for handler in (OpenAIServingResponses, AnthropicServingMessages):
+        assert "online_renderer" in inspect.getsource(handler)
+
+
+def test_prompts_are_made_within_a_question_and_under_its_salt():
+    seen = []
+
+    class Renderer:
+        async def render_chat_async(self, *messages, prompt_extras=None):
+            seen.append((list(entered), messages, prompt_extras))
+
+        render_cmpl_async = render_chat_async
+
+    @contextmanager
+    def question():
+        entered.append(1)
+        yield
+        entered.pop()
+
+    entered, engine = [], Namespace(renderer=Renderer())
+    compat.enclose_renderings(engine, question, lambda given: None if given is None else f"own {given}")
+    asyncio.run(engine.renderer.render_chat_async("a"))
+    asyncio.run(engine.renderer.render_cmpl_async("b", prompt_extras={"cache_salt": "s", "other": 1}))
+    assert seen == [([1], ("a",), {}), ([1], ("b",), {"cache_salt": "own s", "other": 1})]
+    assert entered == []

@@ -6,7 +6,6 @@ from f2l_vllm.serving.errors import APIError
 from f2l_vllm.serving.questions import (
     Span,
     Video,
-    keep_apart,
     names_a_video,
     options,
     videos,
@@ -103,29 +102,13 @@ def test_spans_that_are_none_are_refused(span):
         {"type": "file", "file": {"file_id": ""}},
         {"type": "file", "file": {"file_data": "data:,"}},
         {"type": "file", "file": {"file_id": "file-a", "start": 3}},
-        {"type": "file", "file": {"file_id": "file-a"}, "f2l": {"start": 3}},
         {"type": "video_url", "video_url": {"uri": "data:,"}},
-        {"type": "video_url", "video_url": {"url": "data:,"}, "uuid": "1"},
     ],
 )
 def test_parts_that_would_be_left_unread_are_refused(wrong):
     with pytest.raises(APIError) as error:
         videos("base", [user(wrong, TEXT)])
     assert error.value.code == "invalid_request"
-
-
-@pytest.mark.parametrize("kind", ["video", "input_video", "input_file"])
-def test_videos_in_other_servers_words_are_refused(kind):
-    for wrong in ({"type": kind, kind: "data:,"}, {kind: "data:,"}):
-        with pytest.raises(APIError, match="'type': 'file'") as error:
-            videos("base", [user(wrong, TEXT)])
-        assert error.value.code == "unsupported_part"
-
-
-def test_a_part_whose_type_is_left_out_is_a_video_all_the_same():
-    messages = [user({"video_url": "https://a.example/v.mp4"}, {"file": {"file_id": "file-a"}}, TEXT)]
-    assert videos("base", messages) == [Video(url="https://a.example/v.mp4"), Video("file-a")]
-    assert without_videos(messages) == [user(TEXT)]
 
 
 def test_only_the_videos_are_taken_out():
@@ -154,20 +137,5 @@ def test_frames_take_the_places_of_the_parts_and_the_models_video_goes_first():
 
 
 def test_videos_in_the_input_of_other_routes_are_noticed():
-    assert names_a_video([{"role": "user", "content": [{"type": "input_file", "file_id": "x"}]}])
     assert names_a_video([{"content": [{"type": "document", "source": {"type": "stored", "file_id": "file-a"}}]}])
     assert not names_a_video([{"role": "user", "content": [TEXT, IMAGE]}, "file-a"])
-
-
-def test_what_vllm_keeps_under_a_uuid_is_the_tenants_own():
-    pictures = [{**IMAGE, "uuid": "logo"}, {"type": "image_url", "image_url": None, "uuid": "logo"}, {**TEXT}]
-    messages = [user(*pictures), {"role": "assistant", "content": "A logo."}]
-    keep_apart(messages, "newsroom")
-    assert [part.get("uuid") for part in messages[0]["content"]] == ["newsroom/logo", "newsroom/logo", None]
-
-
-@pytest.mark.parametrize("kind", ["f2l-0", "video_url", None])
-def test_a_video_with_a_uuid_is_refused_whatever_its_part_calls_itself(kind):
-    with pytest.raises(APIError) as error:
-        videos("base", [user({"type": kind, "uuid": "u", "video_url": {"url": "data:,"}}, TEXT)])
-    assert (error.value.code, "uuid" in error.value.message) == ("invalid_request", True)

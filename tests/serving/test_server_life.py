@@ -295,6 +295,23 @@ def test_another_tenants_files_do_not_exist(second_life, first_life):
     assert file_id in {model.id for model in second_life.client.models.list()}
 
 
+def test_what_one_tenant_left_under_a_uuid_is_not_there_for_another(second_life):
+    other = second_life.client.with_options(api_key=OTHER_KEY)
+    pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+    left = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{pixel}"}, "uuid": "logo"}
+    named = {**left, "image_url": None}
+
+    def ask(client, part):
+        messages = [{"role": "user", "content": [part, {"type": "text", "text": "What is shown?"}]}]
+        return client.chat.completions.create(model="base", messages=messages, max_tokens=4)
+
+    ask(second_life.client, left)
+    ask(second_life.client, named)
+    with pytest.raises(openai.APIStatusError) as error:
+        ask(other, named)
+    assert 400 <= error.value.status_code < 500
+
+
 def test_the_same_bytes_are_one_adapter_and_two_files(second_life, first_life, clips):
     other = second_life.client.with_options(api_key=OTHER_KEY)
     mine = other.files.create(file=clips[0], purpose="vision")

@@ -25,7 +25,7 @@ from vllm.multimodal.video_prune.evs import compute_retained_tokens_count
 from vllm.transformers_utils.processor import get_video_processor_cls_name
 
 from f2l_vllm.hypernetwork.merging import tokens_of_frames
-from f2l_vllm.serving import plugin
+from f2l_vllm.serving import plugin, video_loader
 from f2l_vllm.serving.smolvlm_video import SmolVLMVideoForConditionalGeneration
 from f2l_vllm.serving.video_loader import NAME, SampledVideoLoader
 
@@ -59,11 +59,11 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [write_mp4(folder / f"{frames}.mp4", frames) for frames in (24, 100, 1)]
 
 
-def write_mp4(path: Path, frames: int) -> Path:
-    picture = np.random.default_rng(frames).integers(0, 255, (40, 56, 3), dtype=np.uint8)
+def write_mp4(path: Path, frames: int, size: tuple[int, int] = (56, 40)) -> Path:
+    picture = np.random.default_rng(frames).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 56, 40, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for index in range(frames):
             moved = np.ascontiguousarray(np.roll(picture, 3 * index, axis=1))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(moved, format="rgb24")))
@@ -182,6 +182,33 @@ def test_resolution_can_be_set_as_in_transformers(
     expected = hf.video_processor(videos=[frames], size=size, do_sample_frames=False, return_tensors="pt")
     given = process(processor, prompt_with("<video>"), clips[:1], videos_kwargs={"size": size})
     assert torch.equal(given["mm_kwargs"]["video"][0].get_data()["pixel_values_videos"], expected["pixel_values"][0])
+
+
+def test_frames_resized_as_they_come_give_the_very_same_pixels(
+    processor: BaseMultiModalProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all shapes: wide, high, smaller than the model's square, and odd."""
+    for index, (width, height) in enumerate([(640, 360), (202, 398), (16, 18), (130, 126)]):
+        path = write_mp4(tmp_path / f"{index}.mp4", 24, (width, height))
+        expected = process(processor, prompt_with("<video>"), [path])
+        with monkeypatch.context() as small:
+            small.setattr(video_loader, "WHOLE_BYTES", 0)
+            frames, metadata = SampledVideoLoader.load_bytes(path.read_bytes())
+            given = process(processor, prompt_with("<video>"), [path])
+        assert metadata["resized"]
+        assert frames.nbytes < 100_000
+        assert given["prompt_token_ids"] == expected["prompt_token_ids"]
+        pixels, others = (each["mm_kwargs"]["video"][0].get_data() for each in (given, expected))
+        assert torch.equal(pixels["pixel_values_videos"], others["pixel_values_videos"])
+        assert torch.equal(pixels["pixel_attention_mask_videos"], others["pixel_attention_mask_videos"])
+
+
+def test_frames_that_were_resized_are_not_asked_for_otherwise(
+    processor: BaseMultiModalProcessor, clips: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video_loader, "WHOLE_BYTES", 0)
+    with pytest.raises(ValueError, match="leave out mm_processor_kwargs"):
+        process(processor, prompt_with("<video>"), clips[:1], videos_kwargs={"size": {"longest_edge": 16}})
 
 
 def test_largest_video_fills_the_context(processor: BaseMultiModalProcessor) -> None:

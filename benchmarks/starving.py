@@ -1,0 +1,277 @@
+"""`python -m benchmarks.starving`: what one tenant's question takes while another tenant attacks the server.
+
+One tenant asks about a ready video, one question after the other, at first alone, then while the other tenant does what
+`ATTACKS` says, several at a time and without a pause. The median of each is set against the median of the quiet time
+just before it, and the API server's memory is watched. What the attacker is answered is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import json
+import os
+import statistics
+import struct
+import tempfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from benchmarks import record
+from benchmarks.films import Films
+from f2l_vllm.commands.server_process import ServerProcess
+
+_KEYS = {"asker": "asker-key", "attacker": "attacker-key"}
+_QUESTION = [{"role": "user", "content": "Describe the video."}]
+_BASE = "f2l-tiny"
+
+
+@dataclass
+class Attacker:
+    """The other tenant: its client, a folder of its own, and what it was answered."""
+
+    client: httpx.AsyncClient
+    folder: Path
+    answers: Counter[str] = field(default_factory=Counter)
+
+    async def ask(self, *parts: dict[str, Any], **options: Any) -> None:
+        """One question with these parts."""
+        content = [*parts, {"type": "text", "text": "What is shown?"}]
+        body = {"model": _BASE, "messages": [{"role": "user", "content": content}], "max_tokens": 4, **options}
+        await self.post("/v1/chat/completions", json=body)
+
+    async def post(self, path: str, **options: Any) -> httpx.Response | None:
+        """The answer, counted by its status and code."""
+        try:
+            response = await self.client.post(path, **options)
+        except httpx.HTTPError as error:
+            self.answers[type(error).__name__] += 1
+            return None
+        code = ""
+        with suppress(ValueError, AttributeError):
+            code = str((response.json().get("error") or {}).get("code") or "")
+        self.answers[f"{response.status_code} {code}".strip()] += 1
+        return response
+
+
+Prepared = Callable[[], Awaitable[None]]
+Attack = Callable[[Attacker], Awaitable[Prepared]]
+
+
+async def picture(attacker: Attacker) -> Prepared:
+    """A PNG of 13,300 x 13,300 pixels in half a megabyte."""
+    return await _picture_of(attacker, 13_300)
+
+
+async def allowed_picture(attacker: Attacker) -> Prepared:
+    """A PNG of 7,000 x 7,000 pixels, about the largest that is taken."""
+    return await _picture_of(attacker, 7_000)
+
+
+async def _picture_of(attacker: Attacker, edge: int) -> Prepared:
+    url = "data:image/png;base64," + base64.b64encode(await asyncio.to_thread(_png, edge)).decode()
+
+    async def ask() -> None:
+        await attacker.ask({"type": "image_url", "image_url": {"url": url}})
+
+    return ask
+
+
+async def many_pictures(attacker: Attacker) -> Prepared:
+    """24 PNGs of 1,400 x 1,400 pixels in one question."""
+    url = "data:image/png;base64," + base64.b64encode(await asyncio.to_thread(_png, 1_400)).decode()
+
+    async def ask() -> None:
+        await attacker.ask(*[{"type": "image_url", "image_url": {"url": url}}] * 24)
+
+    return ask
+
+
+async def frames_8k(attacker: Attacker) -> Prepared:
+    """A video of 7680 x 4320 pixels, answered from its frames."""
+    path = await asyncio.to_thread(_video, attacker.folder / "8k.mp4")
+    data = {"file": ("8k.mp4", path.read_bytes()), "purpose": (None, "vision")}
+    response = await attacker.post("/v1/files", files=data)
+    assert response is not None, attacker.answers
+    response.raise_for_status()
+    file_id = response.json()["id"]
+    while (await attacker.client.get(f"/v1/files/{file_id}")).json()["status"] == "uploaded":
+        await asyncio.sleep(0.5)
+
+    async def ask() -> None:
+        await attacker.ask({"type": "file", "file": {"file_id": file_id}}, f2l={"mode": "frames"})
+
+    return ask
+
+
+# What is prepared, and how many do it at a time.
+ATTACKS: dict[str, tuple[Attack, int]] = {
+    "picture": (picture, 4),
+    "allowed-picture": (allowed_picture, 4),
+    "many-pictures": (many_pictures, 4),
+    "frames-8k": (frames_8k, 4),
+}
+
+
+def _png(edge: int) -> bytes:
+    """Black, and small because of it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + 3 * edge)
+    data = b"".join(packer.compress(row) for _ in range(edge)) + packer.flush()
+    header = struct.pack(">IIBBBBB", edge, edge, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def _video(path: Path) -> Path:
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 7680, 4320, "yuv420p"
+        stream.options = {"preset": "ultrafast"}
+        for index in range(8):
+            frame = np.full((4320, 7680, 3), 20 * index, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+async def questions(client: httpx.AsyncClient, file_id: str, seconds: float) -> list[float]:
+    """How long each question of the asker took, one after the other for so many seconds."""
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        body = {"model": file_id, "messages": _QUESTION, "max_tokens": 16, "temperature": 0}
+        started = time.perf_counter()
+        response = await client.post("/v1/chat/completions", json=body)
+        response.raise_for_status()
+        taken.append(time.perf_counter() - started)
+        await asyncio.sleep(0.02)
+    return taken
+
+
+async def measure(
+    server: ServerProcess, names: list[str], seconds: float, folder: Path, several: int | None
+) -> dict[str, Any]:
+    """Each attack beside the quiet time before it."""
+    pid = api_server(server)
+    results: dict[str, Any] = {}
+
+    def client(tenant: str) -> httpx.AsyncClient:
+        headers = {"Authorization": f"Bearer {_KEYS[tenant]}"}
+        limits = httpx.Limits(max_connections=None)
+        return httpx.AsyncClient(base_url=server.url, headers=headers, timeout=600, limits=limits)
+
+    async with client("asker") as asker, client("attacker") as hostile:
+        film = Films(folder).make(8, 160, "asked").read_bytes()
+        response = await asker.post("/v1/files", files={"file": ("a.mp4", film), "purpose": (None, "vision")})
+        file_id = response.raise_for_status().json()["id"]
+        while (await asker.get(f"/v1/files/{file_id}")).json()["status"] != "processed":
+            await asyncio.sleep(0.2)
+        for name in names:
+            prepare, usual = ATTACKS[name]
+            at_once = several or usual
+            attacker = Attacker(hostile, folder)
+            attack = await prepare(attacker)
+            attacker.answers.clear()
+            await questions(asker, file_id, 2)
+            quiet = await questions(asker, file_id, seconds)
+            before = resident_mib(pid)
+            running = [asyncio.create_task(_again(attack)) for _ in range(at_once)]
+            watching = asyncio.create_task(_peak(pid))
+            await asyncio.sleep(2)
+            attacked = await questions(asker, file_id, seconds)
+            for task in [*running, watching]:
+                task.cancel()
+            peak = (await asyncio.gather(watching, *running, return_exceptions=True))[0]
+            results[name] = {
+                "what": (prepare.__doc__ or "").strip(),
+                "at_once": at_once,
+                "quiet": _summary(quiet),
+                "attacked": _summary(attacked),
+                "times_as_long": round(statistics.median(attacked) / statistics.median(quiet), 2),
+                "api_server_mib": {"before": before, "peak": peak},
+                "attacker_was_answered": dict(attacker.answers),
+            }
+            print(name, json.dumps(results[name]), flush=True)
+            await asyncio.sleep(5)  # what the attack left in work
+    return results
+
+
+async def _again(attack: Prepared) -> None:
+    while True:
+        await attack()
+        await asyncio.sleep(0)
+
+
+async def _peak(pid: int) -> float:
+    peak = 0.0
+    try:
+        while True:
+            peak = max(peak, resident_mib(pid))
+            await asyncio.sleep(0.05)
+    except asyncio.CancelledError:
+        return peak
+
+
+def _summary(seconds: list[float]) -> dict[str, Any]:
+    ordered = sorted(seconds)
+    slowest = {"p90_ms": round(1000 * ordered[int(len(ordered) * 0.9)], 1)} if len(ordered) >= 20 else {}
+    return {"questions": len(ordered), "median_ms": round(1000 * statistics.median(ordered), 1), **slowest}
+
+
+def api_server(server: ServerProcess) -> int:
+    """The process id of vLLM's API server."""
+    found = {server.process.pid: Path(f"/proc/{server.process.pid}/cmdline").read_text().replace("\0", " ")}
+    for pid, command in {**found, **server.descendants()}.items():
+        if "vllm.entrypoints.cli.main serve" in command:
+            return pid
+    raise RuntimeError("no API server among the server's processes")
+
+
+def resident_mib(pid: int) -> float:
+    """What of the process is in memory."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+
+
+def main() -> None:
+    """Run and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--attacks", default=",".join(ATTACKS), help="names, by comma")
+    parser.add_argument("--seconds", type=float, default=20, help="of questions, quiet and attacked")
+    parser.add_argument("--at-once", type=int, help="attackers at a time, instead of the attack's own number")
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    names = options.attacks.split(",")
+    if unknown := set(names) - ATTACKS.keys():
+        parser.error(f"no such attack: {', '.join(sorted(unknown))}; there are {', '.join(ATTACKS)}")
+    with tempfile.TemporaryDirectory(prefix="f2l-starving-") as name:
+        folder = Path(name)
+        tenants = folder / "tenants.json"
+        tenants.write_text(json.dumps({tenant: [key] for tenant, key in _KEYS.items()}))
+        server = ServerProcess(_BASE, folder / "home", env={"F2L_TENANTS": str(tenants)})
+        try:
+            server.wait_ready()
+            results = asyncio.run(measure(server, names, options.seconds, folder, options.at_once))
+        finally:
+            server.stop()
+    record.write(options.json, {"attacks": names, "seconds": options.seconds, "at_once": options.at_once}, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Every body is read, counted and admitted before any route sees it."""
+
+import asyncio
+import json
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from f2l_vllm.serving.bodies import Bodies, asking_tenant
+
+PICTURE = {"type": "image_url", "image_url": {"url": "data:,"}, "uuid": "logo"}
+
+
+async def echo(request: Request) -> JSONResponse:
+    body = await request.body()
+    return JSONResponse({"bytes": len(body), "body": body.decode(errors="replace"), "tenant": asking_tenant.get()})
+
+
+def bodies(**options):
+    routes = [Route(path, echo, methods=["GET", "POST", "PUT"]) for path in ("/v1/files", "/v1/files/{id}", "/any")]
+    limits = {"max_body_bytes": 100, "max_images": 2, "has_tenants": True, **options}
+    return Bodies(Starlette(routes=routes), **limits)
+
+
+@pytest.fixture
+def client():
+    return TestClient(bodies(), raise_server_exceptions=False)
+
+
+def test_a_body_may_not_exceed_the_cap_whatever_it_claims(client):
+    assert client.post("/any", content=b"x" * 100).json()["bytes"] == 100
+    found = client.post("/any", content=b"x" * 101)
+    assert (found.status_code, found.json()["error"]["code"]) == (413, "request_too_large")
+    assert client.post("/any", content=iter([b"x" * 60, b"x" * 60])).status_code == 413
+    assert client.post("/v1/files", content=b"x" * 101).json()["bytes"] == 101  # caps itself
+
+
+def test_a_body_is_checked_whatever_it_calls_itself():
+    body = {"messages": [{"role": "user", "content": [{"image_pil": "x"}]}]}
+    client = TestClient(bodies(max_body_bytes=1000))
+    for method, kind in (("POST", "application/json"), ("POST", "text/plain"), ("PUT", "")):
+        for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):  # all that a route's own parser reads
+            content = json.dumps(body).encode(encoding)
+            found = client.request(method, "/any", content=content, headers={"Content-Type": kind})
+            assert (found.status_code, found.json()["error"]["code"]) == (400, "unsupported_part")
+
+
+def test_what_was_changed_is_what_goes_on(client):
+    client = TestClient(bodies(max_body_bytes=1000))
+    found = client.post("/any", json={"messages": [{"role": "user", "content": [PICTURE]}], "user": "é"})
+    uuid = json.loads(found.json()["body"])["messages"][0]["content"][0]["uuid"]
+    assert len(uuid) == 64
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1,2", b'"text"', b"3"])
+def test_what_is_no_request_is_the_routes_to_refuse(client, content):
+    assert client.post("/any", content=content).json()["bytes"] == len(content)
+
+
+def test_nesting_without_end_is_refused():
+    client = TestClient(bodies(max_body_bytes=1 << 20))
+    found = client.post("/any", content=b"[" * 200_000)
+    assert (found.status_code, found.json()["error"]["code"]) == (400, "invalid_request")
+
+
+def test_the_room_for_bodies_is_shared_and_given_back():
+    async def run():
+        released = asyncio.Event()
+
+        async def slow(scope, receive, send):
+            await receive()
+            await released.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+        app = Bodies(slow, max_body_bytes=100, max_images=2, has_tenants=True)
+
+        async def post(tenant):
+            sent = []
+            scope = {"type": "http", "method": "POST", "path": "/any", "headers": [], "state": {"tenant": tenant}}
+
+            async def receive():
+                return {"type": "http.request", "body": b"x" * 100}
+
+            async def send(message):
+                sent.append(message)
+
+            await app(scope, receive, send)
+            return sent[0]["status"]
+
+        waiting = [asyncio.create_task(post("a")) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert await post("a") == 503  # a tenant has half of the room
+        waiting += [asyncio.create_task(post(tenant)) for tenant in "bc"]
+        await asyncio.sleep(0)
+        assert await post("d") == 503
+        released.set()
+        assert await asyncio.gather(*waiting) == [200] * 4
+        assert await post("a") == 200
+        assert not app._held
+
+    asyncio.run(run())
