@@ -60,7 +60,7 @@ class Door:
             scope.setdefault("state", {})["tenant"] = tenant
         if path.rstrip("/") != UPLOAD_ROUTE:
             length = headers.get("content-length", "")
-            if length.isdecimal() and int(length) > self._max_body_bytes:
+            if length.isascii() and length.isdecimal() and int(length[:19]) > self._max_body_bytes:
                 await self._refuse(_body_too_large(self._max_body_bytes), scope, receive, send)
                 return
             receive = self._capped(receive)
@@ -85,7 +85,7 @@ class Door:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": error.code})
             return
-        await response(error)(scope, receive, send)
+        await response(error, scope)(scope, receive, send)
 
 
 def _invalid_key() -> APIError:

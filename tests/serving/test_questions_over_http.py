@@ -144,7 +144,7 @@ def test_routes_that_do_not_know_videos_say_so(server, videos):
     for model, text in ((videos[0].id, "hello"), ("base", by_file)):
         with pytest.raises(openai.APIStatusError) as error:
             server.client.responses.create(model=model, input=text)
-        assert (error.value.status_code, error.value.code) == (501, "route_without_videos")
+        assert (error.value.status_code, error.value.code) == (400, "route_without_videos")
     document = {"type": "document", "source": {"type": "file", "file_id": videos[0].id}}
     message = {"role": "user", "content": [document, {"type": "text", "text": "What is shown?"}]}
     body = {"model": "base", "max_tokens": 4, "messages": [message]}
