@@ -7,9 +7,10 @@ STAMP := $(VENV)/.installed
 # make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH := torch==2.13.0
 TORCH_INDEX ?=
+FUZZ_SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test test-full-size lint format bench model clean
+.PHONY: help setup serve demo test test-full-size fuzz lint format bench model clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +35,9 @@ test: $(STAMP) ## Run the tests
 
 test-full-size: $(STAMP) ## Run the tests on models of the released shapes (10 minutes, 15 GB of memory)
 	$(BIN)/python -m pytest tests/full_size -m full_size
+
+fuzz: $(STAMP) ## Attack a server of its own with mutated requests (10 minutes; FUZZ_SECONDS=60 for one)
+	PYTHONPATH=.:tests $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS) --json build/fuzz.json
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from f2l_vllm.grammar_limits import GrammarLimits
 from f2l_vllm.video.decoder import DecodeLimits
 from f2l_vllm.video.fetch import FetchPolicy
 from f2l_vllm.video.probe import Limits
@@ -87,6 +88,10 @@ class Settings(BaseSettings):
     max_image_bytes: int = Field(32 << 20, ge=1, description="Largest picture, bytes.")
     max_image_pixels: int = Field(50_000_000, ge=1, description="Pixels of a question's pictures together.")
     share_caches: bool = Field(False, description="Tenants share vLLM's caches of prefixes, pictures and frames.")
+    body_idle_seconds: float = Field(60.0, gt=0, description="How long a request's body may pause, seconds.")
+    grammar_seconds: float = Field(
+        5.0, gt=0, description="CPU seconds that compiling the schema, grammar or regex of an answer may take."
+    )
     allowed_media_domains: str = Field(
         "", description="Hosts that videos may be fetched from, by comma; not public addresses must be listed too."
     )
@@ -138,6 +143,11 @@ class Settings(BaseSettings):
     def decode_limits(self) -> DecodeLimits:
         """What decoding a video may cost."""
         return DecodeLimits(self.decode_memory_bytes, self.decode_seconds, self.max_decoded_bytes)
+
+    @property
+    def grammar_limits(self) -> GrammarLimits:
+        """What trying an answer's constraint may cost."""
+        return GrammarLimits(self.grammar_seconds)
 
     @property
     def video_limits(self) -> Limits:

@@ -28,6 +28,9 @@ class TorchCpuPlatform(CpuPlatform):
         plugin.check_mode()
         super().__init__()
 
+    # What vLLM compiles at its first use, as the first question for logprobs, every other question would wait for.
+    simple_compile_backend = "eager"
+
     @classmethod
     def import_kernels(cls) -> None:
         ops.install()

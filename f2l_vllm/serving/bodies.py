@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from f2l_vllm.serving import costs, json_bodies
 from f2l_vllm.serving.content import admit
-from f2l_vllm.serving.errors import APIError, bad_request, response
-from f2l_vllm.serving.tenants import DEFAULT_TENANT
+from f2l_vllm.serving.errors import APIError
+from f2l_vllm.serving.routes import UPLOAD_ROUTE, VLLM_ROUTES
+from f2l_vllm.serving.tenants import DEFAULT_TENANT, asking_tenant
 
-UPLOAD_ROUTE = "/v1/files"  # a stream of its own, with a cap of its own
-_WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS"})
+_WITHOUT_BODY = frozenset({"GET", "HEAD", "DELETE", "TRACE", "OPTIONS"})
 _ROOM = 4  # of the largest bodies
-
-# Whose request is in work, for what is called far from it.
-asking_tenant: ContextVar[str] = ContextVar("asking_tenant", default=DEFAULT_TENANT)
 
 
 class Bodies:
-    """ASGI middleware. A route gets the body whole, as it was parsed and checked here.
+    """ASGI middleware. A route gets the body whole, as it was parsed and checked here. Raises `APIError` for one that
+    no handler could read, that holds what clients may not send, or that would cost all other requests.
 
     Args:
         app: what is behind it.
         max_body_bytes: of one body.
         max_images: pictures in one.
         has_tenants: whether callers are told apart; then one of them has half of the room for bodies at the most.
+        check: refuses a generating route's body, for a tenant; ended when the client goes away.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, max_images: int, has_tenants: bool) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_bytes: int,
+        max_images: int,
+        has_tenants: bool,
+        check: Callable[[Any, str], Awaitable[None]],
+    ) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._max_images = max_images
         self._room = _ROOM * max_body_bytes
         self._share = self._room // 2 if has_tenants else self._room
         self._held: Counter[str] = Counter()
+        self._check = check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,43 +62,34 @@ class Bodies:
         if scope["method"] in _WITHOUT_BODY or path.rstrip("/") == UPLOAD_ROUTE:
             await self._app(scope, receive, send)
             return
-        held = _Held(self, tenant)
+        headers, held = Headers(scope=scope), _Held(self, tenant)
         try:
-            try:
-                body = await self._read(Headers(scope=scope), receive, held)
-                if body is None:
-                    return  # the client has gone
-                body = self._admitted(body, tenant)
-            except APIError as error:
-                await response(error)(scope, receive, send)
-                return
+            body = await self._read(headers, receive, held)
+            value = _parsed(body, headers.get("content-type", ""))
+            if value is not None:
+                changed = admit(value, tenant, self._max_images)
+                if path in VLLM_ROUTES:
+                    costs.check(value)
+                    await _while_connected(self._check(value, tenant), receive)
+                body = json.dumps(value).encode() if changed else body
             await self._app(scope, _replay(body, receive), send)
         finally:
             held.release()
 
-    async def _read(self, headers: Headers, receive: Receive, held: _Held) -> bytes | None:
+    async def _read(self, headers: Headers, receive: Receive, held: _Held) -> bytes:
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self._max_body_bytes:
+        if length.isascii() and length.isdecimal() and int(length[:19]) > self._max_body_bytes:
             raise _too_large(self._max_body_bytes)
         pieces = []
         while True:
             message = await receive()
             if message["type"] != "http.request":
-                return None
+                raise ClientDisconnect
             piece = message.get("body", b"")
             held.take(len(piece))
             pieces.append(piece)
             if not message.get("more_body"):
                 return b"".join(pieces)
-
-    def _admitted(self, body: bytes, tenant: str) -> bytes:
-        try:
-            parsed = json.loads(body)
-        except ValueError:
-            return body  # the route says what is wrong with it, for it parses it in the same way
-        except RecursionError:
-            raise bad_request("invalid_request", "The body's objects are nested too deeply.") from None
-        return json.dumps(parsed).encode() if admit(parsed, tenant, self._max_images) else body
 
 
 class _Held:
@@ -111,6 +113,35 @@ class _Held:
         held[self._tenant] -= self._bytes
         if not held[self._tenant]:
             del held[self._tenant]
+
+
+def _parsed(body: bytes, content_type: str) -> Any:
+    """The body's value; None of one that no route reads as JSON."""
+    kind = content_type.split(";")[0].strip().lower()
+    if kind in ("", "application/json") or kind.endswith("+json"):
+        return json_bodies.parse(body) if body else None
+    try:
+        return json.loads(body)  # in all the encodings that a route's own parser would read
+    except ValueError:
+        return None
+    except RecursionError as error:
+        raise json_bodies.too_deep() from error
+
+
+async def _while_connected(work: Awaitable[None], receive: Receive) -> None:
+    """Do the work, unless the client goes away first."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        working.result()
+    finally:
+        for task in (working, leaving):
+            if not task.done():
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

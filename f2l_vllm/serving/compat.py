@@ -173,8 +173,11 @@ def enclose_renderings(
         setattr(renderer, name, enclosed(getattr(renderer, name)))
 
 
-def guard_other_servings(state: State, guard: Callable[[Any], Any]) -> None:
-    """Put `guard` around the generate handlers that do not know videos: they must not answer for one by accident."""
+def guard_other_servings(state: State, guard: Callable[[Any, bool], Any]) -> None:
+    """Put `guard` around the generate handlers that do not know videos: they must not answer for one by accident.
+
+    Its second argument: whether the route makes an envelope of its own of the handler's `ErrorResponse`.
+    """
     for name in (
         "openai_serving_responses",
         "openai_serving_chat_batch",
@@ -182,7 +185,7 @@ def guard_other_servings(state: State, guard: Callable[[Any], Any]) -> None:
         "serving_generative_scoring",
     ):
         if getattr(state, name, None) is not None:
-            setattr(state, name, guard(getattr(state, name)))
+            setattr(state, name, guard(getattr(state, name), name == "anthropic_serving_messages"))
 
 
 def error_status(response: Any) -> int | None:

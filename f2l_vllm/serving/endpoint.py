@@ -10,7 +10,7 @@ import atexit
 import logging
 import os
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 from fastapi import FastAPI
 from filelock import FileLock, Timeout
 from starlette.datastructures import State
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from f2l_vllm import torch_shims
@@ -29,23 +28,25 @@ from f2l_vllm import models  # noqa: E402  (torchvision must be importable first
 from f2l_vllm.adapters.address import fingerprint  # noqa: E402
 from f2l_vllm.adapters.base_shapes import BaseShapes  # noqa: E402
 from f2l_vllm.adapters.catalog import Catalog  # noqa: E402
-from f2l_vllm.adapters.errors import Unavailable  # noqa: E402
 from f2l_vllm.adapters.store import Store  # noqa: E402
 from f2l_vllm.hypernetwork.config import read_config  # noqa: E402
 from f2l_vllm.pool.messages import WorkerSpec  # noqa: E402
 from f2l_vllm.pool.process import PoolProcess  # noqa: E402
-from f2l_vllm.serving import compat, errors, media  # noqa: E402
+from f2l_vllm.serving import compat, compat_errors, compat_grammars, media  # noqa: E402
 from f2l_vllm.serving.asking import Asking  # noqa: E402
-from f2l_vllm.serving.bodies import Bodies, asking_tenant  # noqa: E402
+from f2l_vllm.serving.bodies import Bodies  # noqa: E402
 from f2l_vllm.serving.composition import Composer  # noqa: E402
+from f2l_vllm.serving.constraints import Constraint, constraints  # noqa: E402
 from f2l_vllm.serving.content import private  # noqa: E402
 from f2l_vllm.serving.engine_defaults import check_limits  # noqa: E402
+from f2l_vllm.serving.faults import Faults  # noqa: E402
 from f2l_vllm.serving.files import router  # noqa: E402
+from f2l_vllm.serving.grammars import Grammars  # noqa: E402
 from f2l_vllm.serving.handlers import ChatHandler, CompletionHandler, Guard  # noqa: E402
 from f2l_vllm.serving.registry import Registry  # noqa: E402
 from f2l_vllm.serving.routes import Door, keep_listed_routes  # noqa: E402
 from f2l_vllm.serving.service import Revisions, VideoService, count_outcome  # noqa: E402
-from f2l_vllm.serving.tenants import Keys  # noqa: E402
+from f2l_vllm.serving.tenants import Keys, asking_tenant  # noqa: E402
 from f2l_vllm.settings import SERVER_LOCK, Settings, listed  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -65,16 +66,14 @@ class F2LEndpointPlugin:
         self._engine_was_stopped: Callable[[], bool] | None = None
         self._lock: FileLock | None = None
         self._background: list[asyncio.Task[None]] = []
+        self._grammars: Grammars | None = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, take away those not listed, and add the error envelope and the shutdown."""
+        """Add the routes, take away those not listed, and add the shutdown."""
         settings = Settings.read()
         app.include_router(router)
         keep_listed_routes(app, [*listed(settings.open_routes), *listed(settings.extra_routes)])
         self._app = app
-        app.add_exception_handler(errors.APIError, errors.answer)
-        app.add_exception_handler(HTTPException, errors.answer_http)
-        app.add_exception_handler(Unavailable, errors.answer_unavailable)
         inner = app.router.lifespan_context
 
         @asynccontextmanager
@@ -101,13 +100,16 @@ class F2LEndpointPlugin:
         assert self._app is not None, "vLLM attaches routes first"
         # Outermost, before vLLM's own check, whose answer OpenAI clients cannot read. vLLM has built the stack already.
         door = Middleware(Door, keys=keys, open_routes=listed(settings.open_routes))
+        faults = Middleware(Faults, idle_seconds=settings.body_idle_seconds)
         bodies = Middleware(
             Bodies,
             max_body_bytes=settings.max_body_bytes,
             max_images=settings.max_images,
             has_tenants=keys.has_tenants,
+            check=self._check_of(engine_client, settings),
         )
-        self._app.user_middleware[:0] = [door, bodies]
+        self._app.user_middleware[:0] = [door, faults, bodies]
+        compat_errors.install_handlers(self._app)
         self._app.middleware_stack = self._app.build_middleware_stack()
         limits = compat.engine_limits(engine_client)
         compat.leave_adapters_out_of_metrics(engine_client)
@@ -175,7 +177,28 @@ class F2LEndpointPlugin:
         if keys.is_open:
             logger.info("no API key is set: whoever reaches this server may use it")
 
+    def _check_of(self, engine_client: Any, settings: Settings) -> Callable[[Any, str], Awaitable[None]]:
+        """What refuses a body whose constraints the engine should not be given."""
+        vocabulary = compat_grammars.vocabulary(engine_client)
+        self._grammars = grammars = Grammars(vocabulary, compat_grammars.language, settings.grammar_limits)
+        if compat_grammars.use_xgrammar(engine_client):
+            compat_grammars.try_before_generating(engine_client, grammars.check)
+            tried = grammars.check
+        else:
+            logger.warning("constraints are bounded by their size alone: only those of xgrammar are tried beforehand")
+
+            async def tried(constraint: Constraint, tenant: str) -> None:
+                return None
+
+        async def check(body: Any, tenant: str) -> None:
+            for constraint in constraints(body):
+                await tried(constraint, tenant)
+
+        return check
+
     async def _stop(self) -> None:
+        if self._grammars is not None:
+            self._grammars.close()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from f2l_vllm.adapters.errors import Unavailable
 from f2l_vllm.serving import metrics
+
+MESSAGES_ROUTE = "/v1/messages"  # Anthropic's API, which has an envelope of its own
+_REPORTED = 5  # faults of one body
+_FIELD = re.compile(r"[a-z_][a-z0-9_]*|[0-9]+")
+_TYPES = {"str", "int", "float", "bool", "bytes", "list", "dict", "none", "nullable", "body"}  # pydantic's own markers
 
 
 class APIError(Exception):
@@ -84,24 +92,50 @@ async def answer_unavailable(request: Request, error: Exception) -> JSONResponse
     return await answer(request, APIError(status, error.code, message, headers={"Retry-After": "5"}))
 
 
-async def answer_http(_request: Request, error: Exception) -> JSONResponse:
+async def answer_http(request: Request, error: Exception) -> JSONResponse:
     """The exception handler for what Starlette itself refuses: no such route, another method, too large a body."""
     assert isinstance(error, HTTPException)
+    return response(refused_by_starlette(error), request.scope)
+
+
+def refused_by_starlette(error: HTTPException) -> APIError:
+    """Starlette's refusal, by its status."""
     codes = {404: "route_not_found", 405: "method_not_allowed", 413: "request_too_large"}
     code = codes.get(error.status_code, "invalid_request")
-    return response(APIError(HTTPStatus(error.status_code), code, str(error.detail), headers=dict(error.headers or {})))
+    return APIError(HTTPStatus(error.status_code), code, str(error.detail), headers=dict(error.headers or {}))
 
 
-async def answer(_request: Request, error: Exception) -> JSONResponse:
+async def answer_validation(request: Request, error: Exception) -> JSONResponse:
+    """The exception handler for a body, query or path that is not as its route describes it."""
+    assert isinstance(error, RequestValidationError)
+    faults = {}
+    for fault in error.errors():
+        name = ".".join(part for part in map(str, fault["loc"]) if _FIELD.fullmatch(part) and part not in _TYPES)
+        faults[f"{name or 'the body'}: {str(fault['msg'])[:200]}"] = name
+    shown = [*faults][:_REPORTED]
+    more = f" (and {len(faults) - len(shown)} more)" if len(faults) > len(shown) else ""
+    message = f"The request is not as this route takes it: {'; '.join(shown)}{more}."
+    return response(bad_request("invalid_request", message, next(iter(faults.values()), None) or None), request.scope)
+
+
+async def answer(request: Request, error: Exception) -> JSONResponse:
     """The exception handler for `APIError`."""
     assert isinstance(error, APIError)
-    return response(error)
+    return response(error, request.scope)
 
 
-def response(error: APIError) -> JSONResponse:
-    """An error as OpenAI's envelope, counted."""
+def internal_error() -> APIError:
+    """500: a fault of this server's, of which its log says more than the answer."""
+    message = "The server failed over this request, by no fault of the request's: its log says why."
+    return APIError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", message)
+
+
+def response(error: APIError, scope: Scope) -> JSONResponse:
+    """An error in the envelope of the API that was asked, counted."""
     metrics.ERRORS.labels(error.code).inc()
-    return JSONResponse(_envelope(error), status_code=error.status, headers=error.headers)
+    path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+    envelope = _messages_envelope(error) if path.startswith(MESSAGES_ROUTE) else _envelope(error)
+    return JSONResponse(envelope, status_code=error.status, headers=error.headers)
 
 
 def chunk(error: APIError) -> str:
@@ -114,3 +148,22 @@ def _envelope(error: APIError) -> dict[str, Any]:
     kinds = {HTTPStatus.NOT_FOUND: "not_found_error", HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error"}
     kind = kinds.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def messages_kind(status: int) -> str:
+    """What Anthropic's API calls an error of this status. Source: its API documentation, Errors."""
+    kinds = {
+        401: "authentication_error",
+        404: "not_found_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+        503: "overloaded_error",
+    }
+    return kinds.get(status, "api_error" if status >= 500 else "invalid_request_error")
+
+
+def _messages_envelope(error: APIError) -> dict[str, Any]:
+    return {
+        "type": "error",
+        "error": {"type": messages_kind(error.status), "message": error.message, "code": error.code},
+    }

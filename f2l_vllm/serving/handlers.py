@@ -6,14 +6,13 @@ import asyncio
 import functools
 import weakref
 from collections.abc import AsyncGenerator, Sequence
-from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request
 
-from f2l_vllm.serving import compat, errors, metrics
+from f2l_vllm.serving import compat, compat_errors, errors, metrics
 from f2l_vllm.serving.asking import Asking, Source, from_frames
-from f2l_vllm.serving.errors import APIError, adapter_unavailable, bad_request
+from f2l_vllm.serving.errors import adapter_unavailable, bad_request
 from f2l_vllm.serving.questions import (
     FILE_PREFIX,
     Options,
@@ -165,10 +164,16 @@ class CompletionHandler(_Handler):
 
 
 class Guard:
-    """A vLLM handler that does not know videos: a request that names one is refused, not answered without it."""
+    """A vLLM handler that does not know videos: a request that names one is refused, not answered without it.
 
-    def __init__(self, inner: Any) -> None:
+    Args:
+        inner: vLLM's handler.
+        own_envelope: its route reads an error that is returned, and none that is raised, into another API's envelope.
+    """
+
+    def __init__(self, inner: Any, own_envelope: bool) -> None:
         self._inner = inner
+        self._own_envelope = own_envelope
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._inner, name)
@@ -177,16 +182,22 @@ class Guard:
 
         @functools.wraps(attribute)
         async def guarded(request: Any, raw_request: Request | None = None, *args: Any, **kwargs: Any) -> Any:
-            # Not all of these keep in `request` what they do not know.
-            body = {} if raw_request is None else await raw_request.json()
-            by_model = (getattr(request, "model", None) or "").startswith(FILE_PREFIX)
-            if by_model or names_a_video([body.get("input"), body.get("messages")]):
-                message = "This route does not answer about videos: use /v1/chat/completions or /v1/completions."
-                headers = {"X-Should-Retry": "false"}
-                param = "model" if by_model else "input"
-                raise APIError(
-                    HTTPStatus.NOT_IMPLEMENTED, "route_without_videos", message, param=param, headers=headers
-                )
-            return await attribute(request, raw_request, *args, **kwargs)
+            try:
+                await _refuse_videos(request, raw_request)
+                return await attribute(request, raw_request, *args, **kwargs)
+            except Exception as error:
+                refused = None if raw_request is None else compat_errors.refusal(error, raw_request.scope)
+                if refused is None or not self._own_envelope:
+                    raise
+                return compat_errors.error_response(refused)
 
         return guarded
+
+
+async def _refuse_videos(request: Any, raw_request: Request | None) -> None:
+    # Not all of these keep in `request` what they do not know.
+    body = {} if raw_request is None else await raw_request.json()
+    by_model = (getattr(request, "model", None) or "").startswith(FILE_PREFIX)
+    if by_model or names_a_video([body.get("input"), body.get("messages")]):
+        message = "This route does not answer about videos: use /v1/chat/completions or /v1/completions."
+        raise bad_request("route_without_videos", message, "model" if by_model else "input")

@@ -28,9 +28,9 @@ from vllm.multimodal.media.base import MediaWithBytes
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.media.video import VideoMediaIO
 
-from f2l_vllm.serving.bodies import asking_tenant
 from f2l_vllm.serving.content import check_address
 from f2l_vllm.serving.errors import APIError, bad_request
+from f2l_vllm.serving.tenants import asking_tenant
 from f2l_vllm.serving.turns import Turns
 from f2l_vllm.settings import Settings
 from f2l_vllm.video.decoder import DecodeLimits, Decoders

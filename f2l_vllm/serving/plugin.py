@@ -20,7 +20,8 @@ def register_models() -> None:
 
 def register_adapter_tiers() -> None:
     """Adapters stay in host memory while somebody needs them, and no step loads one."""
-    from f2l_vllm.serving import compat
+    from f2l_vllm.serving import compat, compat_grammars
 
     compat.install_residency()
     compat.install_worker_manager()
+    compat_grammars.install()

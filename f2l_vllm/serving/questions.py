@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ FILE_PREFIX = "file-"
 WAIT_HEADER = "x-f2l-wait"
 Mode = Literal["adapter", "frames", "both"]
 _MODES = ("adapter", "frames", "both")
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")  # `float` takes the digits of every script, and underscores
 _KEYS = {"mode", "wait"}
 _SPAN_KEYS = {"start", "end"}
 
@@ -64,10 +66,9 @@ def _seconds(wait: Any, default: float) -> float:
         return default
     if wait == "none":
         return 0.0
-    try:
+    seconds = -1.0
+    if (isinstance(wait, str) and _NUMBER.fullmatch(wait)) or (isinstance(wait, int | float) and 0 <= wait <= 3600):
         seconds = float(wait)
-    except (TypeError, ValueError):
-        seconds = -1.0
     if not 0 <= seconds <= 3600:
         message = f"The wait must be 'none' or 0 to 3600 seconds; got {wait!r}."
         raise bad_request("invalid_f2l_options", message, "f2l.wait")

@@ -19,6 +19,7 @@ from f2l_vllm.serving.tenants import Keys
 
 # vLLM's routes that answer about videos, or refuse to by a clear error.
 VLLM_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+UPLOAD_ROUTE = "/v1/files"  # its body is a stream of its own, with a cap of its own
 
 
 def keep_listed_routes(app: FastAPI, listed: Collection[str]) -> None:
@@ -60,7 +61,7 @@ class Door:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": error.code})
             return
-        await response(error)(scope, receive, send)
+        await response(error, scope)(scope, receive, send)
 
 
 def _invalid_key() -> APIError:

@@ -9,6 +9,7 @@ import os
 import secrets
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ logger = logging.getLogger(__name__)
 DEFAULT_TENANT = "default"
 _HASHED = "sha256:"
 _LONGEST_NAME = 128  # as the catalog's column
+
+
+# Whose request is in work, for what is called far from it.
+asking_tenant: ContextVar[str] = ContextVar("asking_tenant", default=DEFAULT_TENANT)
 
 
 def tenant_of(request: Request | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from http import HTTPStatus
 from pathlib import Path
+from urllib.parse import unquote
 
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -30,6 +32,8 @@ _INSPECTORS = 2
 _INSPECT_SECONDS = 20.0
 _EXPIRY_SECONDS = (3600, 2592000)  # what the OpenAI API accepts: one hour to thirty days
 _IDLE_ANCHORS = ("last_used_at", "last_active_at")  # ours, and what other OpenAI objects call it
+_DIGITS = re.compile("[0-9]{1,9}")  # `isdecimal` takes those of every script
+_PLAIN, _EXTENDED = re.compile(rb"(?i);\s*filename\s*="), re.compile(rb"(?i);\s*filename\*\s*=")
 _STATUS = {"file_too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE}
 
 
@@ -59,7 +63,7 @@ async def receive(
             `empty_file`.
         StoreUnavailable: there is no room for it, or it cannot be written.
     """
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "multipart/form-data":
         raise bad_request(
             "invalid_request", "POST /v1/files takes multipart/form-data with the fields file and purpose."
         )
@@ -159,6 +163,12 @@ class _Parser(MultiPartParser):
         self._target = target
 
     def on_headers_finished(self) -> None:
+        self._charset = "utf-8"  # whatever codec a client names: some of Python's are no text's, or fail in odd ways
+        part = self._current_part
+        disposition = part.content_disposition or b""
+        if _EXTENDED.search(disposition) and not _PLAIN.search(disposition):
+            # RFC 5987's form makes a part a file as the plain one does; the library underneath passes it over.
+            part.content_disposition = _EXTENDED.sub(b";filename=", disposition, count=1)
         super().on_headers_finished()
         if self._current_part.file is not None:
             self._current_part.file.file.close()
@@ -169,7 +179,7 @@ async def _capped(request: Request, cap: int, check_room: Callable[[int], None])
     """The body, which may not grow past the cap, whatever its Content-Length says."""
     left = cap + _OVERHEAD_BYTES
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > left:
+    if length.isascii() and length.isdecimal() and int(length[:19]) > left:
         raise too_large(cap)
     check_room(int(length) if length.isdecimal() else 0)
     async for piece in request.stream():
@@ -181,6 +191,8 @@ async def _capped(request: Request, cap: int, check_room: Callable[[int], None])
 
 def _filename(given: str | None) -> str:
     """A name to show, never a path to open: what cannot be printed is left out."""
+    extended = re.fullmatch(r"(?i)utf-8'[^']*'(.*)", given or "")
+    given = unquote(extended[1]) if extended else given
     return "".join(letter for letter in given or "" if letter.isprintable())[:1024] or "video"
 
 
@@ -199,7 +211,7 @@ def _expiry(form: FormData) -> tuple[float | None, float | None]:
         return None, None
     low, high = _EXPIRY_SECONDS
     known = anchor == "created_at" or anchor in _IDLE_ANCHORS
-    if not known or not str(seconds).isdecimal() or len(str(seconds)) > 9 or not low <= int(str(seconds)) <= high:
+    if not known or not _DIGITS.fullmatch(str(seconds)) or not low <= int(str(seconds)) <= high:
         message = f"expires_after needs the anchor 'created_at' or 'last_used_at' and between {low} and {high} seconds."
         raise bad_request("invalid_expires_after", message, "expires_after")
     length = float(str(seconds))

@@ -18,8 +18,8 @@ from vllm.multimodal.media.connector import MediaConnector
 from vllm.multimodal.media.image import ImageMediaIO
 
 from f2l_vllm.serving import media
-from f2l_vllm.serving.bodies import asking_tenant
 from f2l_vllm.serving.errors import APIError
+from f2l_vllm.serving.tenants import asking_tenant
 from f2l_vllm.serving.turns import Turns
 
 

@@ -140,7 +140,7 @@ def test_a_question_does_not_choose_how_media_are_decoded(server, videos):
 
 def test_routes_that_do_not_know_videos_say_so(server, videos):
     by_file = [{"role": "user", "content": [{"type": "input_file", "file_id": videos[0].id}]}]
-    refusals = ((videos[0].id, "hello", (501, "route_without_videos")), ("base", by_file, (400, "unsupported_part")))
+    refusals = ((videos[0].id, "hello", (400, "route_without_videos")), ("base", by_file, (400, "unsupported_part")))
     for model, text, refusal in refusals:
         with pytest.raises(openai.APIStatusError) as error:
             server.client.responses.create(model=model, input=text)

@@ -1,0 +1,126 @@
+"""Constraints are tried in a process of their own, within limits, before the engine is given one."""
+
+import asyncio
+import json
+import os
+import time
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+
+import pytest
+
+from f2l_vllm.grammar_limits import GrammarLimits
+from f2l_vllm.models import resolve
+from f2l_vllm.serving import compat_grammars
+from f2l_vllm.serving.constraints import Constraint
+from f2l_vllm.serving.errors import APIError
+from f2l_vllm.serving.grammars import Grammars
+
+FINE = {
+    "a schema": ("json", json.dumps({"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}}})),
+    "a regex": ("regex", "(red|blue)+"),
+    "a grammar": ("grammar", 'root ::= "yes" | "no"'),
+    "a grammar in Lark": ("grammar", 'start: "yes" | "no"'),
+    "choices": ("choice", '["yes", "no\\n\\"quoted\\""]'),
+    "recursion": ("grammar", 'root ::= "(" root ")" | "x"'),
+    "a structural tag": ("structural_tag", json.dumps({"type": "structural_tag", "format": {"type": "any_text"}})),
+}
+BROKEN = {
+    "a regex of Unicode classes": ("regex", r"\p{L}+"),
+    "a regex that is cut": ("regex", "((("),
+    "a grammar of nothing but itself": ("grammar", "root ::= root"),
+    "a loop of references": ("json", '{"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}'),
+    "a reference to nothing": ("json", '{"$ref": "#/nowhere"}'),
+    "no JSON": ("json", "{"),
+    "no grammar": ("grammar", "::="),
+}  # fmt: skip
+SLOW = {
+    "repetition in repetition": ("regex", "((a{1,100}){1,100}){1,100}"),
+    "ambiguity": ("grammar", 'root ::= root root | "a" | ""'),
+}
+
+
+@asynccontextmanager
+async def trying(seconds=5.0):
+    from vllm.tokenizers import get_tokenizer
+
+    config = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 896))
+    tokenizer = get_tokenizer(str(resolve("f2l-tiny")))
+    engine = SimpleNamespace(vllm_config=config, renderer=SimpleNamespace(get_tokenizer=lambda: tokenizer))
+    grammars = Grammars(compat_grammars.vocabulary(engine), compat_grammars.language, GrammarLimits(seconds))
+    try:
+        yield grammars
+    finally:
+        grammars.close()
+
+
+async def refused(grammars, kind, text, tenant="t"):
+    try:
+        await grammars.check(Constraint(kind, text), tenant)
+    except APIError as refusal:
+        return refusal.code if refusal.status == 400 and "project/cpp" not in refusal.message else refusal
+    return None
+
+
+def children(process):
+    return open(f"/proc/{process}/task/{process}/children").read().split()
+
+
+def test_what_is_tried_and_refused():
+    async def run():
+        async with trying() as grammars:
+            seen = {name: await refused(grammars, *given) for name, given in (FINE | BROKEN | SLOW).items()}
+            for code, names in (
+                (None, FINE),
+                ("invalid_structured_output", BROKEN),
+                ("structured_output_too_complex", SLOW),
+            ):
+                assert {name: seen[name] for name in names} == dict.fromkeys(names, code)
+            started = time.monotonic()
+            assert await refused(grammars, *SLOW["ambiguity"]) == "structured_output_too_complex"
+            assert time.monotonic() - started < 0.05  # it is remembered
+
+    asyncio.run(run())  # fmt: skip
+
+
+def test_one_tenants_constraints_hold_up_nobody_elses_and_end_with_their_request():
+    async def run():
+        async with trying(seconds=60) as grammars:
+            assert await refused(grammars, *FINE["a regex"]) is None  # started
+            process = grammars._process.pid
+            endless = [("json", json.dumps({"enum": [f"{i}x{j}" * 9 for j in range(1999)], "n": i})) for i in range(4)]
+            slow = [asyncio.create_task(refused(grammars, *given, "attacker")) for given in endless]
+            while not children(process):
+                await asyncio.sleep(0.005)
+            assert len(children(process)) == 1  # a tenant's are tried one after the other
+            assert await refused(grammars, *FINE["a grammar"], "other") is None
+            for task in slow:
+                task.cancel()
+            await asyncio.gather(*slow, return_exceptions=True)
+            deadline = time.monotonic() + 5
+            while children(process):
+                assert time.monotonic() < deadline, "a trial goes on without its request"
+                await asyncio.sleep(0.01)
+            os.kill(process, 9)
+            await asyncio.sleep(0.5)
+            assert await refused(grammars, *BROKEN["no grammar"]) == "invalid_structured_output"  # by another process
+
+    asyncio.run(run())
+
+
+def test_a_trial_ends_at_its_limit():
+    async def run():
+        async with trying(seconds=0.01) as grammars:
+            big = json.dumps({"type": "object", "properties": {f"p{i}": {"enum": [i, str(i)]} for i in range(900)}})
+            started = time.monotonic()
+            return await refused(grammars, "json", big), time.monotonic() - started
+
+    code, seconds = asyncio.run(run())
+    assert code in (None, "structured_output_too_complex")
+    assert seconds < 60
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_limits_are_positive(value):
+    with pytest.raises(ValueError, match="positive"):
+        GrammarLimits(seconds=value)
