@@ -110,7 +110,8 @@ def _collect(trials: dict[int, int], answers: int) -> None:
             return
         request = trials.pop(process)
         if status != 0:  # one that ended in order has sent its answer
-            _send(answers, {"id": request, "slow": "it takes more time or memory to compile than it may"})
+            why = "it takes more time or memory to compile than it may"
+            _send(answers, {"id": request, "slow": why, "died": True})
 
 
 def _try(request: dict[str, Any], vocabulary: xgrammar.TokenizerInfo, limits: GrammarLimits, answers: int) -> None:

@@ -66,7 +66,10 @@ class Grammars:
             turn = self._turns.setdefault(tenant, asyncio.Lock())
             async with turn, self._places:
                 if digest not in self._known:
-                    self._known[digest] = await self._try(constraint)
+                    answer = await self._try(constraint)
+                    if answer.get("died"):  # on a busy machine, perhaps: another time it may fit
+                        raise_refusal(answer)
+                    self._known[digest] = answer
                     if len(self._known) > _REMEMBERED:
                         self._known.popitem(last=False)
         self._known.move_to_end(digest)
