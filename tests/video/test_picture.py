@@ -12,6 +12,7 @@ from f2l_vllm.video.decoder import DecodeLimits, IsolatedDecoder
 from f2l_vllm.video.errors import VideoError
 
 WHITE = (255, 255, 255)
+PIXEL = b",\0\0\0\0\1\0\1\0\0\2\2D\1\0;"  # of a GIF, in a corner of its canvas
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,8 @@ def whole(kind):
         (bomb(2**31 - 1, 2**31 - 1), "image_too_large"),
         (bomb(1_001, 1_000), "image_too_large"),
         (bomb(0, 5), "invalid_image"),
-        (b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\0\0\0", "image_too_large"),
+        (b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\0\0\0" + PIXEL, "image_too_large"),
+        (b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\0\0\0", "invalid_image"),
         (whole("PNG")[:-2000], "invalid_image"),
         (whole("JPEG")[:-200], "invalid_image"),
         (whole("TIFF"), "invalid_image"),
