@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -68,6 +68,12 @@ class Settings(BaseSettings):
     job_attempts: int = Field(3, ge=1, description="Workers a video may cost before it is marked `error`.")
     job_seconds: float = Field(600.0, gt=0, description="Longest a worker may take over one video, seconds.")
     wait_seconds: float = Field(30.0, ge=0, description="How long a question waits for a video in work, seconds.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="How much is logged; debug: all that vLLM, Ray and transformers say, too."
+    )
+    shutdown_seconds: float = Field(
+        30.0, ge=0, description="How long answers may go on that are being written when the server is told to stop."
+    )
     max_upload_bytes: int = Field(1 << 30, ge=1, description="Largest upload, bytes.")
     max_frames_bytes: int = Field(64 << 20, ge=1, description="Largest video answered from its frames, bytes.")
     max_video_seconds: float = Field(4 * 3600.0, gt=0, description="Longest video, seconds.")

@@ -7,13 +7,14 @@ checked before: `plan` by what is asked for, `checks.check_now` by what the mach
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from f2l_vllm import models
+from f2l_vllm import logs, models
 from f2l_vllm.adapters.base_shapes import BaseShapes
 from f2l_vllm.adapters.database import check_url as check_database
 from f2l_vllm.adapters.ranks import RANKS, most_chunks, smallest_rank
@@ -25,6 +26,8 @@ from f2l_vllm.serving import engine_defaults, vllm_flags
 from f2l_vllm.serving.engine_defaults import EngineLimits, check_limits, refuse_flags
 from f2l_vllm.serving.tenants import Keys
 from f2l_vllm.settings import Settings, refuse_environment
+
+logger = logging.getLogger(__name__)
 
 PLUGINS = ("f2l", "f2l_files", "f2l_cpu")
 
@@ -72,9 +75,11 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], words: 
     gpus = checks.gpus()
     checks.check_workers(chosen, gpus)
     checks.check_engine(flags, directory, gpus)
+    given = {f"--{name.replace('_', '-')}" for name in vars(flags)}
     defaults = {
         "--host": ["127.0.0.1"],
         "--served-model-name": [model if not Path(model).exists() else directory.name],
+        **({} if chosen.log_level == "debug" or "--use-tqdm-on-load" in given else {"--no-use-tqdm-on-load": []}),
         **engine_defaults.engine_flags(
             rank=rank,
             modules=config.modules,
@@ -84,7 +89,6 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], words: 
             places=getattr(flags, "max_cpu_loras", None),
         ),
     }
-    given = {f"--{name.replace('_', '-')}" for name in vars(flags)}
     server_keys = [os.environ.get("VLLM_API_KEY", ""), *(["given"] if "--api-key" in given else [])]
     Keys([key for key in server_keys if key], chosen.tenants)  # stops here if they cannot work
     argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory), *words]
@@ -100,6 +104,7 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], words: 
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(engine_defaults.KEEP_ALIVE_SECONDS)
         ),
         "RAY_USAGE_STATS_ENABLED": "0",
+        **logs.environment(os.environ, words),
         **openmp_defaults(os.environ),
     }
     return Launch(argv, env, chosen, flags)
@@ -112,6 +117,8 @@ def serve(launch: Launch) -> None:
         ValueError: something on this machine is in its way.
     """
     checks.check_now(launch.settings, launch.flags)
+    logs.configure("server")
+    logger.info("starting vLLM with %s; until the model is loaded it says little", launch.argv[4])
     os.execvpe(launch.argv[0], launch.argv, {**os.environ, **launch.env})
 
 

@@ -110,6 +110,12 @@ def _launch(
             rich_help_panel=_VLLM,
         ),
     ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="debug, info, warning or error; debug: all that vLLM and Ray say, too.")
+    ] = None,
+    shutdown_seconds: Annotated[
+        float | None, typer.Option(min=0, help="How long open answers may go on when the server is told to stop.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the vllm command and stop.")] = False,
 ) -> Any:  # a Launch, by a name that is imported when it is needed
     from f2l_vllm.commands.serve import plan
@@ -132,6 +138,8 @@ def _launch(
         "F2L_DATABASE_URL": database_url,
         "F2L_CACHE_BYTES": cache_bytes,
         "F2L_HOT_BYTES": hot_bytes,
+        "F2L_SHUTDOWN_SECONDS": shutdown_seconds,
+        "F2L_LOG_LEVEL": log_level.lower() if log_level is not None else None,
         "F2L_WARM_ADAPTERS": warm_adapters,
         "F2L_TENANTS": tenants.absolute() if tenants is not None else None,
     }

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 
 from f2l_vllm import torch_shims
+from f2l_vllm.lifeline import end_with_spawner
 
 PLATFORM = "f2l_vllm.cpu.platform.TorchCpuPlatform"
 MODE_VARIABLE = "F2L_CPU_PLATFORM"
@@ -19,6 +20,7 @@ def register() -> str | None:
     `1` always, `0` never. vLLM calls this more than once per process and hides exceptions raised here, so a bad value
     selects the platform, whose constructor raises the error.
     """
+    end_with_spawner()  # vLLM asks for platforms long before it loads other plugins
     mode = os.environ.get(MODE_VARIABLE, "auto")
     if mode == "0" or (mode == "auto" and _other_platform() is not None):
         return None

@@ -8,33 +8,45 @@ in the catalog.
 
 from __future__ import annotations
 
+import faulthandler
 import json
-import logging
 import os
+import signal
 import sys
 import threading
 from contextlib import suppress
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.store import Store
-from f2l_vllm.pool.messages import Event, Failed, Published, WorkerSpec
-from f2l_vllm.pool.pool import Pool, PoolConfig
-from f2l_vllm.settings import Settings
+from f2l_vllm import logs
 
 _TICK_SECONDS = 0.1
 _BUSY_SECONDS = 60.0  # nobody waits for an answer here, and work is lost if a result cannot be entered
+_STOP_SECONDS = 4.0  # from the end of standard input to the end of this process, whatever is in the way
 
 
 def main(spec_json: str) -> int:
     """Run the pool; the exit code is 0 unless workers could not be started any more."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s [%(name)s] %(message)s")
-    settings = Settings()
-    spec = TypeAdapter(WorkerSpec).validate_json(spec_json)
     orphaned = threading.Event()
     threading.Thread(target=_until_closed, args=(orphaned,), daemon=True).start()
+
+    logs.configure("pool")
+    # What follows takes seconds, in which the server may end.
+    from pydantic import TypeAdapter
+
+    from f2l_vllm.settings import Settings
+
+    settings = Settings()
+    if settings.ray_address is None:
+        # Ray's switch for a cluster that nobody joins: every part of it listens on loopback. Read when it is imported.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
+    from f2l_vllm.adapters.catalog import Catalog
+    from f2l_vllm.adapters.store import Store
+    from f2l_vllm.pool.messages import Event, Failed, Published, WorkerSpec
+    from f2l_vllm.pool.pool import Pool, PoolConfig
+
+    logs.adopt("ray", "transformers")
+    spec = TypeAdapter(WorkerSpec).validate_json(spec_json)
 
     def say(**message: Any) -> None:
         with suppress(BrokenPipeError):  # the server is gone: no reason for a job to be lost
@@ -67,6 +79,7 @@ def main(spec_json: str) -> int:
         waited = True
         if orphaned.is_set():
             return 0
+    signal.signal(signal.SIGTERM, lambda *_: None)  # a supervisor may send it to all; the server says when to stop
     known, why = -1, ""
     while not orphaned.wait(_TICK_SECONDS) and not pool.failed.is_set():
         if (workers := len(pool.workers())) != known:
@@ -83,6 +96,7 @@ def main(spec_json: str) -> int:
 def _until_closed(orphaned: threading.Event) -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
+    faulthandler.dump_traceback_later(_STOP_SECONDS, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
     orphaned.set()
 
 

@@ -47,6 +47,7 @@ _FAILED_STARTS = 3
 _RESTART_SECONDS = 2.0
 _UNAVAILABLE_SECONDS = 5.0
 _BEAT_SECONDS = 5.0  # between two signs of life
+_LANE_SECONDS = 1.0  # for a lane whose actor was killed to notice
 _OBJECT_STORE_BYTES = 100 * 2**20  # only small events pass through it
 
 
@@ -117,7 +118,7 @@ class Pool:
         for lane in self._lanes:
             lane.kill()
         for lane in self._lanes:
-            lane.join(timeout=10)
+            lane.join(timeout=_LANE_SECONDS)
         try:
             self._catalog.release_all_jobs(blameless=True)
         except Unavailable as error:

@@ -15,7 +15,7 @@ from f2l_vllm.pool.messages import WorkerSpec
 logger = logging.getLogger(__name__)
 
 _RESTART_SECONDS = 5.0
-_STOP_SECONDS = 30.0
+_STOP_SECONDS = 2.5  # its server has promised to be gone soon
 STARTING = "the pool is starting"
 
 
@@ -80,7 +80,7 @@ class PoolProcess:
             logger.info("pool: %s", line.rstrip())  # a library that prints
             return
         if "workers" in message:
-            logger.info("%d hypernetwork workers are ready", message["workers"])
+            logger.debug("%d hypernetwork workers are ready", message["workers"])  # the pool says who they are
             self.workers = message["workers"]
         elif "why" in message:
             logger.info("no hypernetwork worker is ready: %s", message["why"])

@@ -11,7 +11,6 @@ import functools
 import json
 import logging
 import os
-import threading
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -20,9 +19,10 @@ from typing import Any
 from starlette.datastructures import State
 from vllm.lora.request import LoRARequest
 
+from f2l_vllm import logs
 from f2l_vllm.serving.engine_defaults import EngineLimits, refuse_flags
 from f2l_vllm.serving.residency import FIRST_ADAPTER_ID, Residency
-from f2l_vllm.settings import refuse_environment
+from f2l_vllm.settings import Settings, listed, refuse_environment
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,10 @@ visual_tokens: ContextVar[list[int] | None] = ContextVar("visual_tokens", defaul
 
 
 def log_like_vllm(name: str) -> None:
-    """Send the records of our logger where the `vllm` logger's go, at its level and in its format."""
+    """Send the records of our logger where the `vllm` logger's go, at its level and in its format, unless both go to
+    the handler of this package."""
+    if logs.is_configured():
+        return
     ours, theirs = logging.getLogger(name), logging.getLogger("vllm")
     ours.setLevel(theirs.level or logging.INFO)
     ours.handlers = list(theirs.handlers)
@@ -208,8 +211,22 @@ def detailed_chunk(chunk: str, details: Mapping[str, Any]) -> str:
 
 
 def is_stopping(state: State) -> bool:
-    """Whether vLLM has begun to stop the server: it waits for open requests after that, with the engine gone."""
+    """Whether vLLM's server stops, as it does by itself when its engine has died."""
     return bool(getattr(getattr(state, "server", None), "should_exit", False))
+
+
+def quiet_paths(args: Any) -> set[str]:
+    """The paths whose requests vLLM was told not to log: it reads its own flag only where nobody configures logging."""
+    return set(listed(getattr(args, "disable_access_log_for_endpoints", None) or ""))
+
+
+def url(args: Any) -> str:
+    """Where this server is reached from its own machine."""
+    if getattr(args, "uds", None):
+        return f"unix:{args.uds}"
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(args.host or "", args.host)
+    scheme = "https" if args.ssl_keyfile and args.ssl_certfile else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host and '[' not in host else host}:{args.port}"
 
 
 def api_keys(args: Any) -> list[str]:
@@ -217,21 +234,33 @@ def api_keys(args: Any) -> list[str]:
     return [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
 
 
-def engine_was_stopped(engine_client: Any) -> Callable[[], bool]:
-    """A function that says whether vLLM has stopped the engine.
+def grace_seconds(args: Any, settings: Settings) -> float:
+    """How long open answers may go on when the server stops: our setting, else vLLM's flag for the same."""
+    if "shutdown_seconds" in settings.model_fields_set:
+        return settings.shutdown_seconds
+    return float(getattr(args, "shutdown_timeout", 0) or settings.shutdown_seconds)
 
-    It does so, by `engine_client.shutdown`, before it ends a server in order. A server that ends with an engine that
-    nobody stopped ends because that has died.
-    """
-    stock, stopped = engine_client.shutdown, threading.Event()
 
-    @functools.wraps(stock)
-    def shutdown(*args: Any, **kwargs: Any) -> Any:
-        stopped.set()
-        return stock(*args, **kwargs)
+def stop_engine(engine_client: Any) -> None:
+    """End the engine's processes. vLLM asks them to and kills them at once with this timeout; nothing is in them."""
+    engine_client.shutdown(timeout=0)
 
-    engine_client.shutdown = shutdown
-    return stopped.is_set
+
+def is_serving(state: State) -> bool:
+    """Whether uvicorn takes connections."""
+    return bool(getattr(getattr(state, "server", None), "started", False))
+
+
+def stop_http(state: State) -> None:
+    """Have uvicorn take no more connections, wait for those that are left, and run the end of the lifespan."""
+    if (server := getattr(state, "server", None)) is not None:
+        server.should_exit = True
+
+
+def bound_http_shutdown(state: State, seconds: float) -> None:
+    """How long uvicorn waits for connections when it stops; it would wait for ever for a client that does not read."""
+    if (server := getattr(state, "server", None)) is not None:
+        server.config.timeout_graceful_shutdown = seconds
 
 
 def is_engine_dead(error: BaseException) -> bool:

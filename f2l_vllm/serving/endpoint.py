@@ -6,9 +6,8 @@ Named `f2l_files` in `VLLM_PLUGINS`; settings come from the environment (`f2l_vl
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
-import os
+import threading
 from argparse import Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -24,7 +23,7 @@ from f2l_vllm import torch_shims
 
 torch_shims.install()
 
-from f2l_vllm import models  # noqa: E402  (torchvision must be importable first)
+from f2l_vllm import logs, models  # noqa: E402  (torchvision must be importable first)
 from f2l_vllm.adapters.address import fingerprint  # noqa: E402
 from f2l_vllm.adapters.base_shapes import BaseShapes  # noqa: E402
 from f2l_vllm.adapters.catalog import Catalog  # noqa: E402
@@ -38,6 +37,7 @@ from f2l_vllm.serving.bodies import Bodies  # noqa: E402
 from f2l_vllm.serving.composition import Composer  # noqa: E402
 from f2l_vllm.serving.constraints import Constraint, constraints  # noqa: E402
 from f2l_vllm.serving.content import private  # noqa: E402
+from f2l_vllm.serving.ending import Ending, LastWords  # noqa: E402
 from f2l_vllm.serving.engine_defaults import check_limits  # noqa: E402
 from f2l_vllm.serving.faults import Faults  # noqa: E402
 from f2l_vllm.serving.files import router  # noqa: E402
@@ -52,6 +52,8 @@ from f2l_vllm.settings import SERVER_LOCK, Settings, listed  # noqa: E402
 logger = logging.getLogger(__name__)
 
 _LOCK_SECONDS = 5.0
+_WELCOME_SECONDS = 0.1
+_CLOSE_SECONDS = 0.5  # for connections that are left when the server stops
 
 
 class F2LEndpointPlugin:
@@ -63,8 +65,10 @@ class F2LEndpointPlugin:
     def __init__(self) -> None:
         self._app: FastAPI | None = None
         self._service: VideoService | None = None
-        self._engine_was_stopped: Callable[[], bool] | None = None
         self._lock: FileLock | None = None
+        self._ending: Ending | None = None
+        self._stop_engine: Callable[[], object] = bool
+        self._welcome: asyncio.Task[None] | None = None
         self._background: list[asyncio.Task[None]] = []
         self._grammars: Grammars | None = None
 
@@ -79,6 +83,9 @@ class F2LEndpointPlugin:
         @asynccontextmanager
         async def lifespan(application: FastAPI) -> AsyncIterator[Any]:
             async with inner(application) as state:
+                if self._ending is not None:
+                    self._ending.take_signals()
+                    compat.bound_http_shutdown(application.state, _CLOSE_SECONDS)
                 try:
                     yield state
                 finally:
@@ -92,14 +99,22 @@ class F2LEndpointPlugin:
         Raises:
             ValueError: settings, model and hypernetwork that cannot work together; the server does not start then.
         """
-        self._engine_was_stopped = compat.engine_was_stopped(engine_client)
         compat.log_like_vllm("f2l_vllm")
+        logs.quiet_paths |= compat.quiet_paths(args)
         compat.check_environment(args)
         settings = Settings.read()
         keys = Keys(compat.api_keys(args), settings.tenants)
         assert self._app is not None, "vLLM attaches routes first"
         # Outermost, before vLLM's own check, whose answer OpenAI clients cannot read. vLLM has built the stack already.
-        door = Middleware(Door, keys=keys, open_routes=listed(settings.open_routes))
+        open_routes = listed(settings.open_routes)
+        ending = self._ending = Ending(
+            compat.grace_seconds(args, settings),
+            lambda: self._stop_http(state),
+            lambda: compat.is_stopping(state),
+        )
+        self._stop_engine = lambda: compat.stop_engine(engine_client)
+        last_words = Middleware(LastWords, ending=ending, always=[path for path in open_routes if path != "/ready"])
+        door = Middleware(Door, keys=keys, open_routes=open_routes)
         faults = Middleware(Faults, idle_seconds=settings.body_idle_seconds)
         bodies = Middleware(
             Bodies,
@@ -108,7 +123,7 @@ class F2LEndpointPlugin:
             has_tenants=keys.has_tenants,
             check=self._check_of(engine_client, settings),
         )
-        self._app.user_middleware[:0] = [door, faults, bodies]
+        self._app.user_middleware[:0] = [last_words, door, faults, bodies]
         compat_errors.install_handlers(self._app)
         self._app.middleware_stack = self._app.build_middleware_stack()
         limits = compat.engine_limits(engine_client)
@@ -143,9 +158,7 @@ class F2LEndpointPlugin:
             pool = PoolProcess(worker_spec(settings, model, hypernetwork, limits.max_rank, config.rank), count_outcome)
         # What is not set of how frames are taken is in the model's and hypernetwork's files, which the revisions cover.
         revisions = Revisions(fingerprint(model), fingerprint(hypernetwork), settings.sampling)
-        self._service = VideoService(
-            settings, revisions, catalog, store, registry, pool, lambda: compat.is_stopping(state)
-        )
+        self._service = VideoService(settings, revisions, catalog, store, registry, pool, lambda: ending.is_stopping)
         store.protect(registry.holds)
         await asyncio.to_thread(self._service.adopt)
         if pool is not None:
@@ -173,9 +186,15 @@ class F2LEndpointPlugin:
         compat.guard_other_servings(state, Guard)
         apart = keys.has_tenants and not settings.share_caches
         compat.enclose_renderings(engine_client, media.question, salt_of_tenant if apart else lambda given: given)
-        logger.info("serving videos: model %s, hypernetwork %s, data in %s", base_names[0], hypernetwork, home)
+        self._welcome = asyncio.create_task(_welcome(self._service, state, compat.url(args)))
+        logger.info("model %s, hypernetwork %s, data in %s", base_names[0], hypernetwork, home)
         if keys.is_open:
-            logger.info("no API key is set: whoever reaches this server may use it")
+            logger.info("no API key is set: whoever reaches this server may use it (--api-key, --tenants)")
+
+    def _stop_http(self, state: State) -> None:
+        if self._service is not None and self._service.pool is not None:
+            threading.Thread(target=self._service.pool.stop, daemon=True).start()  # while connections are closed
+        compat.stop_http(state)
 
     def _check_of(self, engine_client: Any, settings: Settings) -> Callable[[Any, str], Awaitable[None]]:
         """What refuses a body whose constraints the engine should not be given."""
@@ -197,21 +216,27 @@ class F2LEndpointPlugin:
         return check
 
     async def _stop(self) -> None:
+        if self._ending is None:
+            return  # the engine did not come up
+        if self._welcome is not None:
+            self._welcome.cancel()
         if self._grammars is not None:
             self._grammars.close()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        parts: list[Callable[[], object]] = [self._stop_engine]
         if self._service is not None:
-            if self._service.pool is not None:
-                await asyncio.to_thread(self._service.pool.stop)
-            self._service.store.close()
-            self._service.catalog.close()
-        if self._lock is not None:
-            self._lock.release()
-        if self._engine_was_stopped is not None and not self._engine_was_stopped():
-            # vLLM's server ends with 0 all the same, which a supervisor takes for a stop in order.
-            atexit.register(os._exit, 1)
+            parts.append(self._service.close)
+        await self._ending.finish(*parts)
+
+
+async def _welcome(service: VideoService, state: State, url: str) -> None:
+    """The last line of the start: videos are taken from here on."""
+    while not (service.is_ready() and compat.is_serving(state)):
+        await asyncio.sleep(_WELCOME_SECONDS)
+    upload = f"curl -F purpose=vision -F file=@video.mp4 {url}/v1/files"
+    logger.info("ready: %s (upload a video: %s; then ask, its id is the model)", url, upload)
 
 
 def hold(home: Path) -> FileLock:

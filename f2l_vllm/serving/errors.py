@@ -78,6 +78,13 @@ def adapter_unavailable() -> APIError:
     return APIError(HTTPStatus.SERVICE_UNAVAILABLE, "adapter_unavailable", message, headers={"Retry-After": "2"})
 
 
+def shutting_down() -> APIError:
+    """503: the server stops, and takes nothing up any more; what it was at is cut off."""
+    message = "The server is shutting down. Ask again when it is back; videos in work are not lost."
+    headers = {"Retry-After": "10", "Connection": "close"}
+    return APIError(HTTPStatus.SERVICE_UNAVAILABLE, "shutting_down", message, headers=headers)
+
+
 async def answer_unavailable(request: Request, error: Exception) -> JSONResponse:
     """The exception handler: a catalog or store that cannot take part now, with a time to come back."""
     assert isinstance(error, Unavailable)

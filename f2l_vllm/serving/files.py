@@ -26,8 +26,8 @@ from f2l_vllm.adapters.states import IN_WORK, VideoState
 from f2l_vllm.adapters.store import MANIFEST_FILE, Store, StoreError
 from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, Found
 from f2l_vllm.hypernetwork.adapter import CONFIG_FILE, named_for
-from f2l_vllm.serving import compat
-from f2l_vllm.serving.errors import bad_request, video_not_found
+from f2l_vllm.serving import compat, errors
+from f2l_vllm.serving.errors import bad_request, shutting_down, video_not_found
 from f2l_vllm.serving.service import VideoService
 from f2l_vllm.serving.tenants import tenant_of
 from f2l_vllm.serving.uploads import inspect, receive
@@ -144,7 +144,8 @@ async def file_events(file_id: str, request: Request) -> StreamingResponse:
                 found = (await asyncio.to_thread(videos.catalog.find, [file_id], tenant)).get(file_id)
             else:
                 found = Found(replace(found.file, state=progress[0], progress=progress[1]), None)
-        yield "data: [DONE]\n\n"
+        unfinished = found is not None and found.file.state in IN_WORK
+        yield errors.chunk(shutting_down()) if unfinished else "data: [DONE]\n\n"
 
     videos.watcher.add_reader(tenant)
     return _Events(events(), lambda: videos.watcher.remove_reader(tenant))

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from types import TracebackType
+
+from f2l_vllm import logs
+from f2l_vllm.lifeline import end_with_spawner
+
+logger = logging.getLogger(__name__)
+
 
 def register() -> None:
     """Register what this package adds to vLLM. Light and idempotent: vLLM calls it in every process, some twice."""
+    register_lifeline()
+    logs.adopt("transformers")
     register_models()
     register_adapter_tiers()
 
@@ -25,3 +40,27 @@ def register_adapter_tiers() -> None:
     compat.install_residency()
     compat.install_worker_manager()
     compat_grammars.install()
+
+
+def register_lifeline() -> None:
+    """The engine and its workers end with the process that started them, and in a server not before it: a terminal's
+    Ctrl-C and a supervisor's SIGTERM may reach all of them at once, and answers are still being written then."""
+    end_with_spawner()
+    if (
+        "f2l_files" not in os.environ.get("VLLM_PLUGINS", "")
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        return
+    if multiprocessing.parent_process() is None:
+        sys.excepthook = _quiet_interrupt
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which their children would inherit
+
+
+def _quiet_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """vLLM is interrupted by an exception when it is told to stop before it has started."""
+    if issubclass(kind, KeyboardInterrupt):
+        logger.info("stopped before it was ready")
+    else:
+        sys.__excepthook__(kind, error, trace)

@@ -21,7 +21,7 @@ from f2l_vllm.adapters.store import Store, StoreError
 from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, Found
 from f2l_vllm.pool.process import PoolProcess
 from f2l_vllm.serving import metrics
-from f2l_vllm.serving.errors import APIError, HTTPStatus, video_failed, video_not_found, video_not_ready
+from f2l_vllm.serving.errors import APIError, HTTPStatus, shutting_down, video_failed, video_not_found, video_not_ready
 from f2l_vllm.serving.keeping import Keeper
 from f2l_vllm.serving.registry import Registry
 from f2l_vllm.serving.watcher import Watcher
@@ -238,6 +238,13 @@ class VideoService:
             except Exception as error:  # whoever asks for it hears of it
                 logger.warning("adapter %s was not made resident: %s", adapter.name, error)
 
+    def close(self) -> None:
+        """Stop the pool, and let go of store and catalog. Runs in a thread, when nothing is answered any more."""
+        if self.pool is not None:
+            self.pool.stop()
+        self.store.close()
+        self.catalog.close()
+
     def is_ready(self) -> bool:
         """Whether uploads get internalized: a worker is alive, or other processes run the workers."""
         return self.pool is None or self.pool.workers > 0
@@ -347,8 +354,7 @@ class VideoService:
 
     def _refuse_when_stopping(self) -> None:
         if self._is_stopping():
-            message = "The server is shutting down. Ask again when it is back; the video's work is not lost."
-            raise APIError(HTTPStatus.SERVICE_UNAVAILABLE, "shutting_down", message, headers={"Retry-After": "10"})
+            raise shutting_down()
 
 
 def count_outcome(outcome: str, seconds: dict[str, float]) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import uvicorn
 import vllm
 from starlette.datastructures import State
 from vllm.config import LoRAConfig
@@ -38,6 +39,7 @@ from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
 from f2l_vllm.serving import compat
 from f2l_vllm.serving.endpoint import F2LEndpointPlugin
 from f2l_vllm.serving.engine_defaults import EngineLimits, check_limits
+from f2l_vllm.settings import Settings
 
 
 def test_this_is_the_supported_version():
@@ -169,17 +171,68 @@ def test_the_server_says_that_it_stops_before_it_waits_for_requests():
     assert compat.is_stopping(state)
 
 
-def test_a_stop_in_order_stops_the_engine_before_the_server_and_a_dead_engine_does_not():
+def test_our_signal_handlers_come_after_vllms_and_an_end_by_should_exit_runs_the_lifespan():
     source = inspect.getsource(launcher.serve_http)
-    assert source.index("partial(engine_client.shutdown, timeout=timeout)") < source.index("server.should_exit = True")
-    assert "shutdown" not in inspect.getsource(launcher.terminate_if_errored).split('"""')[-1]
+    # The lifespan begins when the server's task first runs: at the await, after both handlers were set.
+    assert source.index("loop.create_task(server.serve") < source.index("loop.add_signal_handler(signal.SIGTERM")
+    assert source.index("loop.add_signal_handler(signal.SIGTERM") < source.index("await server_task")
+    assert source.index("app.state.server = server") < source.index("loop.create_task(server.serve")
+    assert issubclass(launcher.NoSignalServer, uvicorn.Server)  # which sets none of its own
+    serving = inspect.getsource(uvicorn.Server)
+    assert "if self.should_exit:" in serving
+    assert "timeout=self.config.timeout_graceful_shutdown" in serving
+    assert serving.index("t.cancel(msg=") < serving.index("await self.lifespan.shutdown()")
+    state = State({})
+    compat.stop_http(state)
+    compat.bound_http_shutdown(state, 1.0)
+    assert not compat.is_serving(state)
+    server = state.server = launcher.NoSignalServer(uvicorn.Config(app=None))
+    assert not compat.is_serving(state)
+    server.started = True
+    assert compat.is_serving(state)
+    compat.stop_http(state)
+    compat.bound_http_shutdown(state, 1.5)
+    assert server.should_exit
+    assert server.config.timeout_graceful_shutdown == 1.5
+
+
+def test_the_engine_is_killed_at_once_with_a_timeout_of_zero():
+    from vllm.v1.utils import shutdown
+
+    source = inspect.getsource(shutdown)
+    assert source.index("proc.terminate()") < source.index("if remaining <= 0") < source.index("kill_process_tree")
     calls = []
-    engine = Namespace(shutdown=lambda timeout: calls.append(timeout))
-    was_stopped = compat.engine_was_stopped(engine)
-    assert not was_stopped()
-    engine.shutdown(timeout=3)
-    assert was_stopped()
-    assert calls == [3]
+    compat.stop_engine(Namespace(shutdown=lambda timeout: calls.append(timeout)))
+    assert calls == [0]
+
+
+@pytest.mark.parametrize(
+    ("flag", "environment", "seconds"),
+    [(0, None, 30.0), (90, None, 90.0), (90, "12.5", 12.5), (0, "0", 0.0)],
+)
+def test_the_grace_is_our_setting_or_vllms_flag(monkeypatch, flag, environment, seconds):
+    from vllm.engine.arg_utils import EngineArgs
+
+    assert EngineArgs(model="x").shutdown_timeout == 0
+    if environment is not None:
+        monkeypatch.setenv("F2L_SHUTDOWN_SECONDS", environment)
+    assert compat.grace_seconds(Namespace(shutdown_timeout=flag), Settings()) == seconds
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        (None, "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("fe80::1", "http://[fe80::1]:8000"),
+        ("films.example.com", "http://films.example.com:8000"),
+    ],
+)
+def test_the_start_ends_with_an_address_to_go_to(host, shown):
+    args = Namespace(host=host, port=8000, uds=None, ssl_keyfile=None, ssl_certfile=None)
+    assert compat.url(args) == shown
 
 
 def test_keys_are_those_of_vllms_own_check(monkeypatch):

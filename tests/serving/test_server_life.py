@@ -3,11 +3,15 @@
 import http.client
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -22,6 +26,7 @@ from f2l_vllm.adapters.catalog import Catalog
 QUESTION = [{"role": "user", "content": "What is shown?"}]
 GREEDY = {"temperature": 0, "max_tokens": 12}
 KEY, OTHER_KEY = "secret", "another secret"
+GRACE = 2.0  # of the second server
 CHUNKS = ("--chunk-seconds", "1", "--max-chunks", "3")
 
 
@@ -109,7 +114,8 @@ def second_life(home, hypernetwork_model, catalog_url, first_life):
     tenants = home.parent / "tenants.json"
     tenants.write_text(json.dumps({"default": [KEY], "other": [OTHER_KEY]}))
     flags = ("--hypernetwork-workers", "0", "--queue-limit", "1", "--tenants", str(tenants), *CHUNKS)
-    server = Server(hypernetwork_model, home, *flags, api_key=KEY, env={"F2L_DATABASE_URL": catalog_url})
+    env = {"F2L_DATABASE_URL": catalog_url, "F2L_SHUTDOWN_SECONDS": str(GRACE)}
+    server = Server(hypernetwork_model, home, *flags, api_key=KEY, env=env)
     try:
         server.wait_ready()
         yield server
@@ -196,11 +202,47 @@ def test_a_database_that_is_away_is_said_and_found_again(beginning, postgres, ho
     assert workers <= set(beginning.descendants())  # none was lost over it
 
 
-def test_ctrl_c_stops_everything_that_was_started_and_nothing_else(first_life, server, clips):
+def listening(pids):
+    """Addresses, in hex, that these processes listen at: all TCP sockets in the state LISTEN that they hold."""
+    held = set()
+    for pid in pids:
+        with suppress(FileNotFoundError):
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):
+                    held.add(os.readlink(descriptor))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in held:
+                found.add(local.split(":")[0])
+    return found
+
+
+def test_all_that_listens_listens_on_loopback(beginning):
+    loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+    found = listening({beginning.process.pid, *beginning.descendants()})
+    assert found
+    assert found <= loopback
+
+
+def test_the_log_of_a_start_is_short_and_ends_with_the_address(beginning):
+    said = beginning.log.read_text().splitlines()
+    ready = next(index for index, line in enumerate(said) if f"ready: {beginning.url} (" in line)
+    assert ready < 15, said
+    for line in said[: ready + 1]:
+        assert re.match(r"\d\d-\d\d \d\d:\d\d:\d\d INFO (server|engine|pool): ", line), line
+
+
+def test_ctrl_c_stops_everything_that_was_started_and_nothing_else(beginning, first_life, server, clips):
     _, code, children = first_life
     server.client.files.delete(upload(server, clips[0]))
     assert code == 0
     assert len(children) > 3  # engine, Ray, worker
+    assert [line.split(": ")[1].split()[0] for line in beginning.log.read_text().splitlines()[-2:]] == [
+        "stopping",
+        "stopped",
+    ]
     deadline = time.monotonic() + 20
     while (left := alive(children)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -345,22 +387,82 @@ def test_an_upload_over_the_cap_is_refused_before_it_is_sent(second_life):
     assert httpx.get(f"{second_life.url}/health").status_code == 200
 
 
-def test_a_server_that_stops_lets_nobody_hang(second_life, clips):
+def streamed(client, model, begun, **options):
+    """What a client saw of a streamed answer: its pieces, and the error that it ended with."""
+    pieces = []
+    try:
+        extra = {"ignore_eos": True}
+        for chunk in client.chat.completions.create(
+            model=model, messages=QUESTION, stream=True, extra_body=extra, **options
+        ):
+            pieces.append(chunk.choices[0].delta.content)
+            begun.set()
+    except openai.APIError as error:
+        return pieces, error.code
+    return pieces, None
+
+
+def slow_upload(url, begun):
+    """The first line and the body that an upload is answered with which never ends."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    connection.putrequest("POST", "/v1/files")
+    connection.putheader("Authorization", f"Bearer {KEY}")
+    connection.putheader("Content-Type", "multipart/form-data; boundary=b")
+    connection.putheader("Content-Length", "100000000")
+    connection.endheaders()
+    connection.send(b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.mp4"\r\n\r\n')
+    begun.set()
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())["error"]["code"]
+
+
+def test_a_server_that_stops_lets_answers_end_and_tells_whom_it_cuts_off(second_life, first_life, clips):
     """Without workers a video waits for ever: so would its question and its events. The module's last use of it."""
-    file = second_life.client.files.create(file=clips[2], purpose="vision")
+    server, model = second_life, next(iter(first_life[0]))
+    file = server.client.files.create(file=clips[2], purpose="vision")
     headers = {"Authorization": f"Bearer {KEY}"}
-    with ThreadPoolExecutor() as threads:
-        question = threads.submit(ask, second_life, file.id, extra_headers={"X-F2L-Wait": "3600"})
-        url = f"{second_life.url}/v1/files/{file.id}/events"
+    long = {"max_tokens": 900, "temperature": 0}
+    with ThreadPoolExecutor(16) as threads:
+        begun = [threading.Event() for _ in range(5)]
+        streams = [threads.submit(streamed, server.client, model, event, **long) for event in begun[:4]]
+        upload = threads.submit(slow_upload, server.url, begun[4])
+        whole = threads.submit(ask, server, model, extra_body={"ignore_eos": True, "max_tokens": 900})
+        waiting = threads.submit(ask, server, file.id, extra_headers={"X-F2L-Wait": "3600"})
+        url = f"{server.url}/v1/files/{file.id}/events"
         events = threads.submit(httpx.get, url, headers=headers, timeout=120)
+        for event in begun:
+            assert event.wait(60)
         time.sleep(1)
-        assert not question.done()
-        assert not events.done()
-        assert second_life.stop() == 0
+        assert not any(future.done() for future in (*streams, upload, whole, waiting, events))
+        short = threads.submit(streamed, server.client, model, threading.Event(), max_tokens=3)
+        time.sleep(0.1)
+        parts = set(server.descendants())
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
         with pytest.raises(openai.InternalServerError) as error:
-            question.result(30)
+            waiting.result(30)  # told at once
         assert error.value.code == "shutting_down"
-        assert events.result(30).text.endswith("data: [DONE]\n\n")
+        assert json.loads(events.result(30).text.strip().rsplit("data: ", 1)[1])["error"]["code"] == "shutting_down"
+        with pytest.raises(openai.InternalServerError) as error:
+            ask(server, model)
+        assert (error.value.status_code, error.value.code) == (503, "shutting_down")
+        assert int(error.value.response.headers["Retry-After"]) > 0
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx.get(f"{server.url}/ready").status_code == 503
+        assert server.process.wait(60) == 0
+        assert time.monotonic() - began < GRACE + 5
+        assert not alive(parts)
+        assert short.result(30)[1] is None
+        for stream in streams:
+            pieces, code = stream.result(30)
+            assert len(pieces) > 10
+            assert code == "shutting_down"
+        with pytest.raises(openai.InternalServerError) as error:
+            whole.result(30)
+        assert (error.value.status_code, error.value.code) == (503, "shutting_down")
+        assert upload.result(30) == (503, "shutting_down")
+    assert server.log.read_text().splitlines()[-2].endswith("(a second signal ends them)")
+    assert "stopped after" in server.log.read_text().splitlines()[-1]
 
 
 @pytest.mark.parametrize(

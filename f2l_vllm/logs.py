@@ -1,0 +1,130 @@
+"""One log for every process of a server, on standard error: one format, and only what an operator reads or acts on.
+
+`F2L_LOG_LEVEL` is `info` by default: what this package says, requests, vLLM's throughput, and everybody's warnings and
+errors but those of `_NOISE`. `debug` shows all that vLLM, Ray and transformers say; vLLM's own debugging is added by
+`VLLM_LOGGING_LEVEL=DEBUG`. `logging.json` puts the handler in place where vLLM configures logging, `configure` does so
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.config
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+CONFIG = Path(__file__).with_name("logging.json")
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+_LEVEL = LEVELS.get(os.environ.get("F2L_LOG_LEVEL", "info").lower(), logging.INFO)
+OUR_LEVEL = _LEVEL
+_ASKED_OF_VLLM = os.environ.get("VLLM_LOGGING_LEVEL", "").upper()
+VLLM_LEVEL = _ASKED_OF_VLLM if _ASKED_OF_VLLM in logging.getLevelNamesMapping() else logging.INFO
+
+# Said at `info` too: logger, and how the message begins before its values are put in.
+_WORTH_KNOWING = (
+    ("uvicorn.access", ""),
+    ("vllm.v1.metrics.loggers", "Engine 0"),
+    ("vllm.model_executor.model_loader.default_loader", "Loading weights took"),
+    ("vllm.v1.core.kv_cache_utils", "%s KV cache size"),
+)
+# Warnings that nobody need act on, in the same way.
+_NOISE = (
+    ("vllm.utils.system_utils", "Found ulimit of"),  # some thousands of open files are enough
+    ("vllm.platforms.cpu", "Triton is not installed"),  # the CPU platform of this package needs none
+    ("vllm.platforms.cpu", "Reset SSM cache type"),  # a kind of layer that SmolVLM has not
+    ("vllm.config.vllm", "Model Runner V2 requires Triton"),  # the other runner is the one that is meant
+    ("vllm.config.vllm", "Inductor compilation was disabled"),  # docs/operations.md says why
+    ("vllm.v1.worker.cpu_worker", ""),  # preloaded libraries and threads: see docs/operations.md
+    ("vllm.v1.utils", "[shutdown]"),  # vLLM asks the engine to end and kills it in one step
+    ("transformers", "Model config: pad_token_id"),  # of SmolVLM's own configuration; nothing is padded
+    ("ray", "Token authentication is enabled"),  # as it should be
+)
+_WARNINGS_FOR_DEVELOPERS = re.compile(r"\b(Future|Deprecation|PendingDeprecation|Resource|Import)Warning: ")
+_QUIET_PATHS = frozenset({"/health", "/ready", "/metrics", "/ping", "/version"})
+_PARTS = {"MainProcess": "server", "EngineCore": "engine"}
+
+quiet_paths: set[str] = set(_QUIET_PATHS)  # requests for these are not logged: supervisors send them all the time
+
+
+class Handler(logging.StreamHandler):
+    """Everybody's records, in one format. Takes the place of the handlers that libraries put up for themselves."""
+
+    def __init__(self, part: str | None = None) -> None:
+        super().__init__(sys.stderr)
+        process = multiprocessing.current_process().name
+        self.setFormatter(_Formatter(part or _PARTS.get(process, process)))
+        self.addFilter(is_worth_saying)
+        logging.captureWarnings(True)
+
+
+class _Formatter(logging.Formatter):
+    """Time, level, part of the server, message; the logger's name where it is not ours. Every line has all of it."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__(datefmt="%m-%d %H:%M:%S")
+        self._part = part
+
+    def format(self, record: logging.LogRecord) -> str:
+        name = "" if record.name.split(".")[0] == "f2l_vllm" else f"[{record.name}] "
+        start = f"{self.formatTime(record, self.datefmt)} {record.levelname} {self._part}: {name}"
+        return "\n".join(start + line for line in super().format(record).splitlines() if line.strip())
+
+
+def is_worth_saying(record: logging.LogRecord) -> bool:
+    """Whether a record is shown at this level."""
+    if _LEVEL == logging.DEBUG or (_ASKED_OF_VLLM and _is_of(record, "vllm")):
+        return True
+    if record.levelno < _LEVEL or _is_among(record, _NOISE):
+        return False
+    if record.name == "uvicorn.access":
+        _, _, path, *_ = record.args if isinstance(record.args, tuple) else ("", "", "")
+        return str(path).split("?")[0] not in quiet_paths
+    if record.name == "py.warnings":
+        return not _WARNINGS_FOR_DEVELOPERS.search(record.getMessage())
+    return record.levelno >= logging.WARNING or _is_of(record, "f2l_vllm") or _is_among(record, _WORTH_KNOWING)
+
+
+def configure(part: str) -> None:
+    """Log like this from here on, in a process that vLLM does not configure."""
+    logging.config.dictConfig(json.loads(CONFIG.read_text()))
+    logging.getLogger().handlers[:] = [Handler(part)]
+
+
+def is_configured() -> bool:
+    """Whether this process logs like this."""
+    return any(isinstance(handler, Handler) for handler in logging.getLogger().handlers)
+
+
+def adopt(*libraries: str) -> None:
+    """Have libraries that put up handlers of their own when they are imported log like everybody else."""
+    if is_configured():
+        for name in libraries:
+            logger = logging.getLogger(name)
+            logger.handlers.clear()
+            logger.propagate = True
+
+
+def environment(given: Mapping[str, str], flags: Sequence[str]) -> dict[str, str]:
+    """What makes vLLM log like this, unless the operator has configured its logging another way."""
+    # The process that looks after semaphores says that it has done so, when an engine was killed.
+    known = [given["PYTHONWARNINGS"]] if given.get("PYTHONWARNINGS") else []
+    env = {"PYTHONWARNINGS": ",".join([*known, "ignore:resource_tracker"])}
+    own = ("--log-config-file", "--log_config_file", "--logging-config", "--logging_config")
+    if any(flag.startswith(own) for flag in flags) or given.get("VLLM_CONFIGURE_LOGGING", "1") == "0":
+        return env
+    return {**env, "VLLM_LOGGING_CONFIG_PATH": given.get("VLLM_LOGGING_CONFIG_PATH") or str(CONFIG)}
+
+
+def _is_of(record: logging.LogRecord, package: str) -> bool:
+    return record.name == package or record.name.startswith(f"{package}.")
+
+
+def _is_among(record: logging.LogRecord, table: Sequence[tuple[str, str]]) -> bool:
+    message = str(record.msg)
+    return any(_is_of(record, name) and message.startswith(start) for name, start in table)
