@@ -48,7 +48,7 @@ def churn(cycles: int, warm_up: int, folder: Path, url: str | None = None) -> di
                 catalog.purge(time.time())
                 before = _state(catalog, store, folder)
                 begun = time.perf_counter()
-            file_id, name, sha256 = _publish(catalog, store, str(index))
+            file_id, name = _publish(catalog, store, str(index))
             composed = f"f2l-c{hashlib.sha256(name.encode()).hexdigest()[:30]}"
             _publish_adapter(store, composed)
             record = catalog.add_composed(composed, [kept[index % _KEPT][1], name], rank=32, size=1, info={})
@@ -61,9 +61,7 @@ def churn(cycles: int, warm_up: int, folder: Path, url: str | None = None) -> di
             removal = catalog.remove_file(file_id, "t")
             assert removal is not None
             assert {adapter.name for adapter in removal.orphaned_adapters} == {name, composed}
-            for adapter in removal.orphaned_adapters:
-                store.remove_adapter(adapter.name)
-            store.remove_video(sha256)
+            _bury(catalog, store)
             seconds.append(time.perf_counter() - deleted)
             if index % _MAINTAIN_EVERY == 0:
                 catalog.purge(time.time())
@@ -72,10 +70,9 @@ def churn(cycles: int, warm_up: int, folder: Path, url: str | None = None) -> di
         elapsed = time.perf_counter() - begun
         catalog.purge(time.time())
         after = _state(catalog, store, folder)
-        for file_id, name, sha256 in kept:
+        for file_id, _ in kept:
             assert catalog.remove_file(file_id, "t") is not None
-            store.remove_adapter(name)
-            store.remove_video(sha256)
+        _bury(catalog, store)
         catalog.purge(time.time())
         empty = _state(catalog, store, folder)
     finally:
@@ -95,13 +92,22 @@ def churn(cycles: int, warm_up: int, folder: Path, url: str | None = None) -> di
     }
 
 
-def _publish(catalog: Catalog, store: Store, text: str) -> tuple[str, str, str]:
-    """Upload a video and do what a worker does; its file id, adapter name and hash."""
+def _bury(catalog: Catalog, store: Store) -> None:
+    """Remove from the store what the catalog has forgotten."""
+    doomed = catalog.tombstones(1000)
+    for one in doomed:
+        (store.remove_video if one.is_video else store.remove_adapter)(one.object)
+    catalog.bury(doomed)
+
+
+def _publish(catalog: Catalog, store: Store, text: str) -> tuple[str, str]:
+    """Upload a video and do what a worker does; its file id and adapter name."""
     data = hashlib.shake_128(text.encode()).digest(_VIDEO_BYTES)
     sha256 = hashlib.sha256(data).hexdigest()
     temporary = store.temporary()
     temporary.write_bytes(data)
-    store.keep_video(temporary, sha256)
+    video = catalog.reserve_video(sha256)
+    store.keep_video(temporary, video.video)
     name = f"f2l-{sha256[:32]}"
     file = catalog.add_file(
         tenant="t",
@@ -112,14 +118,15 @@ def _publish(catalog: Catalog, store: Store, text: str) -> tuple[str, str, str]:
         adapter_name=name,
         expires_at=None,
         queue_limit=10,
+        video=video,
     )
     (job,) = catalog.claim_jobs(1)
-    assert store.fetch_video(job.sha256).stat().st_size == len(data)
+    assert store.fetch_video(job.video).stat().st_size == len(data)
     for stage in _STAGES:
         catalog.advance(job.adapter_name, stage, 0.5)
     _publish_adapter(store, name)
     assert catalog.finish_job(name, rank=16, size=_ADAPTER_BYTES, info={"frames": 8}) is not None
-    return file.id, name, sha256
+    return file.id, name
 
 
 def _publish_adapter(store: Store, name: str) -> None:

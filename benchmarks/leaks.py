@@ -29,7 +29,7 @@ from sqlalchemy import select, update
 from benchmarks import record
 from benchmarks.fleet import fleet
 from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.rows import LIVE
+from f2l_vllm.adapters.states import LIVE
 from f2l_vllm.adapters.tables import files
 from f2l_vllm.commands.server_process import ServerProcess
 

@@ -38,6 +38,10 @@ class Settings(BaseSettings):
         16 << 30, ge=0, description="How much of a remote store is kept in the folder; 0: no limit."
     )
     hot_bytes: int = Field(256 << 20, ge=0, description="Memory (/dev/shm) for adapters used most, bytes; 0: none.")
+    reserve_bytes: int | None = Field(
+        None, ge=0, description="Disk that uploads leave free; default: 256 MiB, or an eighth of it if that is less."
+    )
+    tenant_bytes: int | None = Field(None, ge=1, description="Bytes of one tenant's files; default: no limit.")
     warm_adapters: int = Field(256, ge=0, description="Adapters made resident at start, those used last first.")
     hypernetwork: str | None = Field(None, description="Hypernetwork: directory, released .pt file, or hub id.")
     hypernetwork_workers: int = Field(1, ge=0, description="Ray actors that internalize videos; 0: none here.")

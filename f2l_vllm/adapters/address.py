@@ -19,6 +19,12 @@ _WEIGHTS = {".safetensors", ".pt", ".bin"}
 _TEXTS = {".json", ".jinja", ".txt", ".model"}
 
 
+def video_name(sha256: str, generation: str) -> str:
+    """The name of a video's bytes in the store: their hash, and which copy it is. The empty generation is what catalogs
+    of earlier versions know."""
+    return f"{sha256}.{generation}" if generation else sha256
+
+
 def fingerprint(path: Path) -> str:
     """A short content hash of a model or hypernetwork: one file, or a directory's configuration and weight files.
 

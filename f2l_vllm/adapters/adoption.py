@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from f2l_vllm.adapters.database import Database
-from f2l_vllm.adapters.rows import GONE, LIVE, adapter_of, ensure_job, file_of, files_of, move
-from f2l_vllm.adapters.states import VideoState
-from f2l_vllm.adapters.tables import FileRecord, files, jobs
+from f2l_vllm.adapters.rows import adapter_of, ensure_job, file_of, files_of, move
+from f2l_vllm.adapters.states import GONE, LIVE, VideoState
+from f2l_vllm.adapters.tables import FileRecord, files, jobs, usage
 
 OTHER_REVISION = "adapter_of_other_revision"
 _ADOPTED_AT_ONCE = 200
@@ -26,7 +26,12 @@ class Adoption(Database):
         adapter of the right name exists, else it waits for that to be made in the background from the stored bytes,
         those used last first; without bytes it fails with `adapter_of_other_revision`. The old adapter stays until the
         new one is ready, so that a start with the wrong models loses nothing.
+
+        Args:
+            name_of: the adapter's name for a sha-256.
+            has_video: whether the store has the bytes of this name.
         """
+        self._count_bytes_again()
         used = func.coalesce(files.c.last_used_at, files.c.created_at)
         query = select(files).where(files.c.state.in_(LIVE)).order_by(used.desc())
         with self._read() as connection:
@@ -42,6 +47,13 @@ class Adoption(Database):
                     failed += state is VideoState.ERROR
         return waiting, failed
 
+    def _count_bytes_again(self) -> None:
+        """Versions that did not count may have written."""
+        kept = select(files.c.tenant, func.sum(files.c.bytes)).where(files.c.state.in_(LIVE)).group_by(files.c.tenant)
+        with self._write() as connection:
+            connection.execute(delete(usage))
+            connection.execute(insert(usage).from_select(["tenant", "bytes"], kept))
+
 
 def _adopt(
     connection: Connection, record: FileRecord, name: str, has_video: Callable[[str], bool]
@@ -53,7 +65,7 @@ def _adopt(
         return None
     details: dict[str, Any]
     state, details = VideoState.PROCESSED, {"progress": 1.0, "error_code": None, "error_message": None}
-    if not ready and has_video(record.sha256):
+    if not ready and has_video(record.video):
         state, details = VideoState.UPLOADED, {}
         ensure_job(connection, name, record.sha256, None, background=True)
     elif not ready:

@@ -12,31 +12,54 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, bindparam, case, delete, exists, func, insert, or_, select, update
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    and_,
+    bindparam,
+    case,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 
 from f2l_vllm.adapters.adoption import Adoption
 from f2l_vllm.adapters.jobs import Jobs
+from f2l_vllm.adapters.published import Published
 from f2l_vllm.adapters.rows import (
-    GONE,
-    LIVE,
     QueueFull,
+    QuotaExceeded,
     adapter_of,
     adapter_record,
-    drop_adapters,
+    count_bytes,
     drop_unwanted,
     ensure_job,
     file_of,
     file_record,
-    files_of,
-    insert_adapter,
     move,
 )
-from f2l_vllm.adapters.states import VideoState
-from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, Found, adapters, files, jobs, parts
+from f2l_vllm.adapters.states import GONE, LIVE, VideoState
+from f2l_vllm.adapters.tables import (
+    Bytes,
+    FileRecord,
+    Found,
+    Tombstone,
+    adapters,
+    files,
+    jobs,
+    tombstones,
+    usage,
+)
+from f2l_vllm.adapters.tombstones import Tombstones, doom_video_unless_named, name_video
 
-__all__ = ["Catalog", "QueueFull", "Removal"]
+__all__ = ["Catalog", "QueueFull", "QuotaExceeded", "Removal"]
 
 _PARAMETERS = 500  # databases bound the number of parameters
+_AT_ONCE = 200  # rows that one transaction ends: others wait for it to write
 # What every question asks. Made once: putting the statement together takes longer than running it.
 _OF_FILE = and_(adapters.c.name == files.c.adapter_name, files.c.state == VideoState.PROCESSED)
 _FIND = (
@@ -48,14 +71,23 @@ _FIND = (
 
 @dataclass(frozen=True)
 class Removal:
-    """A file that left the catalog, and what nobody refers to any more because of it."""
+    """A file that left the catalog, and what is to be removed from the store because of it."""
 
     file: FileRecord
-    orphaned_adapters: list[AdapterRecord]
-    orphaned_video: bool
+    doomed: list[Tombstone]
+
+    @property
+    def orphaned_adapters(self) -> list[Tombstone]:
+        """The adapters among it."""
+        return [one for one in self.doomed if not one.is_video]
+
+    @property
+    def orphaned_video(self) -> bool:
+        """Whether the video's bytes are among it."""
+        return any(one.is_video for one in self.doomed)
 
 
-class Catalog(Adoption, Jobs):
+class Catalog(Adoption, Jobs, Published, Tombstones):
     """Files, adapters and jobs in one database."""
 
     # Files
@@ -74,15 +106,25 @@ class Catalog(Adoption, Jobs):
         idle_seconds: float | None = None,
         pinned: bool = False,
         tenant_limit: int | None = None,
+        tenant_bytes: int | None = None,
         job_attempts: int = 1,
+        video: Bytes | None = None,
     ) -> FileRecord:
         """Enter a file; ready at once if its adapter exists, else waiting for the adapter's job.
 
+        Args:
+            tenant_bytes: how much all files of a tenant may hold.
+            video: where the bytes lie, by `reserve_video`; None: under their plain hash, and nobody deletes meanwhile.
+
         Raises:
             QueueFull: the adapter needs a new job and `queue_limit` jobs wait already, or `tenant_limit` jobs for this
-                tenant. Nothing is entered then.
+                tenant.
+            QuotaExceeded: the tenant would have more than `tenant_bytes`.
+            VideoGone: the bytes were deleted meanwhile. Nothing is entered in any of the three cases.
         """
         with self._write() as connection:
+            count_bytes(connection, tenant, size, tenant_bytes)
+            generation = "" if video is None else name_video(connection, video)
             ready = adapter_of(connection, adapter_name) is not None
             if not ready:
                 ensure_job(
@@ -109,6 +151,7 @@ class Catalog(Adoption, Jobs):
                 "expires_at": expires_at,
                 "idle_seconds": idle_seconds,
                 "pinned": pinned,
+                "generation": generation,
             }
             connection.execute(insert(files).values(values))
             record = file_of(connection, file_id, tenant)
@@ -136,14 +179,22 @@ class Catalog(Adoption, Jobs):
         return found
 
     def files(
-        self, tenant: str, *, after: str | None, limit: int, descending: bool, purpose: str | None = None
+        self,
+        tenant: str,
+        *,
+        after: str | None,
+        limit: int,
+        descending: bool,
+        purpose: str | None = None,
+        state: VideoState | None = None,
     ) -> tuple[list[FileRecord], bool]:
-        """One page of a tenant's files in upload order, and whether more follow.
+        """One page of a tenant's files in upload order, and whether more follow; those in `state`, if one is given.
 
         Raises:
             KeyError: `after` names no file of this tenant.
         """
-        query = select(files).where(files.c.tenant == tenant, files.c.state.in_(LIVE), _not_due())
+        of_state = files.c.state.in_(LIVE) if state is None else files.c.state == state
+        query = select(files).where(files.c.tenant == tenant, of_state, _not_due())
         if purpose is not None:
             query = query.where(files.c.purpose == purpose)
         with self._read() as connection:
@@ -159,19 +210,24 @@ class Catalog(Adoption, Jobs):
 
     def states(self, file_ids: Collection[str]) -> dict[str, VideoState]:
         """The states of these files; unknown ids are absent."""
+        return {file_id: state for file_id, (state, _) in self.progress(file_ids).items()}
+
+    def progress(self, file_ids: Collection[str]) -> dict[str, tuple[VideoState, float]]:
+        """State and progress of these files; unknown ids are absent."""
         asked = list(file_ids)
-        found: dict[str, VideoState] = {}
+        found: dict[str, tuple[VideoState, float]] = {}
+        columns = (files.c.id, files.c.state, files.c.progress)
         with self._read() as connection:
             for start in range(0, len(asked), _PARAMETERS):
-                query = select(files.c.id, files.c.state).where(files.c.id.in_(asked[start : start + _PARAMETERS]))
-                found |= {row.id: VideoState(row.state) for row in connection.execute(query)}
+                query = select(*columns).where(files.c.id.in_(asked[start : start + _PARAMETERS]))
+                found |= {row.id: (VideoState(row.state), row.progress) for row in connection.execute(query)}
         return found
 
-    def has_video(self, sha256: str) -> bool:
-        """Whether any live file has these bytes."""
+    def stored_bytes(self, tenant: str | None = None) -> int:
+        """How much a tenant's files hold, or all files."""
+        query = select(func.sum(usage.c.bytes))
         with self._read() as connection:
-            query = select(files.c.id).where(files.c.sha256 == sha256, files.c.state.in_(LIVE)).limit(1)
-            return connection.scalar(query) is not None
+            return int(connection.scalar(query if tenant is None else query.where(usage.c.tenant == tenant)) or 0)
 
     def videos_in_work(self) -> set[str]:
         """The sha-256 of every video that a job is about."""
@@ -210,131 +266,35 @@ class Catalog(Adoption, Jobs):
                 return None
             return _remove(connection, record, VideoState.DELETED)
 
-    def expire_files(self, now: float) -> list[Removal]:
-        """Expire every file whose time has come, unless it is pinned."""
+    def expire_files(self, now: float, limit: int = _AT_ONCE) -> list[Removal]:
+        """Expire files whose time has come, unless they are pinned; at most `limit`, in one transaction."""
         due = select(files).where(files.c.expires_at <= now, files.c.state.in_(LIVE), files.c.pinned.is_(False))
+        due = due.order_by(files.c.expires_at)
         with self._read() as connection:
             if connection.execute(due.limit(1)).first() is None:
                 return []
         with self._write() as connection:
-            return [_remove(connection, file_record(row), VideoState.EXPIRED) for row in connection.execute(due).all()]
+            rows = connection.execute(due.limit(limit)).all()
+            return [_remove(connection, file_record(row), VideoState.EXPIRED) for row in rows]
 
     def purge(self, before: float) -> int:
-        """Forget the rows of files that were deleted or expired before this moment. Returns how many."""
-        with self._write() as connection:
-            over = and_(files.c.state.in_([state.value for state in GONE]), files.c.ended_at < before)
-            return connection.execute(delete(files).where(over)).rowcount
+        """Forget the rows of files that were deleted or expired before this moment, and how their bytes went. Returns
+        how many files."""
+        over = and_(files.c.state.in_([state.value for state in GONE]), files.c.ended_at < before)
+        forgotten = self._forget(files.c.number, over)
+        self._forget(tombstones.c.seq, tombstones.c.done_at < before)
+        return forgotten
 
-    # Adapters
-
-    def adapter(self, name: str) -> AdapterRecord | None:
-        """The published adapter of this name, or None."""
-        with self._read() as connection:
-            return adapter_of(connection, name)
-
-    def adapters_of(self, records: Collection[FileRecord]) -> dict[str, AdapterRecord]:
-        """The published adapters of these files, by name."""
-        names = sorted({record.adapter_name for record in records if record.state is VideoState.PROCESSED})
-        found: dict[str, AdapterRecord] = {}
-        with self._read() as connection:
-            for start in range(0, len(names), _PARAMETERS):
-                query = select(adapters).where(adapters.c.name.in_(names[start : start + _PARAMETERS]))
-                found |= {row.name: adapter_record(row) for row in connection.execute(query)}
-        return found
-
-    def recent_adapters(self, limit: int) -> list[AdapterRecord]:
-        """The adapters of ready files, pinned first, then those used last (or made last), at most `limit`."""
-        of_file = and_(files.c.adapter_name == adapters.c.name, files.c.state == VideoState.PROCESSED)
-        pinned = exists().where(of_file, files.c.pinned.is_(True))
-        used = func.coalesce(adapters.c.last_used_at, adapters.c.created_at)
-        first = case((pinned, 1), else_=0).desc()
-        query = select(adapters).where(exists().where(of_file)).order_by(first, used.desc()).limit(limit)
-        with self._read() as connection:
-            return [adapter_record(row) for row in connection.execute(query)]
-
-    def pinned_adapters(self) -> set[str]:
-        """The names of the adapters that pinned files answer from."""
-        query = select(files.c.adapter_name).where(files.c.pinned.is_(True), files.c.state == VideoState.PROCESSED)
-        with self._read() as connection:
-            return set(connection.scalars(query.distinct()))
-
-    def newest_adapter(self) -> int:
-        """The largest id of an adapter; 0 without one."""
-        with self._read() as connection:
-            return connection.scalar(select(func.max(adapters.c.id))) or 0
-
-    def adapters_after(self, number: int, limit: int) -> list[AdapterRecord]:
-        """Adapters with ids above this one, in their order, at most `limit`."""
-        query = select(adapters).where(adapters.c.id > number).order_by(adapters.c.id).limit(limit)
-        with self._read() as connection:
-            return [adapter_record(row) for row in connection.execute(query)]
-
-    def forget_adapter(self, adapter: AdapterRecord) -> None:
-        """An adapter was found missing or damaged: its files wait again, for a new job under the same name.
-
-        Nothing happens when it is forgotten already, or made again meanwhile. A composed one is only forgotten.
-        """
-        name = adapter.name
-        with self._write() as connection:
-            if connection.execute(delete(adapters).where(adapters.c.id == adapter.id)).rowcount == 0:
-                return
-            waiting = [record for record in files_of(connection, name) if record.state is VideoState.PROCESSED]
-            if waiting:
-                ensure_job(connection, name, waiting[0].sha256, None)
-            move(connection, waiting, VideoState.UPLOADED)
-            if adapter.composed:
-                connection.execute(delete(parts).where(parts.c.composed == name))
-
-    def drop_abandoned(self) -> list[AdapterRecord]:
-        """Take out adapters that no file refers to: those of other revisions, once their successors are made."""
-        named = or_(files.c.adapter_name == adapters.c.name, files.c.previous_adapter == adapters.c.name)
-        kept = exists().where(named, files.c.state.in_(LIVE))
-        query = select(adapters.c.name).where(adapters.c.composed.is_(False), ~kept)
-        with self._read() as connection:
-            names = list(connection.scalars(query))
-        if not names:
-            return []
-        with self._write() as connection:
-            return drop_unwanted(connection, names)
-
-    # Composed adapters
-
-    def add_composed(
-        self, name: str, made_of: Sequence[str], *, rank: int, size: int, info: dict[str, Any]
-    ) -> AdapterRecord | None:
-        """Enter an adapter composed of others; it leaves with the first of them. The one there is, if there is one.
-
-        None when a part has left the catalog meanwhile.
-
-        Raises:
-            AdapterIdsExhausted: there is no int32 id left.
-        """
-        with self._write() as connection:
-            found = adapter_of(connection, name)
-            if found is not None:
-                return found
-            names = sorted(set(made_of))
-            there = select(func.count()).select_from(adapters).where(adapters.c.name.in_(names))
-            if connection.scalar(there) != len(names):
-                return None
-            record = insert_adapter(
-                connection, {"name": name, "rank": rank, "bytes": size, "info": info, "composed": True}
-            )
-            connection.execute(insert(parts), [{"composed": name, "part": part} for part in names])
-            return record
-
-    def oldest_composed(self, keep: int) -> list[AdapterRecord]:
-        """The composed adapters beyond the `keep` used (or made) last, which may be removed."""
-        used = func.coalesce(adapters.c.last_used_at, adapters.c.created_at)
-        query = select(adapters).where(adapters.c.composed.is_(True)).order_by(used.desc()).offset(keep)
-        with self._read() as connection:
-            return [adapter_record(row) for row in connection.execute(query)]
-
-    def remove_composed(self, name: str) -> list[AdapterRecord]:
-        """Take a composed adapter out, with what is composed of it; the records of all of them."""
-        with self._write() as connection:
-            found = adapter_of(connection, name)
-            return drop_adapters(connection, [name]) if found is not None and found.composed else []
+    def _forget(self, number: Column[Any], chosen: ColumnElement[bool]) -> int:
+        """Delete rows, some at a time."""
+        forgotten = 0
+        while True:
+            with self._read() as connection:
+                numbers = list(connection.scalars(select(number).where(chosen).limit(_AT_ONCE)))
+            if not numbers:
+                return forgotten
+            with self._write() as connection:
+                forgotten += connection.execute(delete(number.table).where(number.in_(numbers))).rowcount
 
     def counts(self) -> tuple[dict[str, int], int, int]:
         """Files by state, jobs waiting, jobs running."""
@@ -356,6 +316,5 @@ def _not_due() -> Any:
 
 def _remove(connection: Connection, record: FileRecord, state: VideoState) -> Removal:
     move(connection, [record], state)
-    dropped = drop_unwanted(connection, [record.adapter_name, record.previous_adapter])
-    same_bytes = exists().where(files.c.sha256 == record.sha256, files.c.state.in_(LIVE))
-    return Removal(record, dropped, orphaned_video=not connection.scalar(select(same_bytes)))
+    doomed = doom_video_unless_named(connection, record.sha256, record.generation)
+    return Removal(record, doomed + drop_unwanted(connection, [record.adapter_name, record.previous_adapter]))

@@ -6,8 +6,10 @@ transaction never decides on rows that another is changing. Readers never wait f
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
@@ -16,10 +18,12 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.schema import CreateColumn
 
 from f2l_vllm.adapters.errors import CatalogBusy, StoreUnavailable, Unavailable
+from f2l_vllm.adapters.room import Headroom
 from f2l_vllm.adapters.tables import metadata
 
 _WRITE_LOCK = 0x66326C  # PostgreSQL's advisory lock; any constant that is ours
 _CONNECT_SECONDS = 5
+_JOURNAL_PAGES = 250  # SQLite's journal stays this short: on a small disk it is in the way of videos
 _CONNECTIONS = 20  # as many as the threads that ask at once
 _BUSY_STATES = ("08", "40", "53", "55", "57")  # connection, rollback, resources, object in use, operator intervention
 
@@ -38,6 +42,7 @@ class Database:
 
     def __init__(self, url: str, busy_seconds: float = 10.0) -> None:
         self._engine = _engine(url, busy_seconds)
+        self._headroom = _headroom(self._engine)
         with self._write() as connection:
             _create_tables(connection)
 
@@ -52,10 +57,19 @@ class Database:
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
+        if self._headroom is not None:
+            self._headroom.adjust()
         with _translated(), self._engine.begin() as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITE_LOCK})
             yield connection
+
+
+def clock(connection: Connection) -> float:
+    """The time by the clock that all who share the database go by, Unix seconds."""
+    if connection.dialect.name != "postgresql":
+        return time.time()
+    return float(connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())")))
 
 
 def check_url(url: str) -> None:
@@ -113,6 +127,7 @@ def _engine(url: str, busy_seconds: float) -> Engine:
         connection.isolation_level = None  # transactions begin in `_begin`, nowhere else
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute(f"PRAGMA wal_autocheckpoint={_JOURNAL_PAGES}")
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
@@ -120,6 +135,14 @@ def _engine(url: str, busy_seconds: float) -> Engine:
         connection.exec_driver_sql("BEGIN" if read else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _headroom(engine: Engine) -> Headroom | None:
+    """For a database in a plain file; PostgreSQL's disk is its own."""
+    path = engine.url.database or ""
+    if engine.dialect.name != "sqlite" or path.startswith(("file:", ":")) or not Path(path or "/").parent.is_dir():
+        return None
+    return Headroom(Path(path))
 
 
 def _create_tables(connection: Connection) -> None:

@@ -6,17 +6,26 @@ given no sign of life for `LEASE_SECONDS`; what it says of the job after that is
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import Connection, Row, and_, delete, func, insert, or_, select, update
 
-from f2l_vllm.adapters.database import Database
+from f2l_vllm.adapters.database import Database, clock
 from f2l_vllm.adapters.errors import AdapterIdsExhausted
-from f2l_vllm.adapters.rows import EXHAUSTED, adapter_of, files_of, insert_adapter, is_referred_to, move, release
-from f2l_vllm.adapters.states import IN_WORK, VideoState
-from f2l_vllm.adapters.tables import AdapterRecord, Job, files, jobs, pools
+from f2l_vllm.adapters.rows import (
+    EXHAUSTED,
+    adapter_of,
+    drop_jobs,
+    files_of,
+    insert_adapter,
+    is_referred_to,
+    move,
+    release,
+)
+from f2l_vllm.adapters.states import IN_WORK, LIVE, VideoState
+from f2l_vllm.adapters.tables import ADAPTER, AdapterRecord, Job, files, jobs, pools
+from f2l_vllm.adapters.tombstones import doom
 
 __all__ = ["EXHAUSTED", "LEASE_SECONDS", "Jobs"]
 
@@ -53,7 +62,8 @@ class Jobs(Database):
                 self._turns[tenant] = self._turn
             chosen = update(jobs).where(jobs.c.id.in_([row.id for row, _ in rows]))
             connection.execute(chosen.values(running=1, attempts=jobs.c.attempts + 1, pool=self.pool))
-            return [Job(row.adapter_name, row.sha256, row.attempts + 1) for row, _ in rows]
+            copies = {row.sha256: _generation(connection, row.sha256) or "" for row, _ in rows}
+            return [Job(row.adapter_name, row.sha256, row.attempts + 1, copies[row.sha256]) for row, _ in rows]
 
     def _in_turns(self, connection: Connection, limit: int) -> list[tuple[Row[Any], str | None]]:
         """Up to `limit` waiting jobs in the order of their turns, each once, with the tenant whose turn it is.
@@ -115,6 +125,8 @@ class Jobs(Database):
             connection.execute(delete(jobs).where(jobs.c.adapter_name == adapter_name))
             waiting = [record for record in files_of(connection, adapter_name) if record.state in IN_WORK]
             if not waiting:
+                if not is_referred_to(connection, adapter_name):
+                    doom(connection, ADAPTER, [adapter_name])
                 return None
             values = {"name": adapter_name, "rank": rank, "bytes": size, "info": info}
             try:
@@ -125,11 +137,21 @@ class Jobs(Database):
             move(connection, waiting, VideoState.PROCESSED, progress=1.0, previous_adapter=None)
             return adapter
 
-    def fail_job(self, adapter_name: str, code: str, message: str) -> None:
-        """The video cannot be internalized: every file waiting for it says why."""
+    def fail_job(self, adapter_name: str, code: str, message: str, *, generation: str | None = None) -> None:
+        """The video cannot be internalized: every file waiting for it says why.
+
+        Args:
+            generation: the copy of its bytes in which the fault was found. If its files have another one by now, the
+                job waits again instead, and the attempt does not count.
+        """
         with self._write() as connection:
             if not self._holds(connection, adapter_name):
                 return
+            sha256 = connection.scalar(select(jobs.c.sha256).where(jobs.c.adapter_name == adapter_name))
+            if generation is not None and _generation(connection, sha256 or "") not in (generation, None):
+                _release(connection, adapter_name, blameless=True)
+                return
+            _drop_unwanted(connection, [adapter_name])
             connection.execute(delete(jobs).where(jobs.c.adapter_name == adapter_name))
             waiting = [record for record in files_of(connection, adapter_name) if record.state in IN_WORK]
             move(connection, waiting, VideoState.ERROR, error_code=code, error_message=message[:2048])
@@ -143,11 +165,7 @@ class Jobs(Database):
         with self._write() as connection:
             if not self._holds(connection, adapter_name):
                 return
-            release(connection, [adapter_name])
-            _drop_unwanted(connection, [adapter_name])
-            if blameless:
-                counted = (jobs.c.adapter_name == adapter_name) & (jobs.c.attempts > 0)
-                connection.execute(update(jobs).where(counted).values(attempts=jobs.c.attempts - 1))
+            _release(connection, adapter_name, blameless=blameless)
 
     def release_all_jobs(self, *, blameless: bool) -> int:
         """This pool does not run: whatever it had in work waits again. Returns how many jobs that were.
@@ -161,8 +179,8 @@ class Jobs(Database):
     def beat(self) -> int:
         """This pool runs. What pools without a sign of life for `LEASE_SECONDS` had in work waits again, and the
         attempt counts; returns how many jobs that were."""
-        now = time.time()
         with self._write() as connection:
+            now = clock(connection)
             if connection.execute(update(pools).where(pools.c.id == self.pool).values(seen_at=now)).rowcount == 0:
                 connection.execute(insert(pools).values(id=self.pool, seen_at=now))
             connection.execute(delete(pools).where(pools.c.seen_at < now - LEASE_SECONDS))
@@ -203,6 +221,21 @@ def _release_all(connection: Connection, chosen: Any, blameless: bool) -> int:
     return len(names)
 
 
+def _release(connection: Connection, adapter_name: str, *, blameless: bool) -> None:
+    release(connection, [adapter_name])
+    _drop_unwanted(connection, [adapter_name])
+    if blameless:
+        counted = (jobs.c.adapter_name == adapter_name) & (jobs.c.attempts > 0)
+        connection.execute(update(jobs).where(counted).values(attempts=jobs.c.attempts - 1))
+
+
 def _drop_unwanted(connection: Connection, names: Collection[str]) -> None:
     unwanted = [name for name in names if not is_referred_to(connection, name)]
-    connection.execute(delete(jobs).where(jobs.c.adapter_name.in_(unwanted)))
+    drop_jobs(connection, jobs.c.adapter_name.in_(unwanted))
+
+
+def _generation(connection: Connection, sha256: str) -> str | None:
+    """Of the bytes that files with this hash name; None without one."""
+    query = select(files.c.generation).where(files.c.sha256 == sha256, files.c.state.in_(LIVE)).limit(1)
+    generation: str | None = connection.scalar(query)
+    return generation

@@ -2,7 +2,7 @@
 
 Objects there::
 
-    videos/<2 hex>/<sha256>
+    videos/<2 hex>/<sha256>.<generation>
     adapters/<name>/<file>, and last adapters/<name>/manifest.json
 
 Object stores have no rename, so a half copy may lie there; it is never taken for a whole one, because an adapter counts
@@ -12,7 +12,7 @@ only with its manifest, which is written last, and everything is compared with i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,27 +44,25 @@ class Remote:
             raise ValueError(f"F2L_STORE={url}: {error}") from error
         self.url = url
 
-    def put_video(self, source: Path, sha256: str) -> None:
-        """Store these bytes, unless an object of their name and length is there already."""
+    def put_video(self, source: Path, video: str) -> None:
+        """Store these bytes."""
         with self._translated("keep a video"):
-            path, size = self._video(sha256), source.stat().st_size
-            if self._size(path) != size:
-                self._files.put_file(str(source), path)
+            self._files.put_file(str(source), self._video(video))
 
-    def get_video(self, sha256: str, target: Path) -> None:
+    def get_video(self, video: str, target: Path) -> None:
         """Copy a video's bytes into a file; whether they are right is the caller's to check."""
         with self._translated("read a video"):
-            self._files.get_file(self._video(sha256), str(target))
+            self._files.get_file(self._video(video), str(target))
 
-    def remove_video(self, sha256: str) -> None:
+    def remove_video(self, video: str) -> None:
         """Forget the bytes; nothing happens if they are gone already."""
         with self._translated("remove a video"):
-            self._remove_file(self._video(sha256))
+            self._remove_file(self._video(video))
 
-    def has_video(self, sha256: str) -> bool:
-        """Whether an object of this name is there."""
+    def video_size(self, video: str) -> int | None:
+        """The length of the object of this name; None if it is not there."""
         with self._translated("look for a video"):
-            return self._size(self._video(sha256)) is not None
+            return self._size(self._video(video))
 
     def put_adapter(self, directory: Path, name: str) -> None:
         """Store an adapter's files, its manifest last."""
@@ -92,7 +90,7 @@ class Remote:
             except FileNotFoundError:
                 return
 
-    def sweep(self, keep: Callable[[str], bool], older_than_s: float) -> None:
+    def sweep(self, named: Callable[[Collection[str]], Collection[str]], older_than_s: float) -> None:
         """Remove what nobody refers to; as `Store.sweep`."""
         limit = time.time() - older_than_s
         with self._translated("list what is stored"):
@@ -101,12 +99,12 @@ class Remote:
                 for path, entry in self._files.find(f"{self._root}/{kind}", detail=True).items():
                     name = path.removeprefix(f"{self._root}/{kind}/").split("/")[0 if kind == "adapters" else -1]
                     newest[name] = max(newest.get(name, 0.0), _written(entry))
-                for name, written in newest.items():
-                    if written < limit and not keep(name):
-                        forget(name)
+                old = [name for name, written in newest.items() if written < limit]
+                for name in set(old).difference(named(old)):
+                    forget(name)
 
-    def _video(self, sha256: str) -> str:
-        return f"{self._root}/videos/{sha256[:2]}/{sha256}"
+    def _video(self, video: str) -> str:
+        return f"{self._root}/videos/{video[:2]}/{video}"
 
     def _adapter(self, name: str) -> str:
         return f"{self._root}/adapters/{name}"

@@ -6,15 +6,14 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, and_, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, delete, exists, func, insert, or_, select, update
 
 from f2l_vllm.adapters.errors import AdapterIdsExhausted
-from f2l_vllm.adapters.states import IN_WORK, VideoState, check_transition
-from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, adapters, files, jobs, parts
+from f2l_vllm.adapters.states import GONE, IN_WORK, LIVE, VideoState, check_transition
+from f2l_vllm.adapters.tables import ADAPTER, AdapterRecord, FileRecord, Tombstone, adapters, files, jobs, parts, usage
+from f2l_vllm.adapters.tombstones import doom
 
-LIVE = [state.value for state in VideoState if state not in (VideoState.DELETED, VideoState.EXPIRED)]
 EXHAUSTED = "internalization_failed"  # the error of a video that cost a worker in each of its attempts
-GONE = (VideoState.DELETED, VideoState.EXPIRED)
 # Engines keep LoRA int ids in int32 tensors, and a server leaves the first 2^20 to the operator's own adapters.
 LAST_ID = 2**31 - 1 - 2**20
 
@@ -25,6 +24,10 @@ class QueueFull(RuntimeError):
     def __init__(self, queued: int, retry_after: int) -> None:
         super().__init__(f"{queued} videos are waiting to be internalized already")
         self.retry_after = retry_after
+
+
+class QuotaExceeded(RuntimeError):
+    """The tenant keeps as many bytes as it may."""
 
 
 def file_record(row: Sequence[Any]) -> FileRecord:
@@ -68,9 +71,27 @@ def move(connection: Connection, records: Collection[FileRecord], state: VideoSt
     values = {"progress": 0.0, **values, "state": state}
     if state in GONE:
         values["ended_at"] = time.time()
+        for tenant in {record.tenant for record in records}:
+            count_bytes(connection, tenant, -sum(record.bytes for record in records if record.tenant == tenant))
     for start in range(0, len(ids), 5000):  # databases bound the number of parameters
         chosen = files.c.id.in_(ids[start : start + 5000])
         connection.execute(update(files).where(chosen).values(values))
+
+
+def count_bytes(connection: Connection, tenant: str, more: int, limit: int | None = None) -> None:
+    """A tenant's files have so many bytes more.
+
+    Raises:
+        QuotaExceeded: that would be above the limit.
+    """
+    of_tenant = usage.c.tenant == tenant
+    kept = connection.scalar(select(usage.c.bytes).where(of_tenant))
+    if limit is not None and (kept or 0) + more > limit:
+        raise QuotaExceeded(f"{(kept or 0) / 1e6:.1f} MB of {limit / 1e6:.1f} are taken, and this has {more / 1e6:.1f}")
+    if kept is not None:
+        connection.execute(update(usage).where(of_tenant).values(bytes=usage.c.bytes + more))
+    elif more > 0:
+        connection.execute(insert(usage).values(tenant=tenant, bytes=more))
 
 
 def ensure_job(
@@ -143,18 +164,20 @@ def insert_adapter(connection: Connection, values: dict[str, Any]) -> AdapterRec
     return record
 
 
-def drop_adapters(connection: Connection, names: Collection[str]) -> list[AdapterRecord]:
-    """Take adapters out, and every composed one that has any of them as a part; the records of all of them."""
+def drop_adapters(connection: Connection, names: Collection[str]) -> list[Tombstone]:
+    """Take adapters out, and every composed one that has any of them as a part; all of them are to be removed."""
     doomed: set[str] = set()
     found = set(names)
     while found:
         doomed |= found
         made_of = select(parts.c.composed).where(parts.c.part.in_(found))
         found = set(connection.scalars(made_of)) - doomed
-    records = [adapter_record(row) for row in connection.execute(select(adapters).where(adapters.c.name.in_(doomed)))]
-    connection.execute(delete(adapters).where(adapters.c.name.in_(doomed)))
+    if not doomed:
+        return []
+    there = set(connection.scalars(select(adapters.c.name).where(adapters.c.name.in_(doomed))))
+    connection.execute(delete(adapters).where(adapters.c.name.in_(there)))
     connection.execute(delete(parts).where(parts.c.composed.in_(doomed)))
-    return records
+    return doom(connection, ADAPTER, sorted(there))
 
 
 def is_referred_to(connection: Connection, adapter_name: str) -> bool:
@@ -163,9 +186,21 @@ def is_referred_to(connection: Connection, adapter_name: str) -> bool:
     return connection.scalar(select(files.c.id).where(named, files.c.state.in_(LIVE)).limit(1)) is not None
 
 
-def drop_unwanted(connection: Connection, names: Collection[str | None]) -> list[AdapterRecord]:
+def drop_unwanted(connection: Connection, names: Collection[str | None]) -> list[Tombstone]:
     """Take out those of these adapters that no file refers to any more, and the queued jobs for them."""
     unwanted = [name for name in names if name is not None and not is_referred_to(connection, name)]
+    if not unwanted:
+        return []
     # A running job is left to its worker, which finds that nobody waits and drops the result.
-    connection.execute(delete(jobs).where(and_(jobs.c.adapter_name.in_(unwanted), jobs.c.running == 0)))
-    return drop_adapters(connection, unwanted)
+    return drop_jobs(connection, and_(jobs.c.adapter_name.in_(unwanted), jobs.c.running == 0)) + drop_adapters(
+        connection, unwanted
+    )
+
+
+def drop_jobs(connection: Connection, chosen: Any) -> list[Tombstone]:
+    """Take jobs out that nobody waits for. One that was begun may have left an adapter in the store."""
+    begun = select(jobs.c.adapter_name).where(chosen, jobs.c.attempts > 0)
+    begun = begun.where(~exists().where(adapters.c.name == jobs.c.adapter_name))
+    doomed = doom(connection, ADAPTER, sorted(connection.scalars(begun)))
+    connection.execute(delete(jobs).where(chosen))
+    return doomed

@@ -19,6 +19,8 @@ class VideoState(StrEnum):
 
 
 _S = VideoState
+GONE = (_S.DELETED, _S.EXPIRED)
+LIVE = [state.value for state in VideoState if state not in GONE]
 IN_WORK = frozenset({_S.UPLOADED, _S.DECODING, _S.ENCODING, _S.PUBLISHING})
 _ENDS = {_S.ERROR, _S.EXPIRED, _S.DELETED}
 # A file may join a job that is already in work, so it may skip stages. A stage falls back to `uploaded` when the worker

@@ -2,7 +2,7 @@
 
 Layout under `F2L_HOME`::
 
-    videos/<2 hex>/<sha256>          the bytes as uploaded, one copy however many file ids share them
+    videos/<2 hex>/<sha256>.<generation>   the bytes as uploaded, one copy however many file ids share them
     adapters/<name>/                 PEFT files and manifest.json (sizes and sha-256 of each file)
     tmp/<machine>.<32 hex>/          work in progress of one process
 
@@ -15,23 +15,25 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from f2l_vllm.adapters import manifest as manifests
-from f2l_vllm.adapters.errors import disk_errors
+from f2l_vllm.adapters.errors import StoreUnavailable, disk_errors
 from f2l_vllm.adapters.hot import HotSet
 from f2l_vllm.adapters.manifest import MANIFEST_FILE, Manifests, StoreError
 from f2l_vllm.adapters.remote import Remote
+from f2l_vllm.adapters.room import Reserve
 from f2l_vllm.adapters.workspace import Workspace, remove
 from f2l_vllm.hypernetwork.files import sync
 
 __all__ = ["MANIFEST_FILE", "Store", "StoreError"]
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_VIDEO = re.compile(r"([0-9a-f]{64})(\.[0-9a-f]{16})?")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")
 _YOUNG_SECONDS = 60.0  # what was used this recently is not taken from the cache: somebody may be about to open it
 
@@ -43,19 +45,29 @@ class Store:
     is away; nothing half-written is left then.
     """
 
-    def __init__(self, home: Path, *, url: str | None = None, cache_bytes: int = 0, hot_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        home: Path,
+        *,
+        url: str | None = None,
+        cache_bytes: int = 0,
+        hot_bytes: int = 0,
+        reserve_bytes: int | None = None,
+    ) -> None:
         """
         Args:
             home: the data folder.
             url: the remote store, any fsspec URL; None: the data folder is the store.
             cache_bytes: how much of a remote store is kept in the data folder; 0: no limit.
             hot_bytes: how much is kept on /dev/shm besides; 0: nothing.
+            reserve_bytes: how much of the disk stays free; None: as `Reserve`.
         """
         self.home = home
         self._videos, self._adapters, self._tmp = home / "videos", home / "adapters", home / "tmp"
         with disk_errors("use its data folder"):
             for folder in (self._videos, self._adapters, self._tmp):
                 folder.mkdir(parents=True, exist_ok=True)
+            self.reserve = Reserve(home, reserve_bytes)
         self._workspace = Workspace(self._tmp)
         self._workspace.clear()
         self._remote = None if url is None else Remote(url)
@@ -81,39 +93,55 @@ class Store:
         if self._hot is not None:
             self._hot.close()
 
-    def sweep(self, keep: Callable[[str], bool], older_than_s: float = 3600.0) -> None:
+    def sweep(
+        self, named: Callable[[Collection[str]], Collection[str]], older_than_s: float = 3600.0, *, far: bool = True
+    ) -> None:
         """Remove what an interrupted process left: work in progress, and what nobody refers to.
 
         Args:
-            keep: whether anything refers to this adapter name, or to the video with this sha-256.
+            named: those of some names, of adapters and videos, that something refers to.
             older_than_s: younger entries may be in the making, and stay.
+            far: in the remote store too.
         """
         limit = time.time() - older_than_s
         self._workspace.clear(older_than_s)
-        for entry in [*self._adapters.iterdir(), *self._videos.glob("*/*")]:
-            if _changed(entry) < limit and not keep(entry.name):
-                remove(entry)
+        here = {path.name: path for path in [*self._adapters.iterdir(), *self._videos.glob("*/*")]}
+        old = [name for name, path in here.items() if _changed(path) < limit]
+        for name in set(old).difference(named(old)):
+            remove(here[name])
         if self._hot is not None:
-            for name in self._hot.names():
-                if not keep(name):
-                    self._hot.remove(name)
-        if self._remote is not None:
-            self._remote.sweep(keep, older_than_s)
+            hot = self._hot.names()
+            for name in set(hot).difference(named(hot)):
+                self._hot.remove(name)
+        if far and self._remote is not None:
+            self._remote.sweep(named, older_than_s)
+
+    def clear(self) -> None:
+        """Remove work in progress of processes that have ended."""
+        self._workspace.clear()
+
+    @property
+    def is_cache(self) -> bool:
+        """Whether the data folder is a cache of a remote store, to be trimmed."""
+        return self._remote is not None
 
     def trim(self, videos_in_use: set[str], young_s: float = _YOUNG_SECONDS) -> int:
-        """Bring the cache of a remote store under its limit, least recently used out first; the bytes freed.
+        """Bring the cache of a remote store under its limit, and out of the reserve, least recently used out first; the
+        bytes freed.
 
-        What is in use stays, and what was used within `young_s` seconds, even if that is more than the limit.
+        What is in use stays, videos by their hashes, and what was used within `young_s` seconds, even if that is more
+        than the limit.
         """
-        if self._remote is None or not self._cache_bytes:
+        if self._remote is None:
             return 0
         entries = [(*_used(path), path) for path in [*self._adapters.iterdir(), *self._videos.glob("*/*")]]
-        over = sum(size for _, size, _ in entries) - self._cache_bytes
+        limit = self._cache_bytes or sys.maxsize
+        over = max(sum(size for _, size, _ in entries) - limit, self.reserve.missing())
         freed = 0
         for used, size, path in sorted(entries):
             if freed >= over or used > time.time() - young_s:
                 break
-            if path.name not in videos_in_use and not self._in_use(path.name):
+            if path.name.partition(".")[0] not in videos_in_use and not self._in_use(path.name):
                 self._drop(path)
                 freed += size
         return freed
@@ -127,61 +155,67 @@ class Store:
         """Drop work in progress."""
         remove(temporary)
 
-    # Videos
+    # Videos, each under the name that the catalog gives its bytes: their hash and a generation
 
-    def video_path(self, sha256: str) -> Path:
-        """Where the video with these bytes lies in the data folder, whether or not it is there."""
-        if not _SHA256.fullmatch(sha256):
-            raise ValueError(f"not a sha-256: {sha256!r}")
-        return self._videos / sha256[:2] / sha256
+    def video_path(self, video: str) -> Path:
+        """Where these bytes lie in the data folder, whether or not they are there."""
+        if not _VIDEO.fullmatch(video):
+            raise ValueError(f"not a sha-256 with a generation: {video!r}")
+        return self._videos / video[:2] / video
 
-    def keep_video(self, temporary: Path, sha256: str) -> Path:
-        """Move an uploaded file into place; a second copy of the same bytes is dropped."""
-        target = self.video_path(sha256)
+    def keep_video(self, temporary: Path, video: str) -> Path:
+        """Move an uploaded file into place."""
+        target = self.video_path(video)
+        self.reserve.check("keep a video")
         with disk_errors("keep a video"):
             if self._remote is not None:
-                self._remote.put_video(temporary, sha256)
+                self._remote.put_video(temporary, video)
             target.parent.mkdir(exist_ok=True)
             sync(temporary)
             os.replace(temporary, target)
             sync(target.parent)
         return target
 
-    def fetch_video(self, sha256: str) -> Path:
+    def fetch_video(self, video: str) -> Path:
         """The video's bytes as a local file, fetched and checked if they are not here.
 
         Raises:
             StoreError: they are nowhere, or not what was uploaded.
         """
-        path = self.video_path(sha256)
+        path = self.video_path(video)
         if self._remote is None:
             if not path.is_file():
-                raise StoreError(f"the video {sha256} is missing")
+                raise StoreError(f"the video {video} is missing")
             return path
         if _touch(path):
             return path
         with self._work() as work:
             try:
-                self._remote.get_video(sha256, work)
+                self._remote.get_video(video, work)
             except FileNotFoundError as error:
-                raise StoreError(f"the video {sha256} is missing") from error
-            if manifests.sha256_of(work) != sha256:
-                raise StoreError(f"the video {sha256} differs from what was uploaded")
+                raise StoreError(f"the video {video} is missing") from error
+            if manifests.sha256_of(work) != video.partition(".")[0]:
+                raise StoreError(f"the video {video} differs from what was uploaded")
             with disk_errors("keep a video"):
                 path.parent.mkdir(exist_ok=True)
                 os.replace(work, path)
         return path
 
-    def has_video(self, sha256: str) -> bool:
-        """Whether the bytes are stored."""
-        return self._remote.has_video(sha256) if self._remote is not None else self.video_path(sha256).is_file()
+    def has_video(self, video: str, size: int | None = None) -> bool:
+        """Whether the bytes are stored, `size` of them if that is given."""
+        if self._remote is not None:
+            found = self._remote.video_size(video)
+        else:
+            path = self.video_path(video)
+            found = path.stat().st_size if path.is_file() else None
+        return found is not None and size in (None, found)
 
-    def remove_video(self, sha256: str) -> None:
+    def remove_video(self, video: str) -> None:
         """Forget the bytes; nothing happens if they are gone already."""
         with disk_errors("remove a video"):
-            self.video_path(sha256).unlink(missing_ok=True)
+            self.video_path(video).unlink(missing_ok=True)
         if self._remote is not None:
-            self._remote.remove_video(sha256)
+            self._remote.remove_video(video)
 
     # Adapters
 
@@ -228,8 +262,10 @@ class Store:
         nothing is left behind then.
         """
         target = self.adapter_path(name)
+        self.check_room_for_adapters()
         with self._work() as work, disk_errors("keep an adapter"):
             write(work)
+            self.check_room_for_adapters()
             manifests.write(work, name, manifest)
             for file in work.iterdir():
                 sync(file)
@@ -246,6 +282,10 @@ class Store:
                 if self._remote is not None and not self._remote.has_adapter(name):
                     self._remote.put_adapter(target, name)
         return target
+
+    def check_room_for_adapters(self) -> None:
+        """Whether `publish_adapter` may begin: uploads leave room for what is made of them."""
+        self.reserve.check("keep an adapter", part=0.5)
 
     def verify_adapter(self, name: str) -> dict[str, Any]:
         """Read every file, check it against the manifest, and return that; a damaged cached copy is fetched again.
@@ -318,11 +358,19 @@ class Store:
     def _drop(self, path: Path) -> None:
         """Take a file or directory out of the data folder in one step, then its bytes."""
         self._manifests.forget(path)
-        grave = self.temporary()
         try:
-            os.rename(path, grave)
-        except FileNotFoundError:
-            return
+            grave = self.temporary()
+        except StoreUnavailable as error:
+            if not error.full:
+                raise
+            # No room for a folder to move it to: then without its manifest first, so that what is left is no adapter.
+            (path / MANIFEST_FILE).unlink(missing_ok=True)
+            grave = path
+        else:
+            try:
+                os.rename(path, grave)
+            except FileNotFoundError:
+                return
         remove(grave)
 
     @contextmanager

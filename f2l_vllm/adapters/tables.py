@@ -21,6 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Dialect
 
+from f2l_vllm.adapters.address import video_name
 from f2l_vllm.adapters.states import VideoState
 
 
@@ -34,6 +35,7 @@ class _Text(TypeDecorator[str]):
         return None if value is None else value.replace("\0", "\ufffd")
 
 
+VIDEO, ADAPTER = "video", "adapter"  # kinds of tombstones
 metadata = MetaData()
 _Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up by itself in INTEGER columns only
 
@@ -59,10 +61,14 @@ files = Table(
     Column("idle_seconds", Float),  # set: `expires_at` moves on with each use
     Column("pinned", Boolean, nullable=False, server_default=false()),
     Column("ended_at", Float, index=True),
+    # Which copy of the bytes in the store is this file's: one for all live files of the same bytes.
+    Column("generation", String(32), nullable=False, server_default=""),
     sqlite_autoincrement=True,
 )
 Index("files_by_tenant", files.c.tenant, files.c.number)
 Index("files_by_state", files.c.state, files.c.tenant, files.c.number)  # whose turn it is, and with which file
+_PINNED = files.c.pinned.is_(True)
+Index("files_pinned", files.c.number, sqlite_where=_PINNED, postgresql_where=_PINNED)
 
 # An adapter's id is its LoRA int id in every engine: allocated here only, ascending, never used again.
 adapters = Table(
@@ -78,6 +84,9 @@ adapters = Table(
     Column("composed", Boolean, nullable=False, server_default=false()),
     sqlite_autoincrement=True,
 )
+
+_COMPOSED = adapters.c.composed.is_(True)
+Index("adapters_composed", adapters.c.id, sqlite_where=_COMPOSED, postgresql_where=_COMPOSED)
 
 # Which adapters a composed one is made of. By name: a part that is made again is the same part.
 parts = Table(
@@ -110,6 +119,37 @@ pools = Table(
     Column("seen_at", Float, nullable=False),
 )
 
+# What is in the store and no row names any more, or not yet: to be removed, and then `done`.
+tombstones = Table(
+    "tombstones",
+    metadata,
+    Column("seq", _Number, primary_key=True, autoincrement=True),
+    Column("kind", String(8), nullable=False),
+    Column("name", String(128), nullable=False),  # an adapter's, or the hash of a video
+    Column("generation", String(32), nullable=False, server_default=""),
+    Column("doomed_at", Float, nullable=False),
+    Column("reserved", Boolean, nullable=False, server_default=false()),  # an upload writes it, and may name it still
+    Column("done_at", Float, index=True),
+    sqlite_autoincrement=True,
+)
+Index("tombstones_by_name", tombstones.c.name)
+
+# The bytes of each tenant's live files.
+usage = Table(
+    "usage",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("bytes", BigInteger, nullable=False),
+)
+
+# What one process of all does now and then, and when it was done last.
+duties = Table(
+    "duties",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("taken_at", Float, nullable=False),
+)
+
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -137,6 +177,12 @@ class FileRecord:
     idle_seconds: float | None = None
     pinned: bool = False
     ended_at: float | None = None
+    generation: str = ""
+
+    @property
+    def video(self) -> str:
+        """The name of its bytes in the store."""
+        return video_name(self.sha256, self.generation)
 
 
 @dataclass(frozen=True)
@@ -168,3 +214,49 @@ class Job:
     adapter_name: str
     sha256: str
     attempts: int
+    generation: str = ""
+
+    @property
+    def video(self) -> str:
+        """The name of the video's bytes in the store."""
+        return video_name(self.sha256, self.generation)
+
+
+@dataclass(frozen=True)
+class Tombstone:
+    """What is to be removed from the store: an adapter by its name, or one copy of a video's bytes."""
+
+    seq: int
+    kind: str
+    name: str
+    generation: str = ""
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it is a video's bytes."""
+        return self.kind == VIDEO
+
+    @property
+    def object(self) -> str:
+        """The name in the store."""
+        return video_name(self.name, self.generation)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Where an upload's bytes lie, or are to be put, before its file is entered.
+
+    Attributes:
+        is_new: nobody names them yet: the upload has to put them there.
+        replaces: the copy that all files of the same bytes leave for this one, because it is missing or damaged.
+    """
+
+    sha256: str
+    generation: str
+    is_new: bool
+    replaces: str | None = None
+
+    @property
+    def video(self) -> str:
+        """Their name in the store."""
+        return video_name(self.sha256, self.generation)

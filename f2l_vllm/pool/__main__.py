@@ -58,7 +58,7 @@ def main(spec_json: str) -> int:
         # Chunked videos are long: each fills a pass of its own.
         batch=settings.batch_videos if settings.batch_tokens and not settings.is_chunked else 1,
     )
-    store = Store(spec.home, url=settings.store, hot_bytes=settings.hot_bytes)
+    store = Store(spec.home, url=settings.store, hot_bytes=settings.hot_bytes, reserve_bytes=settings.reserve_bytes)
     pool = Pool(config, spec, catalog, store, on_event)
     waited = False
     while not pool.start(wait_seconds=1.0):

@@ -33,6 +33,7 @@ class WorkerSpec:
     merge_rate: float = 0.0
     batch_tokens: int = 0
     store: str | None = None
+    reserve_bytes: int | None = None
     decode: DecodeLimits = field(default_factory=DecodeLimits)
 
 

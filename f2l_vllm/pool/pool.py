@@ -28,6 +28,7 @@ from f2l_vllm.adapters.errors import Unavailable
 from f2l_vllm.adapters.jobs import EXHAUSTED
 from f2l_vllm.adapters.store import Store
 from f2l_vllm.adapters.tables import Job
+from f2l_vllm.adapters.tombstones import LOST
 from f2l_vllm.pool.messages import Cancelled, Event, Failed, Outcome, Progress, WorkerInfo, WorkerSpec
 from f2l_vllm.pool.worker import HypernetworkWorker
 
@@ -89,10 +90,6 @@ class Pool:
             self._lock.acquire(timeout=wait_seconds)
         except Timeout:
             return False
-        try:
-            self._store.sweep(keep=lambda name: self._catalog.wanted(name) or self._catalog.has_video(name))
-        except Unavailable as error:
-            logger.warning("what interrupted processes left is swept at the next start: %s", error)
         self._catalog.pool = _name(self._spec.home)
         self._beat()
         # Whoever had them did not stop in order, and one of them may be why: the attempt counts.
@@ -321,7 +318,7 @@ class _Lane(threading.Thread):
         seconds = self._pool._config.job_seconds * len(jobs)
         deadline = time.monotonic() + seconds
         method = self._actor.internalize.options(num_returns="streaming")
-        events = method.remote([(job.adapter_name, job.sha256) for job in jobs.values()])
+        events = method.remote([(job.adapter_name, job.video) for job in jobs.values()])
         cancelled: set[str] = set()
         looked = time.monotonic()
         while jobs:
@@ -355,14 +352,16 @@ class _Lane(threading.Thread):
             self._enter(catalog.release_job, name, blameless=True)  # or not at all, if nobody waits for it still
             return
         if isinstance(outcome, Failed):
-            self._enter(catalog.fail_job, name, outcome.code, outcome.message)
+            # Bytes that are not there may have been deleted and uploaded again meanwhile, as another copy.
+            generation = job.generation if outcome.code == LOST else None
+            self._enter(catalog.fail_job, name, outcome.code, outcome.message, generation=generation)
             return
         self._enter(catalog.finish_job, name, rank=outcome.rank, size=outcome.bytes, info=outcome.info)
         if not self._wanted(name):  # every file was deleted meanwhile
             try:
                 self._pool._store.remove_adapter(name)
             except Unavailable as error:
-                logger.warning("%s, which nobody waits for any more, is swept later: %s", name, error)
+                logger.warning("%s, which nobody waits for any more, is removed later: %s", name, error)
 
     def _wanted(self, name: str) -> bool:
         """Whether anybody waits for this adapter, or it is published; a catalog that cannot say so is no reason to

@@ -14,6 +14,7 @@ from f2l_vllm.adapters.base_shapes import BaseShapes
 from f2l_vllm.adapters.peft_format import validate_adapter
 from f2l_vllm.adapters.states import VideoState
 from f2l_vllm.adapters.store import Store, StoreError
+from f2l_vllm.adapters.tombstones import LOST
 from f2l_vllm.pool.messages import Cancelled, Event, Failed, Outcome, Progress, Published, WorkerInfo, WorkerSpec
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class HypernetworkWorker:
 
         torch.set_num_threads(max(1, spec.threads))
         self._spec = spec
-        self._store = Store(spec.home, url=spec.store)
+        self._store = Store(spec.home, url=spec.store, reserve_bytes=spec.reserve_bytes)
         self._shapes = BaseShapes.read(spec.model)
         self._internalizer = Internalizer.load(
             spec.model, spec.hypernetwork, limits=spec.limits, merge_rate=spec.merge_rate
@@ -69,14 +70,15 @@ class HypernetworkWorker:
         Errors that are no video's fault are raised, and the pool tries again what has not ended.
 
         Args:
-            jobs: adapter names and the sha-256 of their videos; several pass through the models together.
+            jobs: adapter names and their videos' names in the store; several pass through the models together.
         """
         self._cancelled.clear()
+        self._store.check_room_for_adapters()  # before the work is done for nothing
         if len(jobs) > 1:
             yield from self._together(jobs)
             return
-        ((name, sha256),) = jobs
-        for event in self._alone(name, sha256):
+        ((name, video),) = jobs
+        for event in self._alone(name, video):
             yield name, event
 
     def cancel(self, name: str) -> None:
@@ -85,7 +87,7 @@ class HypernetworkWorker:
         if self._decoding == name:
             self._decoder.stop()
 
-    def _alone(self, name: str, sha256: str) -> Iterator[Event]:
+    def _alone(self, name: str, video: str) -> Iterator[Event]:
         from f2l_vllm.video.decoder import DecoderStopped
         from f2l_vllm.video.errors import VideoError
 
@@ -102,7 +104,7 @@ class HypernetworkWorker:
 
         self._decoding = name
         try:
-            path = self._store.fetch_video(sha256)
+            path = self._store.fetch_video(video)
             adapter = yield from _events_of(run)
         except (_GivenUp, DecoderStopped):
             yield Cancelled()
@@ -115,7 +117,7 @@ class HypernetworkWorker:
             yield Failed(error.code, str(error))
             return
         except StoreError as error:
-            yield Failed("video_lost", str(error))
+            yield Failed(LOST, str(error))
             return
         finally:
             self._decoding = None
@@ -131,11 +133,11 @@ class HypernetworkWorker:
         started = time.perf_counter()
         internalizer = self._internalizer
         videos: dict[str, SampledVideo] = {}
-        for name, sha256 in jobs:
+        for name, video in jobs:
             yield name, Progress(VideoState.DECODING, 0.0)
             self._decoding = name
             try:
-                path = self._store.fetch_video(sha256)
+                path = self._store.fetch_video(video)
                 videos[name] = sample_video(
                     path, internalizer.processor, internalizer.limits, internalizer.sampling, self._decoder
                 )
@@ -147,7 +149,7 @@ class HypernetworkWorker:
             except VideoError as error:
                 yield name, Failed(error.code, str(error))
             except StoreError as error:
-                yield name, Failed("video_lost", str(error))
+                yield name, Failed(LOST, str(error))
             finally:
                 self._decoding = None
         for name in self._cancelled & videos.keys():

@@ -133,7 +133,7 @@ class Asking:
     def _data_uri(self, record: FileRecord) -> str:
         """Runs in a thread."""
         try:
-            data = self._service.store.fetch_video(record.sha256).read_bytes()
+            data = self._service.store.fetch_video(record.video).read_bytes()
         except (StoreError, FileNotFoundError) as error:
             raise video_not_found(record.id, "messages") from error  # deleted between look-up and read
         return "data:video/mp4;base64," + base64.b64encode(data).decode()

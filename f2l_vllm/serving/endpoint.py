@@ -113,7 +113,13 @@ class F2LEndpointPlugin:
         check_limits(limits, rank=2 * config.rank, modules=config.modules)
         home = settings.data_folder
         self._lock = hold(home)
-        store = Store(home, url=settings.store, cache_bytes=settings.cache_bytes, hot_bytes=settings.hot_bytes)
+        store = Store(
+            home,
+            url=settings.store,
+            cache_bytes=settings.cache_bytes,
+            hot_bytes=settings.hot_bytes,
+            reserve_bytes=settings.reserve_bytes,
+        )
         catalog = Catalog(settings.catalog_url)
         registry = Registry(
             compat.lora_registry(state),
@@ -198,6 +204,7 @@ def worker_spec(settings: Settings, model: Path, hypernetwork: Path, max_rank: i
         hypernetwork=hypernetwork,
         home=settings.data_folder,
         store=settings.store,
+        reserve_bytes=settings.reserve_bytes,
         base_name=model.name,
         max_rank=max_rank,
         limits=settings.video_limits,

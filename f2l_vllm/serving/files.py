@@ -6,15 +6,21 @@ Source: OpenAI API reference, Files. The object `f2l` inside a file holds what t
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import json
+import os
 import tarfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
 from http import HTTPStatus
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal, cast
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from f2l_vllm.adapters.states import IN_WORK, VideoState
 from f2l_vllm.adapters.store import MANIFEST_FILE, Store, StoreError
@@ -27,7 +33,11 @@ from f2l_vllm.serving.tenants import tenant_of
 from f2l_vllm.serving.uploads import inspect, receive
 
 router = APIRouter()
-_EVENT_SECONDS = 0.1
+_LONGEST_SECONDS = 3600.0
+_AT_ONCE = 200  # objects of a list that are made at a time
+_MODELS = 1000  # a client asks for models without pages, and shows them to people
+_PIECE_BYTES = 1 << 20
+_Page = Callable[..., tuple[list[str], list[str], bool]]
 
 
 def service(request: Request) -> VideoService:
@@ -42,7 +52,7 @@ async def create_file(request: Request) -> JSONResponse:
     videos = service(request)
     temporary = videos.store.temporary()
     try:
-        upload = await receive(request, temporary, videos.settings)
+        upload = await receive(request, temporary, videos.settings, videos.check_room)
         await inspect(temporary, videos.settings)
         record = await videos.enter(
             temporary,
@@ -67,15 +77,11 @@ async def list_files(
     limit: Annotated[int, Query(ge=1, le=10000)] = 10000,
     order: Literal["asc", "desc"] = "desc",
     purpose: str | None = None,
-) -> JSONResponse:
+) -> Response:
     """The caller's files, newest first, a page at a time."""
-    videos = service(request)
-    try:
-        data, more = await asyncio.to_thread(_page, videos, tenant_of(request), after, limit, order == "desc", purpose)
-    except KeyError as error:
-        raise bad_request("invalid_cursor", f"'after' names no file of yours: {after!r}.", "after") from error
-    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return JSONResponse({"object": "list", "data": data, **ends, "has_more": more})
+    videos, tenant = service(request), tenant_of(request)
+    page = functools.partial(_files_page, videos, tenant, descending=order == "desc", purpose=purpose)
+    return await _listed(page, after, limit, await asyncio.to_thread(videos.catalog.stored_bytes, tenant))
 
 
 @router.get("/v1/files/{file_id}")
@@ -111,7 +117,7 @@ async def file_content(file_id: str, request: Request) -> FileResponse:
     videos = service(request)
     (found,) = await videos.find([file_id], tenant_of(request))
     try:
-        path = await asyncio.to_thread(videos.store.fetch_video, found.file.sha256)
+        path = await asyncio.to_thread(videos.store.fetch_video, found.file.video)
     except StoreError as error:
         raise video_not_found(file_id) from error  # deleted between look-up and read
     return FileResponse(path, media_type="application/octet-stream", filename=found.file.filename)
@@ -120,31 +126,50 @@ async def file_content(file_id: str, request: Request) -> FileResponse:
 @router.get("/v1/files/{file_id}/events")
 async def file_events(file_id: str, request: Request) -> StreamingResponse:
     """Server-sent events with the file object whenever it changes, until it is processed, failed or gone."""
-    videos = service(request)
-    tenant = tenant_of(request)
+    videos, tenant = service(request), tenant_of(request)
     (first,) = await videos.find([file_id], tenant)
 
     async def events() -> AsyncIterator[str]:
         found: Found | None = first
-        last = None
-        while not videos.is_stopping and found is not None:
-            if (found.file.state, found.file.progress) != last:
-                last = (found.file.state, found.file.progress)
-                yield f"data: {json.dumps(file_object(found.file, found.adapter))}\n\n"
-            if found.file.state not in IN_WORK:
+        while found is not None:
+            yield f"data: {json.dumps(file_object(found.file, found.adapter))}\n\n"
+            seen = (found.file.state, found.file.progress)
+            if videos.is_stopping or found.file.state not in IN_WORK:
                 break
-            await asyncio.sleep(_EVENT_SECONDS)
-            found = (await asyncio.to_thread(videos.catalog.find, [file_id], tenant)).get(file_id)
+            await asyncio.sleep(videos.watcher.event_seconds)
+            progress = await videos.watcher.wait(file_id, _LONGEST_SECONDS, seen)
+            if videos.is_stopping:
+                break
+            if progress is None:  # out of work: now there is more to say
+                found = (await asyncio.to_thread(videos.catalog.find, [file_id], tenant)).get(file_id)
+            else:
+                found = Found(replace(found.file, state=progress[0], progress=progress[1]), None)
         yield "data: [DONE]\n\n"
 
-    return StreamingResponse(events(), media_type="text/event-stream")
+    videos.watcher.add_reader(tenant)
+    return _Events(events(), lambda: videos.watcher.remove_reader(tenant))
+
+
+class _Events(StreamingResponse):
+    """Calls `ended` however the stream ends, begun or not."""
+
+    def __init__(self, events: AsyncIterator[str], ended: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
 
 
 @router.get("/v1/files/{file_id}/adapter")
 async def file_adapter(file_id: str, request: Request) -> Response:
     """The PEFT adapter as a tar archive; plain vLLM and peft load what it holds. A damaged one is made again first."""
     videos = service(request)
-    archive, wait = None, 0.0
+    archive: tuple[int, Iterator[bytes]] | None = None
+    wait = 0.0
     while archive is None:
         found = await videos.ready(file_id, tenant_of(request), wait)
         name = found.file.adapter_name
@@ -155,22 +180,19 @@ async def file_adapter(file_id: str, request: Request) -> Response:
                 raise video_not_found(file_id) from error  # deleted between look-up and read
             await videos.remake(found.adapter, error)
             wait = videos.settings.wait_seconds
-    disposition = f'attachment; filename="{name}.tar"'
-    return Response(archive, media_type="application/x-tar", headers={"Content-Disposition": disposition})
+    size, pieces = archive
+    headers = {"Content-Disposition": f'attachment; filename="{name}.tar"', "Content-Length": str(size)}
+    return StreamingResponse(pieces, media_type="application/x-tar", headers=headers)
 
 
 @router.get("/v1/models")
-async def list_models(request: Request) -> JSONResponse:
-    """vLLM's models, and every ready video of the caller as a model of its own."""
-    videos = service(request)
-    tenant = tenant_of(request)
+async def list_models(
+    request: Request, after: str | None = None, limit: Annotated[int, Query(ge=1, le=_MODELS)] = _MODELS
+) -> Response:
+    """vLLM's models, and the ready videos of the caller as models of their own, newest first, a page at a time."""
     base = await compat.model_cards(request.app.state)
-
-    def cards() -> list[dict[str, Any]]:
-        records, _ = videos.catalog.files(tenant, after=None, limit=1 << 20, descending=False)
-        return [_model_card(base[0], record) for record in records if record.state is VideoState.PROCESSED]
-
-    return JSONResponse({"object": "list", "data": base + await asyncio.to_thread(cards)})
+    page = functools.partial(_models_page, service(request), tenant_of(request), base)
+    return await _listed(page, after, limit)
 
 
 @router.get("/v1/models/{model:path}")
@@ -231,13 +253,56 @@ async def _one(videos: VideoService, record: FileRecord) -> JSONResponse:
     return JSONResponse(file_object(record, adapters.get(record.adapter_name), videos.why_not_ready()))
 
 
-def _page(
-    videos: VideoService, tenant: str, after: str | None, limit: int, descending: bool, purpose: str | None
-) -> tuple[list[dict[str, Any]], bool]:
+async def _listed(page: _Page, after: str | None, limit: int, stored: int | None = None) -> Response:
+    """A list in OpenAI's shape, made and sent some objects at a time, in the one thread that lists are made in: however
+    long and many they are, answers go on."""
+    run = asyncio.get_running_loop().run_in_executor
+    try:
+        texts, ids, more = await run(_lister(), functools.partial(page, after=after, limit=min(limit, _AT_ONCE)))
+    except KeyError as error:
+        raise bad_request("invalid_cursor", f"'after' names no file of yours: {after!r}.", "after") from error
+
+    async def pieces() -> AsyncIterator[str]:
+        listed, first, last, follows, left = texts, ids[:1], ids[-1:], more, limit - len(ids)
+        yield '{"object":"list","data":[' + ",".join(listed)
+        while follows and left > 0:
+            rest = functools.partial(page, after=last[0], limit=min(left, _AT_ONCE))
+            listed, found, follows = await run(_lister(), rest)
+            last, left = found[-1:] or last, left - len(found)
+            yield "".join(f",{text}" for text in listed)
+        ends: dict[str, Any] = {"first_id": (first or [None])[0], "last_id": (last or [None])[0], "has_more": follows}
+        if stored is not None:
+            ends["f2l"] = {"stored_bytes": stored}
+        yield "]," + json.dumps(ends)[1:]
+
+    return StreamingResponse(pieces(), media_type="application/json")
+
+
+@cache
+def _lister() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "f2l-lists")
+
+
+def _files_page(
+    videos: VideoService, tenant: str, *, after: str | None, limit: int, descending: bool, purpose: str | None
+) -> tuple[list[str], list[str], bool]:
+    """Objects, ids, and whether more follow. Runs in a thread."""
     catalog = videos.catalog
     records, more = catalog.files(tenant, after=after, limit=limit, descending=descending, purpose=purpose)
     adapters = catalog.adapters_of(records)
-    return [file_object(record, adapters.get(record.adapter_name)) for record in records], more
+    shown = [json.dumps(file_object(record, adapters.get(record.adapter_name))) for record in records]
+    return shown, [record.id for record in records], more
+
+
+def _models_page(
+    videos: VideoService, tenant: str, base: list[dict[str, Any]], *, after: str | None, limit: int
+) -> tuple[list[str], list[str], bool]:
+    """The same of ready videos, behind vLLM's own models on the first page."""
+    state = VideoState.PROCESSED
+    records, more = videos.catalog.files(tenant, after=after, limit=limit, descending=True, state=state)
+    own = [] if after is not None else [json.dumps(card) for card in base]
+    shown = own + [json.dumps(_model_card(base[0], record)) for record in records]
+    return shown, [record.id for record in records], more
 
 
 def _model_card(base: dict[str, Any], record: FileRecord) -> dict[str, Any]:
@@ -245,18 +310,32 @@ def _model_card(base: dict[str, Any], record: FileRecord) -> dict[str, Any]:
     return {**base, **own, "owned_by": "f2l-vllm"}
 
 
-def _tar(store: Store, name: str, base_model: str) -> bytes:
-    """The adapter's files; their config names the base model as whoever unpacks them can load it."""
+def _tar(store: Store, name: str, base_model: str) -> tuple[int, Iterator[bytes]]:
+    """The archive's length and its pieces; its config names the base model as whoever unpacks it can load it. All files
+    are opened at once: what is deleted meanwhile is sent whole."""
     directory = store.load_path(name)
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for path in sorted(directory.iterdir()):
-            if path.name == MANIFEST_FILE:
-                continue
-            content = path.read_bytes()
-            if path.name == CONFIG_FILE:
-                content = named_for(content.decode(), base_model).encode()
-            info = archive.gettarinfo(path, f"{directory.name}/{path.name}")
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
+    files: list[tuple[tarfile.TarInfo, BinaryIO]] = []
+    for path in sorted(directory.iterdir()):
+        if path.name == MANIFEST_FILE:
+            continue
+        entry, file = tarfile.TarInfo(f"{directory.name}/{path.name}"), cast(BinaryIO, path.open("rb"))
+        status = os.fstat(file.fileno())
+        entry.size, entry.mtime = status.st_size, int(status.st_mtime)
+        if path.name == CONFIG_FILE:
+            with file:
+                content = named_for(file.read().decode(), base_model).encode()
+            entry.size, file = len(content), io.BytesIO(content)
+        files.append((entry, file))
+    lengths = [tarfile.BLOCKSIZE * (1 - (-entry.size // tarfile.BLOCKSIZE)) for entry, _ in files]  # header and blocks
+    size = -(-(sum(lengths) + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+    def pieces() -> Iterator[bytes]:
+        for entry, file in files:
+            with file:
+                yield entry.tobuf()
+                while piece := file.read(_PIECE_BYTES):
+                    yield piece
+            yield bytes(-entry.size % tarfile.BLOCKSIZE)
+        yield bytes(size - sum(lengths))
+
+    return size, pieces()

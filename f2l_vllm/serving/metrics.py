@@ -13,6 +13,8 @@ RESIDENT = Gauge("f2l_adapters_resident", "Adapters registered with the engine."
 LEASES = Gauge("f2l_adapter_leases", "Questions that hold an adapter now.", multiprocess_mode="livesum")
 UPLOADS = Counter("f2l_uploads", "Videos accepted, by whether their adapter existed already.", ["reused"])
 UPLOAD_BYTES = Counter("f2l_upload_bytes", "Bytes of video accepted.")
+STORED_BYTES = Gauge("f2l_stored_bytes", "Bytes of the files in the catalog.", multiprocess_mode="mostrecent")
+FREE_BYTES = Gauge("f2l_disk_free_bytes", "Free on the disk of the data folder.", multiprocess_mode="mostrecent")
 INTERNALIZED = Counter("f2l_internalized", "Internalization jobs ended, by outcome.", ["outcome"])
 STAGE_SECONDS = Histogram("f2l_stage_seconds", "Seconds per stage of an internalization.", ["stage"], buckets=_SECONDS)
 QUESTIONS = Counter("f2l_questions", "Questions about videos, by mode and outcome.", ["mode", "outcome"])

@@ -20,7 +20,7 @@ from http import HTTPStatus
 from typing import Any
 
 from f2l_vllm.adapters.store import Store, StoreError
-from f2l_vllm.adapters.tables import AdapterRecord
+from f2l_vllm.adapters.tables import AdapterRecord, Tombstone
 from f2l_vllm.serving import compat, metrics
 from f2l_vllm.serving.errors import APIError, adapter_unavailable
 
@@ -147,12 +147,11 @@ class Registry:
         used, self._used = self._used, {}
         return used
 
-    async def remove(self, record: AdapterRecord) -> None:
+    async def remove(self, record: AdapterRecord | Tombstone) -> None:
         """Take an adapter out once nobody uses it, and delete its files. Returns at once while there are leases."""
-        await asyncio.shield(self._start(self._remove(record)))  # goes on when whoever asked for it has gone
+        await asyncio.shield(self._start(self._remove(record.name)))  # goes on when whoever asked for it has gone
 
-    async def _remove(self, record: AdapterRecord) -> None:
-        name = record.name
+    async def _remove(self, name: str) -> None:
         while True:
             entry = self._entries.get(name)
             if entry is not None and name not in self._idle:
@@ -187,7 +186,7 @@ class Registry:
         except BaseException:
             del self._entries[name]  # whoever asks next begins afresh
             if entry.doomed:
-                self._start(self._remove(entry.record))
+                self._start(self._remove(entry.record.name))
             raise
         self._names[entry.key] = entry.request
         metrics.RESIDENT.inc()
@@ -230,7 +229,7 @@ class Registry:
             self._store.distrust(name)
             self._give_place()
             if entry.doomed:
-                self._start(self._remove(entry.record))
+                self._start(self._remove(entry.record.name))
         return False
 
     async def _take_place(self) -> None:
@@ -276,7 +275,7 @@ class Registry:
         """The last lease has ended."""
         self._idle[entry.record.name] = entry
         if entry.doomed:
-            self._start(self._remove(entry.record))
+            self._start(self._remove(entry.record.name))
         elif self._waiting:
             self._retire(entry)
             self._give_place()

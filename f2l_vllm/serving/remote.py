@@ -58,7 +58,7 @@ class RemoteVideos:
         try:
             try:
                 with disk_errors("keep a video"):
-                    await fetch(url, temporary, self._service.settings.fetch_policy)
+                    await fetch(url, temporary, self._service.settings.fetch_policy, self._service.check_room)
             except VideoError as error:
                 status = _STATUS.get(error.code, HTTPStatus.BAD_REQUEST)
                 raise APIError(status, error.code, error.message, param="messages") from error

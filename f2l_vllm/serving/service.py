@@ -8,12 +8,13 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from f2l_vllm.adapters.address import adapter_name
-from f2l_vllm.adapters.catalog import Catalog, QueueFull, Removal
+from f2l_vllm.adapters.catalog import Catalog, QueueFull, QuotaExceeded
 from f2l_vllm.adapters.errors import Unavailable
 from f2l_vllm.adapters.states import IN_WORK, VideoState
 from f2l_vllm.adapters.store import Store, StoreError
@@ -21,6 +22,7 @@ from f2l_vllm.adapters.tables import AdapterRecord, FileRecord, Found
 from f2l_vllm.pool.process import PoolProcess
 from f2l_vllm.serving import metrics
 from f2l_vllm.serving.errors import APIError, HTTPStatus, video_failed, video_not_found, video_not_ready
+from f2l_vllm.serving.keeping import Keeper
 from f2l_vllm.serving.registry import Registry
 from f2l_vllm.serving.watcher import Watcher
 from f2l_vllm.settings import Settings
@@ -29,11 +31,12 @@ logger = logging.getLogger(__name__)
 
 _MAINTENANCE_SECONDS = 5.0
 _CLEANING_SECONDS = 60.0
-_TOMBSTONE_SECONDS = 3600.0  # how long a page of files can go on from one that was deleted
+_SWEEP_SECONDS = 3600.0
+_GONE_SECONDS = 3600.0  # how long a page of files can go on from one that was deleted
+_AT_ONCE = 200  # files that one transaction ends
+_EXPIRED_AT_ONCE = 20_000  # in one round of maintenance
 _PREPARED_AT_ONCE = 256
-# Threads of their own for what may take long, so that questions, which read files and catalog, never wait for one.
-_WRITERS = 4  # for a busy catalog
-_MOVERS = 4  # for videos on the way into the store
+_WRITERS = 4  # threads for a busy catalog, so that questions, which read it, never wait for one
 
 
 @dataclass(frozen=True)
@@ -75,15 +78,13 @@ class VideoService:
         self.pool = pool
         self._revisions = revisions
         self._is_stopping = is_stopping
-        self._watcher = Watcher(catalog, is_stopping)
+        share = settings.queue_share if settings.tenants is not None else 1.0
+        self.watcher = Watcher(catalog, is_stopping, share)
         self._writers = ThreadPoolExecutor(_WRITERS, "f2l-catalog")
-        self._movers = ThreadPoolExecutor(_MOVERS, "f2l-store")
+        self._keeper = Keeper(catalog, store, registry, self._write)
         self._used: dict[str, float] = {}  # file ids, and when they were asked about
         self._prepared: int | None = None  # the id of the adapter that was copied into memory last
-        self._in_doubt: set[str] = set()  # videos whose bytes may be nobody's
-        self._cleaned = -_CLEANING_SECONDS
-        # Keeping bytes and entering them, or forgetting both, is one step for videos whose hashes share a lock.
-        self._entering = [asyncio.Lock() for _ in range(64)]
+        self._cleaned, self._swept = -_CLEANING_SECONDS, -_SWEEP_SECONDS
 
     async def enter(
         self,
@@ -106,37 +107,45 @@ class VideoService:
             pinned: it does not expire, and its adapter stays in the hot set.
 
         Raises:
-            APIError: `queue_full`, with `Retry-After`; nothing is kept then.
+            APIError: `queue_full`, with `Retry-After`, or `storage_quota_exceeded`; nothing is kept then.
             Unavailable: store or catalog cannot take it now; nothing is kept then.
         """
-        async with self._entering_lock(sha256):
-            await asyncio.get_running_loop().run_in_executor(self._movers, self.store.keep_video, temporary, sha256)
-            try:
-                record = await self._write(
-                    self.catalog.add_file,
-                    tenant=tenant,
-                    filename=filename,
-                    purpose=purpose,
-                    size=size,
-                    sha256=sha256,
-                    adapter_name=self._revisions.name(sha256),
-                    expires_at=expires_at,
-                    idle_seconds=idle_seconds,
-                    pinned=pinned,
-                    queue_limit=self.settings.queue_limit,
-                    tenant_limit=self.settings.tenant_queue_limit,
-                    job_attempts=self.settings.job_attempts,
-                )
-            except Exception as error:
-                await self._forget_bytes(sha256)
-                if not isinstance(error, QueueFull):
-                    raise
-                message = f"{error}. Try again in about {error.retry_after} s."
-                headers = {"Retry-After": str(error.retry_after)}
-                raise APIError(HTTPStatus.TOO_MANY_REQUESTS, "queue_full", message, headers=headers) from error
+        add = functools.partial(
+            self.catalog.add_file,
+            tenant=tenant,
+            filename=filename,
+            purpose=purpose,
+            size=size,
+            sha256=sha256,
+            adapter_name=self._revisions.name(sha256),
+            expires_at=expires_at,
+            idle_seconds=idle_seconds,
+            pinned=pinned,
+            queue_limit=self.settings.queue_limit,
+            tenant_limit=self.settings.tenant_queue_limit,
+            tenant_bytes=self.settings.tenant_bytes,
+            job_attempts=self.settings.job_attempts,
+        )
+        try:
+            record = await self._keeper.enter(temporary, sha256, size, add)
+        except QueueFull as error:
+            message = f"{error}. Try again in about {error.retry_after} s."
+            headers = {"Retry-After": str(error.retry_after)}
+            raise APIError(HTTPStatus.TOO_MANY_REQUESTS, "queue_full", message, headers=headers) from error
+        except QuotaExceeded as error:
+            message = f"There is no room for this video among your files: {error} MB. Delete some of them."
+            raise APIError(HTTPStatus.FORBIDDEN, "storage_quota_exceeded", message, param="file") from error
         metrics.UPLOADS.labels(str(record.state is VideoState.PROCESSED).lower()).inc()
         metrics.UPLOAD_BYTES.inc(size)
         return record
+
+    def check_room(self, more: int) -> None:
+        """Whether so many bytes of a video can be received.
+
+        Raises:
+            StoreUnavailable: they would not leave the reserve.
+        """
+        self.store.reserve.check("keep a video", more)
 
     async def find(self, file_ids: Sequence[str], tenant: str, param: str | None = None) -> list[Found]:
         """The tenant's files and their adapters, in this order: one query, in a thread.
@@ -169,9 +178,10 @@ class VideoService:
         found = known or (await self.find([file_id], tenant, param))[0]
         self.note_use(found.file)
         if found.file.state is VideoState.UPLOADED and wait > 0:
-            await asyncio.to_thread(self.catalog.hurry_job, found.file.adapter_name)
+            with suppress(Unavailable):  # then it keeps its place in the line
+                await asyncio.to_thread(self.catalog.hurry_job, found.file.adapter_name)
         while found.file.state in IN_WORK and (left := started + wait - time.monotonic()) > 0:
-            await self._watcher.wait(file_id, left)
+            await self.watcher.wait(file_id, left)
             self._refuse_when_stopping()
             (found,) = await self.find([file_id], tenant, param)
         record = found.file
@@ -198,7 +208,7 @@ class VideoService:
         removal = await self._write(self.catalog.remove_file, file_id, tenant)
         if removal is None:
             raise video_not_found(file_id)
-        await self._clean(removal)
+        await self._keeper.bury(removal.doomed)
 
     async def pin(self, file_id: str, tenant: str, pinned: bool) -> FileRecord:
         """Keep a file from expiring and its adapter in the hot set, or let both go again.
@@ -251,28 +261,61 @@ class VideoService:
             await asyncio.sleep(_MAINTENANCE_SECONDS)
 
     async def tidy(self) -> None:
-        """Note use, expire files, keep what grows within its bounds, and refresh gauges."""
-        await self._note_use()
-        for removal in await self._write(self.catalog.expire_files, time.time()):
-            await self._clean(removal)
-        doubtful, self._in_doubt = self._in_doubt, set()
-        for sha256 in doubtful:
-            async with self._entering_lock(sha256):
-                await self._forget_bytes(sha256)
-        if time.monotonic() - self._cleaned > _CLEANING_SECONDS:
-            await self._write(self.catalog.purge, time.time() - _TOMBSTONE_SECONDS)
-            for adapter in await self._write(self.catalog.drop_abandoned):
-                await self.registry.remove(adapter)
-            self._cleaned = time.monotonic()
+        """Note use, expire files, remove what was deleted, keep what grows within its bounds, and refresh gauges.
+
+        Raises:
+            Unavailable: of the first step that could not be done; all others were.
+        """
+        failure: Unavailable | None = None
+        for step in (
+            self._note_use,
+            self._expire,
+            self._keeper.bury_all,
+            self._clean,
+            self._keep_in_memory,
+            self._show,
+        ):
+            try:
+                await step()
+            except Unavailable as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    async def _expire(self) -> None:
+        for _ in range(0, _EXPIRED_AT_ONCE, _AT_ONCE):
+            removals = await self._write(self.catalog.expire_files, time.time(), _AT_ONCE)
+            await self._keeper.bury([one for removal in removals for one in removal.doomed])
+            if len(removals) < _AT_ONCE:
+                return
+
+    async def _clean(self) -> None:
+        if time.monotonic() - self._cleaned < _CLEANING_SECONDS:
+            return
+        await self._write(self.catalog.purge, time.time() - _GONE_SECONDS)
+        await self._keeper.bury(await self._write(self.catalog.drop_abandoned))
+        await asyncio.to_thread(self.store.clear)
+        self._cleaned = time.monotonic()
+        if time.monotonic() - self._swept >= _SWEEP_SECONDS:
+            far = await self._write(self.catalog.take_duty, "sweep", _SWEEP_SECONDS)
+            await asyncio.to_thread(functools.partial(self.store.sweep, self.catalog.named, far=far))
+            self._swept = time.monotonic()
+
+    async def _keep_in_memory(self) -> None:
         self.store.pin(await asyncio.to_thread(self.catalog.pinned_adapters))
         await asyncio.to_thread(self._prepare)
-        await asyncio.to_thread(self.store.trim, await asyncio.to_thread(self.catalog.videos_in_work))
+        if self.store.is_cache:
+            await asyncio.to_thread(self.store.trim, await asyncio.to_thread(self.catalog.videos_in_work))
+
+    async def _show(self) -> None:
         states, queued, running = await asyncio.to_thread(self.catalog.counts)
         for state in VideoState:
             metrics.VIDEOS.labels(state.value).set(states.get(state.value, 0))
         metrics.JOBS.labels("queued").set(queued)
         metrics.JOBS.labels("running").set(running)
         metrics.WORKERS.set(self.pool.workers if self.pool is not None else 0)
+        metrics.STORED_BYTES.set(await asyncio.to_thread(self.catalog.stored_bytes))
+        metrics.FREE_BYTES.set(await asyncio.to_thread(self.store.reserve.free))
 
     def _prepare(self) -> None:
         """Copy what was published since the last time into memory, ahead of its first question. Runs in a thread."""
@@ -284,26 +327,6 @@ class VideoService:
                 self.store.prepare(adapter.name)
             except StoreError as error:  # deleted meanwhile, or whoever asks for it hears of it
                 logger.info("an adapter was not copied into memory: %s", error)
-
-    async def _clean(self, removal: Removal) -> None:
-        """Remove what nobody refers to any more. The catalog has forgotten it: what fails here is swept later."""
-        try:
-            if removal.orphaned_video:
-                async with self._entering_lock(removal.file.sha256):
-                    await self._forget_bytes(removal.file.sha256)
-            for adapter in removal.orphaned_adapters:
-                await self.registry.remove(adapter)
-        except Exception:
-            logger.exception("%s left files behind; they are swept later", removal.file.id)
-
-    async def _forget_bytes(self, sha256: str) -> None:
-        """Remove a video's bytes unless a file has them. The lock of its hash is held."""
-        try:
-            if not await asyncio.to_thread(self.catalog.has_video, sha256):
-                await asyncio.to_thread(self.store.remove_video, sha256)
-        except Unavailable as error:
-            logger.warning("whether the video %s stays is looked up later: %s", sha256, error)
-            self._in_doubt.add(sha256)
 
     async def _note_use(self) -> None:
         """Write down what was used since the last time, in one transaction."""
@@ -321,9 +344,6 @@ class VideoService:
         return await asyncio.get_running_loop().run_in_executor(
             self._writers, functools.partial(method, *args, **values)
         )
-
-    def _entering_lock(self, sha256: str) -> asyncio.Lock:
-        return self._entering[int(sha256[:8], 16) % len(self._entering)]
 
     def _refuse_when_stopping(self) -> None:
         if self._is_stopping():

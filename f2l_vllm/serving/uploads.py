@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -47,8 +47,12 @@ class Upload:
     pinned: bool = False
 
 
-async def receive(request: Request, temporary: Path, settings: Settings) -> Upload:
+async def receive(
+    request: Request, temporary: Path, settings: Settings, check_room: Callable[[int], None] = lambda _more: None
+) -> Upload:
     """Read `POST /v1/files` into `temporary`.
+
+    `check_room` is called with a number of bytes before they are written, and raises where there is no room for them.
 
     Raises:
         APIError: `file_too_large`, `invalid_request`, `incomplete_upload`, `invalid_purpose`, `invalid_expires_after`,
@@ -61,8 +65,8 @@ async def receive(request: Request, temporary: Path, settings: Settings) -> Uplo
         )
     cap = settings.max_upload_bytes
     try:
-        with disk_errors("keep an upload"), closing(_Target(temporary, cap)) as target:
-            form = await _Parser(request.headers, _capped(request, cap), target).parse()
+        with disk_errors("keep an upload"), closing(_Target(temporary, cap, check_room)) as target:
+            form = await _Parser(request.headers, _capped(request, cap, check_room), target).parse()
     except MultiPartException as error:
         raise bad_request("invalid_request", error.message) from error
     except ClientDisconnect as error:
@@ -118,7 +122,8 @@ def too_large(cap: int) -> APIError:
 class _Target:
     """Where an upload's bytes go as they come: hashed, and to their place on disk, once."""
 
-    def __init__(self, path: Path, cap: int) -> None:
+    def __init__(self, path: Path, cap: int, check_room: Callable[[int], None]) -> None:
+        self._check_room = check_room
         self._file = path.open("wb")
         self._cap = cap
         self.digest = hashlib.sha256()
@@ -133,6 +138,7 @@ class _Target:
         self.size += len(data)
         if self.size > self._cap:
             raise too_large(self._cap)
+        self._check_room(len(data))
         self.digest.update(data)
         return self._file.write(data)
 
@@ -159,12 +165,13 @@ class _Parser(MultiPartParser):
             self._current_part.file.file = self._target  # type: ignore[assignment]
 
 
-async def _capped(request: Request, cap: int) -> AsyncGenerator[bytes, None]:
+async def _capped(request: Request, cap: int, check_room: Callable[[int], None]) -> AsyncGenerator[bytes, None]:
     """The body, which may not grow past the cap, whatever its Content-Length says."""
     left = cap + _OVERHEAD_BYTES
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > left:
         raise too_large(cap)
+    check_room(int(length) if length.isdecimal() else 0)
     async for piece in request.stream():
         left -= len(piece)
         if left < 0:

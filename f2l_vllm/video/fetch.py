@@ -12,7 +12,7 @@ import binascii
 import ipaddress
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -59,8 +59,12 @@ class FetchPolicy:
         return _is_public(address) or any(address in network for network in self.networks)
 
 
-async def fetch(url: str, target: Path, policy: FetchPolicy) -> None:
+async def fetch(
+    url: str, target: Path, policy: FetchPolicy, check_room: Callable[[int], None] = lambda _more: None
+) -> None:
     """Write the video at `url` to `target`; after an error there is no such file.
+
+    `check_room` is called with a number of bytes before they are written, and raises where there is no room for them.
 
     Raises:
         VideoError: `invalid_url`, `url_not_allowed`, `url_unreachable`, `file_too_large`.
@@ -68,10 +72,11 @@ async def fetch(url: str, target: Path, policy: FetchPolicy) -> None:
     try:
         if url[:5].lower() == "data:":
             data = await asyncio.to_thread(decode_data_uri, url, policy.max_bytes)
+            check_room(len(data))
             await asyncio.to_thread(target.write_bytes, data)
             return
         async with asyncio.timeout(policy.seconds):
-            await _download(url, target, policy)
+            await _download(url, target, policy, check_room)
     except TimeoutError as error:
         target.unlink(missing_ok=True)
         message = f"The video's address did not deliver it within {policy.seconds:g} s; upload the video instead."
@@ -106,7 +111,7 @@ def decode_data_uri(uri: str, max_bytes: int) -> bytes:
     return data
 
 
-async def _download(url: str, target: Path, policy: FetchPolicy) -> None:
+async def _download(url: str, target: Path, policy: FetchPolicy, check_room: Callable[[int], None]) -> None:
     parsed, host = _parse(url)
     addresses = await _resolve(host, parsed.port or (443 if parsed.scheme == "https" else 80), policy)
     headers = {"Host": parsed.netloc.decode("ascii"), "Accept-Encoding": "identity", "User-Agent": "f2l-vllm"}
@@ -119,7 +124,7 @@ async def _download(url: str, target: Path, policy: FetchPolicy) -> None:
             try:
                 response = await client.send(request, stream=True, follow_redirects=False)
                 try:
-                    await _save(response, target, policy.max_bytes)
+                    await _save(response, target, policy.max_bytes, check_room)
                 finally:
                     await response.aclose()
                 return
@@ -173,7 +178,7 @@ async def _resolve(host: str, port: int, policy: FetchPolicy) -> Sequence[str]:
     return addresses
 
 
-async def _save(response: httpx.Response, target: Path, max_bytes: int) -> None:
+async def _save(response: httpx.Response, target: Path, max_bytes: int, check_room: Callable[[int], None]) -> None:
     if response.status_code != 200:
         why = f"it answered with status {response.status_code}"
         if response.is_redirect:
@@ -182,12 +187,14 @@ async def _save(response: httpx.Response, target: Path, max_bytes: int) -> None:
     length = response.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:
         raise _too_large(max_bytes)
+    check_room(int(length) if length.isdecimal() else 0)
     received = 0
     with target.open("wb") as file:
         async for piece in response.aiter_raw(_PIECE_BYTES):
             received += len(piece)
             if received > max_bytes:
                 raise _too_large(max_bytes)
+            check_room(len(piece))
             await asyncio.to_thread(file.write, piece)
 
 

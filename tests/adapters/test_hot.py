@@ -136,7 +136,7 @@ def test_removal_and_sweep_reach_memory_too_and_a_stop_empties_it(store, tmp_pat
         load(store, name)
     store.remove_adapter("f2l-1")
     assert not is_hot(store, "f2l-1")
-    store.sweep(keep=lambda _name: False)
+    store.sweep(lambda _names: ())
     assert not is_hot(store, "f2l-2")
     load(store, "f2l-2")
     store.close()

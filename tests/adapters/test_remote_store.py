@@ -67,9 +67,9 @@ def test_the_same_over_another_kind_of_file_system(tmp_path):
     here.publish_adapter("f2l-1", write("weights"), {})
     assert there.fetch_video(sha256).read_bytes() == b"video"
     assert (there.load_path("f2l-1") / WEIGHTS).read_text() == "weights"
-    here.sweep(keep=lambda _name: False)
+    here.sweep(lambda _names: ())
     assert there.has_video(sha256)  # too young to be called lost
-    here.sweep(keep=lambda _name: False, older_than_s=-1)
+    here.sweep(lambda _names: (), older_than_s=-1)
     assert not there.has_video(sha256)
     third = Store(tmp_path / "third", url="memory://bucket/videos")
     with pytest.raises(StoreError, match="missing"):

@@ -83,9 +83,9 @@ def test_sweep_removes_what_nobody_refers_to(store, tmp_path):
         store.keep_video(temporary, sha256)
     for name in ("f2l-kept", "f2l-lost"):
         store.publish_adapter(name, write("weights"), {})
-    store.sweep(keep={kept, "f2l-kept"}.__contains__)  # too young to be called lost
+    store.sweep({kept, "f2l-kept"}.intersection)  # too young to be called lost
     assert len(list((tmp_path / "adapters").iterdir())) == 2
-    store.sweep(keep={kept, "f2l-kept"}.__contains__, older_than_s=-1)
+    store.sweep({kept, "f2l-kept"}.intersection, older_than_s=-1)
     assert [p.name for p in (tmp_path / "adapters").iterdir()] == ["f2l-kept"]
     assert [p.name for p in (tmp_path / "videos").glob("*/*")] == [kept]
 

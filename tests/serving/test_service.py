@@ -141,7 +141,7 @@ def test_without_its_bytes_a_video_of_other_revisions_fails_and_says_why(tmp_pat
         bench = Bench(tmp_path)
         file = await bench.upload("video")
         bench.work()
-        bench.store.remove_video(file.sha256)
+        bench.store.remove_video(file.video)
         again = Bench(tmp_path, revision="two")
         again.service.adopt()
         with pytest.raises(APIError, match="adapter_of_other_revision"):
@@ -206,7 +206,7 @@ def test_a_delete_is_done_even_if_the_store_is_away(tmp_path, monkeypatch):
                 await bench.upload("another")
         await bench.service.tidy()
         assert [path for path in (tmp_path / "far").rglob("videos/*/*") if path.is_file()] == []
-        bench.store.sweep(keep=bench.catalog.wanted, older_than_s=-1)
+        bench.store.sweep(bench.catalog.named, older_than_s=-1)
         assert stored(bench) == []
         assert [path for path in (tmp_path / "far").rglob("*") if path.is_file()] == []
 
@@ -225,6 +225,114 @@ def test_a_delete_leaves_nothing_in_catalog_store_and_memory(tmp_path):
         assert bench.catalog.purge(time.time() + 1) == 3
         assert bench.catalog.counts() == ({}, 0, 0)
         assert {state.value for state in VideoState}.isdisjoint(bench.catalog.counts()[0])
+
+    run(scenario)
+
+
+def test_what_a_killed_server_had_deleted_goes_when_the_next_one_starts(tmp_path):
+    async def scenario():
+        bench = Bench(tmp_path)
+        file = await bench.upload("video")
+        bench.work()
+        assert bench.catalog.remove_file(file.id, T) is not None  # and there the server ends
+        assert len(stored(bench)) > 1
+        again = Bench(tmp_path)
+        await again.service.tidy()
+        assert stored(again) == []
+        assert again.catalog.tombstones(9) == []
+
+    run(scenario)
+
+
+def test_what_nobody_names_is_swept_every_hour_not_at_the_start_only(tmp_path, monkeypatch):
+    async def scenario():
+        bench = Bench(tmp_path)
+        file = await bench.upload("video")
+        orphan = bench.store.video_path("a" * 64)
+        orphan.parent.mkdir()
+        orphan.write_bytes(b"x")
+        await bench.service.tidy()
+        assert orphan.exists()  # young: somebody may be about to name it
+        hours = [time.time() + 7200, time.monotonic() + 7200]
+        monkeypatch.setattr("f2l_vllm.adapters.store.time.time", lambda: hours[0])
+        monkeypatch.setattr("f2l_vllm.serving.service.time.monotonic", lambda: hours[1])
+        await bench.service.tidy()
+        assert not orphan.exists()
+        assert bench.store.has_video(file.video)
+
+    run(scenario)
+
+
+def test_bytes_that_the_store_has_lost_come_back_with_the_next_upload(tmp_path):
+    async def scenario():
+        bench = Bench(tmp_path)
+        first = await bench.upload("video")
+        bench.store.remove_video(first.video)
+        second = await bench.upload("video")
+        for file in (first, second):
+            (found,) = await bench.service.find([file.id], T)
+            assert bench.store.fetch_video(found.file.video).read_text() == "video"
+
+    run(scenario)
+
+
+def test_a_tenant_keeps_as_many_bytes_as_it_may_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setenv("F2L_TENANT_BYTES", "10")
+
+    async def scenario():
+        bench = Bench(tmp_path)
+        uploads = (bench.upload(f"text{index}") for index in range(5))
+        found = await asyncio.gather(*uploads, return_exceptions=True)
+        kept = [file for file in found if not isinstance(file, Exception)]
+        assert len(kept) == 2
+        refused = [error for error in found if isinstance(error, APIError)]
+        assert {(error.status, error.code) for error in refused} == {(403, "storage_quota_exceeded")}
+        assert len(stored(bench)) == 2
+        await bench.service.remove(kept[0].id, T)
+        await bench.upload("again")
+
+    run(scenario)
+
+
+def test_below_the_reserve_uploads_are_refused_and_everything_else_goes_on(tmp_path):
+    async def scenario():
+        bench = Bench(tmp_path)
+        file = await bench.upload("video", expires_at=time.time() + 3600)
+        bench.work()
+        other = await bench.upload("other")
+        bench.store.reserve.size = 1 << 62
+        with pytest.raises(StoreUnavailable, match="stay free") as refused:
+            await bench.upload("more")
+        assert refused.value.full
+        with pytest.raises(StoreUnavailable, match="stay free"):
+            bench.service.check_room(1)
+        with pytest.raises(StoreUnavailable, match="stay free"):
+            bench.work()
+        await bench.ask(file)
+        await bench.service.tidy()
+        await bench.service.remove(other.id, T)
+        await bench.service.remove(file.id, T)
+        assert stored(bench) == []
+
+    run(scenario)
+
+
+def test_a_catalog_that_cannot_be_written_breaks_no_answer(tmp_path, monkeypatch):
+    async def scenario():
+        bench = Bench(tmp_path)
+        file = await bench.upload("video")
+
+        def full(*_args):
+            raise StoreUnavailable("no room is left", full=True)
+
+        monkeypatch.setattr(bench.catalog, "hurry_job", full)
+        monkeypatch.setattr(bench.catalog, "touch", full)
+        asyncio.get_running_loop().call_later(0.2, bench.work)
+        await bench.service.ready(file.id, T, 5.0)
+        expired = await bench.upload("expired", expires_at=time.time() - 1)
+        with pytest.raises(StoreUnavailable):
+            await bench.service.tidy()
+        assert not bench.store.has_video(expired.video)  # expiry does not wait for the note of use
 
     run(scenario)
 
