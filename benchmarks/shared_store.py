@@ -83,7 +83,7 @@ def run(
         videos: different byte strings.
         latency: of every call to the store, seconds.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     Catalog(url).close()
     results: Any = context.Queue()
     share = pairs // servers

@@ -122,6 +122,7 @@ class Catalog(Adoption, Jobs, Published, Tombstones):
             QuotaExceeded: the tenant would have more than `tenant_bytes`.
             VideoGone: the bytes were deleted meanwhile. Nothing is entered in any of the three cases.
         """
+        self._check_room()
         with self._write() as connection:
             count_bytes(connection, tenant, size, tenant_bytes)
             generation = "" if video is None else name_video(connection, video)

@@ -50,6 +50,15 @@ class Database:
         """Close every connection."""
         self._engine.dispose()
 
+    def _check_room(self) -> None:
+        """Before a change that makes the catalog larger.
+
+        Raises:
+            StoreUnavailable: only the room for deletions is left.
+        """
+        if self._headroom is not None:
+            self._headroom.check()
+
     @contextmanager
     def _read(self) -> Iterator[Connection]:
         with _translated(), self._engine.connect().execution_options(read=True) as connection:
@@ -140,7 +149,7 @@ def _engine(url: str, busy_seconds: float) -> Engine:
 def _headroom(engine: Engine) -> Headroom | None:
     """For a database in a plain file; PostgreSQL's disk is its own."""
     path = engine.url.database or ""
-    if engine.dialect.name != "sqlite" or path.startswith(("file:", ":")) or not Path(path or "/").parent.is_dir():
+    if engine.dialect.name != "sqlite" or not path or path.startswith(("file:", ":")) or not Path(path).parent.is_dir():
         return None
     return Headroom(Path(path))
 

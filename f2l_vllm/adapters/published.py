@@ -112,6 +112,7 @@ class Published(Database):
         Raises:
             AdapterIdsExhausted: there is no int32 id left.
         """
+        self._check_room()
         with self._write() as connection:
             found = adapter_of(connection, name)
             if found is not None:

@@ -59,6 +59,15 @@ class Headroom:
         self._size = min(_HEADROOM_BYTES, _total(database.parent) // _HEADROOM_PART)
         self._is_there = self._path.exists()
 
+    def check(self) -> None:
+        """Whether there is more room than this.
+
+        Raises:
+            StoreUnavailable: there is not.
+        """
+        if _free(self._path.parent) < self._size:
+            raise StoreUnavailable("no room is left for the catalog", full=True)
+
     def adjust(self) -> None:
         """Give the room up where it is needed, and take it again once there is plenty. Called before every change."""
         free = _free(self._path.parent)

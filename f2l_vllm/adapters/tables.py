@@ -67,8 +67,6 @@ files = Table(
 )
 Index("files_by_tenant", files.c.tenant, files.c.number)
 Index("files_by_state", files.c.state, files.c.tenant, files.c.number)  # whose turn it is, and with which file
-_PINNED = files.c.pinned.is_(True)
-Index("files_pinned", files.c.number, sqlite_where=_PINNED, postgresql_where=_PINNED)
 
 # An adapter's id is its LoRA int id in every engine: allocated here only, ascending, never used again.
 adapters = Table(

@@ -51,6 +51,7 @@ class Tombstones(Database):
                 return Bytes(sha256, live[0], is_new=False)
             replaces = None if live is None else live[0]
         generation = secrets.token_hex(8)
+        self._check_room()
         with self._write() as connection:
             values = {"kind": VIDEO, "name": sha256, "generation": generation, "reserved": True}
             connection.execute(insert(tombstones).values(**values, doomed_at=clock(connection)))

@@ -73,7 +73,11 @@ def adapter_unavailable() -> APIError:
 async def answer_unavailable(request: Request, error: Exception) -> JSONResponse:
     """The exception handler: a catalog or store that cannot take part now, with a time to come back."""
     assert isinstance(error, Unavailable)
-    advice = "delete files, or have the operator make room." if error.full else "nothing was changed; ask again in some seconds."
+    advice = (
+        "delete files, or have the operator make room."
+        if error.full
+        else "nothing was changed; ask again in some seconds."
+    )
     status = HTTPStatus.INSUFFICIENT_STORAGE if error.full else HTTPStatus.SERVICE_UNAVAILABLE
     text = str(error)
     message = f"{text[:1].upper()}{text[1:]}: {advice}"
