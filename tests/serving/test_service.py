@@ -15,7 +15,7 @@ from f2l_vllm.adapters.catalog import Catalog
 from f2l_vllm.adapters.errors import CatalogBusy, StoreUnavailable
 from f2l_vllm.adapters.states import VideoState
 from f2l_vllm.adapters.store import Store
-from f2l_vllm.serving.errors import APIError
+from f2l_vllm.serving.errors import APIError, answer
 from f2l_vllm.serving.files import router
 from f2l_vllm.serving.registry import Registry
 from f2l_vllm.serving.service import Revisions, VideoService
@@ -398,5 +398,58 @@ def test_the_event_loop_never_reads_or_writes_the_catalog(tmp_path):
                 assert answer.status_code == 200
         assert {"_read", "_write"} == set(used)
         assert len(used) > 15
+
+    run(scenario)
+
+
+def test_lists_have_pages_and_are_made_in_pieces(tmp_path, monkeypatch):
+    async def cards(_state):
+        return [{"id": "base", "object": "model"}]
+
+    monkeypatch.setattr("f2l_vllm.serving.compat.model_cards", cards)
+    monkeypatch.setattr("f2l_vllm.serving.files._AT_ONCE", 2)
+
+    async def scenario():
+        bench = Bench(tmp_path)
+        app = FastAPI()
+        app.include_router(router)
+        app.add_exception_handler(APIError, answer)
+        app.state.f2l = bench.service
+
+        @app.middleware("http")
+        async def as_tenant(request, call_next):
+            request.state.tenant = T
+            return await call_next(request)
+
+        ids = [(await bench.upload(str(index))).id for index in range(5)]
+        bench.work()
+        ids.append((await bench.upload("waits")).id)
+        newest = ids[::-1]
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://server") as client:
+
+            async def listed(path, **parameters):
+                found = (await client.get(path, params=parameters)).json()
+                return [one["id"] for one in found["data"]], found
+
+            shown, page = await listed("/v1/files")
+            assert (shown, page["first_id"], page["last_id"]) == (newest, newest[0], newest[-1])
+            assert (page["object"], page["has_more"], page["f2l"]) == ("list", False, {"stored_bytes": 10})
+            shown, page = await listed("/v1/files", limit=3, after=newest[1])
+            assert (shown, page["has_more"], page["last_id"]) == (newest[2:5], True, newest[4])
+            assert (await listed("/v1/files", order="asc", limit=5))[0] == ids[:5]
+            shown, page = await listed("/v1/models")
+            assert (shown, page["has_more"]) == (["base", *newest[1:]], False)  # what waits is no model yet
+            shown, page = await listed("/v1/models", limit=3)
+            assert (shown, page["has_more"]) == (["base", *newest[1:4]], True)
+            assert (await listed("/v1/models", after=page["last_id"]))[0] == newest[4:]
+            for path in ("/v1/files", "/v1/models"):
+                refused = await client.get(path, params={"after": "file-none"})
+                assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_cursor")
+            for file_id in newest[:-1]:
+                await bench.service.remove(file_id, T)
+            assert (await listed("/v1/files"))[0] == newest[-1:]
+            await bench.service.remove(newest[-1], T)
+            shown, page = await listed("/v1/files")
+            assert (shown, page["first_id"], page["last_id"]) == ([], None, None)
 
     run(scenario)
