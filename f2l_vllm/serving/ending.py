@@ -135,7 +135,7 @@ class _Answer:
         error = errors.shutting_down()
         try:
             if not self._started:
-                await errors.response(error)(self._scope, self._receive, self._send)
+                await errors.response(error, self._scope)(self._scope, self._receive, self._send)
             elif self._is_events:
                 event = errors.chunk(error)
                 if self._scope["path"].endswith("/messages"):
@@ -169,7 +169,7 @@ class LastWords:
             await self._app(scope, receive, send)
             return
         if self._ending.is_stopping:
-            await errors.response(errors.shutting_down())(scope, receive, send)
+            await errors.response(errors.shutting_down(), scope)(scope, receive, send)
             return
         answer = _Answer(scope, receive, send)
         self._ending.answers.add(answer)
