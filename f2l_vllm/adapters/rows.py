@@ -88,7 +88,9 @@ def count_bytes(connection: Connection, tenant: str, more: int, limit: int | Non
     kept = connection.scalar(select(usage.c.bytes).where(of_tenant))
     if limit is not None and (kept or 0) + more > limit:
         raise QuotaExceeded(f"{(kept or 0) / 1e6:.1f} MB of {limit / 1e6:.1f} are taken, and this has {more / 1e6:.1f}")
-    if kept is not None:
+    if kept is not None and kept + more <= 0:
+        connection.execute(delete(usage).where(of_tenant))
+    elif kept is not None:
         connection.execute(update(usage).where(of_tenant).values(bytes=usage.c.bytes + more))
     elif more > 0:
         connection.execute(insert(usage).values(tenant=tenant, bytes=more))
