@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 
@@ -67,9 +69,12 @@ def test_a_short_rest_joins_the_last_chunk(processor, tmp_path):
 
 @pytest.mark.parametrize("chunking", [Chunking(seconds=5, max_chunks=3), Chunking(frames=4, max_chunks=2)])
 def test_a_video_longer_than_all_chunks_says_how_to_change_it(processor, video, chunking):
-    with pytest.raises(VideoError, match="--max-chunks") as error:
+    with pytest.raises(VideoError, match=r"--chunk-\w+ \d+ or more") as error:
         cut_video(video, processor, chunking)
     assert error.value.code == "video_too_long"
+    name, least = re.search(r"--chunk-(\w+) (\d+)", str(error.value)).groups()
+    followed = Chunking(**{name: int(least)}, max_chunks=chunking.max_chunks)
+    assert len(cut_video(video, processor, followed)) <= chunking.max_chunks
 
 
 @pytest.mark.parametrize("values", [{}, {"seconds": 1, "frames": 1}, {"seconds": 0}, {"frames": 1, "max_chunks": 0}])
