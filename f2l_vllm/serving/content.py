@@ -25,7 +25,8 @@ HOW_VIDEOS = (
     "{'type': 'video_url', 'video_url': {'url': …}}"
 )
 _SCHEMES = ("data:", "http://", "https://")
-_TEXT = frozenset({"text", "annotations", "cache_control", "citations", "logprobs"})
+_BREAKPOINT = "prompt_cache_breakpoint"  # OpenAI's own hint to its cache, which nothing here reads
+_TEXT = frozenset({"text", "annotations", "cache_control", "citations", "logprobs", _BREAKPOINT})
 _TOOL = frozenset({"cache_control", "caller", "id", "input", "name"})
 
 # Every type of content part there is, in the words of all routes, and its keys besides `type`.
@@ -38,8 +39,8 @@ PARTS: Mapping[str, frozenset[str]] = {
     "refusal": frozenset({"refusal"}),
     "thinking": frozenset({"thinking", "closed", "signature"}),
     "redacted_thinking": frozenset({"data"}),
-    "image_url": frozenset({"image_url", "detail", "uuid"}),
-    "input_image": frozenset({"image_url", "detail"}),
+    "image_url": frozenset({"image_url", "detail", "uuid", _BREAKPOINT}),
+    "input_image": frozenset({"image_url", "detail", _BREAKPOINT}),
     "image": frozenset({"source", "cache_control"}),
     "file": frozenset({"file"}),
     "video_url": frozenset({"video_url"}),

@@ -34,7 +34,7 @@ def bodies(**options):
 
 @pytest.fixture
 def client():
-    return TestClient(bodies(), raise_server_exceptions=False)
+    return TestClient(bodies(), raise_server_exceptions=False, headers={"Content-Type": "text/plain"})
 
 
 def test_a_body_may_not_exceed_the_cap_whatever_it_claims(client):
@@ -89,7 +89,9 @@ def test_the_room_for_bodies_is_shared_and_given_back():
 
         async def post(tenant):
             sent = []
-            scope = {"type": "http", "method": "POST", "path": "/any", "headers": [], "state": {"tenant": tenant}}
+            headers = [(b"content-type", b"text/plain")]
+            scope = {"type": "http", "method": "POST", "path": "/any", "headers": headers, "state": {"tenant": tenant}}
+            scope |= {"query_string": b""}
 
             async def receive():
                 return {"type": "http.request", "body": b"x" * 100}

@@ -179,9 +179,10 @@ def test_our_signal_handlers_come_after_vllms_and_an_end_by_should_exit_runs_the
     assert source.index("app.state.server = server") < source.index("loop.create_task(server.serve")
     assert issubclass(launcher.NoSignalServer, uvicorn.Server)  # which sets none of its own
     serving = inspect.getsource(uvicorn.Server)
+    stopping = inspect.getsource(uvicorn.Server.shutdown)
     assert "if self.should_exit:" in serving
     assert "timeout=self.config.timeout_graceful_shutdown" in serving
-    assert serving.index("t.cancel(msg=") < serving.index("await self.lifespan.shutdown()")
+    assert stopping.index("t.cancel(msg=") < stopping.index("await self.lifespan.shutdown()")
     state = State({})
     compat.stop_http(state)
     compat.bound_http_shutdown(state, 1.0)
