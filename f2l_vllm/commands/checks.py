@@ -31,7 +31,8 @@ def gpus() -> int:
         return 0
     from ray._private.accelerators import get_accelerator_manager_for_resource
 
-    manager = get_accelerator_manager_for_resource("GPU")
+    if (manager := get_accelerator_manager_for_resource("GPU")) is None:
+        return 0
     visible = manager.get_current_process_visible_accelerator_ids()
     if visible is not None:
         hidden = next((i for i, name in enumerate(visible) if name.strip().startswith("-")), len(visible))

@@ -17,7 +17,7 @@ from f2l_vllm.serving.vllm_flags import TABLE
 
 # What a flag's values are, by which of these vLLM's own function takes; anything else is left to vLLM.
 _PROBES = ("7", "0.5", "1k", "word", '{"a": 1}')
-_KINDS = {
+_KINDS: dict[tuple[bool, ...], str] = {
     (True, False, False, False, False): "integer",
     (True, True, False, False, False): "number",
     (True, False, True, False, False): "amount",  # an integer that may end in k, M, G …
