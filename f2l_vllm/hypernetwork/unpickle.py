@@ -202,7 +202,10 @@ class _MakeParameter(_Inert):
         return data
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # typeshed names the one in C only
+_PythonUnpickler: Any = pickle._Unpickler  # the one in C has no instructions to replace
+
+
+class _Unpickler(_PythonUnpickler):
     def __init__(
         self,
         archive: zipfile.ZipFile,
@@ -245,7 +248,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # typeshed n
         self.load_setitems()
 
     dispatch = {  # noqa: RUF012
-        **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
+        **_PythonUnpickler.dispatch,
         pickle.SETITEM[0]: _set_item,
         pickle.SETITEMS[0]: _set_items,
     }

@@ -147,7 +147,8 @@ def install() -> None:
         if params is None or not params.params.json_object or self.backend is None:
             stock_init(self, request)
             return
-        params.grammar = ready = Future()  # compiled once, then taken from the compiler's cache
+        ready: Future[Any] = Future()
+        params.grammar = ready  # compiled once, then taken from the compiler's cache
         try:
             ready.set_result(self._create_grammar(request))
         except Exception as error:

@@ -271,7 +271,8 @@ async def _listed(page: _Page, after: str | None, limit: int, stored: int | None
             listed, found, follows = await run(_lister(), rest)
             last, left = found[-1:] or last, left - len(found)
             yield "".join(f",{text}" for text in listed)
-        ends: dict[str, Any] = {"first_id": (first or [None])[0], "last_id": (last or [None])[0], "has_more": follows}
+        ends: dict[str, Any] = {"first_id": next(iter(first), None), "last_id": next(iter(last), None)}
+        ends["has_more"] = follows
         if stored is not None:
             ends["f2l"] = {"stored_bytes": stored}
         yield "]," + json.dumps(ends)[1:]

@@ -213,7 +213,8 @@ def _key(path: Path) -> bytes:
 
 
 def _refused(error: VideoError, is_picture: bool) -> APIError:
-    code, message = error.code, error.message
+    code: str = error.code
+    message = error.message
     if is_picture and code in _OF_PICTURES:
         code, message = _OF_PICTURES[code], "The picture cannot be decoded within what it may cost: send a smaller one."
     elif is_picture:

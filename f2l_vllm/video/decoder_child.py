@@ -45,7 +45,7 @@ class _Videos:
             from f2l_vllm.video.picture import decode_picture  # few of these processes read pictures
 
             picture = decode_picture(path, request["max_pixels"], request["background"])[None]
-            return {"shape": picture.shape}, memoryview(np.ascontiguousarray(picture)).cast("B")
+            return {"shape": picture.shape}, np.ascontiguousarray(picture).data.cast("B")
         if self._last is None or self._last[0] != path:
             self._last = (path, read_timeline(path))
         frames = decode_frames(path, request["indices"], request["frame_count"], self._last[1], self._output_bytes)

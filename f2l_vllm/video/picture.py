@@ -27,7 +27,7 @@ def decode_picture(path: str | Path, max_pixels: int, background: Sequence[int])
     """
     Image.MAX_IMAGE_PIXELS = None  # checked below, against what the operator allows
     try:
-        image = Image.open(path, formats=FORMATS)
+        image: Image.Image = Image.open(path, formats=FORMATS)
         width, height = image.size
         if width * height > max_pixels:
             raise VideoError(
