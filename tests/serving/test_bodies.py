@@ -85,7 +85,8 @@ def test_the_room_for_bodies_is_shared_and_given_back():
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": b""})
 
-        app = Faults(Bodies(slow, max_body_bytes=100, max_images=2, has_tenants=True, check=nothing), idle_seconds=5.0)
+        bodies = Bodies(slow, max_body_bytes=100, max_images=2, has_tenants=True, check=nothing)
+        app = Faults(bodies, idle_seconds=5.0)
 
         async def post(tenant):
             sent = []
@@ -111,6 +112,6 @@ def test_the_room_for_bodies_is_shared_and_given_back():
         released.set()
         assert await asyncio.gather(*waiting) == [200] * 4
         assert await post("a") == 200
-        assert not app._held
+        assert not bodies._held
 
     asyncio.run(run())

@@ -79,9 +79,9 @@ def test_an_answer_that_its_constraint_ended_is_not_the_servers_fault():
     async def check(constraint, tenant):
         return None
 
-    client = engine(error=GenerationError())
-    compat_grammars.try_before_generating(client, check)
     for constraint, code in ((StructuredOutputsParams(json_object=True), "structured_output_failed"), (None, None)):
+        client = engine(error=GenerationError())
+        compat_grammars.try_before_generating(client, check)
         params = SimpleNamespace(structured_outputs=constraint)
         with pytest.raises(GenerationError) as error:
             asyncio.run(everything(client.generate("x", params, "id")))

@@ -36,7 +36,7 @@ BROKEN = {
 }  # fmt: skip
 SLOW = {
     "repetition in repetition": ("regex", "((a{1,100}){1,100}){1,100}"),
-    "ambiguity": ("grammar", 'root ::= root root | "a" | ""'),
+    "ambiguity": ("grammar", 'root ::= root root root | "a" | ""'),
 }
 
 
