@@ -115,6 +115,8 @@ def environment(given: Mapping[str, str], flags: Sequence[str]) -> dict[str, str
     # The process that looks after semaphores says that it has done so, when an engine was killed.
     known = [given["PYTHONWARNINGS"]] if given.get("PYTHONWARNINGS") else []
     env = {"PYTHONWARNINGS": ",".join([*known, "ignore:resource_tracker"])}
+    if _LEVEL != logging.DEBUG:  # it speaks before a plugin can adopt it, of configurations that work
+        env["TRANSFORMERS_VERBOSITY"] = given.get("TRANSFORMERS_VERBOSITY") or "error"
     own = ("--log-config-file", "--log_config_file", "--logging-config", "--logging_config")
     if any(flag.startswith(own) for flag in flags) or given.get("VLLM_CONFIGURE_LOGGING", "1") == "0":
         return env

@@ -37,7 +37,8 @@ def test_a_file_is_pinned_and_let_go(server, clips):
     assert file["expires_at"] >= file["created_at"] + 3600
     for content in ("", "[]", '{"f2l": {"pinned": 1}}', "[" * 10000, b"\xff"):
         answer = update(server, file["id"], content)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] in ("invalid_request", "invalid_json", "request_too_complex")
     assert update(server, "file-none", '{"f2l": {"pinned": true}}').json()["error"]["code"] == "video_not_found"
     server.client.files.delete(file["id"])
 
