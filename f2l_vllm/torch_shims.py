@@ -36,9 +36,9 @@ def with_torch() -> None:
 
 def install() -> None:
     """Make torchvision and torchaudio importable, and a broken torchcodec read as absent. Idempotent."""
-    if not _keep_alive and not _is_imported("torchvision") and _is_broken("torchvision", "_C*.so"):
-        import torch
+    import torch  # which may call this meanwhile, so that what follows finds it done
 
+    if not _keep_alive and not _is_imported("torchvision") and _is_broken("torchvision", "_C*.so"):
         library = torch.library.Library("torchvision", "FRAGMENT")
         for schema in _SCHEMAS:
             library.define(schema)

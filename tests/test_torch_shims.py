@@ -49,3 +49,7 @@ def test_a_process_in_which_torch_loads_no_backends_is_served_by_our_own_call(en
     code = f"{LOOKED}; import torch; from f2l_vllm import torch_shims; torch_shims.install()"
     code += "; from transformers import audio_utils; import torchvision"
     run(code, {**environment, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})
+
+
+def test_our_own_call_may_be_what_brings_torch_in(environment: dict[str, str]) -> None:
+    run("from f2l_vllm import torch_shims; torch_shims.install(); import torchvision, torchaudio", environment)
