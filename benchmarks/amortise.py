@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import suite as suites
 from benchmarks.arms import ARMS, Arm
 from benchmarks.askers import Askers
@@ -19,6 +17,7 @@ from benchmarks.costs import Costs
 from benchmarks.results_file import ResultsFile, Row
 from benchmarks.servers import Room
 from benchmarks.shapes import Subject
+from f2l_vllm.evaluation.percentiles import percentiles
 
 Say = Callable[[str], None]
 _SEQUENCES = 2
@@ -112,7 +111,7 @@ def _row(arm: Arm, suite: suites.Amortise, rounds: list[list[float]]) -> Row:
         "first_ttft_ms": round(times[0], 3),
         "later_ttft_ms": {
             "median": round(statistics.median(later), 3),
-            "p90": round(float(np.percentile(later, 90)), 3),
+            **{name: round(value, 3) for name, value in percentiles(later, (90,)).items()},
         },
         "ttft_ms": [round(value, 3) for value in times],
         "cumulative_ttft_ms": [round(value, 3) for value in itertools.accumulate(times)],

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import suite as suites
 from benchmarks.arms import ARMS, Arm
 from benchmarks.askers import Askers
@@ -18,6 +16,7 @@ from benchmarks.costs import Costs
 from benchmarks.results_file import ResultsFile, Row
 from benchmarks.servers import Room
 from benchmarks.shapes import Subject
+from f2l_vllm.evaluation.percentiles import percentiles
 
 Say = Callable[[str], None]
 _SEQUENCES = 2
@@ -114,7 +113,7 @@ def _row(
     times = [answer.ttft * 1e3 for answer in answers]
     timed = {
         "median": round(statistics.median(times), 3),
-        "p90": round(float(np.percentile(times, 90)), 3),
+        **{name: round(value, 3) for name, value in percentiles(times, (90,)).items()},
         "all": [round(value, 3) for value in times],
     }
     tokens = statistics.median_low(answer.prompt_tokens for answer in answers)

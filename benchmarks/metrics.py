@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.client import Answer
+from f2l_vllm.evaluation.percentiles import percentiles
 
 PERCENTILES = (50, 90, 95, 99)
 
 
 def summary(answers: Sequence[Answer], seconds: float, slo: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Throughput, goodput and percentiles.
+    """Throughput, goodput and percentiles, of which those are left out that so few answers do not carry.
 
     Args:
         seconds: from the first question to the last answer.
@@ -52,7 +53,7 @@ def _spread(name: str, milliseconds: np.ndarray) -> dict[str, float]:
         f"median_{name}_ms": float(np.median(milliseconds)),
         f"std_{name}_ms": float(milliseconds.std()),
     }
-    return figures | {f"p{p}_{name}_ms": float(np.percentile(milliseconds, p)) for p in PERCENTILES}
+    return figures | {f"{p}_{name}_ms": value for p, value in percentiles(milliseconds, PERCENTILES).items()}
 
 
 def _value(answer: Answer, name: str) -> float:

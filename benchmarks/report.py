@@ -108,7 +108,7 @@ def _throughput(rows: list[Result]) -> tuple[list[str], list[list[str]]]:
         spread = [f"{p}_{of}_ms" for of in ("ttft", "tpot", "e2el") for p in ("median", "p99")]
         rates = [_figure(row["request_throughput"], 3), _figure(row.get("request_goodput"), 3)]
         cells.append(
-            [row["arm"], row["popularity"], str(row["concurrency"]), *rates, *(_figure(row[s], 1) for s in spread)]
+            [row["arm"], row["popularity"], str(row["concurrency"]), *rates, *(_figure(row.get(s), 1) for s in spread)]
         )
     return header, cells
 

@@ -9,6 +9,7 @@ import typer
 
 from f2l_vllm import __version__
 from f2l_vllm.commands import measuring, serving, training
+from f2l_vllm.commands.files import Overwrite, keep
 from f2l_vllm.commands.manifest import app as manifest_app
 from f2l_vllm.commands.options import (
     DEFAULT_MODEL,
@@ -153,6 +154,7 @@ def evaluate(
     diagnostics: Annotated[bool, typer.Option("--diagnostics", help="Also where in an adapter answers are.")] = False,
     plots: Annotated[Path | None, typer.Option(help="Folder for plots of all that was measured.")] = None,
     browse: Annotated[Path | None, typer.Option(help="Folder for a page of videos and answers; must be new.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Say how good answers are: from adapters, from frames in context, from neither, under another video's adapter."""
     import os
@@ -161,6 +163,7 @@ def evaluate(
     from f2l_vllm.commands.evaluation_extras import Extras
     from f2l_vllm.evaluation.setup import JudgeSetup, Setup
 
+    keep(json_to, markdown_to, plots, overwrite=overwrite)
     if (judge_base_url is None) != (judge_model is None):
         raise typer.BadParameter("a judge is an endpoint and a model: give --judge-base-url and --judge-model")
     judge = None

@@ -14,6 +14,7 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
+from f2l_vllm.commands.progress import status
 from f2l_vllm.commands.server_process import ServerFailed, ServerProcess
 
 console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
@@ -41,7 +42,7 @@ def demo(video: Path | None, model: str, hypernetwork: str | None, port: int | N
         flags = [] if hypernetwork is None else ["--hypernetwork", hypernetwork]
         server = ServerProcess(model, Path(folder) / "home", *flags, port=port)
         try:
-            with console.status(f"starting Ray, hypernetwork worker and vLLM (log: {server.log})"):
+            with status(console, f"starting Ray, hypernetwork worker and vLLM (log: {server.log})"):
                 server.wait_ready()
             console.print(f"server ready after {time.perf_counter() - started:.1f} s: {server.url}")
             client = OpenAI(base_url=f"{server.url}/v1", api_key="none")

@@ -16,11 +16,11 @@ from typing import Any
 import typer
 from openai import APIError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from f2l_vllm import models
 from f2l_vllm.commands.evaluation_extras import Extras
 from f2l_vllm.commands.files import write_whole
+from f2l_vllm.commands.progress import Tell, progress
 from f2l_vllm.commands.server_process import ServerFailed
 from f2l_vllm.evaluation import report
 from f2l_vllm.evaluation.questions import QuestionSet
@@ -54,7 +54,7 @@ class Source:
         if self.manifest is None and self.split is not None:
             raise ValueError("--split chooses from a manifest: give --manifest, or name the world's split with --world")
 
-    def questions(self, work: Path, bars: Bars) -> QuestionSet:
+    def questions(self, work: Path, bars: Tell) -> QuestionSet:
         """Write or find the videos, and the questions about them."""
         if self.manifest is not None:
             return manifest_questions(
@@ -76,19 +76,6 @@ class Source:
         return sample_scenes(self.videos, self.seed, self.world or "held-out")
 
 
-class Bars:
-    """A progress bar per stage."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._tasks: dict[str, Any] = {}
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total)
-        self._progress.update(self._tasks[stage], completed=done, total=total)
-
-
 def run(
     source: Source, setup: Setup, extras: Extras, work: Path | None, json_to: Path | None, markdown_to: Path | None
 ) -> None:
@@ -100,8 +87,7 @@ def run(
         try:
             if setup.base_url is None:
                 models.resolve_hypernetwork(setup.model, setup.hypernetwork)  # said before any video is made
-            with _progress() as progress:
-                bars = Bars(progress)
+            with progress(console) as bars:
                 questions = source.questions(folder, bars)
                 result = evaluate(questions, setup, folder, bars)
                 result |= extras.measure(questions, source.scenes(), setup, folder, bars)
@@ -134,11 +120,6 @@ def show(result: dict[str, Any]) -> None:
     unjudged = sum(scores.get("unjudged", 0) for scores in result["arms"].values())
     if unjudged:
         console.print(f"{unjudged} answers have no judge's score: its replies held none", style="yellow")
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console)
 
 
 def _command() -> str:

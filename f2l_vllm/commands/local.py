@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from f2l_vllm import models, torch_shims
+from f2l_vllm.commands.progress import progress, status
 from f2l_vllm.hypernetwork.locate import locate
 
 if TYPE_CHECKING:
@@ -36,17 +36,13 @@ class Reading:
 _STAGES = ("decode", "encode", "generate")
 
 
-def _bar() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True)
-
-
 def _internalizer(model: str, hypernetwork: str | None, merge_rate: float = 0.0) -> tuple[Internalizer, Path]:
     try:
         directory, weights = models.resolve(model), models.resolve_hypernetwork(model, hypernetwork)
         torch_shims.install()
         from f2l_vllm.hypernetwork.internalizer import Internalizer
 
-        with console.status("loading model and hypernetwork"):
+        with status(console, "loading model and hypernetwork"):
             return Internalizer.load(directory, weights, merge_rate=merge_rate), directory
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -62,12 +58,11 @@ def _read(internalizer: Internalizer, video: Path, reading: Reading) -> Adapter:
     if reading.chunk_seconds is not None or reading.chunk_frames is not None:
         chunking = Chunking(reading.chunk_seconds, reading.chunk_frames, reading.max_chunks)
 
-    with _bar() as bar:
-        task = bar.add_task("decode", total=len(_STAGES))
+    with progress(console) as tell:
 
         def report(stage: str, fraction: float) -> None:
             if stage in _STAGES:
-                bar.update(task, description=stage, completed=_STAGES.index(stage) + fraction)
+                tell(stage, fraction, 1)
 
         try:
             return internalizer.internalize(video, on_progress=report, chunking=chunking)
@@ -93,28 +88,36 @@ def internalize(video: Path, output: Path, model: str, hypernetwork: str | None,
 
 def ask(video: Path, question: str, model: str, hypernetwork: str | None, max_tokens: int) -> None:
     """Answer from the adapter with transformers, here and now: a plain text prompt, no visual token."""
+    _check_question(question)
     internalizer, _ = _internalizer(model, hypernetwork)
-    adapter = _read(internalizer, video, Reading())
     from f2l_vllm.hypernetwork.adapter import apply_adapter
+    from f2l_vllm.hypernetwork.base_model import check_length
 
     processor, base = internalizer.processor, cast(Any, internalizer.model)  # transformers leaves `generate` untyped
     message = [{"role": "user", "content": [{"type": "text", "text": question}]}]
     inputs = processor.apply_chat_template(
         message, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(base.device)
-    with console.status("answering"), apply_adapter(base, adapter):
+    try:
+        check_length(base, inputs["input_ids"].shape[1], max_tokens)  # before the video is read
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    adapter = _read(internalizer, video, Reading())
+    with status(console, "answering"), apply_adapter(base, adapter):
         output = base.generate(**inputs, do_sample=False, max_new_tokens=max_tokens)
     answer = output[0, inputs["input_ids"].shape[1] :]
-    console.print(processor.decode(answer, skip_special_tokens=True).strip())
+    text = processor.decode(answer, skip_special_tokens=True).strip()
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def ask_server(video: Path, question: str, url: str, api_key: str, max_tokens: int) -> None:
     """Upload to a running server and ask there; the same bytes are internalized once."""
     from openai import APIError, OpenAI
 
+    _check_question(question)
     try:
-        client = OpenAI(base_url=url, api_key=api_key)
-        with console.status("uploading and internalizing"):
+        client = OpenAI(base_url=_api(url), api_key=api_key)
+        with status(console, "uploading and internalizing"):
             file = client.files.create(file=video, purpose="vision")
             file = client.files.wait_for_processing(file.id, poll_interval=0.2)
         message = [{"role": "user", "content": question}]
@@ -127,7 +130,19 @@ def ask_server(video: Path, question: str, url: str, api_key: str, max_tokens: i
     except APIError as error:
         console.print(f"[red]{error.code or type(error).__name__}[/]: {error.message}")
         raise typer.Exit(1) from error
-    console.print(answer.choices[0].message.content)
+    console.print((answer.choices[0].message.content or "").strip(), markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_question(question: str) -> None:
+    if not question.strip():
+        raise typer.BadParameter("the question is empty: ask something")
+
+
+def _api(url: str) -> str:
+    """The address of a server's API, whether or not its version was given with it."""
+    from urllib.parse import urlsplit
+
+    return url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"
 
 
 def convert(checkpoint: str, output: Path, base_model: str | None, dtype: str | None) -> None:
@@ -145,7 +160,7 @@ def convert(checkpoint: str, output: Path, base_model: str | None, dtype: str | 
 
     dtypes = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
     try:
-        with console.status("reading the checkpoint"):
+        with status(console, "reading the checkpoint"):
             hypernetwork = Hypernetwork.load(found, base_model=base_model, dtype=None)
             hypernetwork.save(output, dtypes[dtype])
     except (ValueError, FileExistsError) as error:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from f2l_vllm import torch_shims
+from f2l_vllm.commands.files import Overwrite, keep
+from f2l_vllm.commands.progress import progress
 
 if TYPE_CHECKING:
     from f2l_vllm.training.inspection import Rejection
@@ -66,8 +67,10 @@ def finevideo(
     seed: Seed = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many examples; default: all there are.")] = None,
     report: Report = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Single scenes, adjacent scenes and whole videos of FineVideo, 60/30/10, with targets from its metadata."""
+    keep(output, report, overwrite=overwrite)
     torch_shims.install()
     from f2l_vllm.training.finevideo import build_manifest
     from f2l_vllm.training.manifest import write_manifest
@@ -95,8 +98,10 @@ def check(
     clean: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Write the manifest without bad videos to this file.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Inspect every video of a manifest, and its spans. Without --clean, bad ones make the exit code 1."""
+    keep(clean, report, overwrite=overwrite)
     torch_shims.install()
     from f2l_vllm.training.inspection import inspect_examples
     from f2l_vllm.training.manifest import read_manifest, write_manifest
@@ -123,17 +128,9 @@ def as_usage_errors() -> Iterator[None]:
 
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal; the function takes how many are done and how many there are."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    """Progress of one stage; the function takes how many are done and how many there are."""
+    with progress(console) as tell:
+        yield lambda done, total: tell(what, done, total)
 
 
 def tell_rejections(rejections: Sequence[Rejection], report: Path | None) -> None:

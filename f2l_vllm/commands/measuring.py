@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from f2l_vllm import models
+from f2l_vllm.commands.files import Overwrite, keep
 
 SHAPES = ("tiny", "500m", "2.2b")
 
@@ -43,6 +44,7 @@ def bench(
         Path | None,
         typer.Option(help="Folder for models, videos and servers' data, kept; default: temporary.", file_okay=False),
     ] = None,
+    overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the cells that are in the JSON file.")] = False,
     plots: Annotated[Path | None, typer.Option(help="Folder for plots.", file_okay=False)] = None,
     markdown_to: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here.")] = None,
@@ -68,9 +70,12 @@ def bench(
             raise ValueError(f"no shape {shape!r}: give one of {', '.join(SHAPES)}, or any model with --model")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    json_to = json_to or Path(f"{Path(suite).stem}.json")
+    ways = "--resume keeps its cells, "
+    keep(json_to, overwrite=overwrite or resume, ways=ways)
+    keep(markdown_to, plots, overwrite=overwrite or resume)
     from f2l_vllm.commands.bench import bench as run  # what measures is loaded when it is known what to measure
 
-    json_to = json_to or Path(f"{Path(suite).stem}.json")
     run(chosen, shape, model, hypernetwork, work, resume, json_to, plots, markdown_to)
 
 
@@ -88,8 +93,10 @@ def plan(
         int | None, typer.Option(min=1, help="Longest edge of the videos; the nearest measured is read.")
     ] = None,
     json_to: Annotated[Path | None, typer.Option("--json", help="Write the plan here.", dir_okay=False)] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Say from measured tables which is cheapest: adapters, KV caches, or the frames in context; show the sums."""
+    keep(json_to, overwrite=overwrite)
     from benchmarks.planner import Need
     from f2l_vllm.commands.plan import plan as run
 

@@ -9,6 +9,7 @@ import typer
 
 from f2l_vllm import models, torch_shims
 from f2l_vllm.commands.manifest import as_usage_errors, console, counting, tell_rejections
+from f2l_vllm.commands.progress import status
 
 if TYPE_CHECKING:
     from f2l_vllm.training.teacher import Teacher
@@ -29,7 +30,7 @@ def write_locally(
     from f2l_vllm.training.teacher import LocalTeacher
     from f2l_vllm.video.sample import Sampling
 
-    with as_usage_errors(), console.status("loading the teacher"):
+    with as_usage_errors(), status(console, "loading the teacher"):
         sampling = Sampling(max_frames, fps)
         teacher = LocalTeacher.load(models.resolve(model), model, max_tokens=max_tokens, sampling=sampling)
     _write(manifest, output, teacher, shard, report)

@@ -9,16 +9,21 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from f2l_vllm import torch_shims
+from f2l_vllm.commands.progress import progress
 
 console = Console()
+
+_FINISHED = ("hypernetwork", "training.json")
+_SHAPE = ("rank", "latent_size", "blocks", "modules")
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")]
 
 NewModules = Annotated[str, typer.Option(help="Linears a new hypernetwork adapts, separated by commas.")]
 
 
 def train(
+    context: typer.Context,
     output: Annotated[Path, typer.Argument(help="Folder for the hypernetwork; an unfinished run in it goes on.")],
     manifest: Annotated[list[Path], typer.Option(help="JSONL manifest; may be given several times.")],
     model: Annotated[str, typer.Option(help="Base model: shipped model, directory, or hub id.")] = "f2l-tiny",
@@ -46,13 +51,25 @@ def train(
     kl: Annotated[float, typer.Option(min=0.0, help="Weight of the divergence from the model with frames.")] = 0.0,
     precision: Annotated[str, typer.Option(help="fp32 or bf16; weights stay in fp32.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Seed of weights, order and choices.")] = 0,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Go on from the finished run in the folder, for --steps or --epochs more.")
+    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a hypernetwork for any SmolVLM from manifests. Goes on where it was killed; `torchrun` shares the steps."""
     from f2l_vllm import models
     from f2l_vllm.hypernetwork.config import check_module
+    from f2l_vllm.training import folder
     from f2l_vllm.training.manifest import read_manifest
 
+    if hypernetwork is not None and extend:
+        raise typer.BadParameter("--extend starts from the hypernetwork in the folder: leave out --hypernetwork")
+    given = [name for name in _SHAPE if _is_given(context, name)]
+    if given and (extend or hypernetwork is not None):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise typer.BadParameter(f"{flags}: only a new hypernetwork takes its shape from flags; this one has its own")
     try:  # what needs no torch, which takes seconds to load
+        folder.check(output, _FINISHED, overwrite=overwrite, extend=extend)
         examples = [example for path in manifest for example in read_manifest(path, split)]
         held_out = [] if validation is None else read_manifest(validation)
         directory = models.resolve(model)
@@ -72,8 +89,8 @@ def train(
     from f2l_vllm.hypernetwork.base_model import module_sizes, text_model_of
     from f2l_vllm.hypernetwork.config import HypernetworkConfig
     from f2l_vllm.hypernetwork.model import Hypernetwork
-    from f2l_vllm.training.loop import LOG_FILE, Loop
-    from f2l_vllm.training.trainer import RUN_FOLDER, Trainer, TrainingOptions, train_to
+    from f2l_vllm.training.loop import Loop
+    from f2l_vllm.training.trainer import Trainer, TrainingOptions, train_to
 
     try:
         options = TrainingOptions(
@@ -91,7 +108,15 @@ def train(
         )
         base = AutoModelForImageTextToText.from_pretrained(str(directory), dtype="auto")
         processor = AutoProcessor.from_pretrained(str(directory))
-        if weights is not None:
+        run = output / folder.RUN_FOLDER
+        loop = Loop(run, seed=seed)
+        if loop.is_main:
+            folder.prepare(output, overwrite=overwrite, extend=extend)
+        loop.wait()
+        if extend:
+            start = run / folder.START_FOLDER / "hypernetwork"
+            hyper = Hypernetwork.load(start, base_model=str(directory))
+        elif weights is not None:
             hyper = Hypernetwork.load(weights, base_model=str(directory))
         else:
             torch.manual_seed(seed)
@@ -109,18 +134,13 @@ def train(
             )
         if longest_edge is not None:
             hyper.config = replace(hyper.config, longest_edge=longest_edge)
-        with _bar() as bar:
-            task = bar.add_task("training", total=1.0)
-            loop = Loop(
-                output / RUN_FOLDER,
-                seed=seed,
-                on_progress=lambda stage, done: bar.update(task, description=stage, completed=done),
-            )
+        with progress(console) as tell:
+            loop.on_progress = lambda stage, done: tell(stage, done, 1)
             report = train_to(output, Trainer(base, processor, hyper, loop), examples, options, held_out)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     if loop.is_main:
-        plot_training(output / LOG_FILE, output)
+        plot_training(output / folder.LOG_FILE, output)
         console.print_json(data=report)
 
 
@@ -133,23 +153,24 @@ def make_model(
         typer.Option(help="Train only a hypernetwork, for the model in this folder.", exists=True, file_okay=False),
     ] = None,
     score_scenes: Annotated[int, typer.Option(min=0, help="Held-out scenes asked about in the end.")] = 512,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make the default model from nothing: the synthetic world, a tiny SmolVLM, its hypernetwork, and their scores."""
     torch_shims.install()
     from f2l_vllm.evaluation.plots import plot_training
     from f2l_vllm.training import make_model as run
-    from f2l_vllm.training.loop import LOG_FILE
+    from f2l_vllm.training.folder import LOG_FILE
 
     try:
-        with _bar() as bar:
-            task = bar.add_task("starting", total=1.0)
+        with progress(console) as tell:
             report = run(
                 output,
                 seed=seed,
                 scale=scale,
                 base=base,
                 score_scenes=score_scenes,
-                on_progress=lambda stage, done: bar.update(task, description=stage, completed=done),
+                overwrite=overwrite,
+                on_progress=lambda stage, done: tell(stage, done, 1),
             )
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
@@ -165,6 +186,6 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise ValueError(f"{text!r} is no list of whole numbers; write them like 8,12,16.") from error
 
 
-def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

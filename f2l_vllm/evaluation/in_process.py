@@ -25,6 +25,7 @@ from f2l_vllm.evaluation.questions import (
 )
 from f2l_vllm.evaluation.server import OnReply, OnSkip
 from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter
+from f2l_vllm.hypernetwork.base_model import check_length
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.hypernetwork.merging import tokens_of_frames, without_merged
 from f2l_vllm.video.chunks import Chunking
@@ -132,6 +133,7 @@ class TransformersAnswers:
             inputs = self._merged(inputs, video)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
+        check_length(self._model, int(inputs["attention_mask"].sum(1).max()), self._max_tokens)
         with apply_adapter(self._model, adapter) if adapter else nullcontext():
             output = self._model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
         answers = self._processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from f2l_vllm.evaluation.answers import ANSWERS_FILE, Answer, read_answers
+from f2l_vllm.evaluation.percentiles import percentiles
 from f2l_vllm.evaluation.questions import ADAPTER, FRAMES, QuestionSet
 from f2l_vllm.evaluation.run import Progress, evaluate
 from f2l_vllm.evaluation.scores import Scores
@@ -59,7 +60,7 @@ def sweep(
         as JSON: `metric`, `rows`, one per number of frames, resolution and arm, and `skipped`, what could not be asked.
         A row has `frames, resolution, arm, score, ci95, n, videos, ttft_ms, prompt_tokens, visual_tokens, through`.
         `ttft_ms` (None without a server) has `first`, the first question about a video in an arm, and `later`, those
-        for which the server has the prompt's beginning cached; each with `median`, `p90` and `n`.
+        for which the server has the prompt's beginning cached; each with `median`, `n` and, of ten or more, `p90`.
 
     Raises:
         ValueError: a running server, whose number of frames is fixed; else as `evaluate`.
@@ -111,8 +112,8 @@ def _first_token(answers: Iterable[Answer]) -> dict[str, Any] | None:
 
 
 def _spread(times: list[float]) -> dict[str, Any]:
-    median, high = np.percentile(times, (50, 90))
-    return {"median": round(float(median), 2), "p90": round(float(high), 2), "n": len(times)}
+    high = {name: round(value, 2) for name, value in percentiles(times, (90,)).items()}
+    return {"median": round(float(np.median(times)), 2), **high, "n": len(times)}
 
 
 def _prefixed(on_progress: Progress | None, prefix: str) -> Callable[[str, int, int], None] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from f2l_vllm.hypernetwork.config import ATTENTION_MODULES, HypernetworkConfig, check_module
@@ -81,4 +83,20 @@ def check_fit(model: nn.Module, config: HypernetworkConfig) -> None:
             f"The hypernetwork was made for {config.base_model!r} and does not fit the model {name_of(model)!r}: "
             + "; ".join(differences)
             + f". Load {config.base_model!r}, or a hypernetwork trained for this model."
+        )
+
+
+def check_length(model: nn.Module, prompt_tokens: int, max_tokens: int = 0) -> None:
+    """Whether a prompt and the longest answer to it are within what the model reads.
+
+    Raises:
+        ValueError: they are not; beyond it a model answers nonsense without an error.
+    """
+    config: Any = text_model_of(model).config
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and prompt_tokens + max_tokens > most:
+        answer = f" and an answer of up to {max_tokens}" if max_tokens else ""
+        raise ValueError(
+            f"{name_of(model)} reads at most {most} tokens, and this is a prompt of {prompt_tokens}{answer}: "
+            "ask in fewer words, take fewer frames, or allow a shorter answer"
         )

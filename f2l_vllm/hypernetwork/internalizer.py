@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from f2l_vllm.hypernetwork.adapter import Adapter, Factors
-from f2l_vllm.hypernetwork.base_model import check_fit, name_of
+from f2l_vllm.hypernetwork.base_model import check_fit, check_length, name_of
 from f2l_vllm.hypernetwork.batching import group_by_length, run_groups
 from f2l_vllm.hypernetwork.encoder import VideoEncoder, pad_mask
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.video.chunks import ChunkedVideo, Chunking, cut_video
 from f2l_vllm.video.decoder import Decoder
+from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.probe import Limits
 from f2l_vllm.video.sample import SampledVideo, Sampling, sample_video
 
@@ -175,7 +176,7 @@ class Internalizer:
     def internalize_frames(self, sampled: SampledVideo, on_progress: Progress | None = None) -> Adapter:
         """As `internalize`, from frames that were decoded elsewhere."""
         report = on_progress or _no_progress
-        (generated,) = self._run([sampled], [self.encoder.tokens(sampled)], report)
+        (generated,) = self._run([sampled], [self._tokens(sampled)], report)
         report("compose", 0.0)
         adapter = self._compose([generated])
         report("compose", 1.0)
@@ -222,7 +223,7 @@ class Internalizer:
             decoding = perf_counter() - started
             if index == 0:
                 report("decode", 1.0)
-            (one,) = self._run([sampled], [self.encoder.tokens(sampled)], part)
+            (one,) = self._run([sampled], [self._tokens(sampled)], part)
             one.info["seconds"] = {"decode": decoding, **one.info["seconds"]}
             generated.append(one)
         report("generate", 1.0)
@@ -232,6 +233,14 @@ class Internalizer:
         adapter.info["spans"] = [list(span) for span in chunked.spans]
         report("compose", 1.0)
         return adapter
+
+    def _tokens(self, sampled: SampledVideo) -> Tensor:
+        ids = self.encoder.tokens(sampled)
+        try:
+            check_length(self.model, len(ids))
+        except ValueError as error:
+            raise VideoError("video_too_long", f"{error}; or cut it into chunks") from error
+        return ids
 
     def _generate(self, videos: Sequence[SampledVideo], max_tokens: int | None) -> list[_Generated]:
         ids = [self.encoder.tokens(sampled) for sampled in videos]

@@ -136,6 +136,31 @@ def wrap_servings(state: State, wrap_chat: Callable[[Any], Any], wrap_completion
         state.openai_serving_completion = wrap_completion(state.openai_serving_completion)
 
 
+def wrap_chat_answers(state: State, wrap: Callable[[Any], Any]) -> None:
+    """Put `wrap` around the methods that answer chats, before `wrap_servings`: each takes the chat's request first.
+
+    `/v1/messages` is answered by `create_chat_completion` of its own handler, and in its own words after.
+    """
+    for name, method in (
+        ("openai_serving_chat", "create_chat_completion"),
+        ("openai_serving_chat_batch", "create_batch_chat_completion"),
+        ("anthropic_serving_messages", "create_chat_completion"),
+    ):
+        if (serving := getattr(state, name, None)) is not None:
+            setattr(serving, method, wrap(getattr(serving, method)))
+
+
+def rendered(chat: Any, messages: list[Any], add_generation_prompt: bool) -> str:
+    """The text that the template of vLLM's chat handler makes of messages; any error where it makes none."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    request = ChatCompletionRequest(messages=messages, add_generation_prompt=add_generation_prompt)
+    params = request.build_chat_params(chat.chat_template, chat.chat_template_content_format)
+    defaults = {**(chat.default_chat_template_kwargs or {}), "tokenize": False}
+    _, prompt = chat.renderer.render_messages(request.messages, params.with_defaults(defaults))
+    return str(prompt["prompt"])
+
+
 def noting_visual_tokens(chat: Any) -> Any:
     """vLLM's chat handler, whose `render_chat_request` (conversation and engine's prompts) fills `visual_tokens`."""
     render = chat.render_chat_request

@@ -6,6 +6,7 @@ Named `f2l_files` in `VLLM_PLUGINS`; settings come from the environment (`f2l_vl
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 from argparse import Namespace
@@ -31,7 +32,7 @@ from f2l_vllm.adapters.store import Store  # noqa: E402
 from f2l_vllm.hypernetwork.config import read_config  # noqa: E402
 from f2l_vllm.pool.messages import WorkerSpec  # noqa: E402
 from f2l_vllm.pool.process import PoolProcess  # noqa: E402
-from f2l_vllm.serving import compat, compat_errors, compat_grammars, media  # noqa: E402
+from f2l_vllm.serving import compat, compat_errors, compat_grammars, media, separator  # noqa: E402
 from f2l_vllm.serving.asking import Asking  # noqa: E402
 from f2l_vllm.serving.bodies import Bodies  # noqa: E402
 from f2l_vllm.serving.composition import Composer  # noqa: E402
@@ -178,6 +179,9 @@ class F2LEndpointPlugin:
             keep=settings.max_composed,
         )
         asking = Asking(self._service, composer)
+        between = separator.find(functools.partial(compat.rendered, state.openai_serving_chat))
+        if between:
+            compat.wrap_chat_answers(state, functools.partial(separator.left_out, separator=between))
         compat.wrap_servings(
             state,
             lambda inner: ChatHandler(compat.noting_visual_tokens(inner), asking, base_names),

@@ -22,10 +22,10 @@ from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor, nn
 
 from f2l_vllm.hypernetwork.files import sync
+from f2l_vllm.training.folder import LOG_FILE
 from f2l_vllm.training.optimizer import MuonAdamW
 from f2l_vllm.training.stages import Losses, Progress, Randomness, report
 
-LOG_FILE = "log.jsonl"
 LOG_EVERY = 10  # steps
 
 

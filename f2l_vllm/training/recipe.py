@@ -7,21 +7,20 @@ versions give the same model.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from f2l_vllm.training import hypernetwork_stage, stages, vision_stage
+from f2l_vllm.training import folder, hypernetwork_stage, stages, vision_stage
 from f2l_vllm.training.checkpoint import build_model, build_processor, load_weights, save_checkpoint
-from f2l_vllm.training.loop import LOG_FILE, Loop
+from f2l_vllm.training.folder import REPORT_FILE
+from f2l_vllm.training.loop import Loop
 from f2l_vllm.training.score import score_model
 from f2l_vllm.training.vlm_stage import FIRST, REFINEMENT, train_vlm
 
 MODEL_NAME = "f2l-tiny"
-REPORT_FILE = "training.json"
 STEPS = {vision_stage.NAME: 800, FIRST.name: 1500, REFINEMENT.name: 500, hypernetwork_stage.NAME: 1200}
 FULL_MINUTES = 37.0  # of one quiet core, for STEPS
 _STAGES_FOLDER = ".stages"
@@ -35,6 +34,7 @@ def make_model(
     scale: float = 1.0,
     score_scenes: int = 512,
     base: str | Path | None = None,
+    overwrite: bool = False,
     on_progress: stages.Progress | None = None,
 ) -> dict[str, Any]:
     """Train the default model and its hypernetwork from nothing, one CPU thread a process, and write them.
@@ -47,6 +47,7 @@ def make_model(
         scale: factor on every stage's steps.
         score_scenes: held-out scenes asked about in the end; 0 leaves the scores out.
         base: a model directory written by this function: only a hypernetwork for its model is trained.
+        overwrite: start anew in a folder that holds a model or a run; otherwise such a model is refused.
         on_progress: called with a stage's name and how much of it is done, from 0 to 1.
 
     Returns:
@@ -54,18 +55,24 @@ def make_model(
         written to `training.json`, and the course of every stage to `log.jsonl`.
 
     Raises:
-        ValueError: a budget that leaves no step to train, or an output directory that holds another run.
+        ValueError: a budget that leaves no step to train, or an output directory that holds another run, or a
+            finished one.
     """
     scale = scale if minutes is None else minutes / FULL_MINUTES
     if not scale > 0:
         raise ValueError("training needs a positive number of minutes (or scale)")
     steps = {name: max(1, round(count * scale)) for name, count in STEPS.items()}
     output_dir = Path(output_dir)
+    finished = (REPORT_FILE, "config.json", "model.safetensors", "hypernetwork")
+    folder.check(output_dir, finished, run=_STAGES_FOLDER, overwrite=overwrite, extend=False)
     results: dict[str, dict[str, float]] = {}
     with stages.one_thread():
         processor = build_processor()
         model = build_model(processor, seed=seed)
         loop = Loop(output_dir / _STAGES_FOLDER, seed=seed, device=torch.device("cpu"), on_progress=on_progress)
+        if loop.is_main:
+            folder.prepare(output_dir, run=_STAGES_FOLDER, overwrite=overwrite, extend=False)
+        loop.wait()
         if base is None:
             results[vision_stage.NAME] = vision_stage.train_vision(
                 model, processor, loop, steps=steps[vision_stage.NAME]
@@ -87,8 +94,7 @@ def make_model(
             if score_scenes:
                 report["scores"] = score_model(output_dir, scenes=score_scenes)
             (output_dir / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
-            (output_dir / _STAGES_FOLDER / LOG_FILE).replace(output_dir / LOG_FILE)
-            shutil.rmtree(output_dir / _STAGES_FOLDER)
+            folder.end(output_dir, _STAGES_FOLDER)
     return report
 
 

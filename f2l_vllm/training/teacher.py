@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from f2l_vllm.hypernetwork.base_model import check_length
 from f2l_vllm.hypernetwork.encoder import VideoEncoder
 from f2l_vllm.training.clips import UnusableVideoError, clip_file, open_example
 from f2l_vllm.training.manifest import Example
@@ -25,6 +26,7 @@ from f2l_vllm.video.probe import Limits
 from f2l_vllm.video.sample import SampledVideo, Sampling
 
 REFUSED = "refused_by_server"
+TOO_LONG = "too_long_for_model"
 _QUESTIONS_AT_ONCE = 16
 _RETRIES = 5  # of a request to a server that is busy or starting again
 _REFUSALS = (400, 413, 422)  # of this video; any other error is the server's or the user's
@@ -137,6 +139,10 @@ class LocalTeacher:
 
     def _generate(self, ids: Sequence[Tensor], visual_VD: Tensor) -> list[Answer]:
         longest = max(len(one) for one in ids)
+        try:
+            check_length(self._model, longest, self._max_tokens)
+        except ValueError as error:
+            raise UnusableVideoError(TOO_LONG, str(error)) from error
         pad = self._processor.tokenizer.pad_token_id
         ids_BT = torch.stack([nn.functional.pad(one, (longest - len(one), 0), value=pad) for one in ids])
         mask_BT = torch.stack([torch.arange(longest) >= longest - len(one) for one in ids])

@@ -27,9 +27,11 @@ from f2l_vllm.hypernetwork.adapter import apply_factors
 from f2l_vllm.hypernetwork.base_model import check_fit, name_of, text_model_of
 from f2l_vllm.hypernetwork.encoder import VideoEncoder, pad_mask
 from f2l_vllm.hypernetwork.model import Hypernetwork
+from f2l_vllm.training import folder
 from f2l_vllm.training.conversations import Conversations
+from f2l_vllm.training.folder import REPORT_FILE
 from f2l_vllm.training.lessons import Lesson, Lessons
-from f2l_vllm.training.loop import LOG_FILE, Loop, Loss
+from f2l_vllm.training.loop import Loop, Loss
 from f2l_vllm.training.manifest import Example
 from f2l_vllm.training.optimizer import MuonAdamW, warm_cosine
 from f2l_vllm.training.packing import IGNORED, PackedBatch, pack
@@ -37,8 +39,6 @@ from f2l_vllm.training.stages import Randomness
 from f2l_vllm.video.sample import SampledVideo, Sampling
 
 STAGE = "hypernetwork"
-REPORT_FILE = "training.json"
-RUN_FOLDER = ".run"  # checkpoint and log of a run that is not finished
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 _log = logging.getLogger(__name__)
 
@@ -115,9 +115,17 @@ class Trainer:
         self._pad: int = processor.tokenizer.pad_token_id
 
     def train(
-        self, examples: Sequence[Example], options: TrainingOptions, validation: Sequence[Example] = ()
+        self,
+        examples: Sequence[Example],
+        options: TrainingOptions,
+        validation: Sequence[Example] = (),
+        earlier: Sequence[dict[str, Any]] = (),
     ) -> dict[str, Any]:
         """Train to the end, going on where a killed run of the same folder was.
+
+        Args:
+            earlier: reports of the runs that made the hypernetwork which this one goes on from. Its videos go on where
+                theirs ended; its steps warm up and decay as those of any run, with a fresh optimizer.
 
         Returns:
             what `Loop.run` says, the videos left out with their reasons, and the loss on the validation examples
@@ -148,16 +156,17 @@ class Trainer:
             clip=options.clip,
         )
         part = 0
+        shown = sum(report["steps"] * report["options"]["videos"] for report in earlier)
 
         def step_loss(randomness: Randomness, step: int) -> Loss:
             nonlocal part
-            first = step * options.videos + (part * self.loop.processes + self.loop.process) * share
+            first = shown + step * options.videos + (part * self.loop.processes + self.loop.process) * share
             part = (part + 1) % options.accumulate
             return self.loss(lessons.take(first, share, randomness.shared, randomness.rng), options)
 
         before = None if held_out is None else self.validate(held_out, options)
         result: dict[str, Any] = self.loop.run(
-            STAGE,
+            f"{STAGE}-{len(earlier) + 1}" if earlier else STAGE,
             self.hyper,
             optimizer,
             step_loss,
@@ -263,18 +272,17 @@ def train_to(
 ) -> dict[str, Any]:
     """Train and write the hypernetwork's directory: weights as they were trained, `training.json`, `log.jsonl`.
 
-    The trainer's loop keeps its checkpoint in `output / RUN_FOLDER`, which goes when all is written.
+    The trainer's loop keeps its checkpoint in the folder's `RUN_FOLDER`, which goes when all is written.
     """
-    result = trainer.train(examples, options, validation)
+    earlier = folder.earlier(output)
+    result = trainer.train(examples, options, validation, earlier)
     report = {"seed": trainer.loop.seed, "processes": trainer.loop.processes, "options": asdict(options), **result}
+    if earlier:
+        report["extends"] = earlier
     if trainer.loop.is_main:
-        import shutil
-
-        run = output / RUN_FOLDER
         trainer.hyper.save(output / "hypernetwork", overwrite=True)
         (output / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        (run / LOG_FILE).replace(output / LOG_FILE)
-        shutil.rmtree(run)
+        folder.end(output)
         _log.info("wrote %s", output / "hypernetwork")
     trainer.loop.wait()
     return report

@@ -79,7 +79,9 @@ async def fetch(
             await _download(url, target, policy, check_room)
     except TimeoutError as error:
         target.unlink(missing_ok=True)
-        message = f"The video's address did not deliver it within {policy.seconds:g} s; upload the video instead."
+        message = (
+            f"The address did not deliver within {policy.seconds:g} s; upload the video, or send a data URI, instead."
+        )
         raise VideoError("url_unreachable", message) from error
     except BaseException:
         target.unlink(missing_ok=True)
@@ -144,7 +146,7 @@ def _parse(url: str) -> tuple[httpx.URL, str]:
     if parsed.scheme not in ("http", "https"):
         raise VideoError(
             "url_not_allowed",
-            f"Videos are fetched by http, https and data URIs, not by '{parsed.scheme[:16]}:'; upload it instead.",
+            f"Videos and pictures are read by http, https and data URIs, not by '{parsed.scheme[:16]}:'.",
         )
     if not host:
         raise _invalid("it names no host")
@@ -173,7 +175,7 @@ async def _resolve(host: str, port: int, policy: FetchPolicy) -> Sequence[str]:
             raise VideoError(
                 "url_not_allowed",
                 f"The host '{host}' is at an address that is not public, and this server does not connect there; "
-                "upload the video instead.",
+                "upload the video, or send a data URI, instead.",
             )
     return addresses
 
@@ -228,23 +230,23 @@ def _is_public(address: _Address) -> bool:
 
 
 def _invalid(why: str) -> VideoError:
-    return VideoError("invalid_url", f"The video's address cannot be read: {why}.")
+    return VideoError("invalid_url", f"The address cannot be read: {why}.")
 
 
 def _not_allowed(host: str) -> VideoError:
     return VideoError(
         "url_not_allowed",
-        f"This server fetches no videos from '{host[:256]}': upload the video with POST /v1/files, send it as a data "
-        "URI, or ask the operator to add the host to F2L_ALLOWED_MEDIA_DOMAINS.",
+        f"This server fetches nothing from '{host[:256]}': send the video or picture as a data URI, upload videos with "
+        "POST /v1/files, or ask the operator to add the host to F2L_ALLOWED_MEDIA_DOMAINS.",
     )
 
 
 def _unreachable(host: str, why: str) -> VideoError:
-    return VideoError("url_unreachable", f"The video could not be fetched from '{host[:256]}': {why[:300]}.")
+    return VideoError("url_unreachable", f"Nothing could be fetched from '{host[:256]}': {why[:300]}.")
 
 
 def _too_large(max_bytes: int) -> VideoError:
     return VideoError(
         "file_too_large",
-        f"The video has more than the {max_bytes / 1e6:.1f} MB that are accepted; compress or cut it.",
+        f"It has more than the {max_bytes / 1e6:.1f} MB that are accepted; send a smaller or shorter one.",
     )

@@ -103,4 +103,11 @@ def test_a_result_of_another_configuration_is_not_resumed(tmp_path: Path) -> Non
 def test_without_a_place_the_result_has_the_suites_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert CliRunner().invoke(app, ["bench", "capacity", "--shape", "tiny", "--frames", "8"]).exit_code == 0
-    assert json.loads((tmp_path / "capacity.json").read_text())["suite"] == "capacity"
+    written = (tmp_path / "capacity.json").read_text()
+    assert json.loads(written)["suite"] == "capacity"
+    again = ["bench", "capacity", "--shape", "tiny", "--frames", "12"]
+    ran = CliRunner().invoke(app, again, env={"COLUMNS": "300"})
+    assert ran.exit_code == 2
+    assert "--resume keeps its cells, --overwrite replaces it" in ran.output
+    assert (tmp_path / "capacity.json").read_text() == written
+    assert CliRunner().invoke(app, [*again, "--overwrite"]).exit_code == 0

@@ -22,11 +22,22 @@ def test_figures_of_known_answers() -> None:
     assert found["output_throughput"] == 5.5
     assert found["total_input_tokens"] == 30
     assert found["median_ttft_ms"] == pytest.approx(200)
-    assert found["p99_ttft_ms"] == pytest.approx(298)
     assert found["mean_tpot_ms"] == pytest.approx(30)  # an answer of one token has none
     assert found["median_itl_ms"] == pytest.approx(30)
     assert found["median_e2el_ms"] == pytest.approx(200)
     assert "request_goodput" not in found
+
+
+def test_percentiles_that_so_few_answers_do_not_carry_are_left_out() -> None:
+    def names(count: int) -> set[str]:
+        found = metrics.summary([answer(0.1 * n, [], 1) for n in range(count)], 2.0)
+        return {name for name in found if name.startswith("p") and "ttft" in name}
+
+    assert names(1) == set()
+    assert names(9) == {"p50_ttft_ms"}
+    assert names(10) == {"p50_ttft_ms", "p90_ttft_ms"}
+    assert names(99) == {"p50_ttft_ms", "p90_ttft_ms", "p95_ttft_ms"}
+    assert metrics.summary([answer(0.1, [], 1)] * 100, 2.0)["p99_ttft_ms"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize(
@@ -76,4 +87,5 @@ def test_the_figures_are_those_of_vllm_0_32() -> None:
         for figure in ("mean", "median", "std"):
             assert ours[f"{figure}_{of}_ms"] == pytest.approx(getattr(theirs, f"{figure}_{of}_ms")), (figure, of)
         for percent, value in getattr(theirs, f"percentiles_{of}_ms"):
-            assert ours[f"p{percent:g}_{of}_ms"] == pytest.approx(value), (percent, of)
+            if percent < 99 or of == "itl":  # fifty answers carry no 99th percentile, their many gaps do
+                assert ours[f"p{percent:g}_{of}_ms"] == pytest.approx(value), (percent, of)

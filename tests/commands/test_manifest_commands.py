@@ -13,10 +13,10 @@ from f2l_vllm.training.manifest import read_manifest
 
 
 def run(*flags: object, code: int = 0) -> str:
-    """The output of `f2l-vllm manifest …`, in one line."""
+    """What `f2l-vllm manifest …` says, in one line: its result, or its error."""
     result = CliRunner().invoke(app, ["manifest", *map(str, flags)])
     assert result.exit_code == code, result.output
-    return " ".join(result.output.split())
+    return " ".join((result.stdout or result.output).split())
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,8 @@ def test_finevideos_metadata_become_a_manifest(tmp_path):
     assert "spans: 12 scene, 6 adjacent, 2 whole" in told
     assert told.endswith("manifest.jsonl: 20 examples")
     first = output.read_bytes()
-    run(*flags)
+    assert "is there already: --overwrite replaces it" in run(*flags, code=2)
+    run(*flags, "--overwrite")
     assert output.read_bytes() == first
     (row,) = [json.loads(line) for line in report.read_text().splitlines()]
     assert row["reason"].startswith("bad_metadata")

@@ -33,7 +33,7 @@ def run(*options: object) -> Result:
 
 def evaluate(folder: Path, *options: object) -> dict:
     """Run to success; the JSON that was written."""
-    result = run("--work", folder, "--json", folder / "result.json", *options)
+    result = run("--work", folder, "--json", folder / "result.json", "--overwrite", *options)
     assert result.exit_code == 0, result.output
     return json.loads((folder / "result.json").read_text())
 

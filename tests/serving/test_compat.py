@@ -12,13 +12,18 @@ import uvicorn
 import vllm
 from starlette.datastructures import State
 from vllm.config import LoRAConfig
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.generate.base.protocol import DeltaMessage
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.openai.chat_completion import api_router as chat_router
 from vllm.entrypoints.openai.chat_completion import serving
+from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
 from vllm.entrypoints.openai.chat_completion.protocol import (
+    BatchChatCompletionRequest,
     ChatCompletionRequest,
     ChatCompletionResponse,
+    ChatCompletionResponseStreamChoice,
     ChatCompletionStreamResponse,
 )
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -31,6 +36,9 @@ from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import GenerationError
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import PlaceholderRange
+from vllm.renderers.hf import HfRenderer
+from vllm.renderers.inputs.preprocess import parse_dec_only_prompt
+from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor
@@ -159,6 +167,65 @@ def test_a_chat_is_rendered_by_a_method_of_its_own_that_knows_the_placeholders()
     place = PlaceholderRange(offset=3, length=4, is_embed=torch.tensor([False, True, True, False]))
     assert place.get_num_embeds() == 2
     assert list(inspect.signature(OpenAIServingChat.render_chat_request).parameters) == ["self", "request"]
+
+
+def test_a_chat_is_answered_by_methods_that_take_its_request_first():
+    for method in (OpenAIServingChat.create_chat_completion, OpenAIServingChatBatch.create_batch_chat_completion):
+        assert list(inspect.signature(method).parameters) == ["self", "request", "raw_request"]
+    assert "await self.create_chat_completion(chat_req, raw_request)" in inspect.getsource(AnthropicServingMessages)
+    for protocol in (ChatCompletionRequest, BatchChatCompletionRequest):
+        asked = {"add_generation_prompt", "echo", "chat_template", "structured_outputs"}
+        assert asked <= protocol.model_fields.keys()
+
+    async def answer(request):
+        return request
+
+    state = State({"openai_serving_chat": Namespace(create_chat_completion=answer), "anthropic_serving_messages": None})
+    compat.wrap_chat_answers(state, lambda method: (method, "wrapped"))
+    assert state.openai_serving_chat.create_chat_completion == (answer, "wrapped")
+
+
+def test_a_chat_template_is_rendered_to_text_as_for_a_request():
+    source = inspect.getsource(OnlineRenderer.preprocess_chat)
+    assert "request.build_chat_params(" in source
+    assert ").with_defaults(" in source
+    assert "tokenize=(" in source
+    assert "tokenizer = self.renderer.tokenizer" in inspect.getsource(OpenAIServingChat._create_chat_completion)
+    source = inspect.getsource(OpenAIServingChat._effective_chat_template_kwargs)
+    for name in ("chat_template", "chat_template_content_format", "default_chat_template_kwargs"):
+        assert f"self.{name}" in source
+    assert list(inspect.signature(HfRenderer.render_messages).parameters) == ["self", "messages", "params"]
+    assert parse_dec_only_prompt("text") == {"prompt": "text"}
+    assert "prompt = parse_dec_only_prompt(prompt_raw)" in inspect.getsource(HfRenderer.render_messages)
+
+    def render(messages, params):
+        given.append((messages, params.get_apply_chat_template_kwargs(), params.chat_template_content_format))
+        return [], parse_dec_only_prompt("User: Hi\nAssistant:")
+
+    given = []
+    chat = Namespace(
+        renderer=Namespace(render_messages=render),
+        chat_template="{{ messages }}",
+        chat_template_content_format="string",
+        default_chat_template_kwargs={"enable_thinking": False},
+    )
+    assert compat.rendered(chat, [{"role": "user", "content": "Hi"}], True) == "User: Hi\nAssistant:"
+    ((messages, options, content_format),) = given
+    assert ([dict(one) for one in messages], content_format) == ([{"role": "user", "content": "Hi"}], "string")
+    expected = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
+    assert {name: options[name] for name in expected} == expected
+    assert options["chat_template"] == "{{ messages }}"
+
+
+def test_a_chunk_of_a_chat_is_one_event_whose_choices_have_an_index_and_a_delta():
+    choice = ChatCompletionResponseStreamChoice(index=1, delta=DeltaMessage(content=" Blau"), finish_reason=None)
+    chunk = ChatCompletionStreamResponse(model="m", choices=[choice]).model_dump_json(exclude_unset=True)
+    assert '"choices":[{' in chunk
+    (read,) = json.loads(chunk)["choices"]
+    assert (read["index"], read["delta"]) == (1, {"content": " Blau"})
+    source = inspect.getsource(OpenAIServingChat.chat_completion_stream_generator)
+    assert 'yield f"data: {data}\\n\\n"' in source
+    assert "delta=DeltaMessage(" in source
 
 
 def test_the_server_says_that_it_stops_before_it_waits_for_requests():

@@ -1,0 +1,88 @@
+"""How commands tell where they are: a bar on a terminal, elsewhere a line now and then, for a log.
+
+Lines go to stderr: what a command answers is all that another one reads from it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+EVERY_SECONDS = 10.0
+_log = Console(stderr=True)
+Tell = Callable[[str, float, float | None], None]  # a stage, how much of it is done, of how much (None: not known yet)
+
+
+@contextmanager
+def progress(console: Console, every: float = EVERY_SECONDS) -> Iterator[Tell]:
+    """Stages that follow each other or go on together. A total of 1 is told in per cent, any other as a count.
+
+    Without a terminal a stage has a line when it begins, when it is done, and every so many seconds between.
+    """
+    if console.is_terminal:
+        with _bars(console) as tell:
+            yield tell
+    else:
+        yield _Lines(every)
+
+
+@contextmanager
+def status(console: Console, what: str) -> Iterator[None]:
+    """Something that takes a while and cannot say how long."""
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        _line(f"{what} …")
+        yield
+
+
+class _Lines:
+    def __init__(self, every: float) -> None:
+        self._every = every
+        self._begun: dict[str, float] = {}
+        self._told: dict[str, float] = {}
+        self._done: set[str] = set()
+
+    def __call__(self, stage: str, done: float, total: float | None) -> None:
+        at = time.monotonic()
+        begun = self._begun.setdefault(stage, at)
+        is_done = total is not None and done >= total
+        if stage in self._done or not (is_done or at - self._told.get(stage, -self._every) >= self._every):
+            return
+        self._told[stage] = at
+        if is_done:
+            self._done.add(stage)
+        amount = "" if not total else f"{done / total:.0%}" if total == 1 else f"{done:g} of {total:g}"
+        _line(f"{stage}: {amount}, {at - begun:.0f} s" if amount else f"{stage} …")
+
+
+def _line(text: str) -> None:
+    _log.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Tell]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(stage: str, done: float, total: float | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=None)
+            scale = 100 if total == 1 else 1  # counted in per cent
+            bars.update(tasks[stage], completed=round(done * scale), total=None if total is None else total * scale)
+
+        yield tell

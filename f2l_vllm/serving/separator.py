@@ -1,0 +1,89 @@
+"""The whitespace that a chat template writes between a speaker's name and what is said: no part of an answer.
+
+SmolVLM2's prompt ends with `Assistant:`, and earlier turns read `Assistant: Red.`, so that it answers ` Red.`. The text
+that clients get is without it; tokens, usage and logprobs are the model's.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+Render = Callable[[list[dict[str, Any]], bool], str]  # messages, and whether the prompt for an answer ends them
+_QUESTION, _ANSWER = "Which colour?", "Red"
+
+
+def find(render: Render) -> str:
+    """What the template writes between the end of a prompt and an answer, if that is whitespace; else nothing."""
+    asked = {"role": "user", "content": _QUESTION}
+    try:
+        prompt = render([dict(asked)], True)
+        turn = render([dict(asked), {"role": "assistant", "content": _ANSWER}], False)
+    except Exception as error:  # a template, or another tokenizer's own code, may refuse anything
+        logger.debug("the chat template does not render a turn of the assistant's: %s", error)
+        return ""
+    between = turn.removeprefix(prompt).partition(_ANSWER)[0] if turn.startswith(prompt) else ""
+    return between if between.isspace() else ""
+
+
+def left_out(answer: Callable[..., Awaitable[Any]], separator: str) -> Callable[..., Awaitable[Any]]:
+    """A method that answers chats, whose answers, streamed or whole, begin after the separator."""
+
+    @functools.wraps(answer)
+    async def answered(request: Any, *args: Any, **kwargs: Any) -> Any:
+        begins_a_turn = _begins_a_turn(request)  # vLLM's parsers of tools write into it
+        result = await answer(request, *args, **kwargs)
+        if not begins_a_turn:
+            return result
+        if hasattr(result, "__aiter__"):
+            return _stream(result, separator, getattr(request, "n", None) or 1)
+        for choice in getattr(result, "choices", ()):
+            if choice.message.content:
+                choice.message.content = choice.message.content.removeprefix(separator)
+        return result
+
+    return answered
+
+
+def _begins_a_turn(request: Any) -> bool:
+    """Whether the template's own prompt is before the answer, and nothing else says how it begins."""
+    return (
+        request.add_generation_prompt
+        and not request.echo
+        and request.chat_template is None
+        and request.structured_outputs is None
+    )
+
+
+async def _stream(chunks: AsyncGenerator[str, None], separator: str, choices: int) -> AsyncGenerator[str, None]:
+    begun = dict.fromkeys(range(choices), "")  # by choice that may still be in its separator: what came of it
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            yield _edited(chunk, separator, begun) if begun else chunk
+
+
+def _edited(chunk: str, separator: str, begun: dict[int, str]) -> str:
+    if '"choices":[{' not in chunk:  # an error, usage, or the end
+        return chunk
+    body: Mapping[str, Any] = json.loads(chunk.removeprefix("data: "))
+    is_edited = False
+    for choice in body["choices"]:
+        index, delta = choice["index"], choice["delta"]
+        if index not in begun:
+            continue
+        given = delta.get("content") or ""
+        kept, text = "", begun[index] + given
+        if separator.startswith(text) and text != separator and choice.get("finish_reason") is None:
+            begun[index] = text
+        else:
+            kept = text.removeprefix(separator)
+            del begun[index]
+        if kept != given:
+            delta["content"], is_edited = kept, True
+    return f"data: {json.dumps(body, separators=(',', ':'), ensure_ascii=False)}\n\n" if is_edited else chunk

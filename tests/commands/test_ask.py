@@ -1,0 +1,42 @@
+"""`ask` says before it answers what cannot be answered, and takes a server's address as people write it."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from f2l_vllm.cli import app
+from f2l_vllm.commands.local import _api
+from f2l_vllm.hypernetwork.internalizer import Internalizer
+
+
+def ask(*words: object) -> str:
+    done = CliRunner().invoke(app, ["ask", *map(str, words)], env={"COLUMNS": "400"})
+    assert done.exit_code == 2, done.output
+    return " ".join(done.output.replace("│", " ").split())
+
+
+@pytest.fixture
+def video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("the video was read")
+
+    monkeypatch.setattr(Internalizer, "internalize", read)
+    (tmp_path / "video.mp4").touch()
+    return tmp_path / "video.mp4"
+
+
+def test_more_than_the_model_reads_is_refused_before_the_video_is_read(video: Path) -> None:
+    assert "reads at most 2048 tokens" in ask(video, "word " * 5000)
+    assert "an answer of up to 2048" in ask(video, "What happens?", "--max-tokens", 2048)
+
+
+@pytest.mark.parametrize("url", [(), ("--url", "http://127.0.0.1:1")])
+def test_an_empty_question_is_refused(video: Path, url: tuple[str, ...]) -> None:
+    assert "the question is empty" in ask(video, " \n", *url)
+
+
+def test_a_server_is_named_with_or_without_the_version_of_its_api() -> None:
+    for url in ("http://a:8000", "http://a:8000/", "http://a:8000/v1", "http://a:8000/v1/"):
+        assert _api(url).rstrip("/") == "http://a:8000/v1"
+    assert _api("https://a/behind/a/proxy/v1") == "https://a/behind/a/proxy/v1"
