@@ -12,7 +12,7 @@ import vllm.v1.worker.cpu_worker as cpu_worker
 import vllm.v1.worker.lora_model_runner_mixin as lora_model_runner_mixin
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from f2l_vllm.cpu.linear import pack_linears
+from f2l_vllm.cpu.linear import pack_linears, plainly_loaded
 from f2l_vllm.cpu.lora_slots import CompactLoRAModelManager
 
 
@@ -25,7 +25,8 @@ class TorchCPUModelRunner(CPUModelRunner):
     """
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
-        super().load_model(load_dummy_weights)
+        with plainly_loaded():
+            super().load_model(load_dummy_weights)
         pack_linears(self.model)
 
     def load_lora_model(self, *args: Any, **kwargs: Any) -> Any:

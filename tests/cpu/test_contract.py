@@ -21,7 +21,7 @@ from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.attention import attention
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.utils import cpu_unquantized_gemm
+from vllm.model_executor.layers.utils import cpu_unquantized_gemm, dispatch_cpu_unquantized_gemm
 from vllm.platforms import builtin_platform_plugins
 from vllm.platforms.cpu import CpuPlatform
 from vllm.plugins import PLATFORM_PLUGINS_GROUP
@@ -37,6 +37,7 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from f2l_vllm.cpu import ops
 from f2l_vllm.cpu.attention import TorchAttentionImpl, TorchAttentionMetadataBuilder
+from f2l_vllm.cpu.linear import plainly_loaded
 from f2l_vllm.cpu.platform import TorchCpuPlatform
 from f2l_vllm.cpu.punica import GroupedPunicaWrapper
 
@@ -134,6 +135,17 @@ def test_linear_layers_compute_what_they_were_given_when_loaded() -> None:
     assert "load_lora_model" in inspect.getsource(CPUModelRunner.load_model)
     for name in ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported"):
         assert hasattr(torch.ops.mkldnn, name)
+
+
+def test_weights_of_bf16_are_loaded_on_a_processor_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    layer = torch.nn.Linear(32, 16, bias=False, dtype=torch.bfloat16)
+    with pytest.raises(AttributeError, match="convert_weight_packed"):
+        dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    with plainly_loaded():
+        dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    x = torch.randn(2, 32, dtype=torch.bfloat16)
+    assert torch.equal(cpu_unquantized_gemm(layer, x, layer.weight, None), layer(x))
 
 
 def test_worker_names_its_runner_in_its_module() -> None:
