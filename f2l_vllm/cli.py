@@ -163,7 +163,6 @@ def evaluate(
     from f2l_vllm.commands.evaluation_extras import Extras
     from f2l_vllm.evaluation.setup import JudgeSetup, Setup
 
-    keep(json_to, markdown_to, plots, overwrite=overwrite)
     if (judge_base_url is None) != (judge_model is None):
         raise typer.BadParameter("a judge is an endpoint and a model: give --judge-base-url and --judge-model")
     judge = None
@@ -192,6 +191,7 @@ def evaluate(
         extras = Extras.of(sweep, sweep_frames, sweep_resolutions, diagnostics, plots, browse, setup)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    keep(json_to, markdown_to, plots, overwrite=overwrite)
     run(source, setup, extras, work, json_to, markdown_to)
 
 
