@@ -22,6 +22,7 @@ from f2l_vllm.serving.tenants import DEFAULT_TENANT, asking_tenant
 
 _WITHOUT_BODY = frozenset({"GET", "HEAD", "DELETE", "TRACE", "OPTIONS"})
 _ROOM = 4  # of the largest bodies
+_RESPONSES_ROUTE = "/v1/responses"
 
 
 class Bodies:
@@ -68,6 +69,9 @@ class Bodies:
             value = _parsed(body, headers.get("content-type", ""))
             if value is not None:
                 changed = admit(value, tenant, self._max_images)
+                if path == _RESPONSES_ROUTE and isinstance(value, dict) and None in value.values():
+                    # A null means the default; vLLM's answers repeat it in fields that cannot hold it.
+                    value, changed = {name: given for name, given in value.items() if given is not None}, True
                 if path in VLLM_ROUTES:
                     costs.check(value)
                     await _while_connected(self._check(value, tenant), receive)

@@ -27,7 +27,10 @@ async def nothing(body, tenant):
 
 
 def bodies(**options):
-    routes = [Route(path, echo, methods=["GET", "POST", "PUT"]) for path in ("/v1/files", "/v1/files/{id}", "/any")]
+    routes = [
+        Route(path, echo, methods=["GET", "POST", "PUT"])
+        for path in ("/v1/files", "/v1/files/{id}", "/v1/responses", "/any")
+    ]
     limits = {"max_body_bytes": 100, "max_images": 2, "has_tenants": True, "check": nothing, **options}
     return Faults(Bodies(Starlette(routes=routes), **limits), idle_seconds=5.0)
 
@@ -115,3 +118,10 @@ def test_the_room_for_bodies_is_shared_and_given_back():
         assert not bodies._held
 
     asyncio.run(run())
+
+
+def test_a_null_of_a_response_is_its_default():
+    client = TestClient(bodies(max_body_bytes=1000))
+    for path, kept in (("/v1/responses", {"input": "x"}), ("/any", {"input": "x", "background": None})):
+        found = client.post(path, json={"input": "x", "background": None})
+        assert json.loads(found.json()["body"]) == kept
