@@ -133,6 +133,8 @@ def _try(request: dict[str, Any], vocabulary: xgrammar.TokenizerInfo, limits: Gr
             answer["slow"] = "it takes more memory to compile than it may"
         except _Refused as error:
             answer["invalid"] = str(error)
+        except UnicodeError:  # what the compiler says of it cuts a character in two
+            answer["invalid"] = "it cannot be parsed"
         except Exception as error:
             answer["invalid"] = _XGRAMMARS_PREFIX.sub("", str(error))[:500]
         _send(answers, answer)
