@@ -200,6 +200,8 @@ def _frames(path: Path, media_io: VideoMediaIO) -> Any:
         if isinstance(error.__cause__, VideoError):
             raise error.__cause__ from error
         raise
+    except MemoryError:  # this server's, not the video's
+        raise
     except Exception as error:  # of a library that hostile bytes have led astray
         raise VideoError("decode_failed", "The video cannot be decoded: send another file.") from error
     return MediaWithBytes(video.media, _key(path))
