@@ -3,6 +3,7 @@ generators that a CPU has."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -69,3 +70,6 @@ class TorchCPUWorker(cpu_worker.CPUWorker):
             super().init_device()
         finally:
             cpu_worker.CPUModelRunner = original
+            # The name of this engine's shared memory, read while its process groups are made. Left there, a process
+            # that holds an engine would hand it to every server that it starts, whose vLLM warns of it.
+            os.environ.pop("VLLM_DIST_IDENT", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from vllm import envs
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.linear import LinearBase
 
@@ -99,6 +101,10 @@ def worst_difference(output: Any, expected: Answer) -> float:
     assert list(completion.token_ids) == expected.tokens
     given = [step[token].logprob for step, token in zip(completion.logprobs, completion.token_ids, strict=True)]
     return max(abs(a - b) for a, b in zip(given, expected.logprobs, strict=True))
+
+
+def test_an_engine_leaves_no_variable_that_a_server_started_from_here_would_warn_of(engine: Engine) -> None:
+    assert [name for name in os.environ if name.startswith("VLLM_") and name not in envs.environment_variables] == []
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
