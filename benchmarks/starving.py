@@ -10,8 +10,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import itertools
 import json
 import os
+import signal
+import sqlite3
 import statistics
 import struct
 import tempfile
@@ -19,8 +22,9 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +38,20 @@ from f2l_vllm.commands.server_process import ServerProcess
 _KEYS = {"asker": "asker-key", "attacker": "attacker-key"}
 _QUESTION = [{"role": "user", "content": "Describe the video."}]
 _BASE = "f2l-tiny"
+# Constraints of one tenant stand in the way of another's, if of anything.
+_JSON = {"response_format": {"type": "json_object"}}
+_ASKED_BESIDE: dict[str, dict[str, Any]] = {"schema": _JSON, "allowed-schema": _JSON}
 
 
 @dataclass
 class Attacker:
-    """The other tenant: its client, a folder of its own, and what it was answered."""
+    """The other tenant: its client, the server, a folder of its own, what it was answered, and what to undo."""
 
     client: httpx.AsyncClient
+    server: ServerProcess
     folder: Path
     answers: Counter[str] = field(default_factory=Counter)
+    undo: list[Callable[[], None]] = field(default_factory=list)
 
     async def ask(self, *parts: dict[str, Any], **options: Any) -> None:
         """One question with these parts."""
@@ -100,11 +109,7 @@ async def many_pictures(attacker: Attacker) -> Prepared:
 async def frames_8k(attacker: Attacker) -> Prepared:
     """A video of 7680 x 4320 pixels, answered from its frames."""
     path = await asyncio.to_thread(_video, attacker.folder / "8k.mp4")
-    data = {"file": ("8k.mp4", path.read_bytes()), "purpose": (None, "vision")}
-    response = await attacker.post("/v1/files", files=data)
-    assert response is not None, attacker.answers
-    response.raise_for_status()
-    file_id = response.json()["id"]
+    file_id = await _uploaded(attacker.client, path)
     while (await attacker.client.get(f"/v1/files/{file_id}")).json()["status"] == "uploaded":
         await asyncio.sleep(0.5)
 
@@ -114,8 +119,88 @@ async def frames_8k(attacker: Attacker) -> Prepared:
     return ask
 
 
+async def watchers(attacker: Attacker) -> Prepared:
+    """The progress of a video that stays in work is watched."""
+    for pid in [pid for pid, command in attacker.server.descendants().items() if command.startswith("ray::Hyper")]:
+        os.kill(pid, signal.SIGSTOP)
+        attacker.undo.append(partial(os.kill, pid, signal.SIGCONT))
+    file_id = await _uploaded(attacker.client, Films(attacker.folder).make(8, 160, "watched"))
+
+    async def watch() -> None:
+        try:
+            async with attacker.client.stream("GET", f"/v1/files/{file_id}/events") as response:
+                async for _ in response.aiter_lines():
+                    attacker.answers["lines of events"] += 1
+        except httpx.HTTPError as error:
+            attacker.answers[type(error).__name__] += 1
+
+    return watch
+
+
+async def models(attacker: Attacker) -> Prepared:
+    """/v1/models of a tenant with 100,000 files."""
+    await _enter_files(attacker, 100_000)
+
+    async def list_models() -> None:
+        response = await attacker.client.get("/v1/models")
+        attacker.answers[f"{response.status_code}, {len(response.content) >> 10} KiB"] += 1
+
+    return list_models
+
+
+async def files(attacker: Attacker) -> Prepared:
+    """The longest page of /v1/files, of a tenant with 100,000 files."""
+    await _enter_files(attacker, 100_000)
+
+    async def list_files() -> None:
+        response = await attacker.client.get("/v1/files", params={"limit": 10_000})
+        attacker.answers[f"{response.status_code}, {len(response.content) >> 10} KiB"] += 1
+
+    return list_files
+
+
+async def _enter_files(attacker: Attacker, count: int) -> None:
+    """Further rows of one uploaded file, as if it had been uploaded so often."""
+    await _uploaded(attacker.client, Films(attacker.folder).make(8, 160, "many"))
+    with closing(sqlite3.connect(attacker.server.home / "catalog.sqlite3", timeout=60)) as catalog, catalog:
+        names = [row[1] for row in catalog.execute("PRAGMA table_info(files)") if row[1] not in ("number", "id")]
+        columns = ", ".join(names)
+        catalog.execute(
+            f"""WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count})
+            INSERT INTO files (id, {columns}) SELECT 'file-' || printf('%032x', i), {columns}
+            FROM n, (SELECT * FROM files WHERE tenant = 'attacker' LIMIT 1) WHERE 'file-' || printf('%032x', i)
+            NOT IN (SELECT id FROM files)"""
+        )
+
+
+async def schema(attacker: Attacker) -> Prepared:
+    """A JSON schema of 8,000 properties, each time another one."""
+    return _constrained(attacker, lambda mark: {f"{mark}{index}": {"type": "string"} for index in range(8_000)})
+
+
+async def allowed_schema(attacker: Attacker) -> Prepared:
+    """A JSON schema of 200 properties, each time another one, which is taken."""
+    return _constrained(attacker, lambda mark: {f"{mark}{index}": {"type": "string"} for index in range(200)})
+
+
+def _constrained(attacker: Attacker, properties: Callable[[str], dict[str, Any]]) -> Prepared:
+    numbers = itertools.count()
+
+    async def ask() -> None:
+        wanted = {"type": "object", "properties": properties(f"p{next(numbers)}x")}
+        form = {"type": "json_schema", "json_schema": {"name": "wanted", "schema": wanted}}
+        await attacker.ask(response_format=form)
+
+    return ask
+
+
 # What is prepared, and how many do it at a time.
 ATTACKS: dict[str, tuple[Attack, int]] = {
+    "watchers": (watchers, 400),
+    "models": (models, 4),
+    "files": (files, 4),
+    "schema": (schema, 4),
+    "allowed-schema": (allowed_schema, 4),
     "picture": (picture, 4),
     "allowed-picture": (allowed_picture, 4),
     "many-pictures": (many_pictures, 4),
@@ -150,12 +235,18 @@ def _video(path: Path) -> Path:
     return path
 
 
-async def questions(client: httpx.AsyncClient, file_id: str, seconds: float) -> list[float]:
+async def _uploaded(client: httpx.AsyncClient, path: Path) -> str:
+    data = {"file": (path.name, path.read_bytes()), "purpose": (None, "vision")}
+    response = await client.post("/v1/files", files=data)
+    return str(response.raise_for_status().json()["id"])
+
+
+async def questions(client: httpx.AsyncClient, file_id: str, seconds: float, **options: Any) -> list[float]:
     """How long each question of the asker took, one after the other for so many seconds."""
     taken: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        body = {"model": file_id, "messages": _QUESTION, "max_tokens": 16, "temperature": 0}
+        body = {"model": file_id, "messages": _QUESTION, "max_tokens": 16, "temperature": 0, **options}
         started = time.perf_counter()
         response = await client.post("/v1/chat/completions", json=body)
         response.raise_for_status()
@@ -177,27 +268,28 @@ async def measure(
         return httpx.AsyncClient(base_url=server.url, headers=headers, timeout=600, limits=limits)
 
     async with client("asker") as asker, client("attacker") as hostile:
-        film = Films(folder).make(8, 160, "asked").read_bytes()
-        response = await asker.post("/v1/files", files={"file": ("a.mp4", film), "purpose": (None, "vision")})
-        file_id = response.raise_for_status().json()["id"]
+        file_id = await _uploaded(asker, Films(folder).make(8, 160, "asked"))
         while (await asker.get(f"/v1/files/{file_id}")).json()["status"] != "processed":
             await asyncio.sleep(0.2)
         for name in names:
             prepare, usual = ATTACKS[name]
             at_once = several or usual
-            attacker = Attacker(hostile, folder)
+            attacker = Attacker(hostile, server, folder)
             attack = await prepare(attacker)
             attacker.answers.clear()
-            await questions(asker, file_id, 2)
-            quiet = await questions(asker, file_id, seconds)
+            ask = partial(questions, asker, file_id, **_ASKED_BESIDE.get(name, {}))
+            await ask(2)
+            quiet = await ask(seconds)
             before = resident_mib(pid)
             running = [asyncio.create_task(_again(attack)) for _ in range(at_once)]
             watching = asyncio.create_task(_peak(pid))
             await asyncio.sleep(2)
-            attacked = await questions(asker, file_id, seconds)
+            attacked = await ask(seconds)
             for task in [*running, watching]:
                 task.cancel()
             peak = (await asyncio.gather(watching, *running, return_exceptions=True))[0]
+            for undo in attacker.undo:
+                undo()
             results[name] = {
                 "what": (prepare.__doc__ or "").strip(),
                 "at_once": at_once,
