@@ -39,10 +39,11 @@ test-full-size: $(STAMP) ## Run the tests on models of the released shapes (10 m
 fuzz: $(STAMP) ## Attack a server of its own with mutated requests (10 minutes; FUZZ_SECONDS=60 for one)
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS) --json build/fuzz.json
 
-lint: $(STAMP) ## Check style and types
+lint: $(STAMP) ## Check style, types and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(STAMP) ## Rewrite in the house style
 	$(BIN)/ruff check --fix .

@@ -17,10 +17,10 @@ from typing import Any
 
 from sqlalchemy import func, select
 
-from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.states import VideoState
-from f2l_vllm.adapters.store import Store
-from f2l_vllm.adapters.tables import metadata
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.catalog.tables import metadata
+from f2l_vllm.store.store import Store
 
 _STAGES = (VideoState.DECODING, VideoState.ENCODING, VideoState.PUBLISHING)
 _VIDEO_BYTES, _ADAPTER_BYTES = 20_000, 70_000  # as the default model's
@@ -165,7 +165,7 @@ def main() -> None:
         results = churn(options.cycles, options.warm_up, Path(folder))
     print(json.dumps(results, indent=1))
     if options.json is not None:
-        from benchmarks import record  # what it imports is no part of the memory measured
+        from f2l_vllm.bench import record  # what it imports is no part of the memory measured
 
         configuration = {"video_bytes": _VIDEO_BYTES, "adapter_bytes": _ADAPTER_BYTES, "kept": _KEPT}
         record.write(options.json, configuration, results)

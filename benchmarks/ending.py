@@ -27,10 +27,10 @@ from typing import Any
 import httpx
 from openai import APIError, APIStatusError, OpenAI
 
-from benchmarks import record
 from f2l_vllm import torch_shims
-from f2l_vllm.commands.server_process import ServerProcess
+from f2l_vllm.bench import record
 from f2l_vllm.models import resolve
+from f2l_vllm.server_process import ServerProcess
 
 torch_shims.install()
 
@@ -169,8 +169,8 @@ def serving(model: str, folder: Path, **env: str) -> Iterator[ServerProcess]:
 
 def make_clips(folder: Path, count: int) -> list[Path]:
     """Small videos of training scenes."""
-    from f2l_vllm.training.render import write_mp4
-    from f2l_vllm.training.world import sample_scenes
+    from f2l_vllm.synthetic.render import write_mp4
+    from f2l_vllm.synthetic.world import sample_scenes
 
     scenes = enumerate(sample_scenes(count, 7, "train"))
     return [write_mp4(scene, folder / f"{index}.mp4", size=(160, 120), fps=8, seconds=2.5) for index, scene in scenes]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from f2l_vllm import torch_shims
-from f2l_vllm.commands.server_process import ServerProcess
+from f2l_vllm.server_process import ServerProcess
 
 torch_shims.install()
 
@@ -20,8 +20,8 @@ def fleet(model: str, *flags: str, videos: int, seed: int, fps: float) -> Iterat
     Args:
         flags: for `f2l-vllm serve`.
     """
-    from f2l_vllm.training.render import write_mp4
-    from f2l_vllm.training.world import sample_scenes
+    from f2l_vllm.synthetic.render import write_mp4
+    from f2l_vllm.synthetic.world import sample_scenes
 
     with tempfile.TemporaryDirectory(prefix="f2l-fleet-") as folder:
         paths = [

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import record
-from benchmarks.hypernetwork_shapes import SHAPES, random_hypernetwork
+from f2l_vllm.bench import record
+from f2l_vllm.bench.hypernetwork_shapes import SHAPES, random_hypernetwork
 from f2l_vllm.hypernetwork.adapter import Factors
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.model import Hypernetwork

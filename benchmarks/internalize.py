@@ -20,13 +20,13 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks import record
 from benchmarks.hypernetwork import restart_high_water_mark
-from benchmarks.hypernetwork_shapes import SHAPES, random_hypernetwork, save_model, save_released
+from f2l_vllm.bench import record
+from f2l_vllm.bench.hypernetwork_shapes import SHAPES, random_hypernetwork, save_model, save_released
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.hypernetwork.perceiver import LayerReader
-from f2l_vllm.training.render import write_mp4
-from f2l_vllm.training.world import sample_scenes
+from f2l_vllm.synthetic.render import write_mp4
+from f2l_vllm.synthetic.world import sample_scenes
 from f2l_vllm.video.sample import Sampling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -26,12 +26,12 @@ import httpx
 from openai import APIStatusError, AsyncOpenAI
 from sqlalchemy import select, update
 
-from benchmarks import record
 from benchmarks.fleet import fleet
-from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.states import LIVE
-from f2l_vllm.adapters.tables import files
-from f2l_vllm.commands.server_process import ServerProcess
+from f2l_vllm.bench import record
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.states import LIVE
+from f2l_vllm.catalog.tables import files
+from f2l_vllm.server_process import ServerProcess
 
 _QUESTION = "Describe the video."
 _AT_ONCE_BEFORE = 4

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks import record
+from f2l_vllm.bench import record
 from f2l_vllm.evaluation.answers import ANSWERS_FILE, Answer, read_answers
 from f2l_vllm.evaluation.questions import ADAPTER, FRAMES, NONE
 from f2l_vllm.evaluation.run import evaluate

@@ -17,9 +17,9 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
-from benchmarks import record
 from benchmarks.fleet import fleet
-from f2l_vllm.commands.server_process import ServerProcess
+from f2l_vllm.bench import record
+from f2l_vllm.server_process import ServerProcess
 
 ARMS = ("resident", "uniform", "zipf")
 _QUESTION = "What is the background?"

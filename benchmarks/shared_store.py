@@ -25,11 +25,11 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.store import Store
-from f2l_vllm.serving.registry import Registry
-from f2l_vllm.serving.service import Revisions, VideoService
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.server.registry import Registry
+from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
+from f2l_vllm.store.store import Store
 
 _TENANT = "t"
 _TIDY_SECONDS = 5.0  # as a server's maintenance
@@ -208,7 +208,7 @@ def main() -> None:
                 server.stop()
     print(json.dumps(results, indent=1))
     if options.json is not None:
-        from benchmarks import record
+        from f2l_vllm.bench import record
 
         record.write(options.json, asked, results)
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from openai import OpenAI
 
-from benchmarks import record
 from f2l_vllm import torch_shims
-from f2l_vllm.commands.demo import ask
-from f2l_vllm.commands.server_process import ServerProcess
+from f2l_vllm.bench import record
+from f2l_vllm.cli.demo import ask
+from f2l_vllm.server_process import ServerProcess
 
 torch_shims.install()
 
@@ -55,8 +55,8 @@ def main() -> None:
 
 def one_round(model: str, videos: int, seed: int) -> dict[str, Any]:
     """One server from start to stop."""
-    from f2l_vllm.training.render import write_mp4
-    from f2l_vllm.training.world import sample_scenes
+    from f2l_vllm.synthetic.render import write_mp4
+    from f2l_vllm.synthetic.world import sample_scenes
 
     names = ("upload_to_ready_s", "internalize_s", "ttft_adapter_ms", "ttft_frames_ms")
     row: dict[str, Any] = {name: [] for name in (*names, "prompt_tokens_adapter", "prompt_tokens_frames")}

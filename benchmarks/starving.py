@@ -31,9 +31,9 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks import record
-from benchmarks.films import Films
-from f2l_vllm.commands.server_process import ServerProcess
+from f2l_vllm.bench import record
+from f2l_vllm.bench.films import Films
+from f2l_vllm.server_process import ServerProcess
 
 _KEYS = {"asker": "asker-key", "attacker": "attacker-key"}
 _QUESTION = [{"role": "user", "content": "Describe the video."}]

@@ -27,11 +27,12 @@ torch_shims.install()
 
 import torch  # noqa: E402
 
-from benchmarks import record  # noqa: E402
-from benchmarks.hypernetwork_shapes import SHAPES  # noqa: E402
 from f2l_vllm import models  # noqa: E402
+from f2l_vllm.bench import record  # noqa: E402
+from f2l_vllm.bench.hypernetwork_shapes import SHAPES  # noqa: E402
 from f2l_vllm.hypernetwork.adapter import Adapter  # noqa: E402
-from f2l_vllm.hypernetwork.config import HypernetworkConfig, read_config  # noqa: E402
+from f2l_vllm.hypernetwork.config import HypernetworkConfig  # noqa: E402
+from f2l_vllm.hypernetwork.config_file import read_config  # noqa: E402
 
 MODEL = "f2l-tiny"
 SLOTS = 32

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from f2l_vllm.evaluation.metrics import exact_match, token_f1
 from f2l_vllm.evaluation.questions import Ask, Reply
-from f2l_vllm.training.manifest import write_jsonl
+from f2l_vllm.train.data.manifest import write_jsonl
 
 ANSWERS_FILE = "answers.jsonl"
 CONFIGURATION_FILE = "configuration.json"

@@ -16,8 +16,8 @@ from markupsafe import Markup
 
 from f2l_vllm.evaluation.answers import ANSWERS_FILE, Answer
 from f2l_vllm.evaluation.questions import ADAPTER, ARMS, COMPOSITION_ARMS, FRAMES, NONE, WRONG_VIDEO
-from f2l_vllm.hypernetwork.files import atomic_directory
-from f2l_vllm.training.manifest import write_jsonl
+from f2l_vllm.files import atomic_directory
+from f2l_vllm.train.data.manifest import write_jsonl
 
 PAGE_FILE = "index.html"
 VIDEO_FOLDER = "videos"

@@ -16,9 +16,8 @@ from f2l_vllm.evaluation.questions import Clip, QuestionSet
 
 torch_shims.install()
 
-from f2l_vllm.training.render import write_mp4  # noqa: E402
-from f2l_vllm.training.stages import FRAME_SIZES  # noqa: E402
-from f2l_vllm.training.world import Scene  # noqa: E402
+from f2l_vllm.synthetic.render import FRAME_SIZES, fit, write_mp4  # noqa: E402
+from f2l_vllm.synthetic.world import Scene  # noqa: E402
 
 Film = Callable[[int, int, Path], None]  # which clip, longest edge in pixels, the file to write
 
@@ -78,12 +77,6 @@ def at_resolutions(
             edge_of |= {question.id: edge for question in asked}
             clips.append(Clip(os.path.join("..", folder.name, path.name), path, clip.source, asked))
     return replace(questions, identity=questions.identity | identity, clips=tuple(clips)), edge_of
-
-
-def fit(size: tuple[int, int], edge: int) -> tuple[int, int]:
-    """(width, height) scaled so that the longer one is `edge`, rounded to the even numbers that H.264 needs."""
-    width, height = (max(2, 2 * round(side * edge / max(size) / 2)) for side in size)
-    return width, height
 
 
 def _film_whole(film: Film, index: int, edge: int, path: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from f2l_vllm import models
-from f2l_vllm.adapters.address import fingerprint
 from f2l_vllm.evaluation import environment
 from f2l_vllm.evaluation.answers import Answer, AnswerLog
 from f2l_vllm.evaluation.judge import Judge
@@ -17,6 +16,7 @@ from f2l_vllm.evaluation.questions import ADAPTER, COMPOSITION_ARMS, Ask, Questi
 from f2l_vllm.evaluation.scores import F1, JUDGE, NON_INFERIORITY_MARGINS, Scores
 from f2l_vllm.evaluation.server import ServerAnswers, started_server
 from f2l_vllm.evaluation.setup import TRANSFORMERS, Setup
+from f2l_vllm.store.address import fingerprint
 
 Progress = Callable[[str, int, int], None]  # stage, done, of how many
 JUDGEMENTS_FOLDER = "judgements"

@@ -16,9 +16,9 @@ from openai import APIStatusError, AsyncOpenAI, BadRequestError, UnprocessableEn
 from openai.types import FileObject
 
 from f2l_vllm import models
-from f2l_vllm.commands.server_process import ServerProcess
 from f2l_vllm.evaluation.questions import FRAMES, NONE, Ask, Clip, Reply, Skipped, by_video_read
-from f2l_vllm.hypernetwork.config import read_config
+from f2l_vllm.hypernetwork.config_file import read_config
+from f2l_vllm.server_process import ServerProcess
 
 OnReply = Callable[[Ask, Reply], None]
 OnSkip = Callable[[Skipped], None]

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from f2l_vllm.evaluation.questions import Clip, Question, QuestionSet, Skipped
-from f2l_vllm.training import phrases
-from f2l_vllm.training.clips import UnusableVideoError, clip_file
-from f2l_vllm.training.manifest import Example, read_manifest
-from f2l_vllm.training.world import sample_scenes
-from f2l_vllm.training.world_manifest import Film
+from f2l_vllm.synthetic import phrases
+from f2l_vllm.synthetic.world import sample_scenes
+from f2l_vllm.train.data.clips import UnusableVideoError, clip_file
+from f2l_vllm.train.data.manifest import Example, read_manifest
+from f2l_vllm.train.data.world_manifest import Film
 
 Progress = Callable[[int, int], None]  # done, of how many
 

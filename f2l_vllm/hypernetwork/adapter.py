@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from f2l_vllm.files import atomic_directory
 from f2l_vllm.hypernetwork.base_model import module_path, name_of, target_linear, text_layers_of
-from f2l_vllm.hypernetwork.files import atomic_directory
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from f2l_vllm.hypernetwork.files import read_json
-
-CONFIG_FILE = "config.json"
-FORMAT = "f2l-hypernetwork-1"
+# What a video is read with, a user's turn: the frames, then this.
+INSTRUCTION = "Internalize this video for later captioning."
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
@@ -113,41 +110,6 @@ class HypernetworkConfig:
         if missing:
             raise ValueError(f"The hypernetwork config lacks the required key(s) {missing}.")
         return cls(**values)
-
-
-def read_config(ref: str | Path, base_model: str | None = None) -> HypernetworkConfig:
-    """The shape of what `Hypernetwork.load` would read at `ref`, without reading its weights. Raises as it does."""
-    from f2l_vllm.hypernetwork.locate import locate
-
-    path = locate(ref, base_model)
-    if path.is_dir():
-        return read_directory_config(path)
-    from f2l_vllm.hypernetwork.checkpoint import read_checkpoint_config
-
-    return read_checkpoint_config(path)
-
-
-def read_directory_config(directory: Path) -> HypernetworkConfig:
-    """The shape of a hypernetwork in this project's own format.
-
-    Raises:
-        ValueError: a damaged file, or one of another format.
-    """
-    try:
-        values = read_json(directory / CONFIG_FILE)
-    except ValueError as error:
-        raise damaged(directory / CONFIG_FILE, error) from error
-    found = values.pop("format", None) if isinstance(values, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{directory / CONFIG_FILE} has format {found!r}, expected {FORMAT!r}: not a hypernetwork.")
-    return HypernetworkConfig.from_dict(values)
-
-
-def damaged(path: Path, error: Exception) -> ValueError:
-    """What to say of a file that cannot be read, and what to do."""
-    return ValueError(
-        f"{path} cannot be read ({error}): it is damaged or was not copied to its end. Copy or download it again."
-    )
 
 
 def check_rate(rate: float) -> float:

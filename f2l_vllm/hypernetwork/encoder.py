@@ -28,11 +28,10 @@ from transformers import BatchFeature  # noqa: E402  (torchvision must be import
 
 from f2l_vllm.hypernetwork.base_model import target_linear, text_layers_of, text_model_of  # noqa: E402
 from f2l_vllm.hypernetwork.blocks import mlp_in_blocks  # noqa: E402
-from f2l_vllm.hypernetwork.config import check_rate  # noqa: E402
+from f2l_vllm.hypernetwork.config import INSTRUCTION, check_rate  # noqa: E402
 from f2l_vllm.hypernetwork.merging import merge_tokens, tokens_of_frames, without_merged  # noqa: E402
 from f2l_vllm.video.sample import SampledVideo  # noqa: E402
 
-INSTRUCTION = "Internalize this video for later captioning."
 FRAMES_AT_ONCE = 16  # prepared at once: at their own size, which a large video makes large
 VISION_HIDDEN_AT_ONCE = 2**24  # hidden activations of a vision MLP: 64 MiB in fp32, five frames of the released models
 

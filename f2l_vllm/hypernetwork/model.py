@@ -20,10 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from f2l_vllm.files import atomic_directory
 from f2l_vllm.hypernetwork.adapter import Adapter, Factors
-from f2l_vllm.hypernetwork.config import CONFIG_FILE, FORMAT, HypernetworkConfig, damaged, read_directory_config
-from f2l_vllm.hypernetwork.files import atomic_directory, write_weights
+from f2l_vllm.hypernetwork.config import HypernetworkConfig
+from f2l_vllm.hypernetwork.config_file import CONFIG_FILE, FORMAT, damaged, read_directory_config
 from f2l_vllm.hypernetwork.perceiver import EXPANSION, LayerReader, Perceiver
+from f2l_vllm.hypernetwork.weights import write_weights
 
 WEIGHTS_FILE = "model.safetensors"
 

@@ -40,10 +40,10 @@ def main(spec_json: str) -> int:
         # Ray's switch for a cluster that nobody joins: every part of it listens on loopback. Read when it is imported.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
-    from f2l_vllm.adapters.catalog import Catalog
-    from f2l_vllm.adapters.store import Store
+    from f2l_vllm.catalog.catalog import Catalog
     from f2l_vllm.pool.messages import Event, Failed, Published, WorkerSpec
     from f2l_vllm.pool.pool import Pool, PoolConfig
+    from f2l_vllm.store.store import Store
 
     logs.adopt("ray", "transformers")
     spec = TypeAdapter(WorkerSpec).validate_json(spec_json)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from f2l_vllm.adapters.states import VideoState
+from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.video.decoder import DecodeLimits
 from f2l_vllm.video.probe import Limits
 

@@ -23,14 +23,14 @@ import ray
 from filelock import FileLock, Timeout
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.errors import Unavailable
-from f2l_vllm.adapters.jobs import EXHAUSTED
-from f2l_vllm.adapters.store import Store
-from f2l_vllm.adapters.tables import Job
-from f2l_vllm.adapters.tombstones import LOST
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.jobs import EXHAUSTED
+from f2l_vllm.catalog.tables import Job
+from f2l_vllm.catalog.tombstones import LOST
 from f2l_vllm.pool.messages import Cancelled, Event, Failed, Outcome, Progress, WorkerInfo, WorkerSpec
 from f2l_vllm.pool.worker import HypernetworkWorker
+from f2l_vllm.store.errors import Unavailable
+from f2l_vllm.store.store import Store
 
 logger = logging.getLogger(__name__)
 

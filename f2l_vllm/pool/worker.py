@@ -10,12 +10,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from f2l_vllm.adapters.base_shapes import BaseShapes
-from f2l_vllm.adapters.peft_format import validate_adapter
-from f2l_vllm.adapters.states import VideoState
-from f2l_vllm.adapters.store import Store, StoreError
-from f2l_vllm.adapters.tombstones import LOST
+from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.catalog.tombstones import LOST
+from f2l_vllm.hypernetwork.base_shapes import BaseShapes
+from f2l_vllm.hypernetwork.peft_format import validate_adapter
 from f2l_vllm.pool.messages import Cancelled, Event, Failed, Outcome, Progress, Published, WorkerInfo, WorkerSpec
+from f2l_vllm.store.store import Store, StoreError
 
 if TYPE_CHECKING:
     from f2l_vllm.hypernetwork.adapter import Adapter
@@ -36,8 +36,8 @@ class HypernetworkWorker:
     def __init__(self, spec: WorkerSpec) -> None:
         import torch
 
+        from f2l_vllm.hypernetwork.adapter_check import AdapterCheck
         from f2l_vllm.hypernetwork.internalizer import Internalizer
-        from f2l_vllm.hypernetwork.proof import Proof
         from f2l_vllm.video.chunks import Chunking
         from f2l_vllm.video.decoder import IsolatedDecoder
         from f2l_vllm.video.sample import Sampling
@@ -50,7 +50,7 @@ class HypernetworkWorker:
             spec.model, spec.hypernetwork, limits=spec.limits, merge_rate=spec.merge_rate
         )
         self._decoder = self._internalizer.decoder = IsolatedDecoder(spec.decode)
-        self._proof = Proof(self._internalizer.model, self._internalizer.processor.tokenizer)
+        self._check = AdapterCheck(self._internalizer.model, self._internalizer.processor.tokenizer)
         self._cancelled: set[str] = set()
         self._decoding: str | None = None  # the job whose video is read
         asked = Sampling(spec.max_frames, spec.fps)
@@ -176,9 +176,9 @@ class HypernetworkWorker:
         if name in self._cancelled:
             return Cancelled()
         try:
-            finding = self._proof.check(adapter)
+            finding = self._check.check(adapter)
         except ValueError as error:  # not finite, too large, or without effect
-            return Failed("adapter_rejected", f"the generated adapter failed its proof: {error}")
+            return Failed("adapter_rejected", f"the generated adapter failed its check: {error}")
         info = {**adapter.info, "internalize_seconds": seconds, "probe_effect": finding.effect, "norm": finding.norm}
 
         def write(directory: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from postgres import Postgres, find_postgres
 
-from f2l_vllm.adapters.catalog import Catalog
+from f2l_vllm.catalog.catalog import Catalog
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Steps that tests of the catalog share."""
 
-from f2l_vllm.adapters.states import VideoState
+from f2l_vllm.catalog.states import VideoState
 
 STAGES = (VideoState.DECODING, VideoState.ENCODING, VideoState.PUBLISHING)
 

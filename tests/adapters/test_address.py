@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from f2l_vllm.adapters.address import adapter_name, fingerprint
 from f2l_vllm.settings import Settings
+from f2l_vllm.store.address import adapter_name, fingerprint
 
 PARTS = {"video_sha256": "a" * 64, "sampling": {"frames": 8}, "base_revision": "b", "hypernetwork_revision": "h"}
 

@@ -4,8 +4,8 @@ import time
 import pytest
 from adapters.steps import add, claim, publish
 
-from f2l_vllm.adapters.catalog import QueueFull
-from f2l_vllm.adapters.states import VideoState
+from f2l_vllm.catalog.catalog import QueueFull
+from f2l_vllm.catalog.states import VideoState
 
 
 def test_files_of_the_same_bytes_share_one_job_and_one_adapter(catalog):
@@ -159,7 +159,7 @@ def test_pages_follow_upload_order(catalog):
 
 
 def test_adapters_of_more_files_than_a_query_takes(catalog, monkeypatch):
-    monkeypatch.setattr("f2l_vllm.adapters.published._PARAMETERS", 5)
+    monkeypatch.setattr("f2l_vllm.catalog.adapters._PARAMETERS", 5)
     records = [add(catalog, adapter=f"f2l-{i}", sha="a", limit=20) for i in range(12)]
     assert catalog.adapters_of(records) == {}
     for _ in range(3):

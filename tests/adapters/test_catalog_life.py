@@ -6,9 +6,9 @@ import pytest
 from adapters.steps import add, claim, publish
 from sqlalchemy import text
 
-from f2l_vllm.adapters.errors import AdapterIdsExhausted
-from f2l_vllm.adapters.rows import LAST_ID
-from f2l_vllm.adapters.states import VideoState
+from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.catalog.transactions import LAST_ID
+from f2l_vllm.store.errors import AdapterIdsExhausted
 
 
 def names(records):

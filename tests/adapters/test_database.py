@@ -14,10 +14,10 @@ import pytest
 from adapters.steps import add, claim, publish
 from sqlalchemy import create_engine, event, insert, make_url, text
 
-from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.errors import CatalogBusy, StoreUnavailable
-from f2l_vllm.adapters.states import VideoState
-from f2l_vllm.adapters.tables import files
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.catalog.tables import files
+from f2l_vllm.store.errors import CatalogBusy, StoreUnavailable
 
 _SPAWN = multiprocessing.get_context("spawn")
 

@@ -3,9 +3,9 @@ import time
 
 import pytest
 
-from f2l_vllm.adapters.hot import HotSet
-from f2l_vllm.adapters.manifest import Manifests
-from f2l_vllm.adapters.store import Store
+from f2l_vllm.store.manifest import Manifests
+from f2l_vllm.store.memory_cache import HotSet
+from f2l_vllm.store.store import Store
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -22,7 +22,7 @@ def write(text):
 def store(tmp_path, monkeypatch):
     memory = tmp_path / "memory"
     memory.mkdir()
-    monkeypatch.setattr("f2l_vllm.adapters.hot.MEMORY", memory)
+    monkeypatch.setattr("f2l_vllm.store.memory_cache.MEMORY", memory)
     monkeypatch.setattr(HotSet.open.__func__, "__defaults__", (memory,))
     return Store(tmp_path / "home", hot_bytes=2800)
 
@@ -64,7 +64,7 @@ def test_a_copy_that_was_checked_needs_no_reading_until_it_changes(store, monkey
     until_older(path := store.load_path("f2l-1"))
     assert store.load_path("f2l-1") == path
     read = []
-    monkeypatch.setattr("f2l_vllm.adapters.manifest.sha256_of", read.append)
+    monkeypatch.setattr("f2l_vllm.store.manifest.sha256_of", read.append)
     assert store.load_path_at_once("f2l-1") == store.load_path("f2l-1") == path
     assert read == []
     monkeypatch.undo()

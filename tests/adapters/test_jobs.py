@@ -7,10 +7,10 @@ import pytest
 from adapters.steps import add, claim
 from sqlalchemy import event, insert, update
 
-from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.jobs import LEASE_SECONDS
-from f2l_vllm.adapters.states import VideoState
-from f2l_vllm.adapters.tables import files, jobs, pools
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.jobs import LEASE_SECONDS
+from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.catalog.tables import files, jobs, pools
 
 
 class Pools:

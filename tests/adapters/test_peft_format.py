@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from f2l_vllm.adapters.base_shapes import BaseShapes
-from f2l_vllm.adapters.peft_format import AdapterError, validate_adapter
+from f2l_vllm.hypernetwork.base_shapes import BaseShapes
+from f2l_vllm.hypernetwork.peft_format import AdapterError, validate_adapter
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
-from f2l_vllm.adapters.errors import StoreUnavailable
-from f2l_vllm.adapters.store import MANIFEST_FILE, Store, StoreError
+from f2l_vllm.store.errors import StoreUnavailable
+from f2l_vllm.store.store import MANIFEST_FILE, Store, StoreError
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from f2l_vllm.adapters.states import IN_WORK, TRANSITIONS, IllegalTransition, VideoState, check_transition
+from f2l_vllm.catalog.states import IN_WORK, TRANSITIONS, IllegalTransition, VideoState, check_transition
 
 
 def test_the_ordinary_life_is_allowed():

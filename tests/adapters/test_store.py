@@ -2,7 +2,7 @@ import hashlib
 
 import pytest
 
-from f2l_vllm.adapters.store import Store, StoreError
+from f2l_vllm.store.store import Store, StoreError
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 from adapters.steps import add, claim, publish
 from sqlalchemy import text
 
-from f2l_vllm.adapters.catalog import Catalog, QuotaExceeded
-from f2l_vllm.adapters.states import VideoState
-from f2l_vllm.adapters.tombstones import VideoGone
+from f2l_vllm.catalog.catalog import Catalog, QuotaExceeded
+from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.catalog.tombstones import VideoGone
 
 A = "a" * 64
 

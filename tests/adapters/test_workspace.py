@@ -7,13 +7,13 @@ import threading
 import time
 from contextlib import contextmanager
 
-from f2l_vllm.adapters.store import Store
-from f2l_vllm.adapters.workspace import Workspace
+from f2l_vllm.store.store import Store
+from f2l_vllm.store.workspace import Workspace
 
 _PROCESS = """
 import sys, time
 from pathlib import Path
-from f2l_vllm.adapters.store import Store
+from f2l_vllm.store.store import Store
 
 store = Store(Path(sys.argv[1]))
 store.temporary().write_bytes(b"half a video")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import planner, report
-from f2l_vllm.cli import app
+from f2l_vllm.bench import planner, report
+from f2l_vllm.cli.main import app
 
 ARMS = ("adapter", "adapter-cold", "frames", "frames-cached")
 

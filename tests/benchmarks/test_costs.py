@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from transformers.video_utils import VideoMetadata
 
-from benchmarks import shapes, tokenizer
-from benchmarks.costs import Costs, write_adapter
-from f2l_vllm.adapters.base_shapes import BaseShapes
-from f2l_vllm.adapters.peft_format import validate_adapter
+from f2l_vllm.bench import shapes, tokenizer
+from f2l_vllm.bench.costs import Costs, write_adapter
+from f2l_vllm.hypernetwork.base_shapes import BaseShapes
 from f2l_vllm.hypernetwork.internalizer import Internalizer
-from f2l_vllm.training.render import write_mp4
-from f2l_vllm.training.world import sample_scenes
+from f2l_vllm.hypernetwork.peft_format import validate_adapter
+from f2l_vllm.synthetic.render import write_mp4
+from f2l_vllm.synthetic.world import sample_scenes
 
 QUESTION = "How many shapes are there?"
 

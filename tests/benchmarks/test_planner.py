@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import planner
-from benchmarks.break_even import questions as break_even
-from f2l_vllm.cli import app
+from f2l_vllm.bench import planner
+from f2l_vllm.bench.break_even import questions as break_even
+from f2l_vllm.cli.main import app
 
 # Arm -> seconds at 8 and at 32 frames.
 TIMES = {"adapter": (0.1, 0.1), "adapter-cold": (6.0, 24.0), "frames": (5.0, 21.0), "frames-cached": (0.2, 0.4)}

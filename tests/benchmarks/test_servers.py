@@ -6,10 +6,10 @@ import asyncio
 import json
 from pathlib import Path
 
-from benchmarks import shapes
-from benchmarks.arms import ARMS, ServerKind
-from benchmarks.costs import Costs
-from benchmarks.servers import Room, Servers
+from f2l_vllm.bench import shapes
+from f2l_vllm.bench.arms import ARMS, ServerKind
+from f2l_vllm.bench.costs import Costs
+from f2l_vllm.bench.servers import Room, Servers
 
 A, B, C = (ServerKind((name,)) for name in "abc")
 

@@ -11,8 +11,8 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from benchmarks import plots, report
-from benchmarks import suite as suites
+from f2l_vllm.bench import plots, report
+from f2l_vllm.bench import suite as suites
 
 RECORDED = Path(__file__).parent / "recorded"
 PICTURES = {"latency": ["latency-heat-maps.png", "latency.png"]}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import suite as suites
-from benchmarks.arms import ARMS
-from benchmarks.suite import parse_changes
+from f2l_vllm.bench import suite as suites
+from f2l_vllm.bench.arms import ARMS
+from f2l_vllm.bench.suite import parse_changes
 
 
 @pytest.mark.parametrize("name", suites.names())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import suite as suites
-from benchmarks import tax, vllm_client
+from f2l_vllm.bench import suite as suites
+from f2l_vllm.bench import vllm_client
+from f2l_vllm.bench.suites import tax
 
 
 def row(traffic: str, streams: int, adapters: int, tokens: float, tpot: float, ttft: float) -> dict:

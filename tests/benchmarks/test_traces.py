@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from benchmarks import trace
-from benchmarks.client import Answer
+from f2l_vllm.bench import trace
+from f2l_vllm.bench.client import Answer
 
 
 def make(requests: int = 1000, **changes: object) -> list[trace.Request]:

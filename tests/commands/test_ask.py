@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from f2l_vllm.cli import app
-from f2l_vllm.commands.local import _api
+from f2l_vllm.cli.local import _api
+from f2l_vllm.cli.main import app
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 
 

@@ -7,6 +7,6 @@ HEAVY = {"torch", "transformers", "vllm", "ray", "scipy", "matplotlib"}
 
 
 def test_naming_the_commands_loads_no_heavy_library():
-    program = "import sys, f2l_vllm.cli; print(*sys.modules)"
+    program = "import sys, f2l_vllm.cli.main; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert not HEAVY & set(loaded.split())

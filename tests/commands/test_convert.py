@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from f2l_vllm.cli import app
+from f2l_vllm.cli.main import app
 from f2l_vllm.hypernetwork.model import Hypernetwork
 
 RELEASED = Path(__file__).parents[1] / "hypernetwork" / "golden" / "hypernetwork.pt"

@@ -12,13 +12,13 @@ from filelock import FileLock
 from typer.testing import CliRunner
 
 from f2l_vllm import models
-from f2l_vllm.adapters.ranks import RANKS, advice, most_chunks, smallest_rank
-from f2l_vllm.cli import app
-from f2l_vllm.commands import checks
-from f2l_vllm.commands.serve import plan
+from f2l_vllm.cli import checks
+from f2l_vllm.cli.main import app
+from f2l_vllm.cli.serve import plan
+from f2l_vllm.engine import flags
+from f2l_vllm.engine.defaults import EngineLimits, check_limits
+from f2l_vllm.hypernetwork.ranks import RANKS, advice, most_chunks, smallest_rank
 from f2l_vllm.pool.pool import _without_paths
-from f2l_vllm.serving import vllm_flags
-from f2l_vllm.serving.engine_defaults import EngineLimits, check_limits
 from f2l_vllm.settings import SERVER_LOCK, Settings
 
 
@@ -35,7 +35,7 @@ def said(*arguments: object, code: int = 2) -> str:
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(checks, "gpus", lambda: 0)
-    monkeypatch.setattr("f2l_vllm.commands.doctor._device", lambda: ("no GPU", "1 GiB"))  # loads vLLM
+    monkeypatch.setattr("f2l_vllm.cli.doctor._device", lambda: ("no GPU", "1 GiB"))  # loads vLLM
     monkeypatch.setenv("F2L_HOME", str(tmp_path / "home"))
 
 
@@ -143,12 +143,12 @@ def test_a_config_file_counts_as_flags(tmp_path):
 
 def test_vllms_ways_of_writing_flags_are_read():
     words = ["model", "-tp", "2", "-O3", "--max_model_len=25.6k", "--compilation-config.mode", "3", "--enforce-eager"]
-    found = vllm_flags.read([*words, "--api-key", "a", "b"])
+    found = flags.read([*words, "--api-key", "a", "b"])
     assert (found.model_tag, found.tensor_parallel_size, found.max_model_len) == ("model", 2, 25600)
     assert found.api_key == ["a", "b"]
     assert found.enforce_eager is True
     with pytest.raises(ValueError, match="--compilation-confg is no flag"):
-        vllm_flags.read(["--compilation-confg.mode", "3"])
+        flags.read(["--compilation-confg.mode", "3"])
 
 
 @pytest.mark.parametrize("rank", range(1, 600))
@@ -261,7 +261,7 @@ def test_doctor_checks_what_serve_would_run():
 
 def test_commands_say_what_is_not_there_before_they_load_anything(tmp_path):
     program = (
-        "import sys\nfrom f2l_vllm.cli import app\n"
+        "import sys\nfrom f2l_vllm.cli.main import app\n"
         "try:\n    app(sys.argv[1:])\nexcept SystemExit as end:\n    code = end.code\n"
         "print(code, *sorted({'torch', 'transformers', 'vllm', 'scipy', 'matplotlib'} & set(sys.modules)))\n"
     )

@@ -8,8 +8,8 @@ import pytest
 from training.finevideo_files import FineVideo, entry, scene
 from typer.testing import CliRunner
 
-from f2l_vllm.cli import app
-from f2l_vllm.training.manifest import read_manifest
+from f2l_vllm.cli.main import app
+from f2l_vllm.train.data.manifest import read_manifest
 
 
 def run(*flags: object, code: int = 0) -> str:

@@ -3,8 +3,8 @@ import pytest
 from typer.testing import CliRunner
 
 from f2l_vllm import models
-from f2l_vllm.cli import app
-from f2l_vllm.commands.serve import PLUGINS, plan
+from f2l_vllm.cli.main import app
+from f2l_vllm.cli.serve import PLUGINS, plan
 
 
 def flag(argv, name):

@@ -12,7 +12,7 @@ import pytest
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from f2l_vllm.commands.server_process import ServerProcess
+from f2l_vllm.server_process import ServerProcess
 print(ServerProcess("f2l-tiny", Path(sys.argv[1]) / "home").process.pid, flush=True)
 time.sleep(600)
 """

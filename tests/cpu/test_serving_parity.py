@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from f2l_vllm.cpu import linear
 from f2l_vllm.cpu.lora_slots import is_table
-from f2l_vllm.serving import smolvlm_video
+from f2l_vllm.engine import smolvlm_video
 
 from .reference import Answer, Reference
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from f2l_vllm.evaluation.ablation import (
+from f2l_vllm.evaluation.diagnostics.measure.ablation import (
     FIRST_LAYERS,
     INTACT,
     KEEP_STRONGEST,
@@ -20,7 +19,8 @@ from f2l_vllm.evaluation.ablation import (
     layer_curves,
     rank_curves,
 )
-from f2l_vllm.evaluation.directions import decompose
+from f2l_vllm.evaluation.diagnostics.measure.directions import decompose
+
 from f2l_vllm.hypernetwork.adapter import Adapter
 
 

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from f2l_vllm.evaluation.diagnostics.measure.attribution import attribute, contest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from f2l_vllm import models
-from f2l_vllm.evaluation.attribution import attribute, contest
 from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter
 from f2l_vllm.hypernetwork.base_model import module_sizes
 

@@ -19,8 +19,8 @@ import pytest
 
 from f2l_vllm.evaluation.answers import Answer, read_answers
 from f2l_vllm.evaluation.browse import write_page
-from f2l_vllm.training.render import write_mp4
-from f2l_vllm.training.world import sample_scenes
+from f2l_vllm.synthetic.render import write_mp4
+from f2l_vllm.synthetic.world import sample_scenes
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from f2l_vllm.evaluation.diagnostics.measure.measure import diagnose
 
-from f2l_vllm.evaluation.diagnostics import diagnose
 from f2l_vllm.evaluation.in_process import TransformersAnswers
 from f2l_vllm.evaluation.questions import ADAPTER, NONE, Clip, QuestionSet, plan
 from f2l_vllm.evaluation.sources import world_questions

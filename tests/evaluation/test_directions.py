@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
-from f2l_vllm.evaluation.directions import (
+from f2l_vllm.evaluation.diagnostics.measure.directions import (
     decompose,
     rebuild,
     strongest,
@@ -15,6 +13,8 @@ from f2l_vllm.evaluation.directions import (
     without_random,
     without_strongest,
 )
+from torch import Tensor
+
 from f2l_vllm.hypernetwork.adapter import Adapter
 
 LAYERS, RANK = 3, 6

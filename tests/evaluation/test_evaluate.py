@@ -17,11 +17,11 @@ from openai import OpenAI
 from typer.testing import CliRunner, Result
 from video.videos import write_video
 
-from f2l_vllm.cli import app
+from f2l_vllm.cli.main import app
 from f2l_vllm.evaluation.answers import ANSWERS_FILE, read_answers
 from f2l_vllm.evaluation.server import started_server
 from f2l_vllm.evaluation.sources import world_questions
-from f2l_vllm.training.phrases import QUESTION_TYPES
+from f2l_vllm.synthetic.phrases import QUESTION_TYPES
 
 WORLD = ("--world", "held-out", "--videos", "4", "--seed", "11")
 ARMS = ("adapter", "frames", "none", "wrong-video")

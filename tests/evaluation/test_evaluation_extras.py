@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 from video.videos import write_video
 
-from f2l_vllm.cli import app
+from f2l_vllm.cli.main import app
 from f2l_vllm.evaluation.questions import ARMS
 
 IN_PROCESS = ("--through", "transformers", "--max-tokens", "16")

@@ -6,8 +6,9 @@ from video.videos import write_video
 
 from f2l_vllm.evaluation.questions import ARMS, plan
 from f2l_vllm.evaluation.sources import manifest_questions, world_questions
-from f2l_vllm.training.phrases import CAPTION, QUESTION_TYPES, UNSEEN
-from f2l_vllm.training.world import sample_scenes
+from f2l_vllm.synthetic import phrases
+from f2l_vllm.synthetic.phrases import CAPTION, QUESTION_TYPES, UNSEEN
+from f2l_vllm.synthetic.world import sample_scenes
 from f2l_vllm.video.probe import probe
 
 
@@ -16,7 +17,7 @@ def test_the_world_asks_one_question_of_each_type_about_each_video(tmp_path):
     assert [clip.id for clip in asked.clips] == ["videos/held-out-7-0000.mp4", "videos/held-out-7-0001.mp4"]
     for clip, scene in zip(asked.clips, sample_scenes(2, 7, "held-out"), strict=True):
         assert [question.type for question in clip.questions] == [*QUESTION_TYPES, CAPTION]
-        assert clip.questions[-1].truth == scene.caption()
+        assert clip.questions[-1].truth == phrases.caption(scene)
         assert clip.source == clip.id
         assert probe(tmp_path / clip.id).frame_count > 0
     assert asked.apart == {CAPTION}

@@ -17,7 +17,8 @@ from f2l_vllm.evaluation.questions import QuestionSet
 from f2l_vllm.evaluation.setup import Setup
 from f2l_vllm.evaluation.sources import world_questions
 from f2l_vllm.evaluation.sweep import Grid
-from f2l_vllm.training.world import sample_scenes
+from f2l_vllm.synthetic.render import fit
+from f2l_vllm.synthetic.world import sample_scenes
 
 GRID = Grid(frames=(4, 8), resolutions=(64, 160))
 SETUP = Setup(through="transformers", max_tokens=16)
@@ -94,7 +95,7 @@ def test_files_are_scaled_down_and_keep_their_times(work: Path, tmp_path: Path) 
     film = footage.of_files(questions.clips)
     small, _ = footage.at_resolutions(questions, film, (64, 4000), tmp_path / "videos", {})
     sizes = [size_of(clip.path) for clip in questions.clips]
-    assert [size_of(clip.path) for clip in small.clips] == [footage.fit(size, 64) for size in sizes] + sizes
+    assert [size_of(clip.path) for clip in small.clips] == [fit(size, 64) for size in sizes] + sizes
     for clip, source in zip(small.clips, (*questions.clips, *questions.clips), strict=True):
         times = []
         for path in (clip.path, source.path):

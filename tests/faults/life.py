@@ -17,7 +17,7 @@ from faults.stages import Processes, Stages, until
 from serving.server import Server
 from video.videos import write_video
 
-from f2l_vllm.adapters import manifest
+from f2l_vllm.store import manifest
 
 QUESTION = [{"role": "user", "content": "What is shown?"}]
 GREEDY = {"temperature": 0, "max_tokens": 40}

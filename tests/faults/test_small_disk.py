@@ -16,13 +16,13 @@ import httpx
 from fastapi import FastAPI
 from f2l_vllm import torch_shims
 torch_shims.install()
-from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.errors import Unavailable
-from f2l_vllm.adapters.store import Store
-from f2l_vllm.serving import errors
-from f2l_vllm.serving.files import router
-from f2l_vllm.serving.registry import Registry
-from f2l_vllm.serving.service import Revisions, VideoService
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.store.errors import Unavailable
+from f2l_vllm.store.store import Store
+from f2l_vllm.server import errors
+from f2l_vllm.server.videos.routes import router
+from f2l_vllm.server.registry import Registry
+from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
 
 async def main():

@@ -13,9 +13,9 @@ _PROCESS = """
 import hashlib, json, sys
 from pathlib import Path
 import torch
-from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.errors import Unavailable, disk_errors
-from f2l_vllm.adapters.store import Store
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.store.errors import Unavailable, disk_errors
+from f2l_vllm.store.store import Store
 from f2l_vllm.hypernetwork.adapter import save_tensors
 
 home = Path(sys.argv[1])

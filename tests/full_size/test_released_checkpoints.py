@@ -13,15 +13,15 @@ import pytest
 import torch
 from serving.server import Server
 
-from benchmarks.hypernetwork_shapes import SHAPES, Shape, random_hypernetwork, save_model, save_released
-from f2l_vllm.adapters.base_shapes import BaseShapes
-from f2l_vllm.adapters.peft_format import validate_adapter
+from f2l_vllm.bench.hypernetwork_shapes import SHAPES, Shape, random_hypernetwork, save_model, save_released
 from f2l_vllm.hypernetwork.base_model import check_fit
-from f2l_vllm.hypernetwork.config import read_config
+from f2l_vllm.hypernetwork.base_shapes import BaseShapes
+from f2l_vllm.hypernetwork.config_file import read_config
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.hypernetwork.model import Hypernetwork
-from f2l_vllm.training.render import write_mp4
-from f2l_vllm.training.world import sample_scenes
+from f2l_vllm.hypernetwork.peft_format import validate_adapter
+from f2l_vllm.synthetic.render import write_mp4
+from f2l_vllm.synthetic.world import sample_scenes
 
 pytestmark = pytest.mark.full_size
 

@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
 from video.videos import write_video
 
-from f2l_vllm.commands.server_process import ServerProcess
+from f2l_vllm.server_process import ServerProcess
 from fuzz.judge import fault
 from fuzz.mutate import mutated
 from fuzz.seeds import seeds

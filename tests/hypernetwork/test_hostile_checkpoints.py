@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from f2l_vllm.adapters.base_shapes import BaseShapes
 from f2l_vllm.hypernetwork import unpickle
+from f2l_vllm.hypernetwork.base_shapes import BaseShapes
 from f2l_vllm.hypernetwork.checkpoint import read_checkpoint
-from f2l_vllm.hypernetwork.config import HypernetworkConfig, read_config
+from f2l_vllm.hypernetwork.config import HypernetworkConfig
+from f2l_vllm.hypernetwork.config_file import read_config
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from hypernetwork.test_checkpoint import GOLDEN, RECORD, rewrite, text, with_pickle
 

@@ -11,8 +11,8 @@ from video.videos import write_video
 
 from f2l_vllm.hypernetwork.adapter import Adapter
 from f2l_vllm.hypernetwork.base_model import module_sizes
-from f2l_vllm.hypernetwork.config import HypernetworkConfig
-from f2l_vllm.hypernetwork.encoder import INSTRUCTION, VideoEncoder
+from f2l_vllm.hypernetwork.config import INSTRUCTION, HypernetworkConfig
+from f2l_vllm.hypernetwork.encoder import VideoEncoder
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.video.errors import VideoError

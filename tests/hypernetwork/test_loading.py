@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from f2l_vllm.hypernetwork.config import HypernetworkConfig, read_config
+from f2l_vllm.hypernetwork.config import HypernetworkConfig
+from f2l_vllm.hypernetwork.config_file import read_config
 from f2l_vllm.hypernetwork.locate import locate
 from f2l_vllm.hypernetwork.model import Hypernetwork
 

@@ -4,8 +4,8 @@ import pytest
 
 from f2l_vllm import models
 from f2l_vllm.hypernetwork.adapter import Adapter
+from f2l_vllm.hypernetwork.adapter_check import LARGEST_NORM, LEAST_EFFECT, AdapterCheck
 from f2l_vllm.hypernetwork.internalizer import Internalizer
-from f2l_vllm.hypernetwork.proof import LARGEST_NORM, LEAST_EFFECT, Proof
 from tests.video.videos import write_video
 
 
@@ -16,7 +16,7 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def proof(shipped):
-    return Proof(shipped.model, shipped.processor.tokenizer)
+    return AdapterCheck(shipped.model, shipped.processor.tokenizer)
 
 
 @pytest.fixture(scope="module")

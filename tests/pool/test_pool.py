@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from f2l_vllm.adapters.base_shapes import BaseShapes
-from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.peft_format import validate_adapter
-from f2l_vllm.adapters.states import VideoState
-from f2l_vllm.adapters.store import Store
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.hypernetwork.base_shapes import BaseShapes
+from f2l_vllm.hypernetwork.peft_format import validate_adapter
 from f2l_vllm.pool.messages import Cancelled, Failed, Progress, Published, WorkerSpec
 from f2l_vllm.pool.pool import Pool, PoolConfig
+from f2l_vllm.store.store import Store
 from tests.video.videos import write_video
 
 WAIT_SECONDS = 180

@@ -10,10 +10,10 @@ import ray
 from pool.test_pool import WAIT_SECONDS, Bench, hanging_decoders, until
 from video.videos import write_video
 
-from f2l_vllm.adapters.states import VideoState
+from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.pool.messages import WorkerSpec
 from f2l_vllm.pool.pool import Pool, PoolConfig
-from f2l_vllm.pool.process import PoolProcess
+from f2l_vllm.pool.supervisor import PoolProcess
 
 
 def session(pid):
@@ -74,7 +74,7 @@ def test_a_pool_whose_server_is_gone_stops(tmp_path, hypernetwork_model):
         "import sys, time\n"
         "from pathlib import Path\n"
         "from f2l_vllm.pool.messages import WorkerSpec\n"
-        "from f2l_vllm.pool.process import PoolProcess\n"
+        "from f2l_vllm.pool.supervisor import PoolProcess\n"
         f"home, model = Path({str(home)!r}), Path({str(hypernetwork_model)!r})\n"
         "spec = WorkerSpec(\n"
         "    model=model, hypernetwork=model / 'hypernetwork', home=home, base_name='base', max_rank=64, threads=1\n"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from f2l_vllm.adapters.catalog import Catalog, QueueFull
-from f2l_vllm.adapters.jobs import EXHAUSTED
-from f2l_vllm.adapters.states import VideoState
+from f2l_vllm.catalog.catalog import Catalog, QueueFull
+from f2l_vllm.catalog.jobs import EXHAUSTED
+from f2l_vllm.catalog.states import VideoState
 
 
 @pytest.fixture

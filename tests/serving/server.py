@@ -7,7 +7,7 @@ from pathlib import Path
 
 from openai import OpenAI
 
-from f2l_vllm.commands.server_process import ServerProcess
+from f2l_vllm.server_process import ServerProcess
 
 
 class Server(ServerProcess):

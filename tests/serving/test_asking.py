@@ -11,18 +11,18 @@ import pytest
 import torch
 from video.videos import write_video
 
-from f2l_vllm.adapters.base_shapes import BaseShapes
-from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.store import Store
+from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE, save_tensors
-from f2l_vllm.serving import remote
-from f2l_vllm.serving.asking import Asking
-from f2l_vllm.serving.composition import Composer
-from f2l_vllm.serving.errors import APIError
-from f2l_vllm.serving.questions import Span, Video
-from f2l_vllm.serving.registry import Registry
-from f2l_vllm.serving.service import Revisions, VideoService
+from f2l_vllm.hypernetwork.base_shapes import BaseShapes
+from f2l_vllm.server.chat.compose import Composer
+from f2l_vllm.server.chat.request import Span, Video
+from f2l_vllm.server.chat.resolve import Asking
+from f2l_vllm.server.errors import APIError
+from f2l_vllm.server.registry import Registry
+from f2l_vllm.server.videos import by_url
+from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
+from f2l_vllm.store.store import Store
 
 RANK, CHUNK = 2, 10.0
 SHAPES = BaseShapes(layers=1, modules={"down_proj": (6, 4)})
@@ -247,7 +247,7 @@ def test_a_video_by_address_that_failed_for_no_fault_of_its_own_is_tried_again_l
         for _ in range(2):
             with pytest.raises(APIError, match="it did not work"):
                 await bench.ask(Video(url=uris[0]))
-        monkeypatch.setattr(remote, "_AGAIN_SECONDS", 0.0)
+        monkeypatch.setattr(by_url, "_AGAIN_SECONDS", 0.0)
         await ask_and_fail("unsupported_codec")  # the new one's
         assert len(bench.files()) == 2
         with pytest.raises(APIError, match="it did not work"):

@@ -10,9 +10,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from f2l_vllm.serving.bodies import Bodies
-from f2l_vllm.serving.faults import Faults
-from f2l_vllm.serving.tenants import asking_tenant
+from f2l_vllm.server.middleware.bodies import Bodies
+from f2l_vllm.server.middleware.faults import Faults
+from f2l_vllm.server.tenants import asking_tenant
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:,"}, "uuid": "logo"}
 

@@ -44,14 +44,14 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
 
-from f2l_vllm.serving import compat
-from f2l_vllm.serving.endpoint import F2LEndpointPlugin
-from f2l_vllm.serving.engine_defaults import EngineLimits, check_limits
+from f2l_vllm.engine.defaults import EngineLimits, check_limits
+from f2l_vllm.server import vllm_api
+from f2l_vllm.server.app import F2LEndpointPlugin
 from f2l_vllm.settings import Settings
 
 
 def test_this_is_the_supported_version():
-    assert vllm.__version__.startswith(compat.SUPPORTED_VLLM + ".")
+    assert vllm.__version__.startswith(vllm_api.SUPPORTED_VLLM + ".")
 
 
 def test_handlers_are_looked_up_in_state_at_every_request():
@@ -69,9 +69,9 @@ def test_vllm_goes_through_the_registrys_values_and_finds_no_videos_adapter():
     for method in (BaseServing._get_active_default_mm_loras, OpenAIServingModels.show_available_models):
         assert "lora_requests.values()" in inspect.getsource(method)
     own = LoRARequest(lora_name="image", lora_int_id=1, lora_path="/adapters/image")
-    video = compat.new_lora_request("f2l-x", 7, "/adapters/f2l-x", "base")
+    video = vllm_api.new_lora_request("f2l-x", 7, "/adapters/f2l-x", "base")
     state = State({"openai_serving_models": Namespace(lora_requests={"image": own})})
-    compat.lora_registry(state)["f2l-x:secret"] = video
+    vllm_api.lora_registry(state)["f2l-x:secret"] = video
     registry = state.openai_serving_models.lora_requests
     assert registry.values() == [own]
     assert (registry["f2l-x:secret"], len(registry)) == (video, 2)
@@ -81,7 +81,7 @@ def test_metrics_of_adapters_are_filled_from_states_that_can_be_turned_off():
     assert "self.lora_states = LoRARequestStates(" in inspect.getsource(OutputProcessor.__init__)
     engine = Namespace(output_processor=Namespace(lora_states=LoRARequestStates(log_stats=True)))
     states, stats = engine.output_processor.lora_states, SchedulerStats()
-    compat.leave_adapters_out_of_metrics(engine)
+    vllm_api.leave_adapters_out_of_metrics(engine)
     states.request_running("request", "f2l-x")
     states.update_scheduler_stats(stats)
     assert (stats.running_lora_adapters, dict(states.requests)) == ({}, {})
@@ -102,7 +102,7 @@ def test_handlers_take_a_request_and_the_raw_request():
 
 
 def test_a_lora_request_never_reloads_in_place():
-    request = compat.new_lora_request("f2l-x", 7, "/adapters/f2l-x", "base")
+    request = vllm_api.new_lora_request("f2l-x", 7, "/adapters/f2l-x", "base")
     assert (request.lora_name, request.lora_path) == ("f2l-x", "/adapters/f2l-x")
     assert 1 << 20 < request.lora_int_id < 1 << 31  # above --lora-modules, which count from 1; int32 in the engine
     assert request.load_inplace is False
@@ -139,7 +139,7 @@ def test_responses_carry_further_fields():
         ChatCompletionResponse(model="m", choices=[], usage=usage),
         CompletionResponse(model="m", choices=[], usage=usage),
     ):
-        compat.add_details(response, {"rank": 16})
+        vllm_api.add_details(response, {"rank": 16})
         assert response.model_dump()["f2l"] == {"rank": 16}  # as vLLM's routes write it
 
 
@@ -147,14 +147,14 @@ def test_the_last_chunk_of_a_stream_with_usage_carries_further_fields():
     usage = UsageInfo(prompt_tokens=1, total_tokens=2, completion_tokens=1)
     for model in (ChatCompletionStreamResponse, CompletionStreamResponse):
         last = f"data: {model(model='m', choices=[], usage=usage).model_dump_json(exclude_unset=True)}\n\n"
-        detailed = compat.detailed_chunk(last, {"rank": 16})
+        detailed = vllm_api.detailed_chunk(last, {"rank": 16})
         assert detailed.startswith("data: ")
         assert detailed.endswith("\n\n")
         body = json.loads(detailed[6:])
         assert body.pop("f2l") == {"rank": 16}
         assert body == json.loads(last[6:])
     for other in ("data: [DONE]\n\n", 'data: {"choices":[{"delta":{"content":"\\"choices\\":[]"}}]}\n\n'):
-        assert compat.detailed_chunk(other, {"rank": 16}) == other
+        assert vllm_api.detailed_chunk(other, {"rank": 16}) == other
     for method in (OpenAIServingChat.chat_completion_stream_generator, OpenAIServingCompletion):
         assert "choices=[]," in inspect.getsource(method)
 
@@ -181,7 +181,7 @@ def test_a_chat_is_answered_by_methods_that_take_its_request_first():
         return request
 
     state = State({"openai_serving_chat": Namespace(create_chat_completion=answer), "anthropic_serving_messages": None})
-    compat.wrap_chat_answers(state, lambda method: (method, "wrapped"))
+    vllm_api.wrap_chat_answers(state, lambda method: (method, "wrapped"))
     assert state.openai_serving_chat.create_chat_completion == (answer, "wrapped")
 
 
@@ -209,7 +209,7 @@ def test_a_chat_template_is_rendered_to_text_as_for_a_request():
         chat_template_content_format="string",
         default_chat_template_kwargs={"enable_thinking": False},
     )
-    assert compat.rendered(chat, [{"role": "user", "content": "Hi"}], True) == "User: Hi\nAssistant:"
+    assert vllm_api.rendered(chat, [{"role": "user", "content": "Hi"}], True) == "User: Hi\nAssistant:"
     ((messages, options, content_format),) = given
     assert ([dict(one) for one in messages], content_format) == ([{"role": "user", "content": "Hi"}], "string")
     expected = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
@@ -233,9 +233,9 @@ def test_the_server_says_that_it_stops_before_it_waits_for_requests():
     assert "app.state.server = server" in source
     assert "should_exit = True" in source
     state = State({})
-    assert not compat.is_stopping(state)
+    assert not vllm_api.is_stopping(state)
     state.server = Namespace(should_exit=True)
-    assert compat.is_stopping(state)
+    assert vllm_api.is_stopping(state)
 
 
 def test_our_signal_handlers_come_after_vllms_and_an_end_by_should_exit_runs_the_lifespan():
@@ -251,15 +251,15 @@ def test_our_signal_handlers_come_after_vllms_and_an_end_by_should_exit_runs_the
     assert "timeout=self.config.timeout_graceful_shutdown" in serving
     assert stopping.index("t.cancel(msg=") < stopping.index("await self.lifespan.shutdown()")
     state = State({})
-    compat.stop_http(state)
-    compat.bound_http_shutdown(state, 1.0)
-    assert not compat.is_serving(state)
+    vllm_api.stop_http(state)
+    vllm_api.bound_http_shutdown(state, 1.0)
+    assert not vllm_api.is_serving(state)
     server = state.server = launcher.NoSignalServer(uvicorn.Config(app=None))
-    assert not compat.is_serving(state)
+    assert not vllm_api.is_serving(state)
     server.started = True
-    assert compat.is_serving(state)
-    compat.stop_http(state)
-    compat.bound_http_shutdown(state, 1.5)
+    assert vllm_api.is_serving(state)
+    vllm_api.stop_http(state)
+    vllm_api.bound_http_shutdown(state, 1.5)
     assert server.should_exit
     assert server.config.timeout_graceful_shutdown == 1.5
 
@@ -270,7 +270,7 @@ def test_the_engine_is_killed_at_once_with_a_timeout_of_zero():
     source = inspect.getsource(shutdown)
     assert source.index("proc.terminate()") < source.index("if remaining <= 0") < source.index("kill_process_tree")
     calls = []
-    compat.stop_engine(Namespace(shutdown=lambda timeout: calls.append(timeout)))
+    vllm_api.stop_engine(Namespace(shutdown=lambda timeout: calls.append(timeout)))
     assert calls == [0]
 
 
@@ -284,7 +284,7 @@ def test_the_grace_is_our_setting_or_vllms_flag(monkeypatch, flag, environment, 
     assert EngineArgs(model="x").shutdown_timeout == 0
     if environment is not None:
         monkeypatch.setenv("F2L_SHUTDOWN_SECONDS", environment)
-    assert compat.grace_seconds(Namespace(shutdown_timeout=flag), Settings()) == seconds
+    assert vllm_api.grace_seconds(Namespace(shutdown_timeout=flag), Settings()) == seconds
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_the_grace_is_our_setting_or_vllms_flag(monkeypatch, flag, environment, 
 )
 def test_the_start_ends_with_an_address_to_go_to(host, shown):
     args = Namespace(host=host, port=8000, uds=None, ssl_keyfile=None, ssl_certfile=None)
-    assert compat.url(args) == shown
+    assert vllm_api.url(args) == shown
 
 
 def test_keys_are_those_of_vllms_own_check(monkeypatch):
@@ -308,12 +308,12 @@ def test_keys_are_those_of_vllms_own_check(monkeypatch):
 
     source = inspect.getsource(register.init_entrypoints_middleware)
     assert "for key in (args.api_key or [envs.VLLM_API_KEY]) if key" in source
-    assert compat.api_keys(Namespace(api_key=["a", "b"])) == ["a", "b"]
+    assert vllm_api.api_keys(Namespace(api_key=["a", "b"])) == ["a", "b"]
     monkeypatch.setenv("VLLM_API_KEY", "c")
-    assert compat.api_keys(Namespace(api_key=None)) == ["c"]
-    assert compat.api_keys(Namespace(api_key=["a"])) == ["a"]
+    assert vllm_api.api_keys(Namespace(api_key=None)) == ["c"]
+    assert vllm_api.api_keys(Namespace(api_key=["a"])) == ["a"]
     monkeypatch.delenv("VLLM_API_KEY")
-    assert compat.api_keys(Namespace(api_key=None)) == []
+    assert vllm_api.api_keys(Namespace(api_key=None)) == []
 
 
 def test_the_endpoint_plugin_fits_vllms_protocol():
@@ -325,7 +325,7 @@ def test_the_endpoint_plugin_fits_vllms_protocol():
 def test_an_engine_without_lora_is_refused():
     engine = Namespace(vllm_config=Namespace(lora_config=None))
     with pytest.raises(ValueError, match="--enable-lora"):
-        compat.engine_limits(engine)
+        vllm_api.engine_limits(engine)
 
 
 def test_an_engine_that_would_not_attach_an_adapter_is_refused():
@@ -334,7 +334,7 @@ def test_an_engine_that_would_not_attach_an_adapter_is_refused():
             lora_config=LoRAConfig(max_lora_rank=16, max_loras=1, max_cpu_loras=2, target_modules=["q_proj"])
         )
     )
-    limits = compat.engine_limits(engine)
+    limits = vllm_api.engine_limits(engine)
     assert (limits.max_rank, limits.host_slots, limits.target_modules) == (16, 2, {"q_proj"})
     check_limits(limits, rank=16, modules=["q_proj"])
     with pytest.raises(ValueError, match="--max-lora-rank 32"):
@@ -346,16 +346,16 @@ def test_an_engine_that_would_not_attach_an_adapter_is_refused():
 
 
 def test_environments_that_bypass_or_open_the_server_are_refused(monkeypatch):
-    compat.check_environment(Namespace())
+    vllm_api.check_environment(Namespace())
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(ValueError, match="bypasses Python plugins"):
-        compat.check_environment(Namespace())
+        vllm_api.check_environment(Namespace())
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
     with pytest.raises(ValueError, match="--api-server-count must be 1"):
-        compat.check_environment(Namespace(api_server_count=2))
+        vllm_api.check_environment(Namespace(api_server_count=2))
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
     with pytest.raises(ValueError, match="unset it"):
-        compat.check_environment(Namespace())
+        vllm_api.check_environment(Namespace())
 
 
 def test_responses_name_what_was_asked_for():
@@ -364,26 +364,28 @@ def test_responses_name_what_was_asked_for():
             return "adapter"
 
     state = State({"openai_serving_models": Models(), "openai_serving_chat": 1, "openai_serving_completion": None})
-    compat.wrap_servings(state, lambda inner: inner + 1, lambda inner: inner + 1)
+    vllm_api.wrap_servings(state, lambda inner: inner + 1, lambda inner: inner + 1)
     assert state.openai_serving_chat == 2
     assert state.openai_serving_completion is None
     assert state.openai_serving_models.model_name() == "adapter"
-    token = compat.asked_model.set("file-1")
+    token = vllm_api.asked_model.set("file-1")
     assert state.openai_serving_models.model_name() == "file-1"
-    compat.asked_model.reset(token)
+    vllm_api.asked_model.reset(token)
 
 
 def test_a_request_that_the_engine_gave_up_raises_in_one_way_and_is_streamed_in_another():
     assert "raise GenerationError(" in inspect.getsource(GenerateBaseServing._raise_if_error)
-    assert compat.is_failed_generation(GenerationError("Internal server error"))
-    assert not compat.is_failed_generation(EngineDeadError())
-    assert compat.is_engine_dead(EngineDeadError())
+    assert vllm_api.is_failed_generation(GenerationError("Internal server error"))
+    assert not vllm_api.is_failed_generation(EngineDeadError())
+    assert vllm_api.is_engine_dead(EngineDeadError())
     source = inspect.getsource(OpenAIServingChat.chat_completion_stream_generator)
     assert 'yield f"data: {self._convert_generation_error_to_streaming_response(e)}\\n\\n"' in source
     error = ErrorResponse(error=ErrorInfo(message="m", type="InternalServerError", code=500))
-    assert compat.is_error_chunk(f"data: {json.dumps(error.model_dump())}\n\n")
+    assert vllm_api.is_error_chunk(f"data: {json.dumps(error.model_dump())}\n\n")
     assert "json.dumps(" in inspect.getsource(GenerateBaseServing.create_streaming_error_response)
-    assert not compat.is_error_chunk('data: {"id":"chatcmpl-1","choices":[{"delta":{"content":"{\\"error\\":"}}]}\n\n')
+    assert not vllm_api.is_error_chunk(
+        'data: {"id":"chatcmpl-1","choices":[{"delta":{"content":"{\\"error\\":"}}]}\n\n'
+    )
 
 
 def test_an_engine_says_which_adapters_it_has():
@@ -422,7 +424,7 @@ def test_prompts_are_made_within_a_question_and_under_its_salt():
         entered.pop()
 
     entered, engine = [], Namespace(renderer=Renderer())
-    compat.enclose_renderings(engine, question, lambda given: None if given is None else f"own {given}")
+    vllm_api.enclose_renderings(engine, question, lambda given: None if given is None else f"own {given}")
     asyncio.run(engine.renderer.render_chat_async("a"))
     asyncio.run(engine.renderer.render_cmpl_async("b", prompt_extras={"cache_salt": "s", "other": 1}))
     assert seen == [([1], ("a",), {}), ([1], ("b",), {"cache_salt": "own s", "other": 1})]

@@ -15,8 +15,9 @@ from vllm.v1.worker import lora_model_runner_mixin
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from f2l_vllm.serving import compat, plugin
-from f2l_vllm.serving.residency import FIRST_ADAPTER_ID
+from f2l_vllm.engine import plugin
+from f2l_vllm.engine.residency import FIRST_ADAPTER_ID
+from f2l_vllm.server import vllm_api
 
 
 def test_the_plugin_is_in_front_of_the_engine_once():
@@ -104,7 +105,7 @@ def test_a_cache_without_an_end_drops_nothing():
 def test_a_batch_finds_adapters_by_name_and_rows_by_id():
     """So one name with two ids in a batch leaves a row without its adapter: `Residency` refuses the second."""
     assert "set(\n            self.lora_id_to_lora_request.values()" in inspect.getsource(InputBatch.make_lora_inputs)
-    twins = {compat.new_lora_request("f2l-x", number, "/adapters/f2l-x", "base") for number in (1, 2)}
+    twins = {vllm_api.new_lora_request("f2l-x", number, "/adapters/f2l-x", "base") for number in (1, 2)}
     assert len(twins) == 1
 
 

@@ -2,8 +2,8 @@
 
 import json
 
-from f2l_vllm.serving.compat_flags import describe
-from f2l_vllm.serving.vllm_flags import TABLE
+from f2l_vllm.engine.flags import TABLE
+from f2l_vllm.engine.flags_table import describe
 
 
 def test_the_table_of_flags_is_that_of_vllm_0_32():

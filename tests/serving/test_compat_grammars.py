@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from f2l_vllm.serving import compat_errors, compat_grammars
-from f2l_vllm.serving.constraints import Constraint
-from f2l_vllm.serving.errors import APIError
+from f2l_vllm.server import vllm_errors, vllm_grammars
+from f2l_vllm.server.chat.constraints import Constraint
+from f2l_vllm.server.errors import APIError
 
 CHANGED = "vLLM 0.32 {}; this version does not: see serving/compat_grammars.py"
 
@@ -26,14 +26,12 @@ def test_what_reaches_the_engine_is_read_of_the_sampling_parameters():
         ({"structural_tag": "{}"}, "structural_tag", "{}"),
     ):
         params = SamplingParams(structured_outputs=StructuredOutputsParams(**given))
-        assert compat_grammars.constraint_of(params) == Constraint(kind, text), CHANGED.format(
-            "keeps constraints there"
-        )
+        assert vllm_grammars.constraint_of(params) == Constraint(kind, text), CHANGED.format("keeps constraints there")
     known = {"json", "regex", "choice", "grammar", "json_object", "structural_tag"}
     options = {"disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"}
     fields = {name for name in StructuredOutputsParams.__dataclass_fields__ if not name.startswith("_")}
     assert fields == known | options, CHANGED.format("has these constraints and no other")
-    assert compat_grammars.constraint_of(SamplingParams()) is None
+    assert vllm_grammars.constraint_of(SamplingParams()) is None
 
 
 def engine(outputs=(), error=None, backend="auto"):
@@ -65,7 +63,7 @@ def test_a_constraint_is_tried_before_the_engine_gets_it():
             raise APIError(400, "structured_output_too_complex", "no")
 
     client = engine([1, 2])
-    compat_grammars.try_before_generating(client, check)
+    vllm_grammars.try_before_generating(client, check)
     assert asyncio.run(everything(client.generate("x", params, "id"))) == [1, 2]
     with pytest.raises(APIError):
         asyncio.run(everything(client.generate("x", params, "id")))
@@ -81,18 +79,18 @@ def test_an_answer_that_its_constraint_ended_is_not_the_servers_fault():
 
     for constraint, code in ((StructuredOutputsParams(json_object=True), "structured_output_failed"), (None, None)):
         client = engine(error=GenerationError())
-        compat_grammars.try_before_generating(client, check)
+        vllm_grammars.try_before_generating(client, check)
         params = SimpleNamespace(structured_outputs=constraint)
         with pytest.raises(GenerationError) as error:
             asyncio.run(everything(client.generate("x", params, "id")))
-        refused = compat_errors.refusal(error.value, {"type": "http", "path": "/"})
+        refused = vllm_errors.refusal(error.value, {"type": "http", "path": "/"})
         assert (None if refused is None else refused.code) == code
 
 
 @pytest.mark.parametrize(("backend", "bounded"), [("auto", True), ("xgrammar", True), ("guidance", False)])
 def test_no_request_chooses_the_backend_for_all(backend, bounded):
     client = engine(backend=backend)
-    assert compat_grammars.use_xgrammar(client) is bounded
+    assert vllm_grammars.use_xgrammar(client) is bounded
     assert client.vllm_config.structured_outputs_config.backend != "auto"
 
 
@@ -100,7 +98,7 @@ def test_vllm_has_what_is_replaced_in_the_engine():
     from vllm.v1.structured_output import StructuredOutputManager
     from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend, XgrammarGrammar
 
-    compat_grammars.install()
+    vllm_grammars.install()
     source = inspect.getsource(inspect.unwrap(StructuredOutputManager.grammar_init))
     assert "self.executor.submit(self._create_grammar, request)" in source, CHANGED.format("compiles in an executor")
     assert "self.matcher.accept_token" in inspect.getsource(inspect.unwrap(XgrammarGrammar.accept_tokens))
@@ -113,7 +111,7 @@ def test_vllm_has_what_is_replaced_in_the_engine():
 def test_an_answer_that_is_slow_to_match_is_given_up_in_the_engine():
     from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 
-    compat_grammars.install()
+    vllm_grammars.install()
     matcher = SimpleNamespace(accept_token=lambda token: True, is_terminated=lambda: False)
     grammar = XgrammarGrammar(vocab_size=1, matcher=matcher, ctx=None)
     assert grammar.accept_tokens("fast", [1])
@@ -122,9 +120,9 @@ def test_an_answer_that_is_slow_to_match_is_given_up_in_the_engine():
 
 
 def test_choices_and_lark_are_told_from_grammars():
-    assert compat_grammars.language(Constraint("choice", json.dumps(["a", 'b"']))) == (
+    assert vllm_grammars.language(Constraint("choice", json.dumps(["a", 'b"']))) == (
         "grammar",
         'root ::= "a" | "b\\""',
     )
-    assert compat_grammars.language(Constraint("grammar", 'start: "a"'))[0] == "lark"
-    assert compat_grammars.language(Constraint("grammar", 'root ::= "a"'))[0] == "grammar"
+    assert vllm_grammars.language(Constraint("grammar", 'start: "a"'))[0] == "lark"
+    assert vllm_grammars.language(Constraint("grammar", 'root ::= "a"'))[0] == "grammar"

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from f2l_vllm.adapters.base_shapes import BaseShapes
-from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.store import Store
+from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE, save_tensors
-from f2l_vllm.serving.composition import Composer, Part, PartGone, PartLost
-from f2l_vllm.serving.errors import APIError
-from f2l_vllm.serving.questions import Span
-from f2l_vllm.serving.registry import Registry
+from f2l_vllm.hypernetwork.base_shapes import BaseShapes
+from f2l_vllm.server.chat.compose import AdapterChunks, Composer, PartGone, PartLost
+from f2l_vllm.server.chat.request import Span
+from f2l_vllm.server.errors import APIError
+from f2l_vllm.server.registry import Registry
+from f2l_vllm.store.store import Store
 
 RANK = 2
 SHAPES = BaseShapes(layers=1, modules={"down_proj": (6, 4)})
@@ -92,7 +92,7 @@ class Bench:
 
 
 def whole(record):
-    return Part(record, tuple(range(record.rank // RANK - 1)), ((0.0, 1.0),))
+    return AdapterChunks(record, tuple(range(record.rank // RANK - 1)), ((0.0, 1.0),))
 
 
 async def settle():
@@ -106,7 +106,7 @@ def test_chunks_stand_in_order_each_once_and_the_bias_at_the_end(tmp_path):
     async def scenario():
         bench = Bench(tmp_path)
         one, long = bench.video(1), bench.video(2, chunks=3)
-        parts = [Part(long, (2, 0), ((0.0, 1.0),)), whole(one), whole(long)]
+        parts = [AdapterChunks(long, (2, 0), ((0.0, 1.0),)), whole(one), whole(long)]
         lease = await bench.composer.lease(parts)
         weights, key = bench.weights(lease.adapter.name), SHAPES.key(0, "down_proj", "A")
         of_one, of_long = (bench.weights(r.name)[key].split(RANK) for r in (one, long))

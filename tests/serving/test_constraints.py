@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from f2l_vllm.serving.constraints import Constraint, constraints
-from f2l_vllm.serving.errors import APIError
+from f2l_vllm.server.chat.constraints import Constraint, constraints
+from f2l_vllm.server.errors import APIError
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 

@@ -5,8 +5,8 @@ import typing
 
 import pytest
 
-from f2l_vllm.serving.content import CONTENTS, CONVERSATIONS, ITEMS, PARTS, REFUSED, REQUESTS, admit, private
-from f2l_vllm.serving.errors import APIError
+from f2l_vllm.server.chat.content import CONTENTS, CONVERSATIONS, ITEMS, PARTS, REFUSED, REQUESTS, admit, private
+from f2l_vllm.server.errors import APIError
 
 TEXT = {"type": "text", "text": "What is shown?"}
 PICTURE = {"type": "image_url", "image_url": {"url": "https://a.example/p.png", "detail": "low"}}

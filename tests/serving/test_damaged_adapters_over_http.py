@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from f2l_vllm.adapters import manifest
+from f2l_vllm.store import manifest
 
 QUESTION = [{"role": "user", "content": "What is shown?"}]
 WEIGHTS = "adapter_model.safetensors"

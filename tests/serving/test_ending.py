@@ -10,8 +10,8 @@ from contextlib import suppress
 import pytest
 from starlette.responses import JSONResponse, StreamingResponse
 
-from f2l_vllm.serving import ending as ending_module
-from f2l_vllm.serving.ending import Ending, LastWords
+from f2l_vllm.server.middleware import ending as ending_module
+from f2l_vllm.server.middleware.ending import Ending, LastWords
 
 GRACE = 0.2
 
@@ -232,8 +232,8 @@ def test_a_server_whose_engine_died_tells_those_whom_uvicorn_cancels():
 
 STUCK = """
 import asyncio, sys, time, types
-sys.modules["f2l_vllm.serving.errors"] = types.ModuleType("errors")  # and what it imports: nobody is answered here
-from f2l_vllm.serving import ending
+sys.modules["f2l_vllm.server.errors"] = types.ModuleType("errors")  # and what it imports: nobody is answered here
+from f2l_vllm.server.middleware import ending
 ending._LEAVE_SECONDS = 1.0
 async def main():
     it = ending.Ending(0.2, lambda: None, lambda: False)

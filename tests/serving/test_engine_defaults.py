@@ -7,8 +7,8 @@ from typing import get_args
 
 from vllm.config.lora import MaxLoRARanks
 
-from f2l_vllm.adapters.ranks import RANKS, smallest_rank
-from f2l_vllm.serving.engine_defaults import KEEP_ALIVE_SECONDS, engine_flags
+from f2l_vllm.engine.defaults import KEEP_ALIVE_SECONDS, engine_flags
+from f2l_vllm.hypernetwork.ranks import RANKS, smallest_rank
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 

@@ -1,8 +1,8 @@
 import re
 from pathlib import Path
 
-import f2l_vllm.serving
-from f2l_vllm.adapters.errors import AdapterIdsExhausted, CatalogBusy, StoreUnavailable
+import f2l_vllm.server
+from f2l_vllm.store.errors import AdapterIdsExhausted, CatalogBusy, StoreUnavailable
 from f2l_vllm.video.errors import CODES
 
 ERRORS_PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
@@ -10,7 +10,7 @@ ERRORS_PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 
 def test_the_errors_page_has_every_code():
     raised = {*CODES, AdapterIdsExhausted.code, CatalogBusy.code, StoreUnavailable.code}
-    for path in Path(f2l_vllm.serving.__file__).parent.glob("*.py"):
+    for path in Path(f2l_vllm.server.__file__).parent.rglob("*.py"):
         raised |= set(re.findall(r'(?:HTTPStatus\.\w+, |bad_request\(\s*)"([a-z_]+)"', path.read_text()))
     assert len(raised) > 40
     page = set(re.findall(r"`([a-z_]+)`", ERRORS_PAGE.read_text()))

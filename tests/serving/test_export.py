@@ -5,9 +5,9 @@ import json
 import tarfile
 from types import SimpleNamespace
 
-from f2l_vllm.adapters.manifest import MANIFEST_FILE
 from f2l_vllm.hypernetwork.adapter import peft_config
-from f2l_vllm.serving.files import _tar
+from f2l_vllm.server.videos.routes import _tar
+from f2l_vllm.store.manifest import MANIFEST_FILE
 
 
 def test_the_archive_names_the_base_and_changes_nothing_else(tmp_path):

@@ -11,10 +11,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from f2l_vllm.serving import compat_errors
-from f2l_vllm.serving.bodies import Bodies
-from f2l_vllm.serving.errors import bad_request
-from f2l_vllm.serving.faults import Faults
+from f2l_vllm.server import vllm_errors
+from f2l_vllm.server.errors import bad_request
+from f2l_vllm.server.middleware.bodies import Bodies
+from f2l_vllm.server.middleware.faults import Faults
 
 
 class Harness:
@@ -93,7 +93,7 @@ def test_what_fails_before_the_engine_is_asked_is_the_requests_fault():
 
 def test_what_fails_after_that_is_the_servers_fault_and_says_nothing_of_python():
     async def generating(request: Request):
-        compat_errors.note_engine_asked()
+        vllm_errors.note_engine_asked()
         raise RuntimeError("/root/secret.py is broken")
 
     status, body = post(Harness(generating), b"{}")

@@ -11,10 +11,10 @@ import pytest
 
 from f2l_vllm.grammar_limits import GrammarLimits
 from f2l_vllm.models import resolve
-from f2l_vllm.serving import compat_grammars
-from f2l_vllm.serving.constraints import Constraint
-from f2l_vllm.serving.errors import APIError
-from f2l_vllm.serving.grammars import Grammars
+from f2l_vllm.server import vllm_grammars
+from f2l_vllm.server.chat.constraints import Constraint
+from f2l_vllm.server.chat.grammars import Grammars
+from f2l_vllm.server.errors import APIError
 
 FINE = {
     "a schema": ("json", json.dumps({"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}}})),
@@ -47,7 +47,7 @@ async def trying(seconds=5.0):
     config = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 896))
     tokenizer = get_tokenizer(str(resolve("f2l-tiny")))
     engine = SimpleNamespace(vllm_config=config, renderer=SimpleNamespace(get_tokenizer=lambda: tokenizer))
-    grammars = Grammars(compat_grammars.vocabulary(engine), compat_grammars.language, GrammarLimits(seconds))
+    grammars = Grammars(vllm_grammars.vocabulary(engine), vllm_grammars.language, GrammarLimits(seconds))
     try:
         yield grammars
     finally:

@@ -2,8 +2,8 @@ import asyncio
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from f2l_vllm.serving.asking import Source
-from f2l_vllm.serving.handlers import AnswerStream
+from f2l_vllm.server.chat.handlers import AnswerStream
+from f2l_vllm.server.chat.resolve import Source
 
 FAILED = 'data: {"error":{"message":"the engine is dead","code":500}}\n\n'
 

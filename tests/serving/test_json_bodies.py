@@ -2,8 +2,8 @@
 
 import pytest
 
-from f2l_vllm.serving import json_bodies
-from f2l_vllm.serving.errors import APIError
+from f2l_vllm.server.errors import APIError
+from f2l_vllm.server.middleware import json_bodies
 
 
 def nested(depth, opening="[", closing="]"):

@@ -9,9 +9,9 @@ import pytest
 from serving.server import Server
 from video.videos import write_video
 
-from f2l_vllm.adapters import manifest
+from f2l_vllm.engine.residency import FIRST_ADAPTER_ID
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE
-from f2l_vllm.serving.residency import FIRST_ADAPTER_ID
+from f2l_vllm.store import manifest
 
 GREEDY = {"messages": [{"role": "user", "content": "What happens?"}], "temperature": 0, "max_tokens": 8}
 

@@ -16,10 +16,10 @@ from vllm.multimodal.media.audio import AudioMediaIO
 from vllm.multimodal.media.connector import MediaConnector
 from vllm.multimodal.media.image import ImageMediaIO
 
-from f2l_vllm.serving import media
-from f2l_vllm.serving.errors import APIError
-from f2l_vllm.serving.tenants import asking_tenant
-from f2l_vllm.serving.turns import Turns
+from f2l_vllm.server.errors import APIError
+from f2l_vllm.server.media import connector as media
+from f2l_vllm.server.media.turns import Turns
+from f2l_vllm.server.tenants import asking_tenant
 
 
 def png(width, height=1):

@@ -19,12 +19,12 @@ from serving.server import Server
 from transformers import AutoModelForImageTextToText
 from video.videos import write_video
 
-from f2l_vllm.adapters.address import fingerprint
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.hypernetwork.merging import tokens_of_frames
-from f2l_vllm.serving.service import Revisions
+from f2l_vllm.server.videos.service import Revisions
 from f2l_vllm.settings import Settings
+from f2l_vllm.store.address import fingerprint
 
 RATE = 0.5
 FRAMES, PER_FRAME = 6, 4  # sampled of the video; of the random model

@@ -2,16 +2,8 @@ import math
 
 import pytest
 
-from f2l_vllm.serving.errors import APIError
-from f2l_vllm.serving.questions import (
-    Span,
-    Video,
-    names_a_video,
-    options,
-    videos,
-    with_frames,
-    without_videos,
-)
+from f2l_vllm.server.chat.request import Span, Video, names_a_video, options, videos, with_frames, without_videos
+from f2l_vllm.server.errors import APIError
 
 
 def part(file_id, **details):

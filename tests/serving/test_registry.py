@@ -6,11 +6,11 @@ import random
 import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from f2l_vllm.adapters.store import Store
-from f2l_vllm.adapters.tables import AdapterRecord
-from f2l_vllm.serving.errors import APIError
-from f2l_vllm.serving.registry import AdapterLost, Registry
-from f2l_vllm.serving.residency import FIRST_ADAPTER_ID
+from f2l_vllm.catalog.tables import AdapterRecord
+from f2l_vllm.engine.residency import FIRST_ADAPTER_ID
+from f2l_vllm.server.errors import APIError
+from f2l_vllm.server.registry import AdapterLost, Registry
+from f2l_vllm.store.store import Store
 
 
 class Engine:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from f2l_vllm.serving import costs
-from f2l_vllm.serving.errors import APIError
+from f2l_vllm.server.errors import APIError
+from f2l_vllm.server.middleware import costs
 
 WHAT_CLIENTS_SEND = {
     "model": "m",

@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 from vllm.lora.request import LoRARequest
 
-from f2l_vllm.serving.residency import FIRST_ADAPTER_ID, Residency
+from f2l_vllm.engine.residency import FIRST_ADAPTER_ID, Residency
 
 
 class Workers:

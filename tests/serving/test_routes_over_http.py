@@ -8,8 +8,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from f2l_vllm.serving.files import router
-from f2l_vllm.serving.routes import VLLM_ROUTES, keep_listed_routes
+from f2l_vllm.server.middleware.auth import VLLM_ROUTES, keep_listed_routes
+from f2l_vllm.server.videos.routes import router
 
 OPEN = {"/health", "/ready", "/ping", "/version", "/metrics"}
 

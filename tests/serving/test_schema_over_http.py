@@ -5,7 +5,7 @@ import schemathesis
 from fastapi import FastAPI
 from hypothesis import HealthCheck, settings
 
-from f2l_vllm.serving.files import router
+from f2l_vllm.server.videos.routes import router
 
 QUESTION = [{"role": "user", "content": "What is shown?"}]
 app = FastAPI()

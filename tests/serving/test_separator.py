@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from f2l_vllm.serving import separator
+from f2l_vllm.server.chat import separator
 
 TINY = (files("f2l_vllm.models") / "f2l-tiny" / "chat_template.jinja").read_text()
 LINES = (

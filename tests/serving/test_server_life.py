@@ -21,7 +21,7 @@ from postgres import Postgres, find_postgres
 from serving.server import Server
 from video.videos import write_video
 
-from f2l_vllm.adapters.catalog import Catalog
+from f2l_vllm.catalog.catalog import Catalog
 
 QUESTION = [{"role": "user", "content": "What is shown?"}]
 GREEDY = {"temperature": 0, "max_tokens": 12}

@@ -11,15 +11,15 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from f2l_vllm.adapters.catalog import Catalog
-from f2l_vllm.adapters.errors import CatalogBusy, StoreUnavailable
-from f2l_vllm.adapters.states import VideoState
-from f2l_vllm.adapters.store import Store
-from f2l_vllm.serving.errors import APIError, answer
-from f2l_vllm.serving.files import router
-from f2l_vllm.serving.registry import Registry
-from f2l_vllm.serving.service import Revisions, VideoService
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.server.errors import APIError, answer
+from f2l_vllm.server.registry import Registry
+from f2l_vllm.server.videos.routes import router
+from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
+from f2l_vllm.store.errors import CatalogBusy, StoreUnavailable
+from f2l_vllm.store.store import Store
 
 T = "tenant"
 
@@ -254,8 +254,8 @@ def test_what_nobody_names_is_swept_every_hour_not_at_the_start_only(tmp_path, m
         await bench.service.tidy()
         assert orphan.exists()  # young: somebody may be about to name it
         hours = [time.time() + 7200, time.monotonic() + 7200]
-        monkeypatch.setattr("f2l_vllm.adapters.store.time.time", lambda: hours[0])
-        monkeypatch.setattr("f2l_vllm.serving.service.time.monotonic", lambda: hours[1])
+        monkeypatch.setattr("f2l_vllm.store.store.time.time", lambda: hours[0])
+        monkeypatch.setattr("f2l_vllm.server.videos.service.time.monotonic", lambda: hours[1])
         await bench.service.tidy()
         assert not orphan.exists()
         assert bench.store.has_video(file.video)
@@ -406,8 +406,8 @@ def test_lists_have_pages_and_are_made_in_pieces(tmp_path, monkeypatch):
     async def cards(_state):
         return [{"id": "base", "object": "model"}]
 
-    monkeypatch.setattr("f2l_vllm.serving.compat.model_cards", cards)
-    monkeypatch.setattr("f2l_vllm.serving.files._AT_ONCE", 2)
+    monkeypatch.setattr("f2l_vllm.server.vllm_api.model_cards", cards)
+    monkeypatch.setattr("f2l_vllm.server.videos.routes._AT_ONCE", 2)
 
     async def scenario():
         bench = Bench(tmp_path)

@@ -24,10 +24,10 @@ from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, get_video_loader_backen
 from vllm.multimodal.video_prune.evs import compute_retained_tokens_count
 from vllm.transformers_utils.processor import get_video_processor_cls_name
 
+from f2l_vllm.engine import plugin, video_loader
+from f2l_vllm.engine.smolvlm_video import SmolVLMVideoForConditionalGeneration
+from f2l_vllm.engine.video_loader import NAME, SampledVideoLoader
 from f2l_vllm.hypernetwork.merging import tokens_of_frames
-from f2l_vllm.serving import plugin, video_loader
-from f2l_vllm.serving.smolvlm_video import SmolVLMVideoForConditionalGeneration
-from f2l_vllm.serving.video_loader import NAME, SampledVideoLoader
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["mark is text", "mark is a special token"])

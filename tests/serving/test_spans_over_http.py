@@ -15,8 +15,8 @@ import torch
 from openai import AsyncOpenAI
 from serving.server import Server
 
-from f2l_vllm.training.render import draw, write_mp4
-from f2l_vllm.training.world import MovingShape, Scene
+from f2l_vllm.synthetic.render import draw, write_mp4
+from f2l_vllm.synthetic.world import MovingShape, Scene
 
 SECONDS, FPS, SIZE = 8, 10, (320, 240)  # of each scene; a chunk holds one
 GREEDY = {"temperature": 0, "max_tokens": 24}

@@ -4,10 +4,10 @@ import pytest
 from serving.server import Server
 from typer.testing import CliRunner
 
-from f2l_vllm.cli import app
-from f2l_vllm.training.manifest import Example, read_manifest, write_manifest
-from f2l_vllm.training.targets import write_targets
-from f2l_vllm.training.teacher import LocalTeacher, ServerTeacher, TeacherError
+from f2l_vllm.cli.main import app
+from f2l_vllm.train.data.manifest import Example, read_manifest, write_manifest
+from f2l_vllm.train.data.targets import write_targets
+from f2l_vllm.train.data.teacher import LocalTeacher, ServerTeacher, TeacherError
 
 
 @pytest.fixture(scope="module")

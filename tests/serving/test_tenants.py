@@ -11,8 +11,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from f2l_vllm.serving.routes import Door
-from f2l_vllm.serving.tenants import DEFAULT_TENANT, Keys, tenant_of
+from f2l_vllm.server.middleware.auth import AuthMiddleware
+from f2l_vllm.server.tenants import DEFAULT_TENANT, Keys, tenant_of
 
 
 def written(path, content):
@@ -95,7 +95,7 @@ def door(tmp_path):
 
     routes = [Route(path, who, methods=["GET", "POST"]) for path in ("/v1/files", "/v1/models", "/health", "/healthy")]
     keys = Keys([], written(tmp_path / "tenants.json", {"a": ["a1"], "b": ["b1"]}))
-    return TestClient(Door(Starlette(routes=routes), keys, ["/health"]), raise_server_exceptions=False)
+    return TestClient(AuthMiddleware(Starlette(routes=routes), keys, ["/health"]), raise_server_exceptions=False)
 
 
 def test_a_request_carries_its_tenant(door):

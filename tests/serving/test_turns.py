@@ -1,6 +1,6 @@
 import asyncio
 
-from f2l_vllm.serving.turns import Turns
+from f2l_vllm.server.media.turns import Turns
 
 
 def test_tenants_take_turns_however_many_one_of_them_sends():

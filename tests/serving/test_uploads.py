@@ -11,8 +11,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from f2l_vllm.serving.errors import APIError, answer
-from f2l_vllm.serving.uploads import receive
+from f2l_vllm.server.errors import APIError, answer
+from f2l_vllm.server.videos.uploads import receive
 from f2l_vllm.settings import Settings
 
 CAP = 3_000_000

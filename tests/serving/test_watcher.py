@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from f2l_vllm.adapters.states import VideoState
-from f2l_vllm.serving.errors import APIError
-from f2l_vllm.serving.watcher import Watcher
+from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.server.errors import APIError
+from f2l_vllm.server.videos.watcher import Watcher
 
 WAITING = (VideoState.UPLOADED, 0.0)
 READERS = 400

@@ -10,8 +10,8 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from f2l_vllm.serving.compat_engine import HostTierLoRAManager
-from f2l_vllm.serving.residency import FIRST_ADAPTER_ID
+from f2l_vllm.engine.lora_manager import HostTierLoRAManager
+from f2l_vllm.engine.residency import FIRST_ADAPTER_ID
 
 MAX_TOKENS = 10
 SLOTS, PLACES = 2, 4
@@ -147,7 +147,7 @@ def test_an_adapter_in_use_is_not_removed(engine, adapter):
 @pytest.fixture
 def loaders():
     """`loaders(dtype)`: vLLM's manager and ours as a model with one wrapped linear per layer has them, to load with."""
-    from f2l_vllm.serving.smolvlm_video import SmolVLMVideoForConditionalGeneration
+    from f2l_vllm.engine.smolvlm_video import SmolVLMVideoForConditionalGeneration
 
     def check(_lora):
         """Of what these adapters do not have."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from f2l_vllm.training.stages import one_thread
+from f2l_vllm.train.steps import one_thread
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, SmolVLMForConditionalGeneration, SmolVLMProcessor
 from transformers.video_utils import VideoMetadata
 
-from f2l_vllm.training.checkpoint import TOKENS_PER_FRAME, build_checkpoint
+from f2l_vllm.recipes.f2l_tiny.checkpoint import TOKENS_PER_FRAME, build_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoProcessor
 from video.videos import rotate_clockwise, write_video
 
-from f2l_vllm.training.clips import UnusableVideoError, clip_file, open_example
-from f2l_vllm.training.manifest import Example
+from f2l_vllm.train.data.clips import UnusableVideoError, clip_file, open_example
+from f2l_vllm.train.data.manifest import Example
 from f2l_vllm.video.sample import Sampling, sample_video
 
 

@@ -4,9 +4,9 @@ from itertools import pairwise
 import pytest
 from training.finevideo_files import SECONDS, FineVideo, entry, scene, times
 
-from f2l_vllm.training.clips import clip_file
-from f2l_vllm.training.finevideo import PROMPTS, SHARES, build_manifest, seconds_of, split_of
-from f2l_vllm.training.manifest import read_manifest, write_manifest
+from f2l_vllm.train.data.clips import clip_file
+from f2l_vllm.train.data.finevideo import PROMPTS, SHARES, build_manifest, seconds_of, split_of
+from f2l_vllm.train.data.manifest import read_manifest, write_manifest
 from f2l_vllm.video.probe import probe
 
 

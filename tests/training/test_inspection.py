@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from video.videos import write_audio, write_video
 
-from f2l_vllm.training.inspection import Rejection, inspect_examples
-from f2l_vllm.training.manifest import Example
+from f2l_vllm.train.data.inspection import Rejection, inspect_examples
+from f2l_vllm.train.data.manifest import Example
 from f2l_vllm.video.probe import Limits
 
 
@@ -65,7 +65,7 @@ def test_every_bad_video_and_span_gets_its_reason(folder):
 
 
 def test_a_file_that_hangs_its_reader_is_left_out(tmp_path, monkeypatch):
-    from f2l_vllm.training import inspection
+    from f2l_vllm.train.data import inspection
 
     video = write_video(tmp_path / "good.mp4")
     monkeypatch.setattr(inspection, "INSPECT_SECONDS", 0.001)  # no process is this fast

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from f2l_vllm.training.loop import Loop, Loss
-from f2l_vllm.training.optimizer import MuonAdamW
-from f2l_vllm.training.stages import Randomness
+from f2l_vllm.train.loop import Loop, Loss
+from f2l_vllm.train.optimizer import MuonAdamW
+from f2l_vllm.train.steps import Randomness
 
 
 def run(folder: Path, notes: dict[str, str], stop_after: float = 2.0, **options: object) -> None:

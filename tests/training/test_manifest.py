@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from f2l_vllm.training.manifest import Example, read_manifest, write_jsonl, write_manifest
+from f2l_vllm.train.data.manifest import Example, read_manifest, write_jsonl, write_manifest
 
 ROW = {
     "id": "a",

@@ -5,12 +5,12 @@ import random
 import pytest
 import torch
 
-from f2l_vllm.training.checkpoint import build_model, build_processor
-from f2l_vllm.training.packing import IGNORED, answer_loss, exact_matches, pack
-from f2l_vllm.training.prompts import Prompts, times_of
-from f2l_vllm.training.render import pixel_values
-from f2l_vllm.training.vlm_stage import draw_turns
-from f2l_vllm.training.world import sample_scenes
+from f2l_vllm.recipes.f2l_tiny.checkpoint import build_model, build_processor
+from f2l_vllm.recipes.f2l_tiny.filming import pixel_values
+from f2l_vllm.recipes.f2l_tiny.prompts import Prompts, times_of
+from f2l_vllm.recipes.f2l_tiny.vlm_stage import draw_turns
+from f2l_vllm.synthetic.world import sample_scenes
+from f2l_vllm.train.packing import IGNORED, answer_loss, exact_matches, pack
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from f2l_vllm.training import phrases, world
+from f2l_vllm.synthetic import phrases, world
 
 _WORDS = (*world.COLOURS, *world.SHAPES)
 
@@ -66,7 +66,7 @@ def test_count_and_background():
 
 def test_caption_names_every_shape_once_and_the_background():
     for scene in world.sample_scenes(200, 1):
-        caption = scene.caption()
+        caption = phrases.caption(scene)
         assert caption[0] == "A"
         assert caption.endswith(f" on a {scene.background} background.")
         for shape in scene.shapes:
@@ -91,9 +91,9 @@ def test_some_questions_mention_the_video_before_or_after_the_rest():
 
 def test_a_scene_asks_one_question_of_every_type():
     scene = world.sample_scenes(1, 0)[0]
-    asked = scene.questions(random.Random(0))
+    asked = phrases.questions(scene, random.Random(0))
     assert [kind for _, _, kind in asked] == list(phrases.QUESTION_TYPES)
-    assert scene.questions(random.Random(0)) == asked
+    assert phrases.questions(scene, random.Random(0)) == asked
 
 
 def test_roughening_changes_nothing_but_case_and_the_last_mark():

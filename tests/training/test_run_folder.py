@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from f2l_vllm.cli import app
-from f2l_vllm.hypernetwork.files import write_weights
-from f2l_vllm.training import folder
-from f2l_vllm.training.manifest import Example, write_manifest
-from f2l_vllm.training.render import write_mp4
-from f2l_vllm.training.world import sample_scenes
+from f2l_vllm.cli.main import app
+from f2l_vllm.hypernetwork.weights import write_weights
+from f2l_vllm.synthetic import phrases
+from f2l_vllm.synthetic.render import write_mp4
+from f2l_vllm.synthetic.world import sample_scenes
+from f2l_vllm.train import folder
+from f2l_vllm.train.data.manifest import Example, write_manifest
 
 SHAPE = ("--rank", "4", "--latent-size", "32", "--blocks", "1")
 
@@ -35,7 +36,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     examples = []
     for number, scene in enumerate(sample_scenes(3, seed=5)):
         video = write_mp4(scene, home / f"{number}.mp4", size=(64, 48), seconds=2)
-        question, answer, kind = scene.questions(random.Random(0))[0]
+        question, answer, kind = phrases.questions(scene, random.Random(0))[0]
         examples.append(Example(str(number), video, question, answer, kind, "world", "train"))
     write_manifest(home / "manifest.jsonl", examples)
     return home / "manifest.jsonl"

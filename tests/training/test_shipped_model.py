@@ -9,9 +9,9 @@ from f2l_vllm import models
 from f2l_vllm.evaluation.in_process import TransformersAnswers
 from f2l_vllm.evaluation.questions import ADAPTER, ARMS, FRAMES, NONE, WRONG_VIDEO, Ask, Reply, plan
 from f2l_vllm.evaluation.sources import world_questions
-from f2l_vllm.training import make_model
-from f2l_vllm.training.score import IN_CONTEXT, NEITHER, Scorer
-from f2l_vllm.training.world import sample_scenes
+from f2l_vllm.recipes.f2l_tiny import make_model
+from f2l_vllm.recipes.f2l_tiny.score import IN_CONTEXT, NEITHER, Scorer
+from f2l_vllm.synthetic.world import sample_scenes
 
 
 def test_adapters_of_fresh_mp4_files_answer_far_above_the_controls(tmp_path):

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from f2l_vllm.hypernetwork.model import Hypernetwork
-from f2l_vllm.training import hypernetwork_stage, recipe, vision_stage, vlm_stage
-from f2l_vllm.training.checkpoint import build_model, build_processor
-from f2l_vllm.training.loop import LOG_FILE, Loop
-from f2l_vllm.training.optimizer import MuonAdamW, warm_constant_linear, warm_cosine
+from f2l_vllm.recipes.f2l_tiny import hypernetwork_stage, recipe, vision_stage, vlm_stage
+from f2l_vllm.recipes.f2l_tiny.checkpoint import build_model, build_processor
+from f2l_vllm.train.loop import LOG_FILE, Loop
+from f2l_vllm.train.optimizer import MuonAdamW, warm_constant_linear, warm_cosine
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +92,9 @@ import sys
 from pathlib import Path
 from f2l_vllm import torch_shims
 torch_shims.install()
-from f2l_vllm.training import vlm_stage, vision_stage, recipe
+from f2l_vllm.recipes.f2l_tiny import vlm_stage, vision_stage, recipe
 vlm_stage.BATCH, vision_stage._SCENES = 2, 4
-import f2l_vllm.training.loop as loop
+import f2l_vllm.train.loop as loop
 loop.LOG_EVERY = 1
 init = loop.Loop.__init__
 loop.Loop.__init__ = lambda self, folder, **options: init(self, folder, **options, save_seconds=0.5)

@@ -12,13 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 from f2l_vllm import models
-from f2l_vllm.cli import app
+from f2l_vllm.cli.main import app
 from f2l_vllm.evaluation.in_process import TransformersAnswers
 from f2l_vllm.evaluation.questions import FRAMES, Ask, Clip, Question
-from f2l_vllm.training.manifest import Example, read_manifest, write_manifest
-from f2l_vllm.training.targets import Shard, partial_path, write_targets
-from f2l_vllm.training.teacher import Answer, LocalTeacher, TeacherError
-from f2l_vllm.training.world_manifest import write_world
+from f2l_vllm.train.data.manifest import Example, read_manifest, write_manifest
+from f2l_vllm.train.data.targets import Shard, partial_path, write_targets
+from f2l_vllm.train.data.teacher import Answer, LocalTeacher, TeacherError
+from f2l_vllm.train.data.world_manifest import write_world
 from f2l_vllm.video.sample import Sampling
 
 NAME = models.DEFAULT_MODEL

@@ -2,8 +2,8 @@
 
 import pytest
 
-from f2l_vllm.training import phrases
-from f2l_vllm.training.tokenizer import SPECIAL_TOKENS, build_tokenizer
+from f2l_vllm.recipes.f2l_tiny.tokenizer import SPECIAL_TOKENS, build_tokenizer
+from f2l_vllm.synthetic import phrases
 
 
 @pytest.fixture(scope="module")

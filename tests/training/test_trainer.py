@@ -17,19 +17,20 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from f2l_vllm import models
-from f2l_vllm.cli import app
+from f2l_vllm.cli.main import app
 from f2l_vllm.hypernetwork.adapter import apply_factors
 from f2l_vllm.hypernetwork.base_model import module_sizes
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.model import Hypernetwork
-from f2l_vllm.training.conversations import Conversations
-from f2l_vllm.training.lessons import Lessons, cut
-from f2l_vllm.training.loop import LOG_FILE, Loop
-from f2l_vllm.training.manifest import Example, write_manifest
-from f2l_vllm.training.optimizer import MuonAdamW
-from f2l_vllm.training.render import write_mp4
-from f2l_vllm.training.trainer import REPORT_FILE, Trainer, TrainingOptions
-from f2l_vllm.training.world import sample_scenes
+from f2l_vllm.synthetic import phrases
+from f2l_vllm.synthetic.render import write_mp4
+from f2l_vllm.synthetic.world import sample_scenes
+from f2l_vllm.train.conversations import Conversations
+from f2l_vllm.train.data.manifest import Example, write_manifest
+from f2l_vllm.train.lessons import Lessons, cut
+from f2l_vllm.train.loop import LOG_FILE, Loop
+from f2l_vllm.train.optimizer import MuonAdamW
+from f2l_vllm.train.trainer import REPORT_FILE, Trainer, TrainingOptions
 from f2l_vllm.video.sample import Sampling, sample_video
 
 TINY = models.resolve("f2l-tiny")
@@ -47,8 +48,8 @@ def examples(tmp_path_factory) -> list[Example]:
     made = []
     for number, scene in enumerate(sample_scenes(4, seed=3)):
         video = write_mp4(scene, folder / f"{number}.mp4", size=(64, 48), seconds=3)
-        asked = scene.questions(random.Random(number))
-        asked.append(("Describe the video.", scene.caption(), "caption"))
+        asked = phrases.questions(scene, random.Random(number))
+        asked.append(("Describe the video.", phrases.caption(scene), "caption"))
         made += [
             Example(f"{number}-{index}", video, question, answer, kind, "world", "train")
             for index, (question, answer, kind) in enumerate(asked)

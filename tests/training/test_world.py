@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from f2l_vllm.training import world
+from f2l_vllm.synthetic import world
 
 
 def test_same_arguments_give_the_same_scenes_and_other_seeds_give_others():

@@ -2,10 +2,11 @@ import random
 
 import pytest
 
-from f2l_vllm.training.inspection import inspect_examples
-from f2l_vllm.training.manifest import read_manifest
-from f2l_vllm.training.world import sample_scenes
-from f2l_vllm.training.world_manifest import KINDS, Film, write_world
+from f2l_vllm.synthetic import phrases
+from f2l_vllm.synthetic.world import sample_scenes
+from f2l_vllm.train.data.inspection import inspect_examples
+from f2l_vllm.train.data.manifest import read_manifest
+from f2l_vllm.train.data.world_manifest import KINDS, Film, write_world
 from f2l_vllm.video.probe import probe
 
 
@@ -24,7 +25,7 @@ def test_every_video_is_real_and_asked_one_question_of_each_type(world):
     for number, scene in enumerate(sample_scenes(4, 7, "held-out")):
         about = examples[number * len(KINDS) : (number + 1) * len(KINDS)]
         assert [example.task_type for example in about] == list(KINDS)
-        assert about[-1].target_text == scene.caption()
+        assert about[-1].target_text == phrases.caption(scene)
         assert {example.metadata["scene"] for example in about} == {scene.key}
         assert {example.split for example in about} == {"held-out"}
         info = probe(about[0].video_path)

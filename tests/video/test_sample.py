@@ -12,7 +12,8 @@ import torch
 from transformers import AutoProcessor, SmolVLMProcessor
 from transformers.video_utils import load_video
 
-from f2l_vllm.hypernetwork.encoder import INSTRUCTION, VideoEncoder
+from f2l_vllm.hypernetwork.config import INSTRUCTION
+from f2l_vllm.hypernetwork.encoder import VideoEncoder
 from f2l_vllm.video.sample import Sampling, sample_video
 from video.videos import hide_first_second, write_video
 

@@ -1,0 +1,185 @@
+"""The arms at work: each asks its own server about a video, as a user of that way would."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from openai.types import FileObject
+
+from f2l_vllm.bench.arms import ARMS, Arm, ServerKind, about_adapter, about_frames
+from f2l_vllm.bench.client import Answer, Client, WrongAnswer
+from f2l_vllm.bench.costs import Costs
+from f2l_vllm.bench.films import Films
+from f2l_vllm.bench.servers import Room, Servers, video_server
+from f2l_vllm.bench.shapes import Subject
+from f2l_vllm.bench.suite import OfVideos
+from f2l_vllm.server_process import ServerProcess
+
+_WAIT_SECONDS = 3600
+_WARM_FRAMES, _WARM_EDGE = 2, 128
+UPLOADS = 2  # at a time: one is internalized while the next is sent
+
+
+class Askers:
+    """All arms of a suite. A context manager, which stops their servers.
+
+    Args:
+        folder: for films, servers' data and logs.
+        room: what every server must have room for.
+    """
+
+    def __init__(self, suite: OfVideos, subject: Subject, costs: Costs, folder: Path, room: Room) -> None:
+        self.films = Films(folder / "films")
+        self.adapter_bytes: int | None = None  # of the adapters made here, as the server says
+        self._suite = suite
+        self._arms = [ARMS[name] for name in suite.arms]
+        self._flags = room.flags(subject, costs)
+        self._kept_tokens = room.kept_tokens
+        start = video_server(subject, folder, self._flags, suite.serve_flags)
+        self._servers = Servers(start, suite.servers_at_once, self._warm)
+        self._files: dict[tuple[ServerKind, Path], str] = {}
+        self._clients: dict[str, tuple[Client, str]] = {}  # by the server's address, with its model's name
+        self._open = AsyncExitStack()
+
+    async def __aenter__(self) -> Askers:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._open.aclose()
+        finally:
+            self._servers.close()
+
+    def turn(self, number: int) -> list[Arm]:
+        """The arms in the order of a round: another one begins each time, and those of one server stay together."""
+        start = number % len(self._arms)
+        rotated = self._arms[start:] + self._arms[:start]
+        kinds = list(dict.fromkeys(self._kind(arm) for arm in rotated))
+        return sorted(rotated, key=lambda arm: kinds.index(self._kind(arm)))
+
+    @property
+    def run_together(self) -> bool:
+        """Whether all servers run at the same time, so that going from arm to arm starts none."""
+        return len({self._kind(arm) for arm in self._arms}) <= self._suite.servers_at_once
+
+    def described(self) -> dict[str, Any]:
+        """How the servers are started, for the result."""
+        return {
+            "flags_of_all": self._flags[self._flags.index("--dtype") :],
+            "flags_of_arms": {arm.name: _words(self._kind(arm)) for arm in self._arms},
+            "alternation": "servers run together" if self.run_together else "servers take turns, each started anew",
+        }
+
+    async def prepare(self) -> None:
+        """Start as many of the servers as may run, and warm them up."""
+        await self._servers.prepare(self._kind(arm) for arm in self._arms)
+
+    async def upload(self, arm: Arm, videos: Sequence[Path]) -> None:
+        """Have the arm's server internalize these, and load their adapters: each is asked about once."""
+        client, _ = await self._client(arm)
+        gate = asyncio.Semaphore(UPLOADS)
+
+        async def one(video: Path) -> None:
+            async with gate:
+                await self._file(arm, client, video)
+
+        await asyncio.gather(*(one(video) for video in videos if (self._kind(arm), video) not in self._files))
+
+    async def ask(self, arm: Arm, video: Path, question: str, arrived: float | None = None) -> Answer:
+        """One question about one video, which an arm that answers from adapters has uploaded before.
+
+        Args:
+            arrived: when the question was there to be asked; now when None.
+
+        Raises:
+            WrongAnswer: the answer is from something else than the arm says.
+        """
+        client, base = await self._client(arm)
+        if arm.reads == "adapter":
+            about = about_adapter(await self._file(arm, client, video))
+        else:
+            about = about_frames(base, video)
+        answer = await client.ask(question, started=arrived, **about)
+        _check(answer, arm, waits=False)
+        return answer
+
+    async def ask_cold(self, arm: Arm, video: Path, question: str, keep: bool) -> Answer:
+        """The first question about a video that the server does not know: its time begins with the upload.
+
+        Raises:
+            WrongAnswer: the server knew the video, or answered from something else.
+        """
+        client, _ = await self._client(arm)
+        started = time.perf_counter()
+        file = await client.upload(video, wait=False)
+        more = {"extra_body": {"f2l": {"wait": _WAIT_SECONDS}}}
+        answer = await client.ask(question, started=started, **about_adapter(file.id), **more)
+        _check(answer, arm, waits=True)
+        self._note(await client.file(file.id))
+        if keep:
+            self._files[self._kind(arm), video] = file.id
+        else:
+            await client.delete(file.id)
+        return answer
+
+    def fresh(self, frames: int, edge: int) -> Path:
+        """A film that no server has seen, in this run or another."""
+        return self.films.make(frames, edge, "fresh", uuid.uuid4().hex[:12])
+
+    def _kind(self, arm: Arm) -> ServerKind:
+        return arm.server(self._suite.merge_rate, self._kept_tokens)
+
+    async def _client(self, arm: Arm) -> tuple[Client, str]:
+        return await self._client_of(await self._servers.get(self._kind(arm)))
+
+    async def _client_of(self, server: ServerProcess) -> tuple[Client, str]:
+        if server.url not in self._clients:
+            client = await self._open.enter_async_context(Client(server.url, self._suite.output_tokens))
+            self._clients[server.url] = client, await client.base_model()
+        return self._clients[server.url]
+
+    async def _file(self, arm: Arm, client: Client, video: Path) -> str:
+        key = self._kind(arm), video
+        if key not in self._files:
+            file = await client.upload(video)
+            self._note(file)
+            self._files[key] = file.id
+            await client.ask(self._suite.questions[-1], **about_adapter(file.id))
+        return self._files[key]
+
+    def _note(self, file: FileObject) -> None:
+        details: dict[str, Any] = (file.model_extra or {}).get("f2l") or {}
+        self.adapter_bytes = details.get("adapter_bytes", self.adapter_bytes)
+
+    async def _warm(self, kind: ServerKind, server: ServerProcess) -> None:
+        """What a server does for the first time takes longer: everything that its arms do is done once."""
+        client, base = await self._client_of(server)
+        for reads in dict.fromkeys(arm.reads for arm in self._arms if self._kind(arm) == kind):
+            video = self.fresh(_WARM_FRAMES, _WARM_EDGE)
+            if reads == "adapter":
+                file = await client.upload(video)
+                await client.ask(self._suite.questions[0], **about_adapter(file.id))
+                await client.delete(file.id)
+            else:
+                await client.ask(self._suite.questions[0], **about_frames(base, video))
+
+
+def _words(kind: ServerKind) -> list[str]:
+    return [*(f"{name}={value}" for name, value in kind.env), *kind.flags]
+
+
+def _check(answer: Answer, arm: Arm, waits: bool) -> None:
+    mode = answer.details.get("mode")
+    if mode != arm.reads:
+        raise WrongAnswer(f"the arm {arm.name} was answered from {mode!r}, not from {arm.reads!r}")
+    if waits and not answer.details.get("waited_seconds"):
+        raise WrongAnswer(f"the arm {arm.name} was answered about a video that its server knew already")

@@ -1,0 +1,42 @@
+"""Videos to ask about: scenes of moving shapes filmed at one frame a second, so that a video of n seconds is n frames.
+
+Nothing is decoded that is not read: of a film of more frames a second the arms that read frames would pay for them at
+every question, the others once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from f2l_vllm import torch_shims
+
+torch_shims.install()
+
+from f2l_vllm.synthetic.render import fit, write_mp4  # noqa: E402
+from f2l_vllm.synthetic.world import sample_scenes  # noqa: E402
+
+
+class Films:
+    """In a folder, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def make(self, frames: int, edge: int, *name: object) -> Path:
+        """A film, 4:3.
+
+        Args:
+            frames: and seconds.
+            edge: the longer one, pixels.
+            name: another name is another scene.
+        """
+        label = "-".join(str(part) for part in name)
+        path = self._folder / f"{frames}-frames-{edge}px-{label}.mp4"
+        if not path.exists():
+            seed = int.from_bytes(hashlib.sha256(path.name.encode()).digest()[:4], "big")
+            staging = path.with_name(f".{path.name}")
+            write_mp4(sample_scenes(1, seed, "train")[0], staging, size=fit((4, 3), edge), fps=1, seconds=frames)
+            staging.rename(path)
+        return path

@@ -1,0 +1,60 @@
+"""Figures of many answers, under the names that `vllm bench serve` gives them and computed as it computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from f2l_vllm.bench.client import Answer
+from f2l_vllm.evaluation.percentiles import percentiles
+
+PERCENTILES = (50, 90, 95, 99)
+
+
+def summary(answers: Sequence[Answer], seconds: float, slo: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Throughput, goodput and percentiles, of which those are left out that so few answers do not carry.
+
+    Args:
+        seconds: from the first question to the last answer.
+        slo: most milliseconds of a good answer, of `ttft`, `tpot` and `e2el`; None or empty: no goodput.
+
+    Raises:
+        ValueError: no answers.
+    """
+    if not answers:
+        raise ValueError("there are no answers to sum up")
+    figures: dict[str, Any] = {
+        "duration": seconds,
+        "completed": len(answers),
+        "total_input_tokens": sum(answer.prompt_tokens for answer in answers),
+        "total_output_tokens": sum(answer.output_tokens for answer in answers),
+        "request_throughput": len(answers) / seconds,
+        "output_throughput": sum(answer.output_tokens for answer in answers) / seconds,
+    }
+    if slo:
+        good = sum(all(_value(answer, name) * 1e3 <= most for name, most in slo.items()) for answer in answers)
+        figures["request_goodput"] = good / seconds
+    values = {
+        "ttft": [answer.ttft for answer in answers],
+        "tpot": [answer.tpot for answer in answers if answer.output_tokens > 1],
+        "itl": [gap for answer in answers for gap in answer.itl],
+        "e2el": [answer.latency for answer in answers],
+    }
+    for name, some in values.items():
+        figures |= _spread(name, np.array(some or [0.0]) * 1e3)
+    return figures
+
+
+def _spread(name: str, milliseconds: np.ndarray) -> dict[str, float]:
+    figures = {
+        f"mean_{name}_ms": float(milliseconds.mean()),
+        f"median_{name}_ms": float(np.median(milliseconds)),
+        f"std_{name}_ms": float(milliseconds.std()),
+    }
+    return figures | {f"{p}_{name}_ms": value for p, value in percentiles(milliseconds, PERCENTILES).items()}
+
+
+def _value(answer: Answer, name: str) -> float:
+    return {"ttft": answer.ttft, "tpot": answer.tpot, "e2el": answer.latency}[name]

@@ -1,0 +1,202 @@
+"""Adapter, KV cache or frames: what each would cost by measured times, for so many questions about so many videos."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from f2l_vllm.bench.break_even import questions as break_even
+
+RESULTS = Path(__file__).parent / "results"
+ADAPTER, KV, FRAMES = "adapter", "kv", "frames"
+# The arms whose first tokens are those of a way's first question about a video, and of each later one.
+_ARMS = {ADAPTER: ("adapter-cold", "adapter"), KV: ("frames", "frames-cached"), FRAMES: ("frames", "frames")}
+_USUAL_RESOLUTION = 384
+
+
+@dataclass(frozen=True)
+class Need:
+    """What is to be answered: `questions` about each of `videos` of `frames`, with `memory` bytes to keep them in."""
+
+    frames: int
+    questions: int
+    videos: int
+    memory: float
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way and what it costs.
+
+    Attributes:
+        first_s, later_s: first token of the first question about a video, and of one whose video is kept.
+        total_s: of all questions.
+        state_bytes: of all videos; `kept`: the part of them that the memory holds.
+        arithmetic: how the total comes about, and the state.
+    """
+
+    way: str
+    first_s: float
+    later_s: float
+    total_s: float
+    state_bytes: float
+    kept: float
+    arithmetic: tuple[str, ...]
+
+
+class Measured:
+    """The tables of the suite `latency` for one model.
+
+    Args:
+        files: result files; of each resolution the one nearest to `resolution` is read.
+
+    Raises:
+        ValueError: a file that is no such result, or nothing measured in them.
+    """
+
+    def __init__(self, files: Sequence[Path], resolution: int | None = None) -> None:
+        self.files = tuple(files)
+        rows: list[dict[str, Any]] = []
+        for path in files:
+            try:
+                result = json.loads(path.read_text())
+                rows += [{**row, "model": result["configuration"]["model"]} for row in result["rows"]]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is no result of 'f2l-vllm bench latency': {error}") from error
+        timed = [row for row in rows if row.get("ttft_ms") and "state_bytes" in row]
+        if not timed:
+            raise ValueError(f"nothing was timed in {', '.join(map(str, files)) or 'no file'}")
+        models = sorted({row["model"] for row in timed})
+        if len(models) > 1:
+            raise ValueError(f"the tables are of several models ({', '.join(models)}): name those of one")
+        self.model = models[0]
+        self.resolution = min(
+            {row["resolution"] for row in timed}, key=lambda edge: abs(edge - (resolution or _USUAL_RESOLUTION))
+        )
+        self._rows = [row for row in timed if row["resolution"] == self.resolution]
+
+    def has(self, arm: str) -> bool:
+        """Whether the arm was timed."""
+        return any(row["arm"] == arm for row in self._rows)
+
+    def frames(self) -> list[int]:
+        """Numbers of frames that were timed."""
+        return sorted({row["frames"] for row in self._rows})
+
+    def seconds(self, arm: str, frames: int) -> float:
+        """First token: measured, or on the straight line between the two nearest measured numbers of frames, and
+        beyond them on the line through the last two; in proportion where there is one."""
+        points = sorted((row["frames"], row["ttft_ms"]["median"] / 1e3) for row in self._rows if row["arm"] == arm)
+        if len(points) == 1:
+            (count, value) = points[0]
+            return float(value if arm == "adapter" else value * frames / count)
+        counts, values = zip(*points, strict=True)
+        place = int(np.clip(np.searchsorted(counts, frames), 1, len(counts) - 1))
+        (x0, x1), (y0, y1) = counts[place - 1 : place + 1], values[place - 1 : place + 1]
+        return float(max(y0 + (y1 - y0) * (frames - x0) / (x1 - x0), min(values)))
+
+    def state_bytes(self, arm: str, frames: int) -> float:
+        """Of one video: an adapter has one size, a KV cache grows with the frames."""
+        row = next(row for row in self._rows if row["arm"] == arm)
+        return float(row["state_bytes"] if arm == "adapter" else row["state_bytes"] * frames / row["frames"])
+
+
+def tables(shape: str) -> list[Path]:
+    """The measured tables of a shape that come with the package.
+
+    Raises:
+        ValueError: there are none; the message says how to measure them.
+    """
+    found = [path for path in [RESULTS / f"latency-{shape}.json"] if path.exists()]
+    if not found:
+        there = sorted(path.stem.removeprefix("latency-") for path in RESULTS.glob("latency-*.json"))
+        raise ValueError(
+            f"no table of the shape {shape!r} comes with this package (there is {', '.join(there) or 'none'}): measure "
+            f"one with 'f2l-vllm bench latency --shape {shape} --json FILE' and give it with --measured FILE"
+        )
+    return found
+
+
+def plan(measured: Measured, need: Need) -> dict[str, Any]:
+    """Compare the ways that were measured.
+
+    Returns:
+        as JSON: `ways`, the cheapest first; `best`; `break_even`, questions per video from which on the adapter costs
+        no more than another way with as much memory; `assumptions`.
+
+    Raises:
+        ValueError: the tables have no two ways to compare.
+    """
+    ways = [_way(name, measured, need) for name, arms in _ARMS.items() if all(measured.has(arm) for arm in arms)]
+    if len(ways) < 2:
+        raise ValueError(
+            "the tables need the arms adapter, adapter-cold and frames, and frames-cached for KV caches: measure them "
+            "with 'f2l-vllm bench latency'"
+        )
+    ways.sort(key=lambda way: way.total_s)
+    return {
+        "model": measured.model,
+        "need": asdict(need),
+        "resolution": measured.resolution,
+        "measured": [str(path) for path in measured.files],
+        "measured_frames": measured.frames(),
+        "ways": [asdict(way) for way in ways],
+        "best": ways[0].way,
+        "break_even": _break_even(ways),
+        "assumptions": _assumptions(measured, need, ways),
+    }
+
+
+def _way(name: str, measured: Measured, need: Need) -> Way:
+    first_arm, later_arm = _ARMS[name]
+    first, later = measured.seconds(first_arm, need.frames), measured.seconds(later_arm, need.frames)
+    each = 0.0 if name == FRAMES else measured.state_bytes(later_arm, need.frames)
+    state = each * need.videos
+    kept = min(1.0, need.memory / state) if state else 1.0
+    again = need.videos * (need.questions - 1)
+    sums = [f"first questions: {need.videos} x {first:.3f} s = {need.videos * first:,.1f} s"]
+    total = need.videos * first
+    if name == KV:
+        hits, misses = again * kept, again * (1 - kept)
+        total += hits * later + misses * first
+        sums.append(f"later ones of kept videos: {hits:,.0f} x {later:.3f} s = {hits * later:,.1f} s")
+        if misses:
+            sums.append(f"later ones of videos read again: {misses:,.0f} x {first:.3f} s = {misses * first:,.1f} s")
+    else:
+        total += again * later
+        sums.append(f"later ones: {again:,} x {later:.3f} s = {again * later:,.1f} s")
+    sums.append(f"all: {total:,.1f} s, {total / (need.videos * need.questions):.3f} s a question")
+    if each:
+        sums.append(
+            f"state: {need.videos} x {each / 1e6:,.1f} MB = {state / 1e9:,.2f} GB; {need.memory / 1e9:,.2f} GB hold "
+            f"{int(need.memory // each):,} videos"
+        )
+    return Way(name, round(first, 4), round(later, 4), round(total, 3), state, round(kept, 4), tuple(sums))
+
+
+def _break_even(ways: Sequence[Way]) -> dict[str, int | None]:
+    adapter = next((way for way in ways if way.way == ADAPTER), None)
+    if adapter is None:
+        return {}
+    found = {}
+    for other in ways:
+        if other is not adapter:
+            later = other.kept * other.later_s + (1 - other.kept) * other.first_s  # with as much memory
+            found[other.way] = break_even(adapter.first_s, adapter.later_s, other.first_s, later)
+    return found
+
+
+def _assumptions(measured: Measured, need: Need, ways: Sequence[Way]) -> list[str]:
+    told = ["one question at a time, every video asked equally often; times are medians of the tables"]
+    counts = measured.frames()
+    if need.frames not in counts:
+        where = "between" if counts[0] < need.frames < counts[-1] else "beyond"
+        told.append(f"{need.frames} frames lie {where} those measured ({', '.join(map(str, counts))}): a straight line")
+    if any(way.way == ADAPTER and way.kept < 1 for way in ways):
+        told.append("adapters beyond the memory are read from disk again when asked, which is not in the times")
+    return told

@@ -1,0 +1,256 @@
+"""What a suite measures, as data: a YAML file of `benchmarks/suites/`, its keys checked and replaceable one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from f2l_vllm.bench.arms import ARMS
+
+SUITES = Path(__file__).parent / "suites"
+
+
+def _several(value: Any) -> Any:
+    return (value,) if isinstance(value, str | int | float) else value
+
+
+_OneOrMore = BeforeValidator(_several)
+Counts = Annotated[tuple[PositiveInt, ...], Field(min_length=1), _OneOrMore]
+Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], _OneOrMore]
+
+
+class Base(BaseModel):
+    """What every suite says.
+
+    Attributes:
+        rounds: times that all arms are measured, in turn.
+        seed: of videos' scenes, which question is asked, and what is asked when.
+        serve_flags: more flags for every server, as `f2l-vllm serve` takes them; they win over those of the suite.
+        servers_at_once: servers in memory at a time; where the arms need more, they are stopped and started in turn.
+        kv_gib: KV cache of each server; None: room for what is in work at a time.
+        dtype: None: fp32 for the shipped model on a CPU, else bfloat16.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rounds: PositiveInt = 3
+    seed: int = 0
+    serve_flags: Texts = ()
+    servers_at_once: PositiveInt = 2
+    kv_gib: Annotated[float, Field(gt=0)] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+class OfVideos(Base):
+    """What suites say that ask about videos.
+
+    Attributes:
+        arms: names of `f2l_vllm.bench.arms.ARMS`.
+        questions: each arm is asked the same ones.
+        output_tokens: of every answer, neither more nor fewer.
+        merge_rate: part of the visual tokens that the merging arms leave out.
+    """
+
+    arms: Annotated[Texts, Field(min_length=1)]
+    questions: Annotated[Texts, Field(min_length=2)]
+    output_tokens: PositiveInt = 8
+    merge_rate: Annotated[float, Field(gt=0, lt=1)] = 0.7
+
+    @model_validator(mode="after")
+    def _known_arms(self) -> OfVideos:
+        unknown = [name for name in self.arms if name not in ARMS]
+        if unknown or len(set(self.arms)) < len(self.arms):
+            raise ValueError(f"arms are different ones of {', '.join(ARMS)}, not {', '.join(self.arms)}")
+        return self
+
+
+class Latency(OfVideos):
+    """Time to the first token, prompt tokens and state, over frames and resolution.
+
+    Attributes:
+        resolution: longest edges of the video files, pixels.
+        count_above: cells of more frames than this are counted from processor and configuration, not run.
+    """
+
+    suite: Literal["latency"]
+    frames: Counts
+    resolution: Counts
+    count_above: PositiveInt = 32
+
+
+class Amortise(OfVideos):
+    """Time to the first token of many questions about one video, internalization included.
+
+    Attributes:
+        questions_per_video: up to how many.
+        frames_asked: questions that the arm `frames` is really asked; the rest is taken to cost their median.
+    """
+
+    suite: Literal["amortise"]
+    frames: PositiveInt
+    resolution: PositiveInt
+    questions_per_video: PositiveInt = 64
+    frames_asked: PositiveInt = 4
+
+    @model_validator(mode="after")
+    def _first_is_cold(self) -> Amortise:
+        if "adapter-cold" in self.arms:
+            raise ValueError("adapter-cold is the first question of the arm adapter here: leave it out")
+        return self
+
+
+class Slo(BaseModel):
+    """Limits that a good answer keeps, milliseconds; as `vllm bench serve --goodput`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ttft: Annotated[float, Field(gt=0)] | None = None
+    tpot: Annotated[float, Field(gt=0)] | None = None
+    e2el: Annotated[float, Field(gt=0)] | None = None
+
+
+class Throughput(OfVideos):
+    """Many videos asked at once.
+
+    Attributes:
+        requests, frames_requests: asked in each round, of arms that know the videos, as adapters or by their KV, and of
+            those that read the frames at every question; the latter are the first of the former.
+        popularity: how often each video is asked; `zipf`: the n-th as often as 1 / n ** zipf_alpha.
+        arrivals: `closed`: `concurrency` askers, each with its next question when the last is answered; `poisson`:
+            `request_rate` questions a second whatever the server does, at most `concurrency` of them in work.
+    """
+
+    suite: Literal["throughput"]
+    frames: PositiveInt
+    resolution: PositiveInt
+    videos: PositiveInt = 64
+    concurrency: Counts = (16,)
+    popularity: Annotated[tuple[Literal["uniform", "zipf"], ...], Field(min_length=1), _OneOrMore] = ("uniform",)
+    zipf_alpha: Annotated[float, Field(gt=0)] = 1.0
+    arrivals: Literal["closed", "poisson"] = "closed"
+    request_rate: Annotated[float, Field(gt=0)] | None = None
+    requests: PositiveInt = 256
+    frames_requests: PositiveInt = 32
+    slo: Slo = Slo()
+
+    @model_validator(mode="after")
+    def _rate(self) -> Throughput:
+        if (self.arrivals == "poisson") != (self.request_rate is not None):
+            raise ValueError("request_rate, questions a second, belongs to arrivals: poisson, and is needed there")
+        if "adapter-cold" in self.arms:
+            raise ValueError("adapter-cold asks about each video once: measure it with the suite latency")
+        return self
+
+
+class Tax(Base):
+    """The same text traffic without LoRA and with 1 to many adapters, by `vllm bench serve`.
+
+    Attributes:
+        streams: questions in work at a time, each with an output of `output_tokens`.
+        adapters: numbers of different adapters, in turn over the streams; 0: a server without LoRA. Where there are
+            fewer streams than adapters, the cell is left out.
+        prefill_tokens: length of the prompts whose first token is timed, one at a time, `prefill_requests` of them.
+        rank: of the adapters; None: that of a video's.
+    """
+
+    suite: Literal["tax"]
+    streams: Counts = (1, 8, 64)
+    adapters: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), _OneOrMore] = (0, 1, 8, 64)
+    input_tokens: PositiveInt = 16
+    output_tokens: Annotated[int, Field(ge=2)] = 64
+    prefill_tokens: PositiveInt = 512
+    prefill_requests: PositiveInt = 5
+    rank: PositiveInt | None = None
+
+
+class Capacity(BaseModel):
+    """Videos per GB: the bytes of adapters and of KV caches, counted.
+
+    Attributes:
+        gb: memory to fill, in 10^9 bytes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    suite: Literal["capacity"]
+    frames: Counts
+    gb: Annotated[float, Field(gt=0)] = 1.0
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+Suite = Latency | Amortise | Throughput | Tax | Capacity
+_ANY: TypeAdapter[Suite] = TypeAdapter(Annotated[Suite, Field(discriminator="suite")])
+
+
+def names() -> list[str]:
+    """Suites that come with the package."""
+    return sorted(path.stem for path in SUITES.glob("*.yaml"))
+
+
+def load(reference: str, changes: Mapping[str, Any] | None = None) -> Suite:
+    """Read a suite.
+
+    Args:
+        reference: one of `names()`, or the path of a YAML file.
+        changes: keys to replace.
+
+    Raises:
+        ValueError: no such suite, no YAML, or keys and values that it cannot have; the message names each.
+    """
+    path = SUITES / f"{reference}.yaml" if reference in names() else Path(reference)
+    if not path.is_file():
+        raise ValueError(f"no suite {reference!r}: give one of {', '.join(names())}, or the path of a YAML file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold keys and values, the first of them 'suite: latency' or another suite")
+    try:
+        return _ANY.validate_python({**content, **(changes or {})})
+    except ValidationError as error:
+        raise ValueError(f"{path.name}: " + "; ".join(_said(one) for one in error.errors())) from error
+
+
+def parse_changes(pairs: Sequence[str], lists: Mapping[str, str | None], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is replaced of a suite.
+
+    Args:
+        pairs: `key=value`, the values as YAML.
+        lists: one value, or several separated by commas; None for those not given.
+        values: as they are; None for those not given.
+
+    Raises:
+        ValueError: a pair that is none.
+    """
+    changes = {key: value for key, value in values.items() if value is not None}
+    for key, text in lists.items():
+        if text is not None:
+            parts = [yaml.safe_load(part) for part in text.split(",")]
+            changes[key] = parts[0] if len(parts) == 1 else parts
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key:
+            raise ValueError(f"--set takes a key and its value, e.g. --set output_tokens=16, not {pair!r}")
+        changes[key.strip().replace("-", "_")] = yaml.safe_load(value)
+    return changes
+
+
+def _said(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"][1:]) or "suite"
+    if error["type"] == "extra_forbidden":
+        return f"the suite {error['loc'][0]} has no key '{where}'"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}"

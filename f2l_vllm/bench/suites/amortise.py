@@ -1,0 +1,118 @@
+"""Many questions about one video: the sum of first tokens, internalization included, and from when an adapter pays."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from f2l_vllm.bench import suite as suites
+from f2l_vllm.bench.arms import ARMS, Arm
+from f2l_vllm.bench.askers import Askers
+from f2l_vllm.bench.break_even import questions as break_even
+from f2l_vllm.bench.costs import Costs
+from f2l_vllm.bench.results_file import ResultsFile, Row
+from f2l_vllm.bench.servers import Room
+from f2l_vllm.bench.shapes import Subject
+from f2l_vllm.evaluation.percentiles import percentiles
+
+Say = Callable[[str], None]
+_SEQUENCES = 2
+
+
+async def run(suite: suites.Amortise, subject: Subject, folder: Path, results: ResultsFile, say: Say) -> None:
+    """Ask about a fresh video in each round, all arms the same questions.
+
+    A row per arm: `ttft_ms` of each question (medians over rounds), of which `asked` were really asked, and their
+    running sum, `cumulative_ttft_ms`.
+
+    Raises:
+        ServerFailed, APIError, WrongAnswer: a server did not start, or not answer as asked.
+    """
+    if results.rows:
+        return
+    costs = Costs(subject)
+    arms = [ARMS[name] for name in suite.arms]
+    tokens = costs.longest_prompt(suite.questions, suite.frames) + suite.output_tokens
+    room = Room(tokens, _SEQUENCES, suite.frames, 2 * suite.rounds, suite.kv_gib)
+    rounds: dict[str, list[list[float]]] = {arm.name: [] for arm in arms}
+    async with Askers(suite, subject, costs, folder, room) as askers:
+        results.note(servers=askers.described())
+        await askers.prepare()
+        for number in range(suite.rounds):
+            video = await asyncio.to_thread(askers.fresh, suite.frames, suite.resolution)
+            for times in rounds.values():
+                times.append([])
+            for arm, count in _order(askers, suite, number):
+                question = suite.questions[count % len(suite.questions)]
+                if arm.reads == "adapter" and count == 0:
+                    answer = await askers.ask_cold(arm, video, question, keep=True)
+                else:
+                    answer = await askers.ask(arm, video, question)
+                rounds[arm.name][-1].append(answer.ttft * 1e3)
+                say(f"question {count + 1}, {arm.name}: first token after {answer.ttft * 1e3:.1f} ms")
+    results.add(*(_row(arm, suite, rounds[arm.name]) for arm in arms))
+
+
+def derive(rows: list[Row]) -> dict[str, Any]:
+    """`break_even`: the number of questions from which on an arm that reads adapters has cost no more than another.
+
+    `questions` is None where it has cost more up to the last; `projected` goes on with each arm's later questions, and
+    is None where they never meet.
+    """
+    found = []
+    for ours in rows:
+        for other in rows:
+            if ours["arm"].startswith("adapter") and not other["arm"].startswith("adapter"):
+                pairs = zip(ours["cumulative_ttft_ms"], other["cumulative_ttft_ms"], strict=True)
+                met = next((place + 1 for place, (a, b) in enumerate(pairs) if a <= b), None)
+                found.append(
+                    {"arm": ours["arm"], "over": other["arm"], "questions": met, "projected": _projected(ours, other)}
+                )
+    return {"break_even": found}
+
+
+def _projected(ours: Row, other: Row) -> int | None:
+    later, other_later = (row["later_ttft_ms"]["median"] for row in (ours, other))
+    return break_even(ours["first_ttft_ms"], later, other["first_ttft_ms"], other_later)
+
+
+def _order(askers: Askers, suite: suites.Amortise, number: int) -> list[tuple[Arm, int]]:
+    """Which arm is asked which question, one after the other: in turn at every question, unless each turn would start
+    a server, and with it forget what it has cached."""
+    counts = range(suite.questions_per_video)
+    if askers.run_together:
+        order = [(arm, count) for count in counts for arm in askers.turn(number + count)]
+    else:
+        order = [(arm, count) for arm in askers.turn(number) for count in counts]
+    return [(arm, count) for arm, count in order if count < _asked(arm, suite)]
+
+
+def _asked(arm: Arm, suite: suites.Amortise) -> int:
+    """How many of the questions are really asked: what reads all frames every time takes the same every time."""
+    endless = arm.reads == "frames" and not arm.warmed
+    return min(suite.frames_asked if endless else suite.questions_per_video, suite.questions_per_video)
+
+
+def _row(arm: Arm, suite: suites.Amortise, rounds: list[list[float]]) -> Row:
+    times = [statistics.median(some) for some in zip(*rounds, strict=True)]
+    asked = len(times)
+    later = times[1:] or times
+    if asked < suite.questions_per_video:
+        times += [statistics.median(times)] * (suite.questions_per_video - asked)
+    return {
+        "arm": arm.name,
+        "frames": suite.frames,
+        "resolution": suite.resolution,
+        "asked": asked,
+        "first_ttft_ms": round(times[0], 3),
+        "later_ttft_ms": {
+            "median": round(statistics.median(later), 3),
+            **{name: round(value, 3) for name, value in percentiles(later, (90,)).items()},
+        },
+        "ttft_ms": [round(value, 3) for value in times],
+        "cumulative_ttft_ms": [round(value, 3) for value in itertools.accumulate(times)],
+    }

@@ -1,0 +1,188 @@
+"""What LoRA costs: the same text traffic on a server without it and on one with many adapters."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from f2l_vllm.bench import suite as suites
+from f2l_vllm.bench import vllm_client
+from f2l_vllm.bench.arms import ServerKind
+from f2l_vllm.bench.costs import Costs, write_adapter
+from f2l_vllm.bench.results_file import ResultsFile, Row
+from f2l_vllm.bench.servers import ENGINE_ENV, EngineProcess, Servers
+from f2l_vllm.bench.shapes import Subject
+from f2l_vllm.hypernetwork.config_file import read_config
+from f2l_vllm.hypernetwork.ranks import smallest_rank
+from f2l_vllm.server_process import ServerProcess
+
+Say = Callable[[str], None]
+
+_NAME = "base"
+_SPREADS = tuple(f"{p}_{of}_ms" for of in ("ttft", "tpot", "itl", "e2el") for p in ("mean", "median", "p90", "p99"))
+FIGURES = ("output_throughput", "request_throughput", "total_input_tokens", "total_output_tokens", *_SPREADS)
+
+
+async def run(suite: suites.Tax, subject: Subject, folder: Path, results: ResultsFile, say: Say) -> None:
+    """Measure all cells; in every round of a cell the numbers of adapters take turns.
+
+    Rows hold vLLM's keys, medians over rounds, and `rounds` with each; `traffic` is `decode` or `prefill`.
+
+    Raises:
+        TrafficFailed: a server did not answer as asked.
+        ServerFailed: one did not start.
+    """
+    costs = Costs(subject)
+    rank = suite.rank or costs.rank
+    names = _adapters(subject, folder / f"adapters-{subject.name}-rank-{rank}", max(suite.adapters), rank)
+    log = folder / "vllm-bench.log"
+    without = ServerKind(_flags(suite, costs))
+    with_lora = ServerKind((*without.flags, *_lora_flags(subject, names, rank)))
+
+    async def traffic(url: str, adapters: int, **what: int) -> dict[str, Any]:
+        found = await vllm_client.random_text(
+            url, _NAME, subject.directory, adapters=list(names)[:adapters], log=log, **what
+        )
+        return {name: found[name] for name in FIGURES}
+
+    async def warm(kind: ServerKind, server: ServerProcess) -> None:
+        most = max(suite.adapters) if kind == with_lora else 0
+        await traffic(server.url, most, input_tokens=suite.prefill_tokens, output_tokens=1, requests=2, concurrency=1)
+        await traffic(server.url, most, input_tokens=16, output_tokens=2, requests=max(1, most), concurrency=8)
+
+    def start(kind: ServerKind) -> ServerProcess:
+        more = [word for flag in suite.serve_flags for word in shlex.split(flag)]
+        return EngineProcess(str(subject.directory), folder / "engine", *kind.flags, *more, env=ENGINE_ENV)
+
+    together = suite.servers_at_once > 1
+    results.note(
+        servers={
+            "flags_of_all": without.flags,
+            "rank": rank,
+            "alternation": "servers run together" if together else "servers take turns, each started anew",
+        }
+    )
+    servers = Servers(start, suite.servers_at_once, warm)
+    try:
+        for cell in cells(suite):
+            counts = [count for count in adapters_of(suite, cell) if not results.has(**cell, adapters=count)]
+            if not counts:
+                continue
+            await servers.prepare([with_lora if count else without for count in counts])
+            measured: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
+            for number in range(suite.rounds):
+                turn = number % len(counts)
+                for count in counts[turn:] + counts[:turn]:
+                    server = await servers.get(with_lora if count else without)
+                    what = _traffic(suite, cell) | {"seed": suite.seed + number}
+                    measured[count].append(await traffic(server.url, count, **what))
+                    say(f"{_said(cell)}, {count or 'no'} adapters: {_figure(cell, measured[count][-1])}")
+            results.add(*({**cell, "adapters": count, **_medians(some)} for count, some in measured.items()))
+    finally:
+        servers.close()
+
+
+def cells(suite: suites.Tax) -> list[dict[str, Any]]:
+    """What is measured with every number of adapters."""
+    decode = [{"traffic": "decode", "streams": streams} for streams in suite.streams]
+    return [{"traffic": "prefill", "streams": 1}, *decode]
+
+
+def adapters_of(suite: suites.Tax, cell: dict[str, Any]) -> list[int]:
+    """Numbers of adapters that a cell's streams can use; a prompt alone has one at the most."""
+    return [count for count in suite.adapters if count <= cell["streams"]]
+
+
+def derive(rows: list[Row]) -> dict[str, Any]:
+    """`ratios`: what is left under LoRA of the speed without, higher is better; and of many streams over one."""
+    base = {(row["traffic"], row["streams"]): row for row in rows if row["adapters"] == 0}
+    single = {bool(row["adapters"]): row for row in rows if row["traffic"] == "decode" and row["streams"] == 1}
+    ratios = []
+    for row in rows:
+        cell = {name: row[name] for name in ("traffic", "streams", "adapters")}
+        without = base.get((row["traffic"], row["streams"]))
+        if row["adapters"] and without:
+            if row["traffic"] == "prefill":
+                figures = {"speed": without["median_ttft_ms"] / row["median_ttft_ms"]}
+            else:
+                figures = {
+                    "speed": row["output_throughput"] / without["output_throughput"],
+                    "decode_speed": without["median_tpot_ms"] / row["median_tpot_ms"],
+                }
+            ratios.append({**cell, "over": "no LoRA"} | {name: round(value, 4) for name, value in figures.items()})
+        alone = single.get(bool(row["adapters"]))
+        if row["traffic"] == "decode" and row["streams"] > 1 and alone:
+            ratio = row["output_throughput"] / alone["output_throughput"]
+            ratios.append({**cell, "over": "one stream", "speed": round(ratio, 4)})
+    return {"ratios": ratios}
+
+
+def _traffic(suite: suites.Tax, cell: dict[str, Any]) -> dict[str, int]:
+    if cell["traffic"] == "prefill":
+        return {
+            "input_tokens": suite.prefill_tokens,
+            "output_tokens": 1,
+            "requests": suite.prefill_requests,
+            "concurrency": 1,
+        }
+    return {
+        "input_tokens": suite.input_tokens,
+        "output_tokens": suite.output_tokens,
+        "requests": cell["streams"],
+        "concurrency": cell["streams"],
+    }
+
+
+def _flags(suite: suites.Tax, costs: Costs) -> tuple[str, ...]:
+    """Of both servers."""
+    longest = max(suite.prefill_tokens + 1, suite.input_tokens + suite.output_tokens)
+    length = -(-(longest + 1) // 256) * 256
+    streams = max(suite.streams)
+    tokens = streams * (suite.input_tokens + suite.output_tokens + 64) + length  # 64: the last block of each stream
+    kv = suite.kv_gib * 2**30 if suite.kv_gib else max(256 << 20, tokens * costs.kv_bytes_per_token)
+    return (
+        *("--served-model-name", _NAME),
+        *("--dtype", costs.dtype),
+        *("--max-model-len", str(length)),
+        *("--max-num-seqs", str(streams)),
+        *("--kv-cache-memory-bytes", str(int(kv))),
+        "--no-enable-prefix-caching",
+    )
+
+
+def _lora_flags(subject: Subject, names: dict[str, Path], rank: int) -> tuple[str, ...]:
+    return (
+        "--enable-lora",
+        *("--max-lora-rank", str(smallest_rank(rank))),
+        *("--max-loras", str(len(names))),
+        *("--max-cpu-loras", str(len(names))),
+        *("--lora-target-modules", *sorted(read_config(subject.hypernetwork).modules)),
+        *("--lora-modules", *(f"{name}={path}" for name, path in names.items())),
+    )
+
+
+def _adapters(subject: Subject, folder: Path, count: int, rank: int) -> dict[str, Path]:
+    """Random adapters by name, written where they are not there yet."""
+    found = {f"adapter-{number}": folder / str(number) for number in range(count)}
+    for number, path in enumerate(found.values()):
+        if not path.is_dir():
+            write_adapter(subject, path, rank, seed=number)
+    return found
+
+
+def _medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    medians = {name: round(statistics.median(one[name] for one in rounds), 4) for name in FIGURES}
+    return medians | {"rounds": [{name: round(value, 4) for name, value in one.items()} for one in rounds]}
+
+
+def _said(cell: dict[str, Any]) -> str:
+    return "prefill" if cell["traffic"] == "prefill" else f"decode, {cell['streams']} streams"
+
+
+def _figure(cell: dict[str, Any], found: dict[str, Any]) -> str:
+    if cell["traffic"] == "prefill":
+        return f"first token after {found['median_ttft_ms']:.0f} ms"
+    return f"{found['output_throughput']:.1f} tokens/s"

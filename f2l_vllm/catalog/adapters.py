@@ -1,0 +1,141 @@
+"""The catalog's published adapters: which there are, what they are made of, and which nobody needs any more."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from sqlalchemy import and_, case, delete, exists, func, insert, or_, select
+
+from f2l_vllm.catalog.database import Database
+from f2l_vllm.catalog.states import LIVE, VideoState
+from f2l_vllm.catalog.tables import AdapterRecord, FileRecord, Tombstone, adapters, files, parts
+from f2l_vllm.catalog.transactions import (
+    adapter_of,
+    adapter_record,
+    drop_adapters,
+    drop_unwanted,
+    ensure_job,
+    files_of,
+    insert_adapter,
+    move,
+)
+
+_PARAMETERS = 500  # databases bound the number of parameters
+_PINNED = 4096  # more than the hot set holds
+_AT_ONCE = 200  # adapters that one transaction drops: others wait for it to write
+
+
+class Published(Database):
+    """What answers come from, and compositions."""
+
+    def adapter(self, name: str) -> AdapterRecord | None:
+        """The published adapter of this name, or None."""
+        with self._read() as connection:
+            return adapter_of(connection, name)
+
+    def adapters_of(self, records: Collection[FileRecord]) -> dict[str, AdapterRecord]:
+        """The published adapters of these files, by name."""
+        names = sorted({record.adapter_name for record in records if record.state is VideoState.PROCESSED})
+        found: dict[str, AdapterRecord] = {}
+        with self._read() as connection:
+            for start in range(0, len(names), _PARAMETERS):
+                query = select(adapters).where(adapters.c.name.in_(names[start : start + _PARAMETERS]))
+                found |= {row.name: adapter_record(row) for row in connection.execute(query)}
+        return found
+
+    def recent_adapters(self, limit: int) -> list[AdapterRecord]:
+        """The adapters of ready files, pinned first, then those used last (or made last), at most `limit`."""
+        of_file = and_(files.c.adapter_name == adapters.c.name, files.c.state == VideoState.PROCESSED)
+        pinned = exists().where(of_file, files.c.pinned.is_(True))
+        used = func.coalesce(adapters.c.last_used_at, adapters.c.created_at)
+        first = case((pinned, 1), else_=0).desc()
+        query = select(adapters).where(exists().where(of_file)).order_by(first, used.desc()).limit(limit)
+        with self._read() as connection:
+            return [adapter_record(row) for row in connection.execute(query)]
+
+    def pinned_adapters(self) -> set[str]:
+        """The names of the adapters that pinned files answer from, of the newest some thousand of them."""
+        query = select(files.c.adapter_name).where(files.c.pinned.is_(True), files.c.state == VideoState.PROCESSED)
+        with self._read() as connection:
+            return set(connection.scalars(query.order_by(files.c.number.desc()).limit(_PINNED)))
+
+    def newest_adapter(self) -> int:
+        """The largest id of an adapter; 0 without one."""
+        with self._read() as connection:
+            return connection.scalar(select(func.max(adapters.c.id))) or 0
+
+    def adapters_after(self, number: int, limit: int) -> list[AdapterRecord]:
+        """Adapters with ids above this one, in their order, at most `limit`."""
+        query = select(adapters).where(adapters.c.id > number).order_by(adapters.c.id).limit(limit)
+        with self._read() as connection:
+            return [adapter_record(row) for row in connection.execute(query)]
+
+    def forget_adapter(self, adapter: AdapterRecord) -> None:
+        """An adapter was found missing or damaged: its files wait again, for a new job under the same name.
+
+        Nothing happens when it is forgotten already, or made again meanwhile. A composed one is only forgotten.
+        """
+        name = adapter.name
+        with self._write() as connection:
+            if connection.execute(delete(adapters).where(adapters.c.id == adapter.id)).rowcount == 0:
+                return
+            waiting = [record for record in files_of(connection, name) if record.state is VideoState.PROCESSED]
+            if waiting:
+                ensure_job(connection, name, waiting[0].sha256, None)
+            move(connection, waiting, VideoState.UPLOADED)
+            if adapter.composed:
+                connection.execute(delete(parts).where(parts.c.composed == name))
+
+    def drop_abandoned(self) -> list[Tombstone]:
+        """Take out adapters that no file refers to: those of other revisions, once their successors are made. Some at a
+        time."""
+        named = or_(files.c.adapter_name == adapters.c.name, files.c.previous_adapter == adapters.c.name)
+        kept = exists().where(named, files.c.state.in_(LIVE))
+        query = select(adapters.c.name).where(adapters.c.composed.is_(False), ~kept).limit(_AT_ONCE)
+        with self._read() as connection:
+            names = list(connection.scalars(query))
+        if not names:
+            return []
+        with self._write() as connection:
+            return drop_unwanted(connection, names)
+
+    # Composed adapters
+
+    def add_composed(
+        self, name: str, made_of: Sequence[str], *, rank: int, size: int, info: dict[str, Any]
+    ) -> AdapterRecord | None:
+        """Enter an adapter composed of others; it leaves with the first of them. The one there is, if there is one.
+
+        None when a part has left the catalog meanwhile.
+
+        Raises:
+            AdapterIdsExhausted: there is no int32 id left.
+        """
+        self._check_room()
+        with self._write() as connection:
+            found = adapter_of(connection, name)
+            if found is not None:
+                return found
+            names = sorted(set(made_of))
+            there = select(func.count()).select_from(adapters).where(adapters.c.name.in_(names))
+            if connection.scalar(there) != len(names):
+                return None
+            record = insert_adapter(
+                connection, {"name": name, "rank": rank, "bytes": size, "info": info, "composed": True}
+            )
+            connection.execute(insert(parts), [{"composed": name, "part": part} for part in names])
+            return record
+
+    def oldest_composed(self, keep: int) -> list[AdapterRecord]:
+        """The composed adapters beyond the `keep` used (or made) last, which may be removed."""
+        used = func.coalesce(adapters.c.last_used_at, adapters.c.created_at)
+        query = select(adapters).where(adapters.c.composed.is_(True)).order_by(used.desc()).offset(keep)
+        with self._read() as connection:
+            return [adapter_record(row) for row in connection.execute(query)]
+
+    def remove_composed(self, name: str) -> list[Tombstone]:
+        """Take a composed adapter out, with what is composed of it; all of them are to be removed."""
+        with self._write() as connection:
+            found = adapter_of(connection, name)
+            return drop_adapters(connection, [name]) if found is not None and found.composed else []

@@ -1,0 +1,323 @@
+"""The catalog: which files exist, which adapter answers for each, and which adapters are still to be made.
+
+It is the one truth about a video's state; servers and pools in any number of processes share it. Every method is one
+transaction, and raises `Unavailable` when the database is busy, full or away; nothing is changed then.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    and_,
+    bindparam,
+    case,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
+
+from f2l_vllm.catalog.adapters import Published
+from f2l_vllm.catalog.jobs import Jobs
+from f2l_vllm.catalog.revisions import Adoption
+from f2l_vllm.catalog.states import GONE, LIVE, VideoState
+from f2l_vllm.catalog.tables import (
+    Bytes,
+    FileRecord,
+    FileWithAdapter,
+    Tombstone,
+    adapters,
+    files,
+    jobs,
+    tombstones,
+    usage,
+)
+from f2l_vllm.catalog.tombstones import Tombstones, doom_video_unless_named, name_video
+from f2l_vllm.catalog.transactions import (
+    QueueFull,
+    QuotaExceeded,
+    adapter_of,
+    adapter_record,
+    count_bytes,
+    drop_unwanted,
+    ensure_job,
+    file_of,
+    file_record,
+    move,
+)
+
+__all__ = ["Catalog", "QueueFull", "QuotaExceeded", "Removal"]
+
+_PARAMETERS = 500  # databases bound the number of parameters
+_AT_ONCE = 200  # rows that one transaction ends: others wait for it to write
+# What every question asks. Made once: putting the statement together takes longer than running it.
+_OF_FILE = and_(adapters.c.name == files.c.adapter_name, files.c.state == VideoState.PROCESSED)
+_FIND = (
+    select(files, adapters)
+    .outerjoin(adapters, _OF_FILE)
+    .where(files.c.tenant == bindparam("tenant"), files.c.id.in_(bindparam("ids", expanding=True)))
+)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A file that left the catalog, and what is to be removed from the store because of it."""
+
+    file: FileRecord
+    doomed: list[Tombstone]
+
+    @property
+    def orphaned_adapters(self) -> list[Tombstone]:
+        """The adapters among it."""
+        return [one for one in self.doomed if not one.is_video]
+
+    @property
+    def orphaned_video(self) -> bool:
+        """Whether the video's bytes are among it."""
+        return any(one.is_video for one in self.doomed)
+
+
+class Catalog(Adoption, Jobs, Published, Tombstones):
+    """Files, adapters and jobs in one database."""
+
+    # Files
+
+    def add_file(
+        self,
+        *,
+        tenant: str,
+        filename: str,
+        purpose: str,
+        size: int,
+        sha256: str,
+        adapter_name: str,
+        expires_at: float | None,
+        queue_limit: int,
+        idle_seconds: float | None = None,
+        pinned: bool = False,
+        tenant_limit: int | None = None,
+        tenant_bytes: int | None = None,
+        job_attempts: int = 1,
+        video: Bytes | None = None,
+    ) -> FileRecord:
+        """Enter a file; ready at once if its adapter exists, else waiting for the adapter's job.
+
+        Args:
+            tenant_bytes: how much all files of a tenant may hold.
+            video: where the bytes lie, by `reserve_video`; None: under their plain hash, and nobody deletes meanwhile.
+
+        Raises:
+            QueueFull: the adapter needs a new job and `queue_limit` jobs wait already, or `tenant_limit` jobs for this
+                tenant.
+            QuotaExceeded: the tenant would have more than `tenant_bytes`.
+            VideoGone: the bytes were deleted meanwhile. Nothing is entered in any of the three cases.
+        """
+        self._check_room()
+        with self._write() as connection:
+            count_bytes(connection, tenant, size, tenant_bytes)
+            generation = "" if video is None else name_video(connection, video)
+            ready = adapter_of(connection, adapter_name) is not None
+            if not ready:
+                ensure_job(
+                    connection,
+                    adapter_name,
+                    sha256,
+                    queue_limit,
+                    tenant=tenant,
+                    tenant_limit=tenant_limit,
+                    job_attempts=job_attempts,
+                )
+            file_id = f"file-{secrets.token_hex(12)}"
+            values = {
+                "id": file_id,
+                "tenant": tenant,
+                "filename": filename,
+                "purpose": purpose,
+                "bytes": size,
+                "sha256": sha256,
+                "adapter_name": adapter_name,
+                "state": VideoState.PROCESSED if ready else VideoState.UPLOADED,
+                "progress": 1.0 if ready else 0.0,
+                "created_at": time.time(),
+                "expires_at": expires_at,
+                "idle_seconds": idle_seconds,
+                "pinned": pinned,
+                "generation": generation,
+            }
+            connection.execute(insert(files).values(values))
+            record = file_of(connection, file_id, tenant)
+            assert record is not None
+            return record
+
+    def file(self, file_id: str, tenant: str) -> FileRecord | None:
+        """The file, or None: unknown, deleted, expired or another tenant's."""
+        with self._read() as connection:
+            record = file_of(connection, file_id, tenant)
+        return None if record is None or record.state in GONE or _is_due(record) else record
+
+    def find(self, file_ids: Sequence[str], tenant: str) -> dict[str, FileWithAdapter]:
+        """Some of a tenant's files with their adapters, by id, in one query; those that `file` would not give are
+        absent."""
+        found = {}
+        with self._read() as connection:
+            for start in range(0, len(file_ids), _PARAMETERS):
+                asked = {"tenant": tenant, "ids": list(file_ids[start : start + _PARAMETERS])}
+                for row in connection.execute(_FIND, asked):
+                    record = file_record(row[: len(files.c)])
+                    if record.state not in GONE and not _is_due(record):
+                        adapter = row[len(files.c) :]
+                        found[record.id] = FileWithAdapter(
+                            record, None if adapter[0] is None else adapter_record(adapter)
+                        )
+        return found
+
+    def files(
+        self,
+        tenant: str,
+        *,
+        after: str | None,
+        limit: int,
+        descending: bool,
+        purpose: str | None = None,
+        state: VideoState | None = None,
+    ) -> tuple[list[FileRecord], bool]:
+        """One page of a tenant's files in upload order, and whether more follow; those in `state`, if one is given.
+
+        Raises:
+            KeyError: `after` names no file of this tenant.
+        """
+        of_state = files.c.state.in_(LIVE) if state is None else files.c.state == state
+        query = select(files).where(files.c.tenant == tenant, of_state, _not_due())
+        if purpose is not None:
+            query = query.where(files.c.purpose == purpose)
+        with self._read() as connection:
+            if after is not None:
+                cursor = file_of(connection, after, tenant)
+                if cursor is None:
+                    raise KeyError(after)
+                edge = cursor.number
+                query = query.where(files.c.number < edge if descending else files.c.number > edge)
+            order = files.c.number.desc() if descending else files.c.number
+            rows = connection.execute(query.order_by(order).limit(limit + 1)).all()
+        return [file_record(row) for row in rows[:limit]], len(rows) > limit
+
+    def states(self, file_ids: Collection[str]) -> dict[str, VideoState]:
+        """The states of these files; unknown ids are absent."""
+        return {file_id: state for file_id, (state, _) in self.progress(file_ids).items()}
+
+    def progress(self, file_ids: Collection[str]) -> dict[str, tuple[VideoState, float]]:
+        """State and progress of these files; unknown ids are absent."""
+        asked = list(file_ids)
+        found: dict[str, tuple[VideoState, float]] = {}
+        columns = (files.c.id, files.c.state, files.c.progress)
+        with self._read() as connection:
+            for start in range(0, len(asked), _PARAMETERS):
+                query = select(*columns).where(files.c.id.in_(asked[start : start + _PARAMETERS]))
+                found |= {row.id: (VideoState(row.state), row.progress) for row in connection.execute(query)}
+        return found
+
+    def stored_bytes(self, tenant: str | None = None) -> int:
+        """How much a tenant's files hold, or all files."""
+        query = select(func.sum(usage.c.bytes))
+        with self._read() as connection:
+            return int(connection.scalar(query if tenant is None else query.where(usage.c.tenant == tenant)) or 0)
+
+    def videos_in_work(self) -> set[str]:
+        """The sha-256 of every video that a job is about."""
+        with self._read() as connection:
+            return set(connection.scalars(select(jobs.c.sha256)))
+
+    def pin_file(self, file_id: str, tenant: str, pinned: bool) -> FileRecord | None:
+        """Keep a file from expiring, or let it expire again; None when there is no such file."""
+        with self._write() as connection:
+            record = file_of(connection, file_id, tenant)
+            if record is None or record.state in GONE or _is_due(record):
+                return None
+            connection.execute(update(files).where(files.c.id == file_id).values(pinned=pinned))
+            return file_of(connection, file_id, tenant)
+
+    def touch(self, used_files: Mapping[str, float], used_adapters: Mapping[str, float]) -> None:
+        """Note when files (by id) and adapters (by name) were last used; what expires by disuse lives on from then."""
+        with self._write() as connection:
+            if used_files:
+                moment = bindparam("moment", type_=files.c.last_used_at.type)
+                idle = (files.c.idle_seconds.isnot(None), moment + files.c.idle_seconds)
+                expires_at = case(idle, else_=files.c.expires_at)
+                chosen = update(files).where(files.c.id == bindparam("used"))
+                rows = [{"used": file_id, "moment": at} for file_id, at in sorted(used_files.items())]
+                connection.execute(chosen.values(last_used_at=moment, expires_at=expires_at), rows)
+            if used_adapters:
+                chosen = update(adapters).where(adapters.c.name == bindparam("used"))
+                rows = [{"used": name, "moment": at} for name, at in sorted(used_adapters.items())]
+                connection.execute(chosen.values(last_used_at=bindparam("moment")), rows)
+
+    def remove_file(self, file_id: str, tenant: str) -> Removal | None:
+        """Delete a file id; None when there is no such file. Its queued job goes too if nobody else waits for it."""
+        with self._write() as connection:
+            record = file_of(connection, file_id, tenant)
+            if record is None or record.state in GONE:
+                return None
+            return _remove(connection, record, VideoState.DELETED)
+
+    def expire_files(self, now: float, limit: int = _AT_ONCE) -> list[Removal]:
+        """Expire files whose time has come, unless they are pinned; at most `limit`, in one transaction."""
+        due = select(files).where(files.c.expires_at <= now, files.c.state.in_(LIVE), files.c.pinned.is_(False))
+        due = due.order_by(files.c.expires_at)
+        with self._read() as connection:
+            if connection.execute(due.limit(1)).first() is None:
+                return []
+        with self._write() as connection:
+            rows = connection.execute(due.limit(limit)).all()
+            return [_remove(connection, file_record(row), VideoState.EXPIRED) for row in rows]
+
+    def purge(self, before: float) -> int:
+        """Forget the rows of files that were deleted or expired before this moment, and how their bytes went. Returns
+        how many files."""
+        over = and_(files.c.state.in_([state.value for state in GONE]), files.c.ended_at < before)
+        forgotten = self._forget(files.c.number, over)
+        self._forget(tombstones.c.seq, tombstones.c.done_at < before)
+        return forgotten
+
+    def _forget(self, number: Column[Any], chosen: ColumnElement[bool]) -> int:
+        """Delete rows, some at a time."""
+        forgotten = 0
+        while True:
+            with self._read() as connection:
+                numbers = list(connection.scalars(select(number).where(chosen).limit(_AT_ONCE)))
+            if not numbers:
+                return forgotten
+            with self._write() as connection:
+                forgotten += connection.execute(delete(number.table).where(number.in_(numbers))).rowcount
+
+    def counts(self) -> tuple[dict[str, int], int, int]:
+        """Files by state, jobs waiting, jobs running."""
+        with self._read() as connection:
+            by_state = select(files.c.state, func.count()).where(files.c.state.in_(LIVE)).group_by(files.c.state)
+            states = {row[0]: row[1] for row in connection.execute(by_state)}
+            by_running = select(jobs.c.running, func.count()).group_by(jobs.c.running)
+            running = {row[0]: row[1] for row in connection.execute(by_running)}
+        return states, running.get(0, 0), running.get(1, 0)
+
+
+def _is_due(record: FileRecord) -> bool:
+    return not record.pinned and record.expires_at is not None and record.expires_at <= time.time()
+
+
+def _not_due() -> Any:
+    return or_(files.c.pinned, files.c.expires_at.is_(None), files.c.expires_at > time.time())
+
+
+def _remove(connection: Connection, record: FileRecord, state: VideoState) -> Removal:
+    move(connection, [record], state)
+    doomed = doom_video_unless_named(connection, record.sha256, record.generation)
+    return Removal(record, doomed + drop_unwanted(connection, [record.adapter_name, record.previous_adapter]))

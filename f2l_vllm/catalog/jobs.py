@@ -1,0 +1,241 @@
+"""The catalog's jobs: adapters to be made. A job stands for one adapter, however many files wait for it.
+
+Pools of several servers may share a catalog. A job in work belongs to the pool that claimed it, until that pool has
+given no sign of life for `LEASE_SECONDS`; what it says of the job after that is not heard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, delete, func, insert, or_, select, update
+
+from f2l_vllm.catalog.database import Database, clock
+from f2l_vllm.catalog.states import IN_WORK, LIVE, VideoState
+from f2l_vllm.catalog.tables import ADAPTER, AdapterRecord, Job, files, jobs, pools
+from f2l_vllm.catalog.tombstones import doom
+from f2l_vllm.catalog.transactions import (
+    EXHAUSTED,
+    adapter_of,
+    drop_jobs,
+    files_of,
+    insert_adapter,
+    is_referred_to,
+    move,
+    release,
+)
+from f2l_vllm.store.errors import AdapterIdsExhausted
+
+__all__ = ["EXHAUSTED", "LEASE_SECONDS", "Jobs"]
+
+LEASE_SECONDS = 60.0  # many times what lies between two signs of life; clocks of servers may differ by less
+_WAITING = files.c.state == VideoState.UPLOADED
+
+
+class Jobs(Database):
+    """What the pool does with the catalog. `pool` is its name, of which no other runs; None: there is one pool."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.pool: str | None = None
+        self._turn = 0
+        self._turns: dict[str | None, int] = {}  # tenant -> its last turn, in this process
+
+    def claim_jobs(self, limit: int) -> list[Job]:
+        """Take up to `limit` waiting jobs: tenants take turns, each with its oldest; what nobody waits for comes last.
+
+        A job that has cost a worker before is taken alone, so that it costs its neighbours nothing.
+        """
+        with self._read() as connection:
+            if connection.scalar(select(jobs.c.id).where(jobs.c.running == 0).limit(1)) is None:
+                return []  # idle lanes take no write lock
+        with self._write() as connection:
+            order = self._in_turns(connection, limit)
+            if not order:
+                return []
+            rows = [(row, tenant) for row, tenant in order if row.attempts == 0 or row is order[0][0]]
+            if rows[0][0].attempts > 0:
+                rows = rows[:1]
+            for _, tenant in rows:
+                self._turn += 1
+                self._turns[tenant] = self._turn
+            chosen = update(jobs).where(jobs.c.id.in_([row.id for row, _ in rows]))
+            connection.execute(chosen.values(running=1, attempts=jobs.c.attempts + 1, pool=self.pool))
+            copies = {row.sha256: _generation(connection, row.sha256) or "" for row, _ in rows}
+            return [Job(row.adapter_name, row.sha256, row.attempts + 1, copies[row.sha256]) for row, _ in rows]
+
+    def _in_turns(self, connection: Connection, limit: int) -> list[tuple[Row[Any], str | None]]:
+        """Up to `limit` waiting jobs in the order of their turns, each once, with the tenant whose turn it is.
+
+        However many jobs wait, at most `limit` of each of the tenants whose turn comes next are read.
+        """
+        waiting = and_(jobs.c.running == 0, jobs.c.background.is_(False))
+        of_files = select(jobs).join(files, and_(files.c.adapter_name == jobs.c.adapter_name, _WAITING)).where(waiting)
+        queues: list[list[tuple[Row[Any], str | None]]] = []
+        in_line = connection.execute(select(jobs.c.id).where(waiting).limit(1)).first()
+        for tenant in self._tenants(connection) if in_line is not None else ():
+            oldest = of_files.where(files.c.tenant == tenant).order_by(files.c.number).limit(limit)
+            if found := connection.execute(oldest).all():
+                queues.append([(row, tenant) for row in found])
+            if len(queues) == limit:
+                break
+        order: dict[int, tuple[Row[Any], str | None]] = {}
+        for turn in range(limit):
+            for queue in queues:
+                if turn < len(queue):
+                    # A job of several tenants comes at the first of its places.
+                    order.setdefault(queue[turn][0].id, queue[turn])
+        if len(order) < limit:
+            rest = select(jobs).where(jobs.c.running == 0).order_by(jobs.c.background, jobs.c.id).limit(limit)
+            for row in connection.execute(rest):
+                order.setdefault(row.id, (row, None))
+        return list(order.values())[:limit]
+
+    def _tenants(self, connection: Connection) -> list[str]:
+        """Those with waiting files, in the order of their last turns, then of their oldest files.
+
+        Steps from tenant to tenant in an index: the number of their files does not matter.
+        """
+        known = select(func.min(files.c.tenant).label("tenant")).where(_WAITING).cte("known", recursive=True)
+        beyond = select(func.min(files.c.tenant)).where(_WAITING, files.c.tenant > known.c.tenant).scalar_subquery()
+        known = known.union_all(select(beyond).where(known.c.tenant.is_not(None)))
+        oldest = select(func.min(files.c.number)).where(_WAITING, files.c.tenant == known.c.tenant).scalar_subquery()
+        rows = connection.execute(select(known.c.tenant, oldest.label("oldest")).where(known.c.tenant.is_not(None)))
+        return [row.tenant for row in sorted(rows, key=lambda row: (self._turns.get(row.tenant, 0), row.oldest))]
+
+    def advance(self, adapter_name: str, state: VideoState, progress: float) -> None:
+        """A job's worker has reached `state`; `progress` is 0..1 within it."""
+        with self._write() as connection:
+            if not self._holds(connection, adapter_name):
+                return
+            waiting = [record for record in files_of(connection, adapter_name) if record.state in IN_WORK]
+            move(connection, [r for r in waiting if r.state is not state], state)
+            ids = [record.id for record in waiting]
+            connection.execute(update(files).where(files.c.id.in_(ids)).values(progress=progress))
+
+    def finish_job(self, adapter_name: str, *, rank: int, size: int, info: dict[str, Any]) -> AdapterRecord | None:
+        """The adapter is published: its files are ready. None when every file was deleted meanwhile.
+
+        When no adapter id is left, its files fail with `adapter_ids_exhausted`, and None is returned.
+        """
+        with self._write() as connection:
+            if not self._holds(connection, adapter_name):
+                return None
+            connection.execute(delete(jobs).where(jobs.c.adapter_name == adapter_name))
+            waiting = [record for record in files_of(connection, adapter_name) if record.state in IN_WORK]
+            if not waiting:
+                if not is_referred_to(connection, adapter_name):
+                    doom(connection, ADAPTER, [adapter_name])
+                return None
+            values = {"name": adapter_name, "rank": rank, "bytes": size, "info": info}
+            try:
+                adapter = insert_adapter(connection, values)
+            except AdapterIdsExhausted as error:
+                move(connection, waiting, VideoState.ERROR, error_code=error.code, error_message=str(error))
+                return None
+            move(connection, waiting, VideoState.PROCESSED, progress=1.0, previous_adapter=None)
+            return adapter
+
+    def fail_job(self, adapter_name: str, code: str, message: str, *, generation: str | None = None) -> None:
+        """The video cannot be internalized: every file waiting for it says why.
+
+        Args:
+            generation: the copy of its bytes in which the fault was found. If its files have another one by now, the
+                job waits again instead, and the attempt does not count.
+        """
+        with self._write() as connection:
+            if not self._holds(connection, adapter_name):
+                return
+            sha256 = connection.scalar(select(jobs.c.sha256).where(jobs.c.adapter_name == adapter_name))
+            if generation is not None and _generation(connection, sha256 or "") not in (generation, None):
+                _release(connection, adapter_name, blameless=True)
+                return
+            _drop_unwanted(connection, [adapter_name])
+            connection.execute(delete(jobs).where(jobs.c.adapter_name == adapter_name))
+            waiting = [record for record in files_of(connection, adapter_name) if record.state in IN_WORK]
+            move(connection, waiting, VideoState.ERROR, error_code=code, error_message=message[:2048])
+
+    def release_job(self, adapter_name: str, *, blameless: bool = False) -> None:
+        """A worker died over the job: it waits again, first in line (jobs are taken in the order they came).
+
+        `blameless` when the video had no part in it: the attempt does not count. A job that nobody waits for any more
+        goes.
+        """
+        with self._write() as connection:
+            if not self._holds(connection, adapter_name):
+                return
+            _release(connection, adapter_name, blameless=blameless)
+
+    def release_all_jobs(self, *, blameless: bool) -> int:
+        """This pool does not run: whatever it had in work waits again. Returns how many jobs that were.
+
+        `blameless` after a stop in order: the attempt does not count.
+        """
+        ours = or_(jobs.c.pool.is_(None), jobs.c.pool == self.pool)
+        with self._write() as connection:
+            return _release_all(connection, ours, blameless)
+
+    def beat(self) -> int:
+        """This pool runs. What pools without a sign of life for `LEASE_SECONDS` had in work waits again, and the
+        attempt counts; returns how many jobs that were."""
+        with self._write() as connection:
+            now = clock(connection)
+            if connection.execute(update(pools).where(pools.c.id == self.pool).values(seen_at=now)).rowcount == 0:
+                connection.execute(insert(pools).values(id=self.pool, seen_at=now))
+            connection.execute(delete(pools).where(pools.c.seen_at < now - LEASE_SECONDS))
+            of_the_dead = and_(jobs.c.pool.is_not(None), jobs.c.pool.not_in(select(pools.c.id)))
+            return _release_all(connection, of_the_dead, blameless=False)
+
+    def hurry_job(self, adapter_name: str) -> None:
+        """Somebody waits for this adapter: a background job for it takes its place among the others."""
+        with self._read() as connection:
+            of_adapter = jobs.c.adapter_name == adapter_name
+            background = connection.scalar(select(jobs.c.background).where(of_adapter))
+        if background:
+            with self._write() as connection:
+                connection.execute(update(jobs).where(of_adapter).values(background=False))
+
+    def wanted(self, adapter_name: str) -> bool:
+        """Whether this adapter is published, or any file waits for it."""
+        with self._read() as connection:
+            if adapter_of(connection, adapter_name) is not None:
+                return True
+            return any(record.state is not VideoState.ERROR for record in files_of(connection, adapter_name))
+
+    def _holds(self, connection: Connection, adapter_name: str) -> bool:
+        """Whether a job is this pool's: it may have been given to another while this one was away."""
+        if self.pool is None:
+            return True
+        held = select(jobs.c.id).where(jobs.c.adapter_name == adapter_name, jobs.c.pool == self.pool)
+        return connection.scalar(held) is not None
+
+
+def _release_all(connection: Connection, chosen: Any, blameless: bool) -> int:
+    chosen = and_(jobs.c.running == 1, chosen)
+    names = list(connection.scalars(select(jobs.c.adapter_name).where(chosen)))
+    if names and blameless:
+        connection.execute(update(jobs).where(chosen).values(attempts=jobs.c.attempts - 1))
+    release(connection, names)
+    _drop_unwanted(connection, names)
+    return len(names)
+
+
+def _release(connection: Connection, adapter_name: str, *, blameless: bool) -> None:
+    release(connection, [adapter_name])
+    _drop_unwanted(connection, [adapter_name])
+    if blameless:
+        counted = (jobs.c.adapter_name == adapter_name) & (jobs.c.attempts > 0)
+        connection.execute(update(jobs).where(counted).values(attempts=jobs.c.attempts - 1))
+
+
+def _drop_unwanted(connection: Connection, names: Collection[str]) -> None:
+    unwanted = [name for name in names if not is_referred_to(connection, name)]
+    drop_jobs(connection, jobs.c.adapter_name.in_(unwanted))
+
+
+def _generation(connection: Connection, sha256: str) -> str | None:
+    """Of the bytes that files with this hash name; None without one."""
+    query = select(files.c.generation).where(files.c.sha256 == sha256, files.c.state.in_(LIVE)).limit(1)
+    generation: str | None = connection.scalar(query)
+    return generation

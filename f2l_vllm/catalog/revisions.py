@@ -1,0 +1,83 @@
+"""Files made ready under other revisions of model, hypernetwork or sampling: ready again, made again, or failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import Connection, delete, func, insert, select, update
+
+from f2l_vllm.catalog.database import Database
+from f2l_vllm.catalog.states import GONE, LIVE, VideoState
+from f2l_vllm.catalog.tables import FileRecord, files, jobs, usage
+from f2l_vllm.catalog.transactions import adapter_of, ensure_job, file_of, files_of, move
+
+OTHER_REVISION = "adapter_of_other_revision"
+_ADOPTED_AT_ONCE = 200
+
+
+class Adoption(Database):
+    """What a server does with its catalog before it answers anything."""
+
+    def adopt(self, name_of: Callable[[str], str], has_video: Callable[[str], bool]) -> tuple[int, int]:
+        """Bring every file to the present revisions of model, hypernetwork and sampling; how many wait, and failed.
+
+        A file whose adapter's name is not `name_of(sha256)` is never answered from that adapter. It is ready if the
+        adapter of the right name exists, else it waits for that to be made in the background from the stored bytes,
+        those used last first; without bytes it fails with `adapter_of_other_revision`. The old adapter stays until the
+        new one is ready, so that a start with the wrong models loses nothing.
+
+        Args:
+            name_of: the adapter's name for a sha-256.
+            has_video: whether the store has the bytes of this name.
+        """
+        self._count_bytes_again()
+        used = func.coalesce(files.c.last_used_at, files.c.created_at)
+        query = select(files).where(files.c.state.in_(LIVE)).order_by(used.desc())
+        with self._read() as connection:
+            rows = connection.execute(query)
+            stale = [(row.id, row.tenant) for row in rows if name_of(row.sha256) != row.adapter_name]
+        waiting = failed = 0
+        for start in range(0, len(stale), _ADOPTED_AT_ONCE):
+            with self._write() as connection:
+                for file_id, tenant in stale[start : start + _ADOPTED_AT_ONCE]:
+                    record = file_of(connection, file_id, tenant)
+                    state = None if record is None else _adopt(connection, record, name_of(record.sha256), has_video)
+                    waiting += state is VideoState.UPLOADED
+                    failed += state is VideoState.ERROR
+        return waiting, failed
+
+    def _count_bytes_again(self) -> None:
+        """Versions that did not count may have written."""
+        kept = select(files.c.tenant, func.sum(files.c.bytes)).where(files.c.state.in_(LIVE)).group_by(files.c.tenant)
+        with self._write() as connection:
+            connection.execute(delete(usage))
+            connection.execute(insert(usage).from_select(["tenant", "bytes"], kept))
+
+
+def _adopt(
+    connection: Connection, record: FileRecord, name: str, has_video: Callable[[str], bool]
+) -> VideoState | None:
+    """Give one file the adapter name of the present revisions; the state it is in then, None if it stays as it is."""
+    old = record.adapter_name
+    ready = adapter_of(connection, name) is not None
+    if record.state in GONE or old == name or (record.state is VideoState.ERROR and not ready):
+        return None
+    details: dict[str, Any]
+    state, details = VideoState.PROCESSED, {"progress": 1.0, "error_code": None, "error_message": None}
+    if not ready and has_video(record.video):
+        state, details = VideoState.UPLOADED, {}
+        ensure_job(connection, name, record.sha256, None, background=True)
+    elif not ready:
+        message = (
+            "Its adapter was made with another model, hypernetwork or sampling, and its bytes are no longer stored."
+        )
+        state, details = VideoState.ERROR, {"error_code": OTHER_REVISION, "error_message": message}
+    previous = old if adapter_of(connection, old) is not None else record.previous_adapter
+    if state is not record.state:
+        move(connection, [record], state, **details)
+    chosen = update(files).where(files.c.id == record.id)
+    connection.execute(chosen.values(adapter_name=name, previous_adapter=None if previous == name else previous))
+    if not files_of(connection, old):
+        connection.execute(delete(jobs).where(jobs.c.adapter_name == old))
+    return state

@@ -1,0 +1,260 @@
+"""The catalog's tables and its records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    TypeDecorator,
+    false,
+)
+from sqlalchemy.engine import Dialect
+
+from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.store.address import video_name
+
+
+class _Text(TypeDecorator[str]):
+    """Text that came from outside. PostgreSQL has no NUL in a text, and an id with one in it is nobody's."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else value.replace("\0", "\ufffd")
+
+
+VIDEO, ADAPTER = "video", "adapter"  # kinds of tombstones
+metadata = MetaData()
+_Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up by itself in INTEGER columns only
+
+files = Table(
+    "files",
+    metadata,
+    Column("number", _Number, primary_key=True, autoincrement=True),  # upload order: the list's cursor
+    Column("id", _Text(64), nullable=False, unique=True),
+    Column("tenant", String(128), nullable=False),
+    Column("filename", _Text(1024), nullable=False),
+    Column("purpose", _Text(32), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False, index=True),
+    Column("adapter_name", String(128), nullable=False, index=True),
+    Column("previous_adapter", String(128), index=True),  # of other revisions, kept until the new one is made
+    Column("state", String(16), nullable=False),
+    Column("progress", Float, nullable=False, default=0.0),
+    Column("error_code", String(64)),
+    Column("error_message", _Text(2048)),
+    Column("created_at", Float, nullable=False),
+    Column("last_used_at", Float),
+    Column("expires_at", Float, index=True),
+    Column("idle_seconds", Float),  # set: `expires_at` moves on with each use
+    Column("pinned", Boolean, nullable=False, server_default=false()),
+    Column("ended_at", Float, index=True),
+    # Which copy of the bytes in the store is this file's: one for all live files of the same bytes.
+    Column("generation", String(32), nullable=False, server_default=""),
+    sqlite_autoincrement=True,
+)
+Index("files_by_tenant", files.c.tenant, files.c.number)
+Index("files_by_state", files.c.state, files.c.tenant, files.c.number)  # whose turn it is, and with which file
+
+# An adapter's id is its LoRA int id in every engine: allocated here only, ascending, never used again.
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("id", _Number, primary_key=True, autoincrement=True),
+    Column("name", String(128), nullable=False, unique=True),
+    Column("rank", Integer, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("info", JSON, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("last_used_at", Float),
+    Column("composed", Boolean, nullable=False, server_default=false()),
+    sqlite_autoincrement=True,
+)
+
+_COMPOSED = adapters.c.composed.is_(True)
+Index("adapters_composed", adapters.c.id, sqlite_where=_COMPOSED, postgresql_where=_COMPOSED)
+
+# Which adapters a composed one is made of. By name: a part that is made again is the same part.
+parts = Table(
+    "parts",
+    metadata,
+    Column("composed", String(128), primary_key=True),
+    Column("part", String(128), primary_key=True, index=True),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", _Number, primary_key=True, autoincrement=True),
+    Column("adapter_name", String(128), nullable=False, unique=True),
+    Column("sha256", String(64), nullable=False),
+    Column("running", Integer, nullable=False, default=0),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("background", Boolean, nullable=False, server_default=false()),  # nobody waits for it
+    Column("pool", String(64)),  # that has it in work
+    Column("created_at", Float, nullable=False),
+    sqlite_autoincrement=True,
+)
+Index("jobs_in_line", jobs.c.running, jobs.c.background, jobs.c.id)
+
+# The pools that run, or ran a moment ago.
+pools = Table(
+    "pools",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("seen_at", Float, nullable=False),
+)
+
+# What is in the store and no row names any more, or not yet: to be removed, and then `done`.
+tombstones = Table(
+    "tombstones",
+    metadata,
+    Column("seq", _Number, primary_key=True, autoincrement=True),
+    Column("kind", String(8), nullable=False),
+    Column("name", String(128), nullable=False),  # an adapter's, or the hash of a video
+    Column("generation", String(32), nullable=False, server_default=""),
+    Column("doomed_at", Float, nullable=False),
+    Column("reserved", Boolean, nullable=False, server_default=false()),  # an upload writes it, and may name it still
+    Column("done_at", Float, index=True),
+    sqlite_autoincrement=True,
+)
+Index("tombstones_by_name", tombstones.c.name)
+
+# The bytes of each tenant's live files.
+usage = Table(
+    "usage",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("bytes", BigInteger, nullable=False),
+)
+
+# What one process of all does now and then, and when it was done last.
+duties = Table(
+    "duties",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("taken_at", Float, nullable=False),
+)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file id of one tenant. Times are Unix seconds; `progress` is 0..1 within the state.
+
+    `idle_seconds` moves `expires_at` on with each use; a pinned file does not expire.
+    """
+
+    number: int
+    id: str
+    tenant: str
+    filename: str
+    purpose: str
+    bytes: int
+    sha256: str
+    adapter_name: str
+    state: VideoState
+    progress: float
+    error_code: str | None
+    error_message: str | None
+    created_at: float
+    expires_at: float | None
+    previous_adapter: str | None = None
+    last_used_at: float | None = None
+    idle_seconds: float | None = None
+    pinned: bool = False
+    ended_at: float | None = None
+    generation: str = ""
+
+    @property
+    def video(self) -> str:
+        """The name of its bytes in the store."""
+        return video_name(self.sha256, self.generation)
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """One published adapter; `id` is its LoRA int id; `info` holds frames, duration, tokens and timings."""
+
+    id: int
+    name: str
+    rank: int
+    bytes: int
+    info: dict[str, Any]
+    created_at: float
+    last_used_at: float | None = None
+    composed: bool = False
+
+
+@dataclass(frozen=True)
+class FileWithAdapter:
+    """A file, and the adapter it is answered from once it is processed."""
+
+    file: FileRecord
+    adapter: AdapterRecord | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adapter to be made, whoever waits for it. `attempts` counts this one."""
+
+    adapter_name: str
+    sha256: str
+    attempts: int
+    generation: str = ""
+
+    @property
+    def video(self) -> str:
+        """The name of the video's bytes in the store."""
+        return video_name(self.sha256, self.generation)
+
+
+@dataclass(frozen=True)
+class Tombstone:
+    """What is to be removed from the store: an adapter by its name, or one copy of a video's bytes."""
+
+    seq: int
+    kind: str
+    name: str
+    generation: str = ""
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it is a video's bytes."""
+        return self.kind == VIDEO
+
+    @property
+    def object(self) -> str:
+        """The name in the store."""
+        return video_name(self.name, self.generation)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Where an upload's bytes lie, or are to be put, before its file is entered.
+
+    Attributes:
+        is_new: nobody names them yet: the upload has to put them there.
+        replaces: the copy that all files of the same bytes leave for this one, because it is missing or damaged.
+    """
+
+    sha256: str
+    generation: str
+    is_new: bool
+    replaces: str | None = None
+
+    @property
+    def video(self) -> str:
+        """Their name in the store."""
+        return video_name(self.sha256, self.generation)

@@ -1,0 +1,177 @@
+"""What is to go from the store, written down in the same transaction as the row that named it.
+
+The bytes of a video lie under their hash and a *generation*, of which all live files of the same bytes name one. A
+generation is born reserved: an upload asks for it, puts the bytes there, and its file takes the reservation away as it
+names it. From then on, a tombstone is written with the deletion of the last file that names it, and it is never named
+again; the next upload of the same bytes gets another one. So whoever finds a tombstone may remove what it names, at any
+time and more than once, whatever other servers upload meanwhile: after a crash, when the store was away, or as the
+server that deleted.
+
+A reservation that was not used, because the upload was refused or its server is gone, becomes a tombstone by itself.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, case, delete, exists, func, insert, select, update
+
+from f2l_vllm.catalog.database import Database, clock
+from f2l_vllm.catalog.states import LIVE, VideoState
+from f2l_vllm.catalog.tables import VIDEO, Bytes, Tombstone, adapters, duties, files, tombstones
+from f2l_vllm.store.address import video_name
+
+LOST = "video_lost"  # the error of a file whose bytes a worker did not find as they were
+_RESERVED_SECONDS = 3600.0  # an upload whose bytes take longer to put into the store begins anew
+_AT_ONCE = 500  # databases bound the number of parameters
+
+
+class VideoGone(RuntimeError):
+    """The bytes that an upload counted on were deleted meanwhile."""
+
+
+class Tombstones(Database):
+    """What uploads, deletions and the removal of files from the store agree on."""
+
+    def reserve_video(self, sha256: str, *, anew: bool = False, replaces: str | None = None) -> Bytes:
+        """Where an upload finds these bytes, or is to put them.
+
+        Args:
+            anew: it puts them there itself, whoever has them already.
+            replaces: the generation in which they were found missing or cut short, with `anew`.
+        """
+        if not anew:
+            with self._read() as connection:
+                lost = func.max(case((files.c.error_code == LOST, 1), else_=0))
+                query = select(files.c.generation, lost).where(files.c.sha256 == sha256, files.c.state.in_(LIVE))
+                live = connection.execute(query.group_by(files.c.generation)).first()
+            if live is not None and not live[1]:
+                return Bytes(sha256, live[0], is_new=False)
+            replaces = None if live is None else live[0]
+        generation = secrets.token_hex(8)
+        self._check_room()
+        with self._write() as connection:
+            values = {"kind": VIDEO, "name": sha256, "generation": generation, "reserved": True}
+            connection.execute(insert(tombstones).values(**values, doomed_at=clock(connection)))
+        return Bytes(sha256, generation, is_new=True, replaces=replaces)
+
+    def give_back_video(self, video: Bytes) -> list[Tombstone]:
+        """A file was not entered: what was put there may go. Nothing, if a file names it after all."""
+        with self._write() as connection:
+            return _give_back(connection, video)
+
+    def tombstones(self, limit: int) -> list[Tombstone]:
+        """What is to be removed from the store, oldest first, at most `limit`."""
+        open_ = tombstones.c.done_at.is_(None)
+        with self._read() as connection:
+            before = clock(connection) - _RESERVED_SECONDS
+            late = and_(tombstones.c.reserved.is_(True), tombstones.c.doomed_at < before)
+            is_late = connection.scalar(select(exists().where(open_, late)))
+        if is_late:
+            with self._write() as connection:
+                connection.execute(update(tombstones).where(open_, late).values(reserved=False))
+        with self._read() as connection:
+            query = select(tombstones).where(open_, tombstones.c.reserved.is_(False)).order_by(tombstones.c.seq)
+            return [_record(row) for row in connection.execute(query.limit(limit))]
+
+    def bury(self, removed: Collection[Tombstone]) -> None:
+        """What these name is gone from the store."""
+        with self._write() as connection:
+            numbers = [tombstone.seq for tombstone in removed]
+            for start in range(0, len(numbers), _AT_ONCE):
+                chosen = tombstones.c.seq.in_(numbers[start : start + _AT_ONCE])
+                connection.execute(update(tombstones).where(chosen).values(done_at=clock(connection)))
+
+    def named(self, names: Collection[str]) -> set[str]:
+        """Those of these names in the store that a row names: adapters that are published or waited for, and videos of
+        files or of uploads that have not ended."""
+        asked, found = sorted(names), set()
+        for start in range(0, len(asked), _AT_ONCE):
+            found |= self._named(asked[start : start + _AT_ONCE])
+        return found
+
+    def _named(self, names: Sequence[str]) -> set[str]:
+        hashes = {name.partition(".")[0] for name in names}
+        of_files = select(files.c.sha256, files.c.generation).where(files.c.state.in_(LIVE), files.c.sha256.in_(hashes))
+        reserved = select(tombstones.c.name, tombstones.c.generation).where(
+            tombstones.c.reserved.is_(True), tombstones.c.name.in_(hashes)
+        )
+        published = select(adapters.c.name).where(adapters.c.name.in_(names))
+        waiting = and_(files.c.state.in_(LIVE), files.c.state != VideoState.ERROR)
+        waited_for = select(files.c.adapter_name).where(waiting, files.c.adapter_name.in_(names))
+        with self._read() as connection:
+            videos = [*connection.execute(of_files.distinct()), *connection.execute(reserved)]
+            found = {video_name(sha256, generation) for sha256, generation in videos}
+            found |= {*connection.scalars(published), *connection.scalars(waited_for.distinct())}
+        return found & set(names)
+
+    def take_duty(self, name: str, every: float) -> bool:
+        """Whether it is this process that has to do it now: nobody has for `every` seconds."""
+        of_name = duties.c.name == name
+        with self._read() as connection:
+            now = clock(connection)
+            taken_at = connection.scalar(select(duties.c.taken_at).where(of_name))
+        if taken_at is not None and taken_at > now - every:
+            return False
+        with self._write() as connection:
+            if taken_at is None and connection.scalar(select(duties.c.name).where(of_name)) is None:
+                connection.execute(insert(duties).values(name=name, taken_at=now))
+                return True
+            due = and_(of_name, duties.c.taken_at <= now - every)
+            return connection.execute(update(duties).where(due).values(taken_at=now)).rowcount == 1
+
+
+def doom(connection: Connection, kind: str, names: Iterable[str], generation: str = "") -> list[Tombstone]:
+    """Write tombstones for what no row names any more."""
+    doomed = []
+    for name in names:
+        values = {"kind": kind, "name": name, "generation": generation, "doomed_at": clock(connection)}
+        (seq,) = connection.execute(insert(tombstones).values(values)).inserted_primary_key or (0,)
+        doomed.append(Tombstone(seq, kind, name, generation))
+    return doomed
+
+
+def doom_video_unless_named(connection: Connection, sha256: str, generation: str) -> list[Tombstone]:
+    """A file has left: its bytes go if it was the last live one with them."""
+    same_bytes = exists().where(files.c.sha256 == sha256, files.c.state.in_(LIVE))
+    return [] if connection.scalar(select(same_bytes)) else doom(connection, VIDEO, [sha256], generation)
+
+
+def name_video(connection: Connection, video: Bytes) -> str:
+    """The generation that a new file with these bytes takes: the one that others have, or the upload's own.
+
+    Raises:
+        VideoGone: the upload counted on bytes that were deleted meanwhile; it has to put them into the store itself.
+    """
+    same_bytes = and_(files.c.sha256 == video.sha256, files.c.state.in_(LIVE))
+    live: str | None = connection.scalar(select(files.c.generation).where(same_bytes).limit(1))
+    if not video.is_new:
+        if live != video.generation:
+            raise VideoGone
+        return video.generation
+    if live is not None and live != video.replaces:
+        _give_back(connection, video)
+        return live
+    if connection.execute(delete(tombstones).where(_reservation(video))).rowcount == 0:
+        raise VideoGone
+    if live is not None:
+        connection.execute(update(files).where(same_bytes).values(generation=video.generation))
+        doom(connection, VIDEO, [video.sha256], live)
+    return video.generation
+
+
+def _give_back(connection: Connection, video: Bytes) -> list[Tombstone]:
+    found = [_record(row) for row in connection.execute(select(tombstones).where(_reservation(video)))]
+    connection.execute(update(tombstones).where(_reservation(video)).values(reserved=False))
+    return found
+
+
+def _reservation(video: Bytes) -> Any:
+    of_video = and_(tombstones.c.name == video.sha256, tombstones.c.generation == video.generation)
+    return and_(of_video, tombstones.c.kind == VIDEO, tombstones.c.reserved.is_(True))
+
+
+def _record(row: Row[Any]) -> Tombstone:
+    return Tombstone(row.seq, row.kind, row.name, row.generation)

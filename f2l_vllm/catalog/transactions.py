@@ -1,0 +1,208 @@
+"""Steps within one transaction of the catalog, shared by its parts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, and_, delete, exists, func, insert, or_, select, update
+
+from f2l_vllm.catalog.states import GONE, IN_WORK, LIVE, VideoState, check_transition
+from f2l_vllm.catalog.tables import ADAPTER, AdapterRecord, FileRecord, Tombstone, adapters, files, jobs, parts, usage
+from f2l_vllm.catalog.tombstones import doom
+from f2l_vllm.store.errors import AdapterIdsExhausted
+
+EXHAUSTED = "internalization_failed"  # the error of a video that cost a worker in each of its attempts
+# Engines keep LoRA int ids in int32 tensors, and a server leaves the first 2^20 to the operator's own adapters.
+LAST_ID = 2**31 - 1 - 2**20
+
+
+class QueueFull(RuntimeError):
+    """No room for another job; `retry_after` is a guess in seconds."""
+
+    def __init__(self, queued: int, retry_after: int) -> None:
+        super().__init__(f"{queued} videos are waiting to be internalized already")
+        self.retry_after = retry_after
+
+
+class QuotaExceeded(RuntimeError):
+    """The tenant keeps as many bytes as it may."""
+
+
+def file_record(row: Sequence[Any]) -> FileRecord:
+    """A row of `files`, its columns in the table's order."""
+    values = dict(zip(files.c.keys(), row, strict=True))
+    return FileRecord(**{**values, "state": VideoState(values["state"])})
+
+
+def adapter_record(row: Sequence[Any]) -> AdapterRecord:
+    """A row of `adapters`, its columns in the table's order."""
+    return AdapterRecord(**dict(zip(adapters.c.keys(), row, strict=True)))
+
+
+def file_of(connection: Connection, file_id: str, tenant: str) -> FileRecord | None:
+    """A tenant's file in whatever state, or None."""
+    row = connection.execute(select(files).where(files.c.id == file_id, files.c.tenant == tenant)).first()
+    return None if row is None else file_record(row)
+
+
+def adapter_of(connection: Connection, name: str) -> AdapterRecord | None:
+    """The adapter of this name, or None."""
+    row = connection.execute(select(adapters).where(adapters.c.name == name)).first()
+    return None if row is None else adapter_record(row)
+
+
+def files_of(connection: Connection, adapter_name: str) -> list[FileRecord]:
+    """Every live file that answers from this adapter, waits for it, or failed with it."""
+    query = select(files).where(files.c.adapter_name == adapter_name, files.c.state.in_(LIVE))
+    return [file_record(row) for row in connection.execute(query)]
+
+
+def move(connection: Connection, records: Collection[FileRecord], state: VideoState, **values: Any) -> None:
+    """The one place where a file's state changes.
+
+    Raises:
+        IllegalTransition: an edge that the state machine does not have.
+    """
+    for record in records:
+        check_transition(record.state, state)
+    ids = [record.id for record in records]
+    values = {"progress": 0.0, **values, "state": state}
+    if state in GONE:
+        values["ended_at"] = time.time()
+        for tenant in {record.tenant for record in records}:
+            count_bytes(connection, tenant, -sum(record.bytes for record in records if record.tenant == tenant))
+    for start in range(0, len(ids), 5000):  # databases bound the number of parameters
+        chosen = files.c.id.in_(ids[start : start + 5000])
+        connection.execute(update(files).where(chosen).values(values))
+
+
+def count_bytes(connection: Connection, tenant: str, more: int, limit: int | None = None) -> None:
+    """A tenant's files have so many bytes more.
+
+    Raises:
+        QuotaExceeded: that would be above the limit.
+    """
+    of_tenant = usage.c.tenant == tenant
+    kept = connection.scalar(select(usage.c.bytes).where(of_tenant))
+    if limit is not None and (kept or 0) + more > limit:
+        raise QuotaExceeded(f"{(kept or 0) / 1e6:.1f} MB of {limit / 1e6:.1f} are taken, and this has {more / 1e6:.1f}")
+    if kept is not None and kept + more <= 0:
+        connection.execute(delete(usage).where(of_tenant))
+    elif kept is not None:
+        connection.execute(update(usage).where(of_tenant).values(bytes=usage.c.bytes + more))
+    elif more > 0:
+        connection.execute(insert(usage).values(tenant=tenant, bytes=more))
+
+
+def ensure_job(
+    connection: Connection,
+    adapter_name: str,
+    sha256: str,
+    queue_limit: int | None,
+    *,
+    background: bool = False,
+    tenant: str | None = None,
+    tenant_limit: int | None = None,
+    job_attempts: int = 1,
+) -> None:
+    """Enter a job for this adapter unless there is one.
+
+    Args:
+        queue_limit: bounds the waiting jobs that somebody waits for.
+        background: nobody waits for it.
+        tenant: who asks; `tenant_limit` bounds the waiting jobs that are for files of its.
+        job_attempts: of a job; a video that has cost all of them before gets one.
+
+    Raises:
+        QueueFull: there is no room for it.
+    """
+    of_adapter = jobs.c.adapter_name == adapter_name
+    known = connection.execute(select(jobs.c.background).where(of_adapter)).first()
+    if known is not None:
+        if known.background and not background:
+            connection.execute(update(jobs).where(of_adapter).values(background=False))
+        return
+    waiting = select(func.count(jobs.c.id.distinct())).where(jobs.c.running == 0, jobs.c.background.is_(False))
+    theirs = waiting.join(files, files.c.adapter_name == jobs.c.adapter_name)
+    theirs = theirs.where(files.c.tenant == tenant, files.c.state.in_(IN_WORK))
+    for query, limit in ((waiting, queue_limit), (theirs, tenant_limit)):
+        if limit is not None and (queued := connection.scalar(query) or 0) >= limit:
+            raise QueueFull(queued, retry_after=max(1, queued // 4))
+    poisonous = select(files.c.id).where(files.c.adapter_name == adapter_name, files.c.error_code == EXHAUSTED).limit(1)
+    values = {
+        "adapter_name": adapter_name,
+        "sha256": sha256,
+        "running": 0,
+        "attempts": 0 if connection.scalar(poisonous) is None else job_attempts - 1,
+        "background": background,
+        "created_at": time.time(),
+    }
+    connection.execute(insert(jobs).values(values))
+
+
+def release(connection: Connection, names: Collection[str]) -> None:
+    """Jobs that were in work wait again, and so do their files."""
+    connection.execute(update(jobs).where(jobs.c.adapter_name.in_(names)).values(running=0, pool=None))
+    for name in names:
+        at_work = [r for r in files_of(connection, name) if r.state in IN_WORK and r.state is not VideoState.UPLOADED]
+        move(connection, at_work, VideoState.UPLOADED)
+
+
+def insert_adapter(connection: Connection, values: dict[str, Any]) -> AdapterRecord:
+    """Enter an adapter under a fresh int32 id.
+
+    Raises:
+        AdapterIdsExhausted: there is no fresh id left; nothing is entered then.
+    """
+    entered = connection.execute(insert(adapters).values({**values, "created_at": time.time()}))
+    (number,) = entered.inserted_primary_key or (0,)
+    if number > LAST_ID:
+        connection.execute(delete(adapters).where(adapters.c.id == number))
+        raise AdapterIdsExhausted
+    record = adapter_of(connection, values["name"])
+    assert record is not None
+    return record
+
+
+def drop_adapters(connection: Connection, names: Collection[str]) -> list[Tombstone]:
+    """Take adapters out, and every composed one that has any of them as a part; all of them are to be removed."""
+    doomed: set[str] = set()
+    found = set(names)
+    while found:
+        doomed |= found
+        made_of = select(parts.c.composed).where(parts.c.part.in_(found))
+        found = set(connection.scalars(made_of)) - doomed
+    if not doomed:
+        return []
+    there = set(connection.scalars(select(adapters.c.name).where(adapters.c.name.in_(doomed))))
+    connection.execute(delete(adapters).where(adapters.c.name.in_(there)))
+    connection.execute(delete(parts).where(parts.c.composed.in_(doomed)))
+    return doom(connection, ADAPTER, sorted(there))
+
+
+def is_referred_to(connection: Connection, adapter_name: str) -> bool:
+    """Whether a live file answers from this adapter, waits for it, or keeps it until another is made."""
+    named = or_(files.c.adapter_name == adapter_name, files.c.previous_adapter == adapter_name)
+    return connection.scalar(select(files.c.id).where(named, files.c.state.in_(LIVE)).limit(1)) is not None
+
+
+def drop_unwanted(connection: Connection, names: Collection[str | None]) -> list[Tombstone]:
+    """Take out those of these adapters that no file refers to any more, and the queued jobs for them."""
+    unwanted = [name for name in names if name is not None and not is_referred_to(connection, name)]
+    if not unwanted:
+        return []
+    # A running job is left to its worker, which finds that nobody waits and drops the result.
+    return drop_jobs(connection, and_(jobs.c.adapter_name.in_(unwanted), jobs.c.running == 0)) + drop_adapters(
+        connection, unwanted
+    )
+
+
+def drop_jobs(connection: Connection, chosen: Any) -> list[Tombstone]:
+    """Take jobs out that nobody waits for. One that was begun may have left an adapter in the store."""
+    begun = select(jobs.c.adapter_name).where(chosen, jobs.c.attempts > 0)
+    begun = begun.where(~exists().where(adapters.c.name == jobs.c.adapter_name))
+    doomed = doom(connection, ADAPTER, sorted(connection.scalars(begun)))
+    connection.execute(delete(jobs).where(chosen))
+    return doomed

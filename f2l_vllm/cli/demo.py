@@ -1,0 +1,123 @@
+"""`f2l-vllm demo`: the whole way once, with the stock openai client, and the numbers that matter beside each other."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from openai import OpenAI
+from rich.console import Console
+from rich.table import Table
+
+from f2l_vllm.cli.progress import status
+from f2l_vllm.server_process import ServerFailed, ServerProcess
+
+console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
+QUESTIONS = ("What is the background?", "How many shapes are there?", "Describe the video.")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer and what it cost. `ttft_ms`: from sending the question to its first token, milliseconds."""
+
+    text: str
+    prompt_tokens: int
+    ttft_ms: float
+
+
+def demo(video: Path | None, model: str, hypernetwork: str | None, port: int | None) -> None:
+    """Run it; exit with 1 when any step fails."""
+    with tempfile.TemporaryDirectory(prefix="f2l-demo-") as folder:
+        truth = None
+        if video is None:
+            video = Path(folder) / "shapes.mp4"
+            truth = make_video(video)
+            console.print(f"made a video of moving shapes, {video.stat().st_size / 1e3:.0f} kB: {truth}")
+        started = time.perf_counter()
+        flags = [] if hypernetwork is None else ["--hypernetwork", hypernetwork]
+        server = ServerProcess(model, Path(folder) / "home", *flags, port=port)
+        try:
+            with status(console, f"starting Ray, hypernetwork worker and vLLM (log: {server.log})"):
+                server.wait_ready()
+            console.print(f"server ready after {time.perf_counter() - started:.1f} s: {server.url}")
+            client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+            started = time.perf_counter()
+            file = client.files.create(file=video, purpose="vision")
+            file = client.files.wait_for_processing(file.id, poll_interval=0.05)
+            if file.status != "processed":
+                console.print(f"[red]the video was not internalized[/]: {file.status_details}")
+                raise typer.Exit(1)
+            seconds = time.perf_counter() - started
+            console.print(f"uploaded and internalized in {seconds:.2f} s; {_adapter_line(file)}")
+            ask(client, file.id, "Hello", frames=False)  # the engine's first question pays for its warm-up
+            console.print(_compare(client, file.id))
+        except ServerFailed as error:
+            console.print(str(error), style="red", markup=False, highlight=False)
+            raise typer.Exit(1) from error
+        finally:
+            server.stop()
+    console.print("server stopped")
+
+
+def make_video(path: Path) -> str:
+    """Write an mp4 of a scene the default model has never seen; what happens in it."""
+    from f2l_vllm import torch_shims
+
+    torch_shims.install()
+    from f2l_vllm.synthetic import phrases
+    from f2l_vllm.synthetic.render import write_mp4
+    from f2l_vllm.synthetic.world import sample_scenes
+
+    scene = sample_scenes(1, seed=int(time.time()), split="held-out")[0]
+    write_mp4(scene, path, size=(320, 240))
+    return phrases.caption(scene)
+
+
+def ask(client: OpenAI, file_id: str, question: str, *, frames: bool) -> Answer:
+    """One streamed question about a file, greedy; from its adapter, or from its frames in context."""
+    started = time.perf_counter()
+    stream = client.chat.completions.create(
+        model=file_id,
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        max_completion_tokens=48,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"f2l": {"mode": "frames"}} if frames else None,
+    )
+    text, first, tokens = "", 0.0, 0
+    for chunk in stream:
+        if chunk.choices and chunk.choices[0].delta.content:
+            first = first or time.perf_counter()
+            text += chunk.choices[0].delta.content
+        if chunk.usage is not None:
+            tokens = chunk.usage.prompt_tokens
+    return Answer(text.strip(), tokens, (first - started) * 1e3)
+
+
+def _compare(client: OpenAI, file_id: str) -> Table:
+    table = Table(title="the same question, from the adapter and from the frames in context")
+    for name in ("question", "from", "answer"):
+        table.add_column(name)
+    for name in ("prompt tokens", "first token, ms"):
+        table.add_column(name, justify="right")
+    for question in QUESTIONS:
+        for frames in (False, True):
+            answer = ask(client, file_id, question, frames=frames)
+            source = "frames" if frames else "adapter"
+            row = (answer.text, str(answer.prompt_tokens), f"{answer.ttft_ms:.0f}")
+            table.add_row("" if frames else question, source, *row)
+    return table
+
+
+def _adapter_line(file: Any) -> str:
+    details = file.model_extra["f2l"]
+    return (
+        f"rank {details['rank']} adapter, {details['adapter_bytes'] / 1e3:.0f} kB, from {details['frames']} frames; "
+        f"{details['visual_tokens']} visual tokens saved in every question"
+    )

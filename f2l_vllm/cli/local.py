@@ -1,0 +1,169 @@
+"""Commands that need no server of their own: internalize, ask, convert."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import typer
+from rich.console import Console
+
+from f2l_vllm import models, torch_shims
+from f2l_vllm.cli.progress import progress, status
+from f2l_vllm.hypernetwork.locate import locate
+
+if TYPE_CHECKING:
+    from f2l_vllm.hypernetwork.adapter import Adapter
+    from f2l_vllm.hypernetwork.internalizer import Internalizer
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a video is read; None: as the hypernetwork was trained, in one pass."""
+
+    max_frames: int | None = None
+    fps: float | None = None
+    chunk_seconds: float | None = None
+    chunk_frames: int | None = None
+    max_chunks: int = 1
+    merge_rate: float = 0.0
+
+
+_STAGES = ("decode", "encode", "generate")
+
+
+def _internalizer(model: str, hypernetwork: str | None, merge_rate: float = 0.0) -> tuple[Internalizer, Path]:
+    try:
+        directory, weights = models.resolve(model), models.resolve_hypernetwork(model, hypernetwork)
+        torch_shims.install()
+        from f2l_vllm.hypernetwork.internalizer import Internalizer
+
+        with status(console, "loading model and hypernetwork"):
+            return Internalizer.load(directory, weights, merge_rate=merge_rate), directory
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _read(internalizer: Internalizer, video: Path, reading: Reading) -> Adapter:
+    from f2l_vllm.video.chunks import Chunking
+    from f2l_vllm.video.errors import VideoError
+    from f2l_vllm.video.sample import Sampling
+
+    internalizer.sampling = Sampling(reading.max_frames, reading.fps).or_else(internalizer.sampling)
+    chunking = None
+    if reading.chunk_seconds is not None or reading.chunk_frames is not None:
+        chunking = Chunking(reading.chunk_seconds, reading.chunk_frames, reading.max_chunks)
+
+    with progress(console) as tell:
+
+        def report(stage: str, fraction: float) -> None:
+            if stage in _STAGES:
+                tell(stage, fraction, 1)
+
+        try:
+            return internalizer.internalize(video, on_progress=report, chunking=chunking)
+        except VideoError as error:
+            console.print(f"[red]{error.code}[/]: {error}")
+            raise typer.Exit(1) from error
+
+
+def internalize(video: Path, output: Path, model: str, hypernetwork: str | None, reading: Reading) -> None:
+    """Write a video's PEFT adapter to `output`."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise typer.BadParameter(f"{output} exists already; name a new directory")
+    internalizer, directory = _internalizer(model, hypernetwork, reading.merge_rate)
+    started = time.perf_counter()
+    adapter = _read(internalizer, video, reading)
+    adapter.save(output, base_model=models.loadable_name(directory))
+    info = adapter.info
+    console.print(
+        f"rank {adapter.rank} adapter from {info['frames']} frames ({info['visual_tokens']} visual tokens) "
+        f"in {time.perf_counter() - started:.2f} s: {output}"
+    )
+
+
+def ask(video: Path, question: str, model: str, hypernetwork: str | None, max_tokens: int) -> None:
+    """Answer from the adapter with transformers, here and now: a plain text prompt, no visual token."""
+    _check_question(question)
+    internalizer, _ = _internalizer(model, hypernetwork)
+    from f2l_vllm.hypernetwork.adapter import apply_adapter
+    from f2l_vllm.hypernetwork.base_model import check_length
+
+    processor, base = internalizer.processor, cast(Any, internalizer.model)  # transformers leaves `generate` untyped
+    message = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+    inputs = processor.apply_chat_template(
+        message, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(base.device)
+    try:
+        check_length(base, inputs["input_ids"].shape[1], max_tokens)  # before the video is read
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    adapter = _read(internalizer, video, Reading())
+    with status(console, "answering"), apply_adapter(base, adapter):
+        output = base.generate(**inputs, do_sample=False, max_new_tokens=max_tokens)
+    answer = output[0, inputs["input_ids"].shape[1] :]
+    text = processor.decode(answer, skip_special_tokens=True).strip()
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def ask_server(video: Path, question: str, url: str, api_key: str, max_tokens: int) -> None:
+    """Upload to a running server and ask there; the same bytes are internalized once."""
+    from openai import APIError, OpenAI
+
+    _check_question(question)
+    try:
+        client = OpenAI(base_url=_api(url), api_key=api_key)
+        with status(console, "uploading and internalizing"):
+            file = client.files.create(file=video, purpose="vision")
+            file = client.files.wait_for_processing(file.id, poll_interval=0.2)
+        message = [{"role": "user", "content": question}]
+        answer = client.chat.completions.create(
+            model=file.id,
+            messages=message,  # type: ignore[arg-type]
+            max_completion_tokens=max_tokens,
+            temperature=0,
+        )
+    except APIError as error:
+        console.print(f"[red]{error.code or type(error).__name__}[/]: {error.message}")
+        raise typer.Exit(1) from error
+    console.print((answer.choices[0].message.content or "").strip(), markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_question(question: str) -> None:
+    if not question.strip():
+        raise typer.BadParameter("the question is empty: ask something")
+
+
+def _api(url: str) -> str:
+    """The address of a server's API, whether or not its version was given with it."""
+    from urllib.parse import urlsplit
+
+    return url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"
+
+
+def convert(checkpoint: str, output: Path, base_model: str | None, dtype: str | None) -> None:
+    """Read a hypernetwork through the safe reader and write the safe format, in `dtype` or the file's own."""
+    if dtype not in (None, "fp32", "bf16"):
+        raise typer.BadParameter(f"--dtype is fp32 or bf16, got {dtype!r}; leave it out to keep the file's own")
+    try:
+        found = locate(checkpoint, base_model)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    torch_shims.install()
+    import torch
+
+    from f2l_vllm.hypernetwork.model import Hypernetwork
+
+    dtypes = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
+    try:
+        with status(console, "reading the checkpoint"):
+            hypernetwork = Hypernetwork.load(found, base_model=base_model, dtype=None)
+            hypernetwork.save(output, dtypes[dtype])
+    except (ValueError, FileExistsError) as error:
+        raise typer.BadParameter(str(error)) from error
+    config = hypernetwork.config
+    console.print(f"{output}: rank {config.rank}, {', '.join(config.modules)}, for {config.base_model}")

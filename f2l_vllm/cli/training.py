@@ -1,0 +1,191 @@
+"""Commands that train: a hypernetwork for any model from manifests, and the default model from nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from f2l_vllm import torch_shims
+from f2l_vllm.cli.progress import progress
+
+console = Console()
+
+_FINISHED = ("hypernetwork", "training.json")
+_SHAPE = ("rank", "latent_size", "blocks", "modules")
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")]
+
+NewModules = Annotated[str, typer.Option(help="Linears a new hypernetwork adapts, separated by commas.")]
+
+
+def train(
+    context: typer.Context,
+    output: Annotated[Path, typer.Argument(help="Folder for the hypernetwork; an unfinished run in it goes on.")],
+    manifest: Annotated[list[Path], typer.Option(help="JSONL manifest; may be given several times.")],
+    model: Annotated[str, typer.Option(help="Base model: shipped model, directory, or hub id.")] = "f2l-tiny",
+    split: Annotated[str | None, typer.Option(help="Only the manifests' examples of this split.")] = None,
+    validation: Annotated[Path | None, typer.Option(help="Manifest whose loss is taken before and after.")] = None,
+    hypernetwork: Annotated[
+        str | None, typer.Option(help="Start from this one: directory, released .pt file, or hub id.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, max=256, help="LoRA rank of a new hypernetwork.")] = 16,
+    latent_size: Annotated[int, typer.Option(min=1, help="Width of a new hypernetwork's latents.")] = 512,
+    blocks: Annotated[int, typer.Option(min=1, help="Cross-attention layers of a new hypernetwork.")] = 9,
+    modules: NewModules = "down_proj",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default: by --epochs.")] = None,
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the videos.")] = 1.0,
+    videos: Annotated[int, typer.Option(min=1, help="Videos per step, of all processes and parts together.")] = 8,
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts of a step computed one after the other.")] = 1,
+    questions: Annotated[int, typer.Option(min=1, help="Most questions about a video in a step.")] = 8,
+    frames: Annotated[str, typer.Option(help="Numbers of frames to mix, e.g. 8,12,16; default: the sampling's.")] = "",
+    longest_edge: Annotated[
+        int | None, typer.Option(min=2, help="Pixels the longer side is read at; default: the hypernetwork's.")
+    ] = None,
+    chunks: Annotated[str, typer.Option(help="Numbers of chunks to mix, e.g. 1,1,2.")] = "1",
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-4,
+    muon_rate: Annotated[float | None, typer.Option(help="Of Muon, which then takes the matrices.")] = None,
+    kl: Annotated[float, typer.Option(min=0.0, help="Weight of the divergence from the model with frames.")] = 0.0,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16; weights stay in fp32.")] = "fp32",
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and choices.")] = 0,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Go on from the finished run in the folder, for --steps or --epochs more.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a hypernetwork for any SmolVLM from manifests. Goes on where it was killed; `torchrun` shares the steps."""
+    from f2l_vllm import models
+    from f2l_vllm.hypernetwork.config import check_module
+    from f2l_vllm.train import folder
+    from f2l_vllm.train.data.manifest import read_manifest
+
+    if hypernetwork is not None and extend:
+        raise typer.BadParameter("--extend starts from the hypernetwork in the folder: leave out --hypernetwork")
+    given = [name for name in _SHAPE if _is_given(context, name)]
+    if given and (extend or hypernetwork is not None):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise typer.BadParameter(f"{flags}: only a new hypernetwork takes its shape from flags; this one has its own")
+    try:  # what needs no torch, which takes seconds to load
+        folder.check(output, _FINISHED, overwrite=overwrite, extend=extend)
+        examples = [example for path in manifest for example in read_manifest(path, split)]
+        held_out = [] if validation is None else read_manifest(validation)
+        directory = models.resolve(model)
+        weights = None if hypernetwork is None else models.resolve_hypernetwork(model, hypernetwork)
+        module_names = [name.strip() for name in modules.split(",")]
+        for name in module_names:
+            check_module(name)
+        numbers = _numbers(frames), _numbers(chunks)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+    torch_shims.install()
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from f2l_vllm.evaluation.plots import plot_training
+    from f2l_vllm.hypernetwork.base_model import module_sizes, text_model_of
+    from f2l_vllm.hypernetwork.config import HypernetworkConfig
+    from f2l_vllm.hypernetwork.model import Hypernetwork
+    from f2l_vllm.train.loop import Loop
+    from f2l_vllm.train.trainer import Trainer, TrainingOptions, train_to
+
+    try:
+        options = TrainingOptions(
+            epochs=epochs,
+            steps=steps,
+            videos=videos,
+            accumulate=accumulate,
+            questions=questions,
+            learning_rate=learning_rate,
+            muon_rate=muon_rate,
+            kl=kl,
+            frames=numbers[0],
+            chunks=numbers[1],
+            precision=precision,
+        )
+        base = AutoModelForImageTextToText.from_pretrained(str(directory), dtype="auto")
+        processor = AutoProcessor.from_pretrained(str(directory))
+        run = output / folder.RUN_FOLDER
+        loop = Loop(run, seed=seed)
+        if loop.is_main:
+            folder.prepare(output, overwrite=overwrite, extend=extend)
+        loop.wait()
+        if extend:
+            start = run / folder.START_FOLDER / "hypernetwork"
+            hyper = Hypernetwork.load(start, base_model=str(directory))
+        elif weights is not None:
+            hyper = Hypernetwork.load(weights, base_model=str(directory))
+        else:
+            torch.manual_seed(seed)
+            text_config: Any = text_model_of(base).config
+            hyper = Hypernetwork(
+                HypernetworkConfig(
+                    base_model=model,
+                    num_layers=text_config.num_hidden_layers,
+                    feature_size=text_config.hidden_size,
+                    modules=module_sizes(base, module_names),
+                    rank=rank,
+                    latent_size=latent_size,
+                    num_blocks=blocks,
+                )
+            )
+        if longest_edge is not None:
+            hyper.config = replace(hyper.config, longest_edge=longest_edge)
+        with progress(console) as tell:
+            loop.on_progress = lambda stage, done: tell(stage, done, 1)
+            report = train_to(output, Trainer(base, processor, hyper, loop), examples, options, held_out)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if loop.is_main:
+        plot_training(output / folder.LOG_FILE, output)
+        console.print_json(data=report)
+
+
+def make_model(
+    output: Annotated[Path, typer.Argument(help="Folder for model and hypernetwork; an unfinished run goes on.")],
+    seed: Annotated[int, typer.Option(help="Seed of data and weights.")] = 0,
+    scale: Annotated[float, typer.Option(min=0.001, help="Fraction of the full number of steps.")] = 1.0,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Train only a hypernetwork, for the model in this folder.", exists=True, file_okay=False),
+    ] = None,
+    score_scenes: Annotated[int, typer.Option(min=0, help="Held-out scenes asked about in the end.")] = 512,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make the default model from nothing: the synthetic world, a tiny SmolVLM, its hypernetwork, and their scores."""
+    torch_shims.install()
+    from f2l_vllm.evaluation.plots import plot_training
+    from f2l_vllm.recipes.f2l_tiny import make_model as run
+    from f2l_vllm.train.folder import LOG_FILE
+
+    try:
+        with progress(console) as tell:
+            report = run(
+                output,
+                seed=seed,
+                scale=scale,
+                base=base,
+                score_scenes=score_scenes,
+                overwrite=overwrite,
+                on_progress=lambda stage, done: tell(stage, done, 1),
+            )
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if "bytes" in report:  # the process that wrote them
+        plot_training(output / LOG_FILE, output)
+        console.print(json.dumps(report, indent=2))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no list of whole numbers; write them like 8,12,16.") from error
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

@@ -1,0 +1,83 @@
+"""What `vllm serve` of vLLM 0.32 takes, written down: building vLLM's own parser takes 17 seconds of CPU time.
+
+`python -m f2l_vllm.engine.flags_table` writes `flags.json`, which `engine/flags.py` reads;
+`tests/serving/test_compat_flags.py` compares the two, so that another vLLM version fails there first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+from f2l_vllm import torch_shims
+from f2l_vllm.engine.flags import TABLE
+
+# What a flag's values are, by which of these vLLM's own function takes; anything else is left to vLLM.
+_PROBES = ("7", "0.5", "1k", "word", '{"a": 1}')
+_KINDS: dict[tuple[bool, ...], str] = {
+    (True, False, False, False, False): "integer",
+    (True, True, False, False, False): "number",
+    (True, False, True, False, False): "amount",  # an integer that may end in k, M, G …
+    (True, True, False, False, True): "json",
+}
+_BOUNDS = {"ge": "least", "gt": "above", "le": "most", "lt": "below"}
+
+
+def describe() -> list[dict[str, Any]]:
+    """Every flag of vLLM's parser: its names, where its value goes, how many values and of which kind."""
+    torch_shims.install()
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve", add_help=False))
+    bounds = _bounds()
+    return [_flag(action, bounds) for action in parser._actions if action.option_strings]
+
+
+def _flag(action: argparse.Action, bounds: dict[str, dict[str, float]]) -> dict[str, Any]:
+    flag: dict[str, Any] = {"names": list(action.option_strings), "dest": action.dest}
+    if action.nargs == 0:
+        return flag | {"switch": True}
+    flag["values"] = action.nargs
+    if action.choices:
+        flag["choices"] = [str(choice) for choice in action.choices]
+    elif action.type is not None and (kind := _KINDS.get(tuple(_takes(action.type, probe) for probe in _PROBES))):
+        flag["kind"] = kind
+        if kind != "json" and action.dest in bounds:
+            flag |= bounds[action.dest]
+    return {name: value for name, value in flag.items() if value is not None}
+
+
+def _takes(convert: Callable[[str], Any] | Any, text: str) -> bool:
+    try:
+        convert(text)
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        return False
+    return True
+
+
+def _bounds() -> dict[str, dict[str, float]]:
+    """Limits that the fields of vLLM's configurations state, where all fields of that name state the same."""
+    import vllm.config
+
+    found: dict[str, list[dict[str, float]]] = {}
+    for config in vars(vllm.config).values():
+        if not (isinstance(config, type) and dataclasses.is_dataclass(config)):
+            continue
+        for field in dataclasses.fields(config):
+            metadata = getattr(field.default, "metadata", [])
+            limits = {
+                ours: value
+                for m in metadata
+                for name, ours in _BOUNDS.items()
+                if (value := getattr(m, name, None)) is not None
+            }
+            found.setdefault(field.name, []).append(limits)
+    return {name: same[0] for name, same in found.items() if same[0] and all(one == same[0] for one in same)}
+
+
+if __name__ == "__main__":
+    TABLE.write_text("[\n" + ",\n".join(json.dumps(flag) for flag in describe()) + "\n]\n")

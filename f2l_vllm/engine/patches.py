@@ -1,0 +1,95 @@
+"""Where this package changes vLLM 0.32 in the engine's processes: who decides which adapters are in host memory.
+
+`tests/serving/test_compat_engine.py` holds a contract test for each touch.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+from f2l_vllm.engine.residency import Residency
+
+logger = logging.getLogger(__name__)
+
+
+def install_residency() -> None:
+    """Put a `Residency` between vLLM's engine core and its workers. Does nothing the second time.
+
+    Every request enters through `EngineCore.add_request`; adapters are added, removed and pinned, and whatever drops
+    them in the workers comes, through the other methods replaced here.
+    """
+    from vllm.v1.engine import core
+
+    EngineCore: Any = core.EngineCore
+    if hasattr(EngineCore, "_f2l_residency"):
+        return
+    EngineCore._f2l_residency = None
+    stock_add_request, stock_collective_rpc = EngineCore.add_request, EngineCore.collective_rpc
+
+    @functools.wraps(EngineCore.add_request)
+    def add_request(self: Any, request: Any, request_wave: int = 0) -> None:
+        if request.lora_request is not None:
+            try:
+                _residency(self).admit(request.lora_request)
+            except Exception as error:
+                name = request.lora_request.lora_name
+                logger.error("request %s failed: adapter %s cannot be loaded: %s", request.request_id, name, error)
+                if not isinstance(self, core.EngineCoreProc):
+                    raise  # an engine in its caller's process: the caller gets it
+                self._send_error_outputs_to_client([request.request_id], request.client_index)
+                return
+        stock_add_request(self, request, request_wave)
+
+    # Arguments of the three below arrive as plain lists and are made into what the stock methods' annotations say.
+    @functools.wraps(EngineCore.add_lora)
+    def add_lora(self: Any, lora_request: Any) -> bool:
+        return _residency(self).add(lora_request)
+
+    @functools.wraps(EngineCore.remove_lora)
+    def remove_lora(self: Any, lora_id: int) -> bool:
+        return _residency(self).remove(lora_id)
+
+    @functools.wraps(EngineCore.pin_lora)
+    def pin_lora(self: Any, lora_id: int) -> bool:
+        return _residency(self).pin(lora_id)
+
+    @functools.wraps(EngineCore.collective_rpc)
+    def collective_rpc(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _residency(self).doubt()
+        return stock_collective_rpc(self, *args, **kwargs)
+
+    for method in (add_request, add_lora, remove_lora, pin_lora, collective_rpc):
+        setattr(EngineCore, method.__name__, method)
+
+
+def _residency(engine: Any) -> Residency:
+    if engine._f2l_residency is None:
+        config = engine.vllm_config.lora_config
+        capacity = 0 if config is None else config.max_cpu_loras or config.max_loras
+        engine._f2l_residency = Residency(engine.model_executor, engine.scheduler.requests, capacity)
+    residency: Residency = engine._f2l_residency
+    return residency
+
+
+def install_worker_manager() -> None:
+    """Have vLLM's model runners use `HostTierLoRAManager`. Put in place when a worker is made, because the modules it
+    needs would cost the API server's start seconds. Does nothing the second time."""
+    from vllm.v1.worker import worker_base
+
+    wrapper: Any = worker_base.WorkerWrapperBase
+    stock = wrapper.init_device
+    if stock.__module__ == __name__:
+        return
+
+    def init_device(self: Any) -> None:
+        from vllm.v1.worker import lora_model_runner_mixin
+
+        from f2l_vllm.engine.lora_manager import HostTierLoRAManager
+
+        runners: Any = lora_model_runner_mixin
+        runners.LRUCacheWorkerLoRAManager = HostTierLoRAManager
+        stock(self)
+
+    wrapper.init_device = init_device

@@ -1,0 +1,66 @@
+"""Entry point `vllm.general_plugins`: what every vLLM process needs, API server, engine core and workers alike."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from types import TracebackType
+
+from f2l_vllm import logs
+from f2l_vllm.lifeline import end_with_spawner
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Register what this package adds to vLLM. Light and idempotent: vLLM calls it in every process, some twice."""
+    register_lifeline()
+    logs.adopt("transformers")
+    register_models()
+    register_adapter_tiers()
+
+
+def register_models() -> None:
+    """Put SmolVLM with native video in the place of vLLM's own; the class is imported when a server needs it."""
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model(
+        "SmolVLMForConditionalGeneration", "f2l_vllm.engine.smolvlm_video:SmolVLMVideoForConditionalGeneration"
+    )
+
+
+def register_adapter_tiers() -> None:
+    """Adapters stay in host memory while somebody needs them, and no step loads one."""
+    from f2l_vllm.engine import grammar_patches, patches
+
+    patches.install_residency()
+    patches.install_worker_manager()
+    grammar_patches.install()
+
+
+def register_lifeline() -> None:
+    """The engine and its workers end with the process that started them, and in a server not before it: a terminal's
+    Ctrl-C and a supervisor's SIGTERM may reach all of them at once, and answers are still being written then."""
+    end_with_spawner()
+    if (
+        "f2l_files" not in os.environ.get("VLLM_PLUGINS", "")
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        return
+    if multiprocessing.parent_process() is None:
+        sys.excepthook = _quiet_interrupt
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which their children would inherit
+
+
+def _quiet_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """vLLM is interrupted by an exception when it is told to stop before it has started."""
+    if issubclass(kind, KeyboardInterrupt):
+        logger.info("stopped before it was ready")
+    else:
+        sys.__excepthook__(kind, error, trace)

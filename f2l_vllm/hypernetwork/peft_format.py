@@ -1,0 +1,79 @@
+"""Reading PEFT adapter directories and checking them against the base model they claim to fit.
+
+vLLM loads an adapter whose keys miss one `model.` without an error and attaches it to nothing: every answer then
+comes silently from the base model. So keys, shapes, rank and scale are checked here, before an adapter is published.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from f2l_vllm.files import read_json
+from f2l_vllm.hypernetwork.adapter import CONFIG_FILE, WEIGHTS_FILE
+from f2l_vllm.hypernetwork.base_shapes import BaseShapes
+from f2l_vllm.hypernetwork.ranks import advice
+
+
+class AdapterError(ValueError):
+    """An adapter directory that must not be served, and why."""
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What a checked adapter directory holds."""
+
+    rank: int
+    modules: tuple[str, ...]
+    bytes: int
+
+
+def validate_adapter(directory: Path, shapes: BaseShapes, *, max_rank: int | None = None) -> AdapterFiles:
+    """Check one adapter directory; return its rank, target modules and size in bytes.
+
+    Raises:
+        AdapterError: a missing or unreadable file, a key that would attach to nothing, a wrong shape or dtype, a rank
+            or scale that the tensors contradict, a rank above `max_rank`, or a value that is not finite.
+    """
+    try:
+        config = read_json(directory / CONFIG_FILE)
+        rank, alpha, targets = int(config["r"]), config["lora_alpha"], config["target_modules"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{CONFIG_FILE} cannot be read: {error}") from error
+    if not isinstance(targets, list):
+        raise AdapterError(f"target_modules must be a list of module names, got {targets!r}")
+    modules = tuple(sorted(targets))
+    if alpha != rank:
+        raise AdapterError(f"lora_alpha is {alpha} but r is {rank}: the scale must be folded into B")
+    if max_rank is not None and rank > max_rank:
+        raise AdapterError(f"rank {rank} is above the server's {max_rank}: {advice(rank)}")
+    unknown = sorted(set(modules) - set(shapes.modules))
+    if unknown or not modules:
+        raise AdapterError(f"target modules {unknown or '(none)'} are not linears of this base model")
+    expected: dict[str, tuple[int, int]] = {}
+    for layer in range(shapes.layers):
+        for module in modules:
+            d_in, d_out = shapes.modules[module]
+            expected[shapes.key(layer, module, "A")] = (rank, d_in)
+            expected[shapes.key(layer, module, "B")] = (d_out, rank)
+    path = directory / WEIGHTS_FILE
+    try:
+        with safe_open(path, "pt") as weights:
+            names = set(weights.keys())
+            if names != set(expected):
+                extra, missing = sorted(names - set(expected)), sorted(set(expected) - names)
+                raise AdapterError(f"unexpected keys {extra[:3]}, missing keys {missing[:3]}")
+            for name, shape in expected.items():
+                tensor = weights.get_tensor(name)
+                if tuple(tensor.shape) != shape:
+                    raise AdapterError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+                if tensor.dtype is not torch.bfloat16:
+                    raise AdapterError(f"{name} is {tensor.dtype}; published adapters are bfloat16")
+                if not bool(torch.isfinite(tensor).all()):
+                    raise AdapterError(f"{name} holds a value that is not finite")
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{WEIGHTS_FILE} cannot be read: {error}") from error
+    return AdapterFiles(rank, modules, path.stat().st_size)

@@ -1,0 +1,1 @@
+"""The API process: vLLM's HTTP server made video-native."""

@@ -1,0 +1,203 @@
+"""In front of vLLM's chat and completion handlers: find the videos, attach their adapter, hold it to the end."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import weakref
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from fastapi import Request
+
+from f2l_vllm.server import errors, metrics, vllm_api, vllm_errors
+from f2l_vllm.server.chat.request import (
+    FILE_PREFIX,
+    Options,
+    Video,
+    names_a_video,
+    options,
+    videos,
+    with_frames,
+    without_videos,
+)
+from f2l_vllm.server.chat.resolve import Asking, Source, from_frames
+from f2l_vllm.server.errors import adapter_unavailable, bad_request
+from f2l_vllm.server.tenants import tenant_of
+
+
+class AnswerStream:
+    """A streamed answer that holds its adapter until it ends, is closed, or is dropped unread, and says its source."""
+
+    def __init__(self, stream: AsyncGenerator[str, None], source: Source) -> None:
+        self._stream = stream
+        self._source = source
+        self._finish = weakref.finalize(self, source.release)
+
+    def __aiter__(self) -> AnswerStream:
+        return self
+
+    async def __anext__(self) -> str:
+        try:
+            chunk = await anext(self._stream)
+            if vllm_api.is_error_chunk(chunk) and await _has_lost_its_adapter(self._source):
+                return errors.chunk(adapter_unavailable())
+            return vllm_api.detailed_chunk(chunk, self._source.details)
+        except BaseException:  # the end of the answer, an error, or the client gone
+            await self.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        """Stop early: the engine first, then the adapter."""
+        try:
+            await self._stream.aclose()
+        finally:
+            self._finish()
+
+
+async def _has_lost_its_adapter(source: Source) -> bool:
+    """Whether an answer failed because the engine had dropped the adapter and could not load it again."""
+    try:
+        return source.lease is not None and not await source.lease.confirm()
+    except Exception as error:
+        if vllm_api.is_engine_dead(error):
+            return False  # the answer failed of that, and vLLM says so
+        raise
+
+
+class _Handler:
+    """A vLLM handler with videos; everything not about videos is the inner handler's."""
+
+    def __init__(self, inner: Any, asking: Asking, base_names: list[str]) -> None:
+        self._inner = inner
+        self._asking = asking
+        self._base_names = base_names
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def _options(self, request: Any, raw_request: Request | None) -> Options:
+        headers = {} if raw_request is None else raw_request.headers
+        return options(request.model_extra, headers, self._asking.service.settings.wait_seconds)
+
+    async def _answer(self, method: Any, request: Any, raw_request: Request | None, source: Source) -> Any:
+        """Let the inner handler answer from the source, and let go of it at the end of the answer."""
+        token = vllm_api.asked_model.set(request.model or self._base_names[0])
+        noted: list[int] = []
+        noting = vllm_api.visual_tokens.set(noted)
+        result = None
+        try:
+            request.model = self._base_names[0] if source.lease is None else source.lease.key
+            result = await method(request, raw_request)
+            source.details["visual_tokens"] = sum(noted)
+            if hasattr(result, "__aiter__"):
+                result = AnswerStream(result, source)
+        except Exception as error:
+            if vllm_api.is_failed_generation(error) and await _has_lost_its_adapter(source):
+                raise adapter_unavailable() from error
+            raise
+        finally:
+            vllm_api.asked_model.reset(token)
+            vllm_api.visual_tokens.reset(noting)
+            if not isinstance(result, AnswerStream):
+                source.release()
+            failed = result is None or vllm_api.error_status(result) is not None
+            metrics.QUESTIONS.labels(source.mode, "error" if failed else "answered").inc()
+        if not failed:
+            metrics.TOKENS_AVOIDED.inc(source.visual_tokens_avoided)
+            if not isinstance(result, AnswerStream):
+                vllm_api.add_details(result, source.details)
+        return result
+
+
+class ChatHandler(_Handler):
+    """`/v1/chat/completions`: `model` may be a file id, and a message may hold `file` and `video_url` parts."""
+
+    async def create_chat_completion(self, request: Any, raw_request: Request | None = None) -> Any:
+        """vLLM's method, with videos resolved first."""
+        how, tenant = self._options(request, raw_request), tenant_of(raw_request)
+        asked = videos(request.model, request.messages)
+        if not asked or not self._knows(request.model):  # vLLM says which models exist
+            return await self._inner.create_chat_completion(request, raw_request)
+        source = await self._source(request, asked, how, tenant)
+        return await self._answer(self._inner.create_chat_completion, request, raw_request, source)
+
+    def _knows(self, model: str | None) -> bool:
+        return not model or model in self._base_names or model.startswith(FILE_PREFIX)
+
+    async def _source(self, request: Any, asked: Sequence[Video], how: Options, tenant: str) -> Source:
+        """Resolve the videos, and leave in the request's messages what is the engine's to read."""
+        if how.mode == "adapter":
+            text = without_videos(request.messages)  # nobody waits for a video to learn that there is no question
+            source = await self._asking.adapter(await self._asking.find(asked, tenant), tenant, how.wait)
+            request.messages = text
+            return source
+        if any(video.span is not None for video in asked):
+            message = "Frames are taken of the whole video: leave out start and end, or f2l.mode."
+            raise bad_request("span_not_available", message, "messages")
+        if how.mode == "frames":  # addresses are vLLM's to read, and leave nothing behind
+            named = await self._asking.find([video for video in asked if video.url is None], tenant)
+            addresses = {video: video.url for video in asked if video.url is not None}
+            request.messages = with_frames(request.messages, {**addresses, **await self._asking.frames(named)})
+            return from_frames(named)
+        named = await self._asking.find(asked, tenant)
+        messages = with_frames(request.messages, await self._asking.frames(named))
+        source = await self._asking.adapter(named, tenant, how.wait, how.mode)
+        request.messages = messages
+        return source
+
+
+class CompletionHandler(_Handler):
+    """`/v1/completions`: `model` may be a file id."""
+
+    async def create_completion(self, request: Any, raw_request: Request | None = None) -> Any:
+        """vLLM's method, with the video resolved first."""
+        how = self._options(request, raw_request)
+        if not (request.model or "").startswith(FILE_PREFIX):
+            return await self._inner.create_completion(request, raw_request)
+        if how.mode != "adapter":
+            raise bad_request("invalid_f2l_options", f"f2l.mode '{how.mode}' needs /v1/chat/completions.", "f2l")
+        tenant = tenant_of(raw_request)
+        named = await self._asking.find([Video(file_id=request.model)], tenant)
+        source = await self._asking.adapter(named, tenant, how.wait)
+        return await self._answer(self._inner.create_completion, request, raw_request, source)
+
+
+class Guard:
+    """A vLLM handler that does not know videos: a request that names one is refused, not answered without it.
+
+    Args:
+        inner: vLLM's handler.
+        own_envelope: its route reads an error that is returned, and none that is raised, into another API's envelope.
+    """
+
+    def __init__(self, inner: Any, own_envelope: bool) -> None:
+        self._inner = inner
+        self._own_envelope = own_envelope
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._inner, name)
+        if not name.startswith("create_") or not asyncio.iscoroutinefunction(attribute):
+            return attribute
+
+        @functools.wraps(attribute)
+        async def guarded(request: Any, raw_request: Request | None = None, *args: Any, **kwargs: Any) -> Any:
+            try:
+                await _refuse_videos(request, raw_request)
+                return await attribute(request, raw_request, *args, **kwargs)
+            except Exception as error:
+                refused = None if raw_request is None else vllm_errors.refusal(error, raw_request.scope)
+                if refused is None or not self._own_envelope:
+                    raise
+                return vllm_errors.error_response(refused)
+
+        return guarded
+
+
+async def _refuse_videos(request: Any, raw_request: Request | None) -> None:
+    # Not all of these keep in `request` what they do not know.
+    body = {} if raw_request is None else await raw_request.json()
+    by_model = (getattr(request, "model", None) or "").startswith(FILE_PREFIX)
+    if by_model or names_a_video([body.get("input"), body.get("messages")]):
+        message = "This route does not answer about videos: use /v1/chat/completions or /v1/completions."
+        raise bad_request("route_without_videos", message, "model" if by_model else "input")

@@ -1,0 +1,210 @@
+"""What a request asks about: which videos, answered how, and how long it may wait. Pure parsing, no engine."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from f2l_vllm.server.chat.content import HOW_VIDEOS
+from f2l_vllm.server.errors import APIError, bad_request
+
+FILE_PREFIX = "file-"
+WAIT_HEADER = "x-f2l-wait"
+Mode = Literal["adapter", "frames", "both"]
+_MODES = ("adapter", "frames", "both")
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")  # `float` takes the digits of every script, and underscores
+_KEYS = {"mode", "wait"}
+_SPAN_KEYS = {"start", "end"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to answer. `mode` `adapter`: from the LoRA adapter, no visual tokens; `frames`: from the frames in context;
+    `both`: from both together. `wait`: seconds a question may wait for its videos."""
+
+    mode: Mode
+    wait: float
+
+
+@dataclass(frozen=True)
+class Span:
+    """Seconds `start` to `end` of a video; `end` may be infinite."""
+
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video that a question names, by `file_id` or by `url` (http(s) or data URI); all of it, or a span."""
+
+    file_id: str | None = None
+    url: str | None = None
+    span: Span | None = None
+
+
+def options(extra: Mapping[str, Any] | None, headers: Mapping[str, str], default_wait: float) -> Options:
+    """The `f2l` object of a body and the `X-F2L-Wait` header (the body wins).
+
+    Raises:
+        APIError: `invalid_f2l_options`.
+    """
+    given = (extra or {}).get("f2l") or {}
+    if not isinstance(given, dict) or set(given) - _KEYS:
+        raise bad_request("invalid_f2l_options", f"'f2l' takes an object with the keys {sorted(_KEYS)}.", "f2l")
+    mode = given.get("mode", "adapter")
+    if mode not in _MODES:
+        raise bad_request("invalid_f2l_options", f"f2l.mode must be one of {', '.join(_MODES)}; got {mode!r}.", "f2l")
+    return Options(mode, _seconds(given.get("wait", headers.get(WAIT_HEADER)), default_wait))
+
+
+def _seconds(wait: Any, default: float) -> float:
+    if wait is None:
+        return default
+    if wait == "none":
+        return 0.0
+    seconds = -1.0
+    if (isinstance(wait, str) and _NUMBER.fullmatch(wait)) or (isinstance(wait, int | float) and 0 <= wait <= 3600):
+        seconds = float(wait)
+    if not 0 <= seconds <= 3600:
+        message = f"The wait must be 'none' or 0 to 3600 seconds; got {wait!r}."
+        raise bad_request("invalid_f2l_options", message, "f2l.wait")
+    return seconds
+
+
+def videos(model: str | None, messages: Sequence[Any]) -> list[Video]:
+    """The videos that a question names, in order, each once: the model, if it is a file id, then the content parts.
+
+    Messages of every role count. Where parts name the model's own video, they say which spans of it are meant.
+
+    Raises:
+        APIError: `invalid_request`, `invalid_span`: a part that cannot be read, or holds what would be left unread.
+    """
+    found = list(dict.fromkeys(video for part in _parts(messages) if (video := _video(part)) is not None))
+    if model is not None and model.startswith(FILE_PREFIX) and model not in [video.file_id for video in found]:
+        found.insert(0, Video(file_id=model))
+    return found
+
+
+def without_videos(messages: Sequence[Any]) -> list[Any]:
+    """The messages without their videos; a question must be left.
+
+    Raises:
+        APIError: `empty_messages`, `missing_question`.
+    """
+    if not messages:
+        raise bad_request("empty_messages", "'messages' is empty: ask something about the video.", "messages")
+    left = []
+    for message in messages:
+        content = _content(message)
+        if content is not None:
+            parts = [part for part in content if _video(part) is None]
+            if not parts:
+                raise bad_request(
+                    "missing_question", "A message holds a video and no text: ask something about it.", "messages"
+                )
+            if len(parts) < len(content):
+                message = {**message, "content": parts}
+        left.append(message)
+    return left
+
+
+def with_frames(messages: Sequence[Any], urls: Mapping[Video, str]) -> list[Any]:
+    """The messages with the videos themselves where their parts are.
+
+    Args:
+        urls: each video's bytes as a data URI. A video that no part names goes first in the last user message.
+
+    Raises:
+        APIError: `missing_question`: no user message.
+    """
+    left = dict(urls)
+    replaced = []
+    for message in messages:
+        content = _content(message)
+        if content is not None:
+            parts = []
+            for part in content:
+                video = _video(part)
+                parts.append(part if video is None else _frames(urls[video]))
+                left.pop(video, None)  # type: ignore[arg-type]
+            message = {**message, "content": parts}
+        replaced.append(message)
+    if left:
+        last = max((i for i, m in enumerate(messages) if isinstance(m, dict) and m.get("role") == "user"), default=None)
+        if last is None:
+            raise bad_request("missing_question", "No user message asks about the video.", "messages")
+        content = replaced[last].get("content")
+        text = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+        replaced[last] = {**replaced[last], "content": [*(_frames(url) for url in left.values()), *text]}
+    return replaced
+
+
+def names_a_video(value: Any) -> bool:
+    """Whether a video is named anywhere in what other routes take as input."""
+    if isinstance(value, dict):
+        if value.get("type") in ("file", "video_url") or str(value.get("file_id")).startswith(FILE_PREFIX):
+            return True
+        return any(names_a_video(inner) for inner in value.values())
+    return isinstance(value, list) and any(names_a_video(inner) for inner in value)
+
+
+def _frames(url: str) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+def _content(message: Any) -> list[Any] | None:
+    content = message.get("content") if isinstance(message, dict) else None
+    return content if isinstance(content, list) and content else None
+
+
+def _parts(messages: Sequence[Any]) -> list[Any]:
+    return [part for message in messages for part in _content(message) or ()]
+
+
+def _video(part: Any) -> Video | None:
+    """The video that a content part names; None for a part that names none."""
+    if not isinstance(part, dict):
+        return None
+    kind = part.get("type")
+    if kind not in ("file", "video_url"):
+        return None
+    inner = part.get(kind)
+    name = "file_id" if kind == "file" else "url"
+    if kind == "video_url" and isinstance(inner, str):
+        inner = {"url": inner}
+    address = inner.get(name) if isinstance(inner, dict) else None
+    # `filename` is what the OpenAI API lets a client say of a file; nothing depends on it.
+    unknown = set(inner or ()) - {name, "f2l", "filename"} if address else set()
+    if unknown or not isinstance(inner, dict) or not isinstance(address, str) or not address:
+        what = f"holds {sorted(unknown)}, which nobody would read" if unknown else f"needs {kind}.{name}"
+        raise bad_request("invalid_request", f"A '{kind}' part {what}: {HOW_VIDEOS}.", "messages")
+    span = _span(inner.get("f2l"))
+    return Video(file_id=address, span=span) if kind == "file" else Video(url=address, span=span)
+
+
+def _span(given: Any) -> Span | None:
+    if given is None:
+        return None
+    if not isinstance(given, dict) or set(given) - _SPAN_KEYS:
+        raise _invalid_span(f"takes an object with the keys {sorted(_SPAN_KEYS)}; got {given!r}")
+    if not given:
+        return None
+    start, end = given.get("start", 0), given.get("end")
+    if not _is_second(start) or not (end is None or _is_second(end)):
+        raise _invalid_span(f"takes start and end in seconds of the video; got {given!r}")
+    if end is not None and end <= start:
+        raise _invalid_span(f"must end after it starts; got {given!r}")
+    return Span(float(start), math.inf if end is None else float(end))
+
+
+def _is_second(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _invalid_span(why: str) -> APIError:
+    message = f"The 'f2l' object of a video part {why}: for example {{'start': 30, 'end': 90}}."
+    return bad_request("invalid_span", message, "messages")

@@ -1,0 +1,169 @@
+"""From the videos that a question names to what answers it: fetched, waited for, composed, and held until the end."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from f2l_vllm.catalog.states import IN_WORK
+from f2l_vllm.catalog.tables import AdapterRecord, FileRecord, FileWithAdapter
+from f2l_vllm.server.chat.compose import AdapterChunks, Composer, PartGone, PartLost
+from f2l_vllm.server.chat.request import Mode, Video
+from f2l_vllm.server.errors import APIError, bad_request, video_not_found
+from f2l_vllm.server.registry import Lease
+from f2l_vllm.server.videos.by_url import RemoteVideos
+from f2l_vllm.server.videos.service import VideoService
+from f2l_vllm.store.store import StoreError
+
+_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class RequestedVideo:
+    """A video as the question names it, and the caller's file with it; its adapter if that was seen too."""
+
+    video: Video
+    record: FileRecord
+    adapter: AdapterRecord | None = None
+
+
+@dataclass
+class Source:
+    """What one question is answered from; `details` is what the response says of it in `f2l`."""
+
+    mode: Mode
+    details: dict[str, Any] = field(default_factory=dict)
+    lease: Lease | None = None
+    visual_tokens_avoided: int = 0
+
+    def release(self) -> None:
+        """The question has ended."""
+        if self.lease is not None:
+            self.lease.release()
+
+
+class Asking:
+    """What the chat and completion handlers ask for. Lives on the API server's event loop."""
+
+    def __init__(self, service: VideoService, composer: Composer) -> None:
+        self._service = service
+        self._composer = composer
+        self._remote = RemoteVideos(service)
+
+    @property
+    def service(self) -> VideoService:
+        """The videos behind it."""
+        return self._service
+
+    async def find(self, videos: Sequence[Video], tenant: str) -> list[RequestedVideo]:
+        """The caller's file for every video, those named by address fetched first, all at once.
+
+        Raises:
+            APIError: `video_not_found`, `too_many_videos`, and as `RemoteVideos.file`.
+        """
+
+        ids = [video.file_id for video in videos if video.file_id is not None]
+        files = await self._service.find(ids, tenant, "messages")  # first: a wrong id costs no fetching
+        addresses = [video.url for video in videos if video.url is not None]
+        if addresses:  # more than there is room for are not fetched
+            self._composer.check(len({one.file.sha256 for one in files} | set(addresses)), len(videos))
+        fetched = await asyncio.gather(*(self._remote.file(url, tenant) for url in addresses))
+        found: dict[str | None, FileWithAdapter] = {one.file.id: one for one in files}
+        records = dict(zip(addresses, fetched, strict=True))
+        return [
+            RequestedVideo(video, found[video.file_id].file, found[video.file_id].adapter)
+            if video.url is None
+            else RequestedVideo(video, records[video.url])
+            for video in videos
+        ]
+
+    async def adapter(
+        self, named: Sequence[RequestedVideo], tenant: str, wait: float, mode: Mode = "adapter"
+    ) -> Source:
+        """Hold the adapter of these videos, composed if there are several; made again first where files were damaged.
+
+        Raises:
+            APIError: as `VideoService.ready`, `Composer.choose` and `Composer.check`.
+        """
+        self._composer.check(len({one.record.sha256 for one in named}), len(named))  # a chunk each, at the least
+        deadline, waited = time.monotonic() + wait, 0.0
+        for attempt in range(_ATTEMPTS):
+            parts = []
+            for one in named:
+                started = time.monotonic()
+                known = FileWithAdapter(one.record, one.adapter) if one.adapter is not None and attempt == 0 else None
+                parts.append(await self._part(one, tenant, max(0.0, deadline - started), known))
+                if attempt or one.record.state in IN_WORK:
+                    waited += time.monotonic() - started
+            try:
+                lease = await self._composer.lease(parts)
+            except PartLost as lost:
+                await self._service.remake(lost.record, lost)
+            except PartGone:
+                pass
+            else:
+                return _from_adapter(mode, named, parts, lease, waited)
+        message = "The videos' adapters are damaged each time they are made: check the disk that holds F2L_HOME."
+        raise APIError(HTTPStatus.INTERNAL_SERVER_ERROR, "adapter_damaged", message)
+
+    async def frames(self, named: Sequence[RequestedVideo]) -> dict[Video, str]:
+        """The bytes of these videos as data URIs, for vLLM to read their frames; waits for no adapter.
+
+        Raises:
+            APIError: `video_too_large_for_frames`.
+        """
+        cap = self._service.settings.max_frames_bytes
+        if sum(one.record.bytes for one in named) > cap:
+            message = f"Videos above {cap / 1e6:.0f} MB are answered from their adapter only: leave out f2l.mode."
+            raise bad_request("video_too_large_for_frames", message, "f2l")
+        for one in named:
+            self._service.note_use(one.record)
+        return {one.video: await asyncio.to_thread(self._data_uri, one.record) for one in named}
+
+    async def _part(
+        self, one: RequestedVideo, tenant: str, wait: float, known: FileWithAdapter | None
+    ) -> AdapterChunks:
+        file_id = one.record.id
+        found = await self._service.ready(file_id, tenant, wait, "messages", known)
+        if found.adapter is None:
+            raise video_not_found(file_id, "messages")  # deleted a moment ago
+        return self._composer.choose(found.adapter, one.video.span, file_id)
+
+    def _data_uri(self, record: FileRecord) -> str:
+        """Runs in a thread."""
+        try:
+            data = self._service.store.fetch_video(record.video).read_bytes()
+        except (StoreError, FileNotFoundError) as error:
+            raise video_not_found(record.id, "messages") from error  # deleted between look-up and read
+        return "data:video/mp4;base64," + base64.b64encode(data).decode()
+
+
+def from_frames(named: Sequence[RequestedVideo]) -> Source:
+    """The source of an answer from frames alone."""
+    videos = [{"file_id": one.record.id} for one in named]
+    return Source("frames", {"mode": "frames", "videos": videos, "visual_tokens_avoided": 0, "waited_seconds": 0.0})
+
+
+def _from_adapter(
+    mode: Mode, named: Sequence[RequestedVideo], parts: Sequence[AdapterChunks], lease: Lease, waited: float
+) -> Source:
+    avoided = sum(part.visual_tokens for part in parts) if mode == "adapter" else 0
+    details = {
+        "mode": mode,
+        "adapter": lease.adapter.name,
+        "rank": lease.adapter.rank,
+        "videos": [_described(one, part) for one, part in zip(named, parts, strict=True)],
+        "visual_tokens_avoided": avoided,
+        "waited_seconds": round(waited, 3),
+    }
+    return Source(mode, details, lease, avoided)
+
+
+def _described(one: RequestedVideo, part: AdapterChunks) -> Mapping[str, Any]:
+    covered = [[round(start, 3), round(end, 3)] for start, end in part.covered]
+    return {"file_id": one.record.id, "adapter": part.record.name, "covered": covered}

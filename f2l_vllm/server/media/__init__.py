@@ -1,0 +1,1 @@
+"""Pictures and frames in a prompt: fetched and decoded within limits, tenants taking turns."""

@@ -1,0 +1,227 @@
+"""vLLM's own reading of media for a question, held to this server's rules: same hosts, addresses, caps and deadline.
+
+vLLM builds its media connector by name from a registry for every message that holds media; the name it asks for by
+default is taken here, so that nothing need be configured. What is fetched waits on disk until all media of its question
+are there, and is then decoded in a process of its own, a few questions at a time: tenants take turns, and a question
+keeps its place until vLLM has made its pixels small.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from functools import cache, partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+from vllm.multimodal.media.base import MediaWithBytes
+from vllm.multimodal.media.image import ImageMediaIO
+from vllm.multimodal.media.video import VideoMediaIO
+
+from f2l_vllm.server.chat.content import check_address
+from f2l_vllm.server.errors import APIError, bad_request
+from f2l_vllm.server.media.turns import Turns
+from f2l_vllm.server.tenants import asking_tenant
+from f2l_vllm.settings import Settings
+from f2l_vllm.video.decoder import DecodeLimits, Decoders
+from f2l_vllm.video.errors import VideoError
+from f2l_vllm.video.fetch import fetch
+
+CONNECTOR = "http"
+PLACES = 2  # questions whose media are decoded and processed at a time
+_PICTURE_SECONDS = 20.0
+_PICTURE_MEMORY = 2 << 30
+_NICE = 10  # decoding gives way to answering
+_OF_PICTURES = {"decode_failed": "invalid_image", "video_too_large_to_decode": "image_too_large"}
+
+
+class MediaOfQuestion:
+    """The media of one question: fetched side by side, then decoded one by one in one of the server's places."""
+
+    def __init__(self, turns: Turns, tenant: str) -> None:
+        self._turns = turns
+        self._tenant = tenant
+        self._fetching = 0
+        self._fetched = asyncio.Event()
+        self._fetched.set()
+        self._decoding = asyncio.Lock()
+        self._has_place = False
+        self._work: asyncio.Future[Any] | None = None
+        self.pixels_left: int | None = None  # that its pictures may have, when it has one
+
+    @contextmanager
+    def fetching(self) -> Iterator[None]:
+        """While one of them is fetched nobody of the question takes a place: addresses may be slow."""
+        self._fetching += 1
+        self._fetched.clear()
+        try:
+            yield
+        finally:
+            self._fetching -= 1
+            if not self._fetching:
+                self._fetched.set()
+
+    async def decode(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Call `work` in a thread when all are fetched and it is the question's turn."""
+        await self._fetched.wait()
+        async with self._decoding:
+            if not self._has_place:
+                await self._turns.take(self._tenant)
+                self._has_place = True
+            loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+            self._work = loop.run_in_executor(_threads(), partial(context.run, work, *args))
+            return await asyncio.shield(self._work)  # a thread cannot be cancelled
+
+    def release(self) -> None:
+        """The question's media are processed, or it has failed; what it began and left ends first."""
+        if not self._has_place:
+            return
+        self._has_place = False
+        if self._work is None or self._work.done():
+            self._turns.give_back()
+        else:
+            self._work.add_done_callback(self._end)
+
+    def _end(self, work: asyncio.Future[Any]) -> None:
+        work.exception()  # nobody waits for it
+        self._turns.give_back()
+
+
+_question: ContextVar[MediaOfQuestion | None] = ContextVar("media_of_question", default=None)
+
+
+@contextmanager
+def question() -> Iterator[None]:
+    """Within it, what is decoded belongs to one question."""
+    media = MediaOfQuestion(_turns(), asking_tenant.get())
+    token = _question.set(media)
+    try:
+        yield
+    finally:
+        _question.reset(token)
+        media.release()
+
+
+@cache
+def _turns() -> Turns:
+    return Turns(PLACES)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Of their own: they wait for decoders, and everybody's questions need the usual ones."""
+    return ThreadPoolExecutor(PLACES, thread_name_prefix="media")
+
+
+@cache
+def _decoders(memory: int, pixels: int) -> Decoders:
+    """For pictures."""
+    return Decoders(PLACES, DecodeLimits(min(_PICTURE_MEMORY, memory), _PICTURE_SECONDS, 3 * pixels, _NICE))
+
+
+@MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
+class GuardedMediaConnector(MediaConnector):
+    """vLLM's connector; it fetches and decodes nothing by itself."""
+
+    def load_from_url(self, url: str, media_io: Any, **_limits: Any) -> Any:
+        """As `load_from_url_async`, for vLLM's threads."""
+        return asyncio.run(self.load_from_url_async(url, media_io))
+
+    async def load_from_url_async(self, url: str, media_io: Any, **_limits: Any) -> Any:
+        """A picture or a video's frames, from an http(s) address or a data URI.
+
+        Raises:
+            APIError: what `check_address` and `fetch` refuse, `invalid_image`, `image_too_large`, and what is
+                wrong with a video.
+        """
+        check_address(url)
+        settings = Settings()
+        if isinstance(media_io, ImageMediaIO):
+            cap = settings.max_image_bytes
+        elif isinstance(media_io, VideoMediaIO):  # read into memory, as the bytes of files are for answers from frames
+            cap = min(settings.max_upload_bytes, settings.max_frames_bytes)
+        else:
+            raise bad_request("unsupported_part", "This server takes pictures and videos, and no sound.", "messages")
+        media = _question.get() or MediaOfQuestion(Turns(1), asking_tenant.get())
+        with tempfile.TemporaryDirectory(prefix="f2l-media-") as folder:
+            target = Path(folder) / "media"
+            try:
+                with media.fetching():
+                    await asyncio.sleep(0)  # until the question's other media have begun
+                    await fetch(url, target, replace(settings.fetch_policy, max_bytes=cap))
+                if isinstance(media_io, ImageMediaIO):
+                    return await media.decode(_picture, target, media, media_io.rgba_background_color)
+                return await media.decode(_frames, target, media_io)
+            except VideoError as error:
+                raise _refused(error, isinstance(media_io, ImageMediaIO)) from error
+
+    def fetch_image_embedding(self, data: str) -> Any:
+        """Refused: vLLM would unpickle it.
+
+        Raises:
+            APIError: `unsupported_part`.
+        """
+        raise bad_request("unsupported_part", "Embeddings are not taken.", "messages")
+
+    async def fetch_image_embedding_async(self, data: str) -> Any:
+        """Refused, as `fetch_image_embedding`."""
+        return self.fetch_image_embedding(data)
+
+    fetch_audio_embedding = fetch_video_embedding = fetch_image_embedding
+    fetch_audio_embedding_async = fetch_video_embedding_async = fetch_image_embedding_async
+
+
+def _picture(path: Path, media: MediaOfQuestion, background: Sequence[int]) -> MediaWithBytes[Image.Image]:
+    """Runs in a thread."""
+    settings = Settings()
+    if media.pixels_left is None:
+        media.pixels_left = settings.max_image_pixels
+    with _decoders(settings.decode_memory_bytes, settings.max_image_pixels).lend() as decoder:
+        pixels = decoder.picture(path, media.pixels_left, background)
+    media.pixels_left -= pixels.shape[0] * pixels.shape[1]
+    return MediaWithBytes(Image.fromarray(pixels), _key(path))
+
+
+def _frames(path: Path, media_io: VideoMediaIO) -> Any:
+    """Runs in a thread."""
+    try:
+        video = media_io.load_bytes(path.read_bytes())
+    except ValueError as error:
+        if isinstance(error.__cause__, VideoError):
+            raise error.__cause__ from error
+        raise
+    except MemoryError:  # this server's, not the video's
+        raise
+    except Exception as error:  # of a library that hostile bytes have led astray
+        raise VideoError("decode_failed", "The video cannot be decoded: send another file.") from error
+    return MediaWithBytes(video.media, _key(path))
+
+
+def _key(path: Path) -> bytes:
+    """What vLLM keeps the processed medium under, besides how it was processed: its bytes, and whose it is."""
+    settings = Settings()
+    owner = asking_tenant.get() if settings.tenants is not None and not settings.share_caches else ""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+    return hashlib.sha256(owner.encode()).digest() + digest
+
+
+def _refused(error: VideoError, is_picture: bool) -> APIError:
+    code: str = error.code
+    message = error.message
+    if is_picture and code in _OF_PICTURES:
+        code, message = _OF_PICTURES[code], "The picture cannot be decoded within what it may cost: send a smaller one."
+    elif is_picture:
+        message = message.replace("video", "picture")
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE if code == "file_too_large" else HTTPStatus.BAD_REQUEST
+    return APIError(status, code, message, param="messages")

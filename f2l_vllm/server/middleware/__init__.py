@@ -1,0 +1,1 @@
+"""What every request passes before a route: keys, bodies, failures as answers, the end of the server."""

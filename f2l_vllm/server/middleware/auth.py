@@ -1,0 +1,70 @@
+"""What can be reached, and by whom: an allow-list of routes, and a key in front of them.
+
+vLLM's own server has more routes than this one needs, some of which its key check leaves open; here a route that is not
+listed does not exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from http import HTTPStatus
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from f2l_vllm.server.errors import APIError, response
+from f2l_vllm.server.tenants import Keys
+from f2l_vllm.server.videos.routes import router
+
+# vLLM's routes that answer about videos, or refuse to by a clear error.
+VLLM_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+UPLOAD_ROUTE = "/v1/files"  # its body is a stream of its own, with a cap of its own
+
+
+def keep_listed_routes(app: FastAPI, listed: Collection[str]) -> None:
+    """Take away every route but this server's own, `VLLM_ROUTES` and those listed by the operator."""
+    own = {getattr(route, "path", "") for route in router.routes}
+    kept = own | VLLM_ROUTES | set(listed)
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in kept]
+
+
+class AuthMiddleware:
+    """ASGI middleware: a request without a valid key goes no further; others carry their tenant in `request.state`.
+
+    Args:
+        app: what is behind it.
+        keys: which keys there are.
+        open_routes: paths that need no key.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys, open_routes: Collection[str]) -> None:
+        self._app = app
+        self._keys = keys
+        self._open = frozenset(open_routes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket") or scope.get("method") == "OPTIONS":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        tenant = self._keys.tenant(headers.get("authorization"))
+        if tenant is None and path.rstrip("/") not in self._open:
+            await self._refuse(_invalid_key(), scope, receive, send)
+            return
+        if tenant is not None:
+            scope.setdefault("state", {})["tenant"] = tenant
+        await self._app(scope, receive, send)
+
+    async def _refuse(self, error: APIError, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": error.code})
+            return
+        await response(error, scope)(scope, receive, send)
+
+
+def _invalid_key() -> APIError:
+    message = "No valid API key was given: send one that this server knows in the header 'Authorization: Bearer KEY'."
+    headers = {"WWW-Authenticate": "Bearer"}
+    return APIError(HTTPStatus.UNAUTHORIZED, "invalid_api_key", message, headers=headers)

@@ -1,0 +1,162 @@
+"""Every request's body but an upload's is read here first, whatever route it is for: counted, parsed, and admitted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from http import HTTPStatus
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from f2l_vllm.server.chat.content import admit
+from f2l_vllm.server.errors import APIError
+from f2l_vllm.server.middleware import costs, json_bodies
+from f2l_vllm.server.middleware.auth import UPLOAD_ROUTE, VLLM_ROUTES
+from f2l_vllm.server.tenants import DEFAULT_TENANT, asking_tenant
+
+_WITHOUT_BODY = frozenset({"GET", "HEAD", "DELETE", "TRACE", "OPTIONS"})
+_ROOM = 4  # of the largest bodies
+_RESPONSES_ROUTE = "/v1/responses"
+
+
+class Bodies:
+    """ASGI middleware. A route gets the body whole, as it was parsed and checked here. Raises `APIError` for one that
+    no handler could read, that holds what clients may not send, or that would cost all other requests.
+
+    Args:
+        app: what is behind it.
+        max_body_bytes: of one body.
+        max_images: pictures in one.
+        has_tenants: whether callers are told apart; then one of them has half of the room for bodies at the most.
+        check: refuses a generating route's body, for a tenant; ended when the client goes away.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_bytes: int,
+        max_images: int,
+        has_tenants: bool,
+        check: Callable[[Any, str], Awaitable[None]],
+    ) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._max_images = max_images
+        self._room = _ROOM * max_body_bytes
+        self._share = self._room // 2 if has_tenants else self._room
+        self._held: Counter[str] = Counter()
+        self._check = check
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        tenant = scope.get("state", {}).get("tenant", DEFAULT_TENANT)
+        asking_tenant.set(tenant)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if scope["method"] in _WITHOUT_BODY or path.rstrip("/") == UPLOAD_ROUTE:
+            await self._app(scope, receive, send)
+            return
+        headers, held = Headers(scope=scope), _Held(self, tenant)
+        try:
+            body = await self._read(headers, receive, held)
+            value = _parsed(body, headers.get("content-type", ""))
+            if value is not None:
+                changed = admit(value, tenant, self._max_images)
+                if path == _RESPONSES_ROUTE and isinstance(value, dict) and None in value.values():
+                    # A null means the default; vLLM's answers repeat it in fields that cannot hold it.
+                    value, changed = {name: given for name, given in value.items() if given is not None}, True
+                if path in VLLM_ROUTES:
+                    costs.check(value)
+                    await _while_connected(self._check(value, tenant), receive)
+                body = json.dumps(value).encode() if changed else body
+            await self._app(scope, _replay(body, receive), send)
+        finally:
+            held.release()
+
+    async def _read(self, headers: Headers, receive: Receive, held: _Held) -> bytes:
+        length = headers.get("content-length", "")
+        if length.isascii() and length.isdecimal() and int(length[:19]) > self._max_body_bytes:
+            raise _too_large(self._max_body_bytes)
+        pieces = []
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                raise ClientDisconnect
+            piece = message.get("body", b"")
+            held.take(len(piece))
+            pieces.append(piece)
+            if not message.get("more_body"):
+                return b"".join(pieces)
+
+
+class _Held:
+    """The room that one body takes, until its request has ended."""
+
+    def __init__(self, bodies: Bodies, tenant: str) -> None:
+        self._bodies, self._tenant, self._bytes = bodies, tenant, 0
+
+    def take(self, count: int) -> None:
+        held = self._bodies._held
+        self._bytes += count
+        held[self._tenant] += count
+        if self._bytes > self._bodies._max_body_bytes:
+            raise _too_large(self._bodies._max_body_bytes)
+        if held[self._tenant] > self._bodies._share or held.total() > self._bodies._room:
+            message = "The requests in work hold as many bytes as this server has room for: ask again in some seconds."
+            raise APIError(HTTPStatus.SERVICE_UNAVAILABLE, "too_many_bytes", message, headers={"Retry-After": "2"})
+
+    def release(self) -> None:
+        held = self._bodies._held
+        held[self._tenant] -= self._bytes
+        if not held[self._tenant]:
+            del held[self._tenant]
+
+
+def _parsed(body: bytes, content_type: str) -> Any:
+    """The body's value; None of one that no route reads as JSON."""
+    kind = content_type.split(";")[0].strip().lower()
+    if kind in ("", "application/json") or kind.endswith("+json"):
+        return json_bodies.parse(body) if body else None
+    try:
+        return json.loads(body)  # in all the encodings that a route's own parser would read
+    except ValueError:
+        return None
+    except RecursionError as error:
+        raise json_bodies.too_deep() from error
+
+
+async def _while_connected(work: Awaitable[None], receive: Receive) -> None:
+    """Do the work, unless the client goes away first."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        working.result()
+    finally:
+        for task in (working, leaving):
+            if not task.done():
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Any:
+        return whole.pop() if whole else await receive()
+
+    return replay
+
+
+def _too_large(cap: int) -> APIError:
+    message = f"The request's body is larger than the {cap / 1e6:.0f} MB this server reads: upload videos as files."
+    return APIError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "request_too_large", message)

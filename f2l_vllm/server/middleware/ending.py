@@ -1,0 +1,205 @@
+"""How a server stops: nobody new is let in, who is being answered may hear the end, and whom it cuts off is told.
+
+A first SIGTERM or SIGINT begins it; a second ends the wait. Routes and handlers know nothing of this: `LastWords` is in
+front of all of them and ends whatever they are at, a stream by a last event, everything else by an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import faulthandler
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from f2l_vllm.server import errors
+
+logger = logging.getLogger(__name__)
+
+_TOLD_SECONDS = 0.5  # for clients that are slow to read; then their connections are closed
+_LEAVE_SECONDS = 4.5  # from the end of the wait to the end of the process, whatever is in the way
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Ending:
+    """The end of one server. Lives on its event loop.
+
+    Args:
+        grace_seconds: how long answers that are being written may go on.
+        stop_http: stops taking connections, closes those that are left, and runs `finish` in the end.
+        is_stopped: whether that has been done by somebody else: vLLM's server ends by itself when its engine has died.
+    """
+
+    def __init__(self, grace_seconds: float, stop_http: Callable[[], None], is_stopped: Callable[[], bool]) -> None:
+        self._grace_seconds = grace_seconds
+        self._stop_http = stop_http
+        self._is_stopped = is_stopped
+        self._began: float | None = None
+        self._hurry = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._cut_off = 0
+        self.answers: set[_Answer] = set()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether nothing may be begun or waited for any more."""
+        return self._began is not None or self._is_stopped()
+
+    def take_signals(self) -> None:
+        """Begin at the first of `_SIGNALS`. Called when the server runs, after vLLM has set its own handlers."""
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self.begin)
+
+    def begin(self) -> None:
+        """Let nobody in from here on; called again, stop waiting for the answers that are being written."""
+        if self._began is not None:
+            self._hurry.set()
+            return
+        self._began = time.monotonic()
+        # A thread of C: it ends the process even where the event loop never gets to it.
+        faulthandler.dump_traceback_later(self._grace_seconds + _LEAVE_SECONDS, exit=True)
+        wait = f"; {len(self.answers)} answers have up to {self._grace_seconds:g} s to end" if self.answers else ""
+        logger.info("stopping%s%s", wait, " (a second signal ends them)" if wait else "")
+        self._task = asyncio.create_task(self._end())
+
+    async def _end(self) -> None:
+        until = time.monotonic() + self._grace_seconds
+        while self.answers and not self._hurry.is_set() and time.monotonic() < until:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._hurry.wait(), 0.05)
+        faulthandler.dump_traceback_later(_LEAVE_SECONDS, exit=True)
+        told = [asyncio.ensure_future(answer.cut_off()) for answer in self.answers]
+        self._cut_off = len(told)
+        if told:
+            await asyncio.wait(told, timeout=_TOLD_SECONDS)
+        self._stop_http()
+
+    async def finish(self, *parts: Callable[[], object]) -> NoReturn:
+        """Stop these parts of the server beside each other, in threads, and end the process.
+
+        The exit code is 0 after a signal. Without one the engine has died, and it is 1, so that a supervisor starts
+        another server.
+        """
+        was_told, began = self._began is not None, self._began or time.monotonic()
+        if not was_told:
+            faulthandler.dump_traceback_later(_LEAVE_SECONDS, exit=True)
+        # Threads of their own: those of the event loop may all be at something that takes long.
+        threads = [threading.Thread(target=_attempt, args=(part,), daemon=True) for part in parts]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            await asyncio.sleep(0.01)
+        cut = f"; {self._cut_off} answers were cut off" if self._cut_off else ""
+        logger.info("stopped after %.1f s%s", time.monotonic() - began, cut)
+        _leave(0 if was_told else 1)
+
+
+class _Answer:
+    """A request that is being answered."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._task = asyncio.current_task()
+        self._started = self._complete = self._is_events = False
+        self.was_cut_off = False
+
+    async def send(self, message: Message) -> None:
+        """Pass on what is behind `LastWords` says, until it is cut off."""
+        if self.was_cut_off:
+            return
+        if message["type"] == "http.response.start":
+            self._started = True
+            self._is_events = (
+                dict(message.get("headers", ())).get(b"content-type", b"").startswith(b"text/event-stream")
+            )
+        elif message["type"] == "http.response.body":
+            self._complete = not message.get("more_body", False)
+        await self._send(message)
+
+    async def cut_off(self) -> None:
+        """Tell the client that there comes no more, and end the work."""
+        if self._complete or self.was_cut_off:
+            return
+        self.was_cut_off = True
+        error = errors.shutting_down()
+        try:
+            if not self._started:
+                await errors.response(error, self._scope)(self._scope, self._receive, self._send)
+            elif self._is_events:
+                event = errors.chunk(error)
+                if self._scope["path"].endswith("/messages"):
+                    event = f"event: error\ndata: {json.dumps({'type': 'error', **_payload(event)})}\n\n"
+                await self._send({"type": "http.response.body", "body": event.encode(), "more_body": False})
+            # Anything else that has begun ends in the middle; its length says so.
+        finally:
+            if self._task is not None and self._task is not asyncio.current_task():
+                self._task.cancel()
+
+
+class LastWords:
+    """ASGI middleware, outermost: refuses what comes after the ending has begun, and can end what came before.
+
+    Args:
+        app: what is behind it.
+        ending: of this server.
+        always: paths that are answered to the last.
+    """
+
+    def __init__(self, app: ASGIApp, ending: Ending, always: Collection[str]) -> None:
+        self._app = app
+        self._ending = ending
+        self._always = frozenset(always)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (
+            scope["type"] != "http"
+            or scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") in self._always
+        ):
+            await self._app(scope, receive, send)
+            return
+        if self._ending.is_stopping:
+            await errors.response(errors.shutting_down(), scope)(scope, receive, send)
+            return
+        answer = _Answer(scope, receive, send)
+        self._ending.answers.add(answer)
+        try:
+            await self._app(scope, receive, answer.send)
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and self._ending.is_stopping:
+                await answer.cut_off()  # unless it was: uvicorn ends its tasks
+            if not answer.was_cut_off:
+                raise
+        finally:
+            self._ending.answers.discard(answer)
+
+
+def _payload(event: str) -> Any:
+    return json.loads(event.removeprefix("data: "))
+
+
+def _attempt(part: Callable[[], object]) -> None:
+    try:
+        part()
+    except Exception:
+        logger.exception("a part of the server did not stop in order")
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without waiting for threads, and without the messages of libraries that are torn down."""
+    with suppress(Exception):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code)

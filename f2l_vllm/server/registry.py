@@ -1,0 +1,313 @@
+"""The registry: adapters that the engine may be asked for, each held by a lease while a question uses it.
+
+An adapter is loaded by `add_lora` before any question of it is generated, under its content-addressed name and the
+int id of the catalog, and enters vLLM's dynamic registry. The engine's host memory has a fixed number of places, and
+this registry alone says who leaves one: an adapter that nobody uses, least recently used first. Its place is given on
+at once, so that the engine hears of both, who leaves and who comes, between the same two steps. One that was deleted
+leaves when its last lease ends: name, then engine, then files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Coroutine, MutableMapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from f2l_vllm.catalog.tables import AdapterRecord, Tombstone
+from f2l_vllm.server import metrics, vllm_api
+from f2l_vllm.server.errors import APIError, adapter_unavailable
+from f2l_vllm.store.store import Store, StoreError
+
+logger = logging.getLogger(__name__)
+
+_LOADS = 2
+_PLACE_SECONDS = 20.0  # a question waits this long while every place holds an adapter in use
+_LEAVE_SECONDS = 30.0  # the engine may still run a question whose client has gone; its abort is on the way
+
+
+class AdapterLost(RuntimeError):
+    """A published adapter is missing or damaged on disk."""
+
+
+@dataclass(eq=False)
+class _Entry:
+    record: AdapterRecord
+    key: str
+    request: Any
+    loading: asyncio.Task[None] | None = None  # done: resident
+    leases: int = 0
+    doomed: bool = False
+
+
+class Lease:
+    """Holds an adapter for one question; `release` may be called more than once."""
+
+    def __init__(self, registry: Registry, entry: _Entry) -> None:
+        self._registry, self._entry = registry, entry
+        self._held = True
+        self.adapter = entry.record
+        self.key = entry.key
+
+    async def confirm(self) -> bool:
+        """Whether the engine has the adapter still; if not, the next question of it begins afresh."""
+        return await self._registry._confirm(self._entry)
+
+    def release(self) -> None:
+        """The question has ended."""
+        if self._held:
+            self._held = False
+            self._registry._loop.call_soon_threadsafe(self._registry._release, self._entry)
+
+
+class Registry:
+    """Adapters known to one API server and its engine. Used from the server's event loop only."""
+
+    def __init__(
+        self,
+        names: MutableMapping[str, Any],
+        engine: Any,
+        store: Store,
+        *,
+        base_model: str,
+        host_slots: int,
+        wanted: Callable[[str], bool],
+        place_seconds: float = _PLACE_SECONDS,
+    ) -> None:
+        """`names` is vLLM's registry; `wanted(name)` says whether the catalog refers to an adapter's files again.
+
+        Raises:
+            ValueError: the operator's own adapters, which are in `names`, leave no place in the engine.
+        """
+        places = host_slots - len(names)
+        if places < 1:
+            raise ValueError(
+                f"--lora-modules names {len(names)} adapters and the engine keeps {host_slots}: videos need places "
+                "too, so start it with a larger --max-cpu-loras"
+            )
+        self._names = names
+        self._engine = engine
+        self._store = store
+        self._base_model = base_model
+        self._wanted = wanted
+        self._place_seconds = place_seconds
+        self._loop = asyncio.get_running_loop()
+        self._entries: dict[str, _Entry] = {}  # by adapter name: in use, or idle and resident
+        self._idle: OrderedDict[str, _Entry] = OrderedDict()  # those without a lease, least recently used first
+        self._leaving: dict[str, asyncio.Task[None]] = {}  # by adapter name: on the way out of the engine
+        self._free = places
+        self._waiting: deque[asyncio.Future[None]] = deque()  # loads without a place; nobody is idle then
+        self._used: dict[str, float] = {}  # adapter names, and when they were last asked for, Unix seconds
+        # vLLM's other routes take any key of its registry as a model. Only this server's handlers know the keys, so
+        # nobody reaches an adapter past them, without a lease or with another caller's file.
+        self._secret = secrets.token_hex(16)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def acquire(self, record: AdapterRecord) -> Lease:
+        """Make the adapter resident and hold it.
+
+        Raises:
+            AdapterLost: its files are missing or damaged.
+            APIError: `too_many_videos_in_use`: every place in the engine is held, and none came free in time;
+                `adapter_unavailable`: the files are sound and the engine cannot load them. Nothing is registered in
+                any case.
+        """
+        entry = self._entries.get(record.name)
+        if entry is None:
+            path = str(self._store.adapter_path(record.name))
+            request = vllm_api.new_lora_request(record.name, record.id, path, self._base_model)
+            entry = self._entries[record.name] = _Entry(record, f"{record.name}:{self._secret}", request)
+        # Weights of a name never change, so an adapter that was deleted and published again while in use goes on
+        # under the int id the engine knows, until its leases end.
+        entry.leases += 1
+        self._idle.pop(record.name, None)
+        self._used[record.name] = time.time()
+        metrics.LEASES.inc()
+        lease = Lease(self, entry)
+        if entry.loading is None:
+            entry.loading = self._start(self._load(entry))
+        try:
+            await asyncio.shield(entry.loading)  # a client that goes away leaves the load to whoever else waits
+        except BaseException:
+            lease.release()
+            raise
+        return lease
+
+    def holds(self, name: str) -> bool:
+        """Whether the engine may load this adapter's files at any time."""
+        return name in self._entries or name in self._leaving
+
+    def take_used(self) -> dict[str, float]:
+        """The adapters that were asked for since the last call, by name, and when."""
+        used, self._used = self._used, {}
+        return used
+
+    async def remove(self, record: AdapterRecord | Tombstone) -> None:
+        """Take an adapter out once nobody uses it, and delete its files. Returns at once while there are leases."""
+        await asyncio.shield(self._start(self._remove(record.name)))  # goes on when whoever asked for it has gone
+
+    async def _remove(self, name: str) -> None:
+        while True:
+            entry = self._entries.get(name)
+            if entry is not None and name not in self._idle:
+                entry.doomed = True
+                return
+            if entry is not None:
+                self._retire(entry)
+                self._give_place()
+            if name not in self._leaving:
+                break
+            await asyncio.shield(self._leaving[name])
+
+        def remove_files() -> None:
+            if not self._wanted(name):  # not uploaded again meanwhile
+                self._store.remove_adapter(name)
+
+        await asyncio.to_thread(remove_files)
+
+    async def _load(self, entry: _Entry) -> None:
+        name = entry.record.name
+        try:
+            if name in self._leaving:
+                await asyncio.shield(self._leaving[name])
+            entry.request.lora_path = await self._path(name)
+            await self._take_place()
+            await asyncio.sleep(0)  # whose place it was is told to leave first: the engine has no more than its places
+            try:
+                await self._add(entry)
+            except BaseException:
+                self._give_place()
+                raise
+        except BaseException:
+            del self._entries[name]  # whoever asks next begins afresh
+            if entry.doomed:
+                self._start(self._remove(entry.record.name))
+            raise
+        self._names[entry.key] = entry.request
+        metrics.RESIDENT.inc()
+        if entry.leases == 0:  # everybody went away meanwhile
+            self._rest(entry)
+
+    async def _add(self, entry: _Entry) -> None:
+        """Have the engine load it; again where that fails, for files may have been damaged since they were compared."""
+        name = entry.record.name
+        for _ in range(_LOADS):
+            try:
+                await self._engine.add_lora(entry.request)
+                return
+            except Exception as error:
+                if vllm_api.is_engine_dead(error):
+                    raise
+                logger.warning("adapter %s could not be loaded: %s", name, error)
+            self._store.distrust(name)
+            entry.request.lora_path = await self._path(name)
+        raise adapter_unavailable()
+
+    async def _path(self, name: str) -> str:
+        try:
+            path = self._store.load_path_at_once(name) or await asyncio.to_thread(self._store.load_path, name)
+        except StoreError as error:
+            raise AdapterLost(str(error)) from error
+        return str(path)
+
+    async def _confirm(self, entry: _Entry) -> bool:
+        name = entry.record.name
+        if self._entries.get(name) is not entry:
+            return False
+        if entry.request.lora_int_id in await self._engine.list_loras():
+            return True
+        if self._entries.get(name) is entry and entry.key in self._names:  # nobody else has found out meanwhile
+            logger.warning("adapter %s is no longer in the engine", name)
+            del self._entries[name], self._names[entry.key]
+            self._idle.pop(name, None)
+            metrics.RESIDENT.dec()
+            self._store.distrust(name)
+            self._give_place()
+            if entry.doomed:
+                self._start(self._remove(entry.record.name))
+        return False
+
+    async def _take_place(self) -> None:
+        if self._free:
+            self._free -= 1
+        elif self._idle:
+            self._retire(next(iter(self._idle.values())))
+        else:
+            await self._wait_for_place()
+
+    async def _wait_for_place(self) -> None:
+        place = self._loop.create_future()
+        self._waiting.append(place)
+        try:
+            async with asyncio.timeout(self._place_seconds):
+                await place
+        except TimeoutError:
+            if not place.cancelled():  # it came in the same moment
+                self._give_place()
+            message = (
+                "Every place for a video in the engine is taken by questions being answered. Ask again in some "
+                "seconds; the operator can raise --max-cpu-loras."
+            )
+            headers = {"Retry-After": "5"}
+            raise APIError(HTTPStatus.SERVICE_UNAVAILABLE, "too_many_videos_in_use", message, headers=headers) from None
+
+    def _give_place(self) -> None:
+        """A place has come free: to whoever has waited longest."""
+        while self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():
+                place.set_result(None)
+                return
+        self._free += 1
+
+    def _release(self, entry: _Entry) -> None:
+        entry.leases -= 1
+        metrics.LEASES.dec()
+        if entry.leases == 0 and self._entries.get(entry.record.name) is entry and entry.key in self._names:
+            self._rest(entry)
+
+    def _rest(self, entry: _Entry) -> None:
+        """The last lease has ended."""
+        self._idle[entry.record.name] = entry
+        if entry.doomed:
+            self._start(self._remove(entry.record.name))
+        elif self._waiting:
+            self._retire(entry)
+            self._give_place()
+
+    def _retire(self, entry: _Entry) -> None:
+        """Out of reach at once, out of the engine soon. Its place is the caller's to give on."""
+        name = entry.record.name
+        del self._entries[name], self._idle[name], self._names[entry.key]
+        metrics.RESIDENT.dec()
+        self._leaving[name] = self._start(self._leave(entry))
+
+    async def _leave(self, entry: _Entry) -> None:
+        name, deadline = entry.record.name, self._loop.time() + _LEAVE_SECONDS
+        try:
+            while not await self._engine.remove_lora(entry.request.lora_int_id):
+                if self._loop.time() > deadline:
+                    raise TimeoutError("a question still uses it")
+                await asyncio.sleep(0.05)
+        except Exception:
+            logger.exception("adapter %s could not be removed from the engine", name)
+        finally:
+            del self._leaving[name]
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run in the background; who awaits the task sees its error, and nobody need."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled():
+                task.exception()
+
+        task.add_done_callback(ended)
+        return task

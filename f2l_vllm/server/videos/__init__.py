@@ -1,0 +1,1 @@
+"""Files of videos: uploads, their life, and who waits for them."""

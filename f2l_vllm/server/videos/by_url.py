@@ -1,0 +1,129 @@
+"""Videos named by address: fetched, hashed, and entered in the catalog as files of the caller, once for all who ask."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from f2l_vllm.catalog.jobs import EXHAUSTED
+from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.catalog.tables import FileRecord
+from f2l_vllm.server.errors import APIError
+from f2l_vllm.server.videos.service import VideoService
+from f2l_vllm.server.videos.uploads import inspect
+from f2l_vllm.store.errors import AdapterIdsExhausted, disk_errors
+from f2l_vllm.video.errors import VideoError
+from f2l_vllm.video.fetch import fetch
+
+PURPOSE = "user_data"
+_STATUS = {"file_too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE}
+_REMEMBERED = 4096
+_PASSING = {EXHAUSTED, "not_enough_memory", "video_lost", AdapterIdsExhausted.code}  # errors that are no video's own
+_AGAIN_SECONDS = 600.0  # each attempt may cost a worker
+_Work = Coroutine[Any, Any, FileRecord]
+_Running = dict[tuple[str, str], asyncio.Task[FileRecord]]
+
+
+class RemoteVideos:
+    """The files behind addresses. Used from the server's event loop only.
+
+    An address is fetched at every question, for what lies there may change; the same bytes are the same file, which
+    expires when nobody has asked about it for `F2L_URL_SECONDS`.
+    """
+
+    def __init__(self, service: VideoService) -> None:
+        self._service = service
+        self._fetching: _Running = {}  # by tenant and hash of the address
+        self._entering: _Running = {}  # by tenant and hash of the bytes
+        self._known: OrderedDict[tuple[str, str], str] = OrderedDict()  # tenant and hash of the bytes -> file id
+
+    async def file(self, url: str, tenant: str) -> FileRecord:
+        """The tenant's file with the bytes at this address, entered now if there is none.
+
+        Raises:
+            APIError: the codes of `f2l_vllm.video.fetch`, of `POST /v1/files` and of `VideoService.enter`.
+        """
+        key = (tenant, await asyncio.to_thread(_digest, url))  # a data URI may be long
+        return await _once(self._fetching, key, lambda: self._fetch(url, tenant))
+
+    async def _fetch(self, url: str, tenant: str) -> FileRecord:
+        temporary = self._service.store.temporary()
+        try:
+            try:
+                with disk_errors("keep a video"):
+                    await fetch(url, temporary, self._service.settings.fetch_policy, self._service.check_room)
+            except VideoError as error:
+                status = _STATUS.get(error.code, HTTPStatus.BAD_REQUEST)
+                raise APIError(status, error.code, error.message, param="messages") from error
+            sha256 = await asyncio.to_thread(_hash, temporary)
+            name = _name(url)
+            return await _once(self._entering, (tenant, sha256), lambda: self._enter(temporary, sha256, name, tenant))
+        finally:
+            await asyncio.to_thread(self._service.store.discard, temporary)
+
+    async def _enter(self, temporary: Path, sha256: str, filename: str, tenant: str) -> FileRecord:
+        key = (tenant, sha256)
+        known = self._known.get(key)
+        record = None if known is None else await asyncio.to_thread(self._service.catalog.file, known, tenant)
+        if record is None or _may_do_better(record):
+            await inspect(temporary, self._service.settings)
+            size = (await asyncio.to_thread(temporary.stat)).st_size
+            idle = self._service.settings.url_seconds
+            record = await self._service.enter(
+                temporary,
+                tenant=tenant,
+                sha256=sha256,
+                size=size,
+                filename=filename,
+                purpose=PURPOSE,
+                expires_at=time.time() + idle,
+                idle_seconds=idle,
+            )
+            self._known[key] = record.id
+        self._known.move_to_end(key)
+        while len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        return record
+
+
+def _may_do_better(record: FileRecord) -> bool:
+    """Whether a video failed for a reason that may have passed: it is tried again, now and then."""
+    passing = record.state is VideoState.ERROR and record.error_code in _PASSING
+    return passing and time.time() - record.created_at > _AGAIN_SECONDS
+
+
+async def _once(running: _Running, key: tuple[str, str], work: Callable[[], _Work]) -> FileRecord:
+    """Run `work` once for all who ask for the same key at the same time; one who goes away stops it for nobody."""
+    task = running.get(key)
+    if task is None:
+        task = running[key] = asyncio.create_task(work())
+
+        def ended(task: asyncio.Task[FileRecord]) -> None:
+            running.pop(key, None)
+            if not task.cancelled():
+                task.exception()  # everybody who waited may have gone away
+
+        task.add_done_callback(ended)
+    return await asyncio.shield(task)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _name(url: str) -> str:
+    """A file name from an address: the end of its path; never its query, which may hold a secret."""
+    end = "" if url[:5].lower() == "data:" else unquote(urlsplit(url).path.rsplit("/", 1)[-1])
+    return end[:1024] or "video"

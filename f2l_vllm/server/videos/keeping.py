@@ -1,0 +1,101 @@
+"""Bytes on their way into the store and out of it. `adapters/tombstones.py` has the rules that servers share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.tables import Bytes, FileRecord, Tombstone
+from f2l_vllm.catalog.tombstones import VideoGone
+from f2l_vllm.server.registry import Registry
+from f2l_vllm.store.errors import CatalogBusy, Unavailable
+from f2l_vllm.store.store import Store
+
+logger = logging.getLogger(__name__)
+_MOVERS = 4  # threads for videos on the way into the store, so that questions never wait for one
+_AT_ONCE = 200
+
+Write = Callable[..., Coroutine[Any, Any, Any]]
+
+
+class Keeper:
+    """Enters uploads over their bytes, and removes what the catalog has forgotten.
+
+    Args:
+        write: runs a method of the catalog that may wait for other writers.
+    """
+
+    def __init__(self, catalog: Catalog, store: Store, registry: Registry, write: Write) -> None:
+        self._catalog, self._store, self._registry, self._write = catalog, store, registry, write
+        self._movers = ThreadPoolExecutor(_MOVERS, "f2l-store")
+        self._unused: list[Bytes] = []  # of uploads that were refused when the catalog could not be told
+
+    async def enter(self, temporary: Path, sha256: str, size: int, add: Callable[..., FileRecord]) -> FileRecord:
+        """Enter a file by `add(video=…)`, over bytes that other files have, or over its own.
+
+        Raises:
+            Unavailable: store or catalog cannot take it now; as `add` does besides. Nothing is kept then.
+        """
+        run = asyncio.get_running_loop().run_in_executor
+        video: Bytes = await self._write(self._catalog.reserve_video, sha256)
+        if not video.is_new:
+            is_whole = await run(self._movers, self._store.has_video, video.video, size)
+            if is_whole:
+                try:
+                    record: FileRecord = await self._write(add, video=video)
+                    return record
+                except VideoGone:  # deleted a moment ago
+                    pass
+            replaces = None if is_whole else video.generation
+            video = await self._write(self._catalog.reserve_video, sha256, anew=True, replaces=replaces)
+        try:
+            await run(self._movers, self._store.keep_video, temporary, video.video)
+            record = await self._write(add, video=video)
+            return record
+        except VideoGone as error:
+            raise CatalogBusy("the video took too long to be kept") from error
+        except Exception:
+            await self._give_back(video)
+            raise
+
+    async def bury(self, doomed: Sequence[Tombstone]) -> None:
+        """Remove from the store what the catalog has forgotten, and have it know. What fails is tried again later."""
+        gone = []
+        for one in doomed:
+            try:
+                if one.is_video:
+                    await asyncio.to_thread(self._store.remove_video, one.object)
+                else:
+                    await self._registry.remove(one)
+                    if self._registry.holds(one.name):  # a question uses it still
+                        continue
+                gone.append(one)
+            except Unavailable as error:
+                logger.warning("%s is removed later: %s", one.object, error)
+            except Exception:
+                logger.exception("%s is removed later", one.object)
+        if gone:
+            try:
+                await self._write(self._catalog.bury, gone)
+            except Unavailable as error:
+                logger.warning("%d removals are entered later: %s", len(gone), error)
+
+    async def bury_all(self) -> None:
+        """Remove what any server's deletions left in the store: one that was killed, or while the store was away."""
+        unused, self._unused = self._unused, []
+        for video in unused:
+            await self._give_back(video)
+        await self.bury(await asyncio.to_thread(self._catalog.tombstones, _AT_ONCE))
+
+    async def _give_back(self, video: Bytes) -> None:
+        """What an upload put into the store was not entered."""
+        try:
+            await self.bury(await self._write(self._catalog.give_back_video, video))
+        except Unavailable as error:
+            logger.warning("the bytes of a refused upload are removed later: %s", error)
+            self._unused.append(video)

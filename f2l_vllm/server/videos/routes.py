@@ -1,0 +1,343 @@
+"""The routes under `/v1/files`, `/v1/models` and `/ready`, in OpenAI's shapes.
+
+Source: OpenAI API reference, Files. The object `f2l` inside a file holds what this server adds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import io
+import json
+import os
+import tarfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
+from http import HTTPStatus
+from typing import Annotated, Any, BinaryIO, Literal, cast
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from f2l_vllm.catalog.states import IN_WORK, VideoState
+from f2l_vllm.catalog.tables import AdapterRecord, FileRecord, FileWithAdapter
+from f2l_vllm.hypernetwork.adapter import CONFIG_FILE, named_for
+from f2l_vllm.server import errors, vllm_api
+from f2l_vllm.server.errors import bad_request, shutting_down, video_not_found
+from f2l_vllm.server.tenants import tenant_of
+from f2l_vllm.server.videos.service import VideoService
+from f2l_vllm.server.videos.uploads import inspect, receive
+from f2l_vllm.store.store import MANIFEST_FILE, Store, StoreError
+
+router = APIRouter()
+_LONGEST_SECONDS = 3600.0
+_AT_ONCE = 200  # objects of a list that are made at a time
+_MODELS = 1000  # a client asks for models without pages, and shows them to people
+_PIECE_BYTES = 1 << 20
+_Page = Callable[..., tuple[list[str], list[str], bool]]
+
+
+def service(request: Request) -> VideoService:
+    """The video service of this server."""
+    found: VideoService = request.app.state.f2l
+    return found
+
+
+@router.post("/v1/files")
+async def create_file(request: Request) -> JSONResponse:
+    """Accept a video; internalization goes on behind."""
+    videos = service(request)
+    temporary = videos.store.temporary()
+    try:
+        upload = await receive(request, temporary, videos.settings, videos.check_room)
+        await inspect(temporary, videos.settings)
+        record = await videos.enter(
+            temporary,
+            tenant=tenant_of(request),
+            sha256=upload.sha256,
+            size=upload.bytes,
+            filename=upload.filename,
+            purpose=upload.purpose,
+            expires_at=upload.expires_at,
+            idle_seconds=upload.idle_seconds,
+            pinned=upload.pinned,
+        )
+    finally:
+        videos.store.discard(temporary)
+    return await _one(videos, record)
+
+
+@router.get("/v1/files")
+async def list_files(
+    request: Request,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=10000)] = 10000,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: str | None = None,
+) -> Response:
+    """The caller's files, newest first, a page at a time."""
+    videos, tenant = service(request), tenant_of(request)
+    page = functools.partial(_files_page, videos, tenant, descending=order == "desc", purpose=purpose)
+    return await _listed(page, after, limit, await asyncio.to_thread(videos.catalog.stored_bytes, tenant))
+
+
+@router.get("/v1/files/{file_id}")
+async def retrieve_file(file_id: str, request: Request) -> JSONResponse:
+    """One file."""
+    (found,) = await service(request).find([file_id], tenant_of(request))
+    return JSONResponse(file_object(found.file, found.adapter, service(request).why_not_ready()))
+
+
+@router.post("/v1/files/{file_id}")
+async def update_file(file_id: str, request: Request) -> JSONResponse:
+    """Pin a file, `{"f2l": {"pinned": true}}`, or let it go again: a pinned file does not expire."""
+    try:
+        match await request.json():
+            case {"f2l": {"pinned": bool(pinned)}}:
+                videos = service(request)
+                return await _one(videos, await videos.pin(file_id, tenant_of(request), pinned))
+    except (ValueError, RecursionError):
+        pass
+    raise bad_request("invalid_request", 'A file is updated by a JSON body like {"f2l": {"pinned": true}}.', "f2l")
+
+
+@router.delete("/v1/files/{file_id}")
+async def delete_file(file_id: str, request: Request) -> JSONResponse:
+    """Delete a file; its adapter and bytes go when no other file shares them and no answer is being written."""
+    await service(request).remove(file_id, tenant_of(request))
+    return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+
+
+@router.get("/v1/files/{file_id}/content")
+async def file_content(file_id: str, request: Request) -> FileResponse:
+    """The bytes as uploaded."""
+    videos = service(request)
+    (found,) = await videos.find([file_id], tenant_of(request))
+    try:
+        path = await asyncio.to_thread(videos.store.fetch_video, found.file.video)
+    except StoreError as error:
+        raise video_not_found(file_id) from error  # deleted between look-up and read
+    return FileResponse(path, media_type="application/octet-stream", filename=found.file.filename)
+
+
+@router.get("/v1/files/{file_id}/events")
+async def file_events(file_id: str, request: Request) -> StreamingResponse:
+    """Server-sent events with the file object whenever it changes, until it is processed, failed or gone."""
+    videos, tenant = service(request), tenant_of(request)
+    (first,) = await videos.find([file_id], tenant)
+
+    async def events() -> AsyncIterator[str]:
+        found: FileWithAdapter | None = first
+        while found is not None:
+            yield f"data: {json.dumps(file_object(found.file, found.adapter))}\n\n"
+            seen = (found.file.state, found.file.progress)
+            if videos.is_stopping or found.file.state not in IN_WORK:
+                break
+            await asyncio.sleep(videos.watcher.event_seconds)
+            progress = await videos.watcher.wait(file_id, _LONGEST_SECONDS, seen)
+            if videos.is_stopping:
+                break
+            if progress is None:  # out of work: now there is more to say
+                found = (await asyncio.to_thread(videos.catalog.find, [file_id], tenant)).get(file_id)
+            else:
+                found = FileWithAdapter(replace(found.file, state=progress[0], progress=progress[1]), None)
+        unfinished = found is not None and found.file.state in IN_WORK
+        yield errors.chunk(shutting_down()) if unfinished else "data: [DONE]\n\n"
+
+    videos.watcher.add_reader(tenant)
+    return _Events(events(), lambda: videos.watcher.remove_reader(tenant))
+
+
+class _Events(StreamingResponse):
+    """Calls `ended` however the stream ends, begun or not."""
+
+    def __init__(self, events: AsyncIterator[str], ended: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
+
+
+@router.get("/v1/files/{file_id}/adapter")
+async def file_adapter(file_id: str, request: Request) -> Response:
+    """The PEFT adapter as a tar archive; plain vLLM and peft load what it holds. A damaged one is made again first."""
+    videos = service(request)
+    archive: tuple[int, Iterator[bytes]] | None = None
+    wait = 0.0
+    while archive is None:
+        found = await videos.ready(file_id, tenant_of(request), wait)
+        name = found.file.adapter_name
+        try:
+            archive = await asyncio.to_thread(_tar, videos.store, name, request.app.state.f2l_base_model)
+        except (FileNotFoundError, StoreError) as error:
+            if found.adapter is None or wait:
+                raise video_not_found(file_id) from error  # deleted between look-up and read
+            await videos.remake(found.adapter, error)
+            wait = videos.settings.wait_seconds
+    size, pieces = archive
+    headers = {"Content-Disposition": f'attachment; filename="{name}.tar"', "Content-Length": str(size)}
+    return StreamingResponse(pieces, media_type="application/x-tar", headers=headers)
+
+
+@router.get("/v1/models")
+async def list_models(
+    request: Request, after: str | None = None, limit: Annotated[int, Query(ge=1, le=_MODELS)] = _MODELS
+) -> Response:
+    """vLLM's models, and the ready videos of the caller as models of their own, newest first, a page at a time."""
+    base = await vllm_api.model_cards(request.app.state)
+    page = functools.partial(_models_page, service(request), tenant_of(request), base)
+    return await _listed(page, after, limit)
+
+
+@router.get("/v1/models/{model:path}")
+async def retrieve_model(model: str, request: Request) -> JSONResponse:
+    """One model: one of vLLM's by name, or a ready video by its file id."""
+    base = await vllm_api.model_cards(request.app.state)
+    for card in base:
+        if card["id"] == model:
+            return JSONResponse(card)
+    return JSONResponse(_model_card(base[0], (await service(request).ready(model, tenant_of(request), wait=0.0)).file))
+
+
+@router.get("/ready")
+async def ready(request: Request) -> JSONResponse:
+    """200 when the engine answers and a hypernetwork worker is loaded, else 503 with what is missing and why."""
+    parts = {
+        "engine": await vllm_api.engine_is_healthy(request.app.state.engine_client),
+        "workers": service(request).is_ready(),
+    }
+    why = {"engine": "the engine has ended"} if not parts["engine"] else {}
+    if (reason := service(request).why_not_ready()) is not None:
+        why["workers"] = reason
+    status = HTTPStatus.OK if all(parts.values()) else HTTPStatus.SERVICE_UNAVAILABLE
+    return JSONResponse({"ready": all(parts.values()), **parts, **({"why": why} if why else {})}, status_code=status)
+
+
+def file_object(record: FileRecord, adapter: AdapterRecord | None, why: str | None = None) -> dict[str, Any]:
+    """A file as the OpenAI API shows it; `f2l` holds stage, progress, and what is known of the adapter.
+
+    Args:
+        why: what keeps workers from taking it up.
+    """
+    shown = {VideoState.PROCESSED: "processed", VideoState.ERROR: "error"}.get(record.state, "uploaded")
+    details: dict[str, Any] = {"stage": record.state.value, "progress": round(record.progress, 3)}
+    details |= {"pinned": record.pinned, "last_used_at": record.last_used_at and int(record.last_used_at)}
+    if why is not None and record.state is VideoState.UPLOADED:
+        details["waits_for"] = why
+    if adapter is not None:
+        details |= {"adapter": adapter.name, "rank": adapter.rank, "adapter_bytes": adapter.bytes, **adapter.info}
+    if record.state is VideoState.ERROR:
+        details["error"] = {"code": record.error_code, "message": record.error_message}
+    return {
+        "id": record.id,
+        "object": "file",
+        "bytes": record.bytes,
+        "created_at": int(record.created_at),
+        "expires_at": None if record.expires_at is None or record.pinned else int(record.expires_at),
+        "filename": record.filename,
+        "purpose": record.purpose,
+        "status": shown,
+        "status_details": record.error_message,
+        "f2l": details,
+    }
+
+
+async def _one(videos: VideoService, record: FileRecord) -> JSONResponse:
+    adapters = await asyncio.to_thread(videos.catalog.adapters_of, [record])
+    return JSONResponse(file_object(record, adapters.get(record.adapter_name), videos.why_not_ready()))
+
+
+async def _listed(page: _Page, after: str | None, limit: int, stored: int | None = None) -> Response:
+    """A list in OpenAI's shape, made and sent some objects at a time, in the one thread that lists are made in: however
+    long and many they are, answers go on."""
+    run = asyncio.get_running_loop().run_in_executor
+    try:
+        texts, ids, more = await run(_lister(), functools.partial(page, after=after, limit=min(limit, _AT_ONCE)))
+    except KeyError as error:
+        raise bad_request("invalid_cursor", f"'after' names no file of yours: {after!r}.", "after") from error
+
+    async def pieces() -> AsyncIterator[str]:
+        listed, first, last, follows, left = texts, ids[:1], ids[-1:], more, limit - len(ids)
+        yield '{"object":"list","data":[' + ",".join(listed)
+        while follows and left > 0:
+            rest = functools.partial(page, after=last[0], limit=min(left, _AT_ONCE))
+            listed, found, follows = await run(_lister(), rest)
+            last, left = found[-1:] or last, left - len(found)
+            yield "".join(f",{text}" for text in listed)
+        ends: dict[str, Any] = {"first_id": next(iter(first), None), "last_id": next(iter(last), None)}
+        ends["has_more"] = follows
+        if stored is not None:
+            ends["f2l"] = {"stored_bytes": stored}
+        yield "]," + json.dumps(ends)[1:]
+
+    return StreamingResponse(pieces(), media_type="application/json")
+
+
+@cache
+def _lister() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "f2l-lists")
+
+
+def _files_page(
+    videos: VideoService, tenant: str, *, after: str | None, limit: int, descending: bool, purpose: str | None
+) -> tuple[list[str], list[str], bool]:
+    """Objects, ids, and whether more follow. Runs in a thread."""
+    catalog = videos.catalog
+    records, more = catalog.files(tenant, after=after, limit=limit, descending=descending, purpose=purpose)
+    adapters = catalog.adapters_of(records)
+    shown = [json.dumps(file_object(record, adapters.get(record.adapter_name))) for record in records]
+    return shown, [record.id for record in records], more
+
+
+def _models_page(
+    videos: VideoService, tenant: str, base: list[dict[str, Any]], *, after: str | None, limit: int
+) -> tuple[list[str], list[str], bool]:
+    """The same of ready videos, behind vLLM's own models on the first page."""
+    state = VideoState.PROCESSED
+    records, more = videos.catalog.files(tenant, after=after, limit=limit, descending=True, state=state)
+    own = [] if after is not None else [json.dumps(card) for card in base]
+    shown = own + [json.dumps(_model_card(base[0], record)) for record in records]
+    return shown, [record.id for record in records], more
+
+
+def _model_card(base: dict[str, Any], record: FileRecord) -> dict[str, Any]:
+    own = {"id": record.id, "created": int(record.created_at), "root": base["id"], "parent": base["id"]}
+    return {**base, **own, "owned_by": "f2l-vllm"}
+
+
+def _tar(store: Store, name: str, base_model: str) -> tuple[int, Iterator[bytes]]:
+    """The archive's length and its pieces; its config names the base model as whoever unpacks it can load it. All files
+    are opened at once: what is deleted meanwhile is sent whole."""
+    directory = store.load_path(name)
+    files: list[tuple[tarfile.TarInfo, BinaryIO]] = []
+    for path in sorted(directory.iterdir()):
+        if path.name == MANIFEST_FILE:
+            continue
+        entry, file = tarfile.TarInfo(f"{directory.name}/{path.name}"), cast(BinaryIO, path.open("rb"))
+        status = os.fstat(file.fileno())
+        entry.size, entry.mtime = status.st_size, int(status.st_mtime)
+        if path.name == CONFIG_FILE:
+            with file:
+                content = named_for(file.read().decode(), base_model).encode()
+            entry.size, file = len(content), io.BytesIO(content)
+        files.append((entry, file))
+    lengths = [tarfile.BLOCKSIZE * (1 - (-entry.size // tarfile.BLOCKSIZE)) for entry, _ in files]  # header and blocks
+    size = -(-(sum(lengths) + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+    def pieces() -> Iterator[bytes]:
+        for entry, file in files:
+            with file:
+                yield entry.tobuf()
+                while piece := file.read(_PIECE_BYTES):
+                    yield piece
+            yield bytes(-entry.size % tarfile.BLOCKSIZE)
+        yield bytes(size - sum(lengths))
+
+    return size, pieces()

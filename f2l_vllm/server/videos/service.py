@@ -1,0 +1,364 @@
+"""The video service of one API server: uploads, readiness and removal, over catalog, store, pool and engine."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from f2l_vllm.catalog.catalog import Catalog, QueueFull, QuotaExceeded
+from f2l_vllm.catalog.states import IN_WORK, VideoState
+from f2l_vllm.catalog.tables import AdapterRecord, FileRecord, FileWithAdapter
+from f2l_vllm.pool.supervisor import PoolProcess
+from f2l_vllm.server import metrics
+from f2l_vllm.server.errors import APIError, HTTPStatus, shutting_down, video_failed, video_not_found, video_not_ready
+from f2l_vllm.server.registry import Registry
+from f2l_vllm.server.videos.keeping import Keeper
+from f2l_vllm.server.videos.watcher import Watcher
+from f2l_vllm.settings import Settings
+from f2l_vllm.store.address import adapter_name
+from f2l_vllm.store.errors import Unavailable
+from f2l_vllm.store.store import Store, StoreError
+
+logger = logging.getLogger(__name__)
+
+_MAINTENANCE_SECONDS = 5.0
+_CLEANING_SECONDS = 60.0
+_SWEEP_SECONDS = 3600.0
+_GONE_SECONDS = 3600.0  # how long a page of files can go on from one that was deleted
+_AT_ONCE = 200  # files that one transaction ends
+_EXPIRED_AT_ONCE = 20_000  # in one round of maintenance
+_PREPARED_AT_ONCE = 256
+_WRITERS = 4  # threads for a busy catalog, so that questions, which read it, never wait for one
+
+
+@dataclass(frozen=True)
+class Revisions:
+    """What an adapter's name is made of besides the video: content hashes of both models, and how frames are taken."""
+
+    base: str
+    hypernetwork: str
+    sampling: dict[str, Any]
+
+    def name(self, sha256: str) -> str:
+        """The adapter's content-addressed name for a video with these bytes."""
+        return adapter_name(
+            video_sha256=sha256,
+            sampling=self.sampling,
+            base_revision=self.base,
+            hypernetwork_revision=self.hypernetwork,
+        )
+
+
+class VideoService:
+    """Everything the routes and the chat handler ask for. Lives on the API server's event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        revisions: Revisions,
+        catalog: Catalog,
+        store: Store,
+        registry: Registry,
+        pool: PoolProcess | None,
+        is_stopping: Callable[[], bool],
+    ) -> None:
+        """`pool` is None when other processes run the workers; `is_stopping` says whether the server shuts down."""
+        self.settings = settings
+        self.catalog = catalog
+        self.store = store
+        self.registry = registry
+        self.pool = pool
+        self._revisions = revisions
+        self._is_stopping = is_stopping
+        share = settings.queue_share if settings.tenants is not None else 1.0
+        self.watcher = Watcher(catalog, is_stopping, share)
+        self._writers = ThreadPoolExecutor(_WRITERS, "f2l-catalog")
+        self._keeper = Keeper(catalog, store, registry, self._write)
+        self._used: dict[str, float] = {}  # file ids, and when they were asked about
+        self._prepared: int | None = None  # the id of the adapter that was copied into memory last
+        self._cleaned, self._swept = -_CLEANING_SECONDS, -_SWEEP_SECONDS
+
+    async def enter(
+        self,
+        temporary: Path,
+        *,
+        tenant: str,
+        sha256: str,
+        size: int,
+        filename: str,
+        purpose: str,
+        expires_at: float | None,
+        idle_seconds: float | None = None,
+        pinned: bool = False,
+    ) -> FileRecord:
+        """Keep an uploaded and inspected video and enter it in the catalog.
+
+        Args:
+            expires_at: when it expires, Unix seconds.
+            idle_seconds: `expires_at` moves on to this long after each use.
+            pinned: it does not expire, and its adapter stays in the hot set.
+
+        Raises:
+            APIError: `queue_full`, with `Retry-After`, or `storage_quota_exceeded`; nothing is kept then.
+            Unavailable: store or catalog cannot take it now; nothing is kept then.
+        """
+        add = functools.partial(
+            self.catalog.add_file,
+            tenant=tenant,
+            filename=filename,
+            purpose=purpose,
+            size=size,
+            sha256=sha256,
+            adapter_name=self._revisions.name(sha256),
+            expires_at=expires_at,
+            idle_seconds=idle_seconds,
+            pinned=pinned,
+            queue_limit=self.settings.queue_limit,
+            tenant_limit=self.settings.tenant_queue_limit,
+            tenant_bytes=self.settings.tenant_bytes,
+            job_attempts=self.settings.job_attempts,
+        )
+        try:
+            record = await self._keeper.enter(temporary, sha256, size, add)
+        except QueueFull as error:
+            message = f"{error}. Try again in about {error.retry_after} s."
+            headers = {"Retry-After": str(error.retry_after)}
+            raise APIError(HTTPStatus.TOO_MANY_REQUESTS, "queue_full", message, headers=headers) from error
+        except QuotaExceeded as error:
+            message = f"There is no room for this video among your files: {error} MB. Delete some of them."
+            raise APIError(HTTPStatus.FORBIDDEN, "storage_quota_exceeded", message, param="file") from error
+        metrics.UPLOADS.labels(str(record.state is VideoState.PROCESSED).lower()).inc()
+        metrics.UPLOAD_BYTES.inc(size)
+        return record
+
+    def check_room(self, more: int) -> None:
+        """Whether so many bytes of a video can be received.
+
+        Raises:
+            StoreUnavailable: they would not leave the reserve.
+        """
+        self.store.reserve.check("keep a video", more)
+
+    async def find(self, file_ids: Sequence[str], tenant: str, param: str | None = None) -> list[FileWithAdapter]:
+        """The tenant's files and their adapters, in this order: one query, in a thread.
+
+        Raises:
+            APIError: `video_not_found`, for the first that is not there.
+        """
+        found = await asyncio.to_thread(self.catalog.find, file_ids, tenant) if file_ids else {}
+        for file_id in file_ids:
+            if file_id not in found:
+                raise video_not_found(file_id, param)
+        return [found[file_id] for file_id in file_ids]
+
+    def note_use(self, record: FileRecord) -> None:
+        """The file was asked about: what expires by disuse lives on from now."""
+        self._used[record.id] = time.time()
+
+    async def ready(
+        self, file_id: str, tenant: str, wait: float, param: str | None = None, known: FileWithAdapter | None = None
+    ) -> FileWithAdapter:
+        """The file and its adapter once it is processed, waiting up to `wait` seconds.
+
+        Args:
+            known: the file as it was found a moment ago.
+
+        Raises:
+            APIError: `video_not_found`, `video_failed`, or `video_not_ready` when the time is over.
+        """
+        started = time.monotonic()
+        found = known or (await self.find([file_id], tenant, param))[0]
+        self.note_use(found.file)
+        if found.file.state is VideoState.UPLOADED and wait > 0:
+            with suppress(Unavailable):  # then it keeps its place in the line
+                await asyncio.to_thread(self.catalog.hurry_job, found.file.adapter_name)
+        while found.file.state in IN_WORK and (left := started + wait - time.monotonic()) > 0:
+            await self.watcher.wait(file_id, left)
+            self._refuse_when_stopping()
+            (found,) = await self.find([file_id], tenant, param)
+        record = found.file
+        if wait > 0:
+            metrics.WAIT_SECONDS.observe(time.monotonic() - started)
+        if record.state is VideoState.ERROR:
+            raise video_failed(file_id, record.error_code, record.error_message)
+        if record.state in IN_WORK:
+            raise video_not_ready(file_id, record.state, wait, self.why_not_ready())
+        return found
+
+    async def remake(self, adapter: AdapterRecord, error: Exception) -> None:
+        """Let an adapter whose files were found missing or damaged be made again; its files wait for it meanwhile."""
+        logger.warning("making an adapter again: %s", error)
+        await asyncio.to_thread(self.store.remove_adapter, adapter.name)
+        await self._write(self.catalog.forget_adapter, adapter)
+
+    async def remove(self, file_id: str, tenant: str) -> None:
+        """Delete a file: catalog first, then whatever nobody else refers to.
+
+        Raises:
+            APIError: `video_not_found`.
+        """
+        removal = await self._write(self.catalog.remove_file, file_id, tenant)
+        if removal is None:
+            raise video_not_found(file_id)
+        await self._keeper.bury(removal.doomed)
+
+    async def pin(self, file_id: str, tenant: str, pinned: bool) -> FileRecord:
+        """Keep a file from expiring and its adapter in the hot set, or let both go again.
+
+        Raises:
+            APIError: `video_not_found`.
+        """
+        record: FileRecord | None = await self._write(self.catalog.pin_file, file_id, tenant, pinned)
+        if record is None:
+            raise video_not_found(file_id)
+        return record
+
+    def adopt(self) -> None:
+        """Bring the catalog to the present revisions, before anything is answered; what was made under others waits to
+        be made again."""
+        waiting, failed = self.catalog.adopt(self._revisions.name, self.store.has_video)
+        if waiting or failed:
+            message = "%d videos were read by other models or in another way and are read again; %d have no bytes left"
+            logger.warning(message, waiting, failed)
+
+    async def warm(self, limit: int) -> None:
+        """Make the adapters resident that were used last, up to `limit`, so that their next questions find them."""
+        self.store.pin(await asyncio.to_thread(self.catalog.pinned_adapters))
+        for adapter in await asyncio.to_thread(self.catalog.recent_adapters, limit):
+            try:
+                (await self.registry.acquire(adapter)).release()
+            except Exception as error:  # whoever asks for it hears of it
+                logger.warning("adapter %s was not made resident: %s", adapter.name, error)
+
+    def close(self) -> None:
+        """Stop the pool, and let go of store and catalog. Runs in a thread, when nothing is answered any more."""
+        if self.pool is not None:
+            self.pool.stop()
+        self.store.close()
+        self.catalog.close()
+
+    def is_ready(self) -> bool:
+        """Whether uploads get internalized: a worker is alive, or other processes run the workers."""
+        return self.pool is None or self.pool.workers > 0
+
+    def why_not_ready(self) -> str | None:
+        """What uploads wait for while no worker is alive, in words for clients; None if one is."""
+        return None if self.is_ready() or self.pool is None else self.pool.why
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the server shuts down: nothing may be waited for."""
+        return self._is_stopping()
+
+    async def maintain(self) -> None:
+        """`tidy` every few seconds, until cancelled."""
+        while True:
+            try:
+                await self.tidy()
+            except Exception:
+                logger.exception("maintenance failed and goes on")
+            await asyncio.sleep(_MAINTENANCE_SECONDS)
+
+    async def tidy(self) -> None:
+        """Note use, expire files, remove what was deleted, keep what grows within its bounds, and refresh gauges.
+
+        Raises:
+            Unavailable: of the first step that could not be done; all others were.
+        """
+        failure: Unavailable | None = None
+        for step in (
+            self._note_use,
+            self._expire,
+            self._keeper.bury_all,
+            self._clean,
+            self._keep_in_memory,
+            self._show,
+        ):
+            try:
+                await step()
+            except Unavailable as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    async def _expire(self) -> None:
+        for _ in range(0, _EXPIRED_AT_ONCE, _AT_ONCE):
+            removals = await self._write(self.catalog.expire_files, time.time(), _AT_ONCE)
+            await self._keeper.bury([one for removal in removals for one in removal.doomed])
+            if len(removals) < _AT_ONCE:
+                return
+
+    async def _clean(self) -> None:
+        if time.monotonic() - self._cleaned < _CLEANING_SECONDS:
+            return
+        await self._write(self.catalog.purge, time.time() - _GONE_SECONDS)
+        await self._keeper.bury(await self._write(self.catalog.drop_abandoned))
+        await asyncio.to_thread(self.store.clear)
+        self._cleaned = time.monotonic()
+        if time.monotonic() - self._swept >= _SWEEP_SECONDS:
+            far = await self._write(self.catalog.take_duty, "sweep", _SWEEP_SECONDS)
+            await asyncio.to_thread(functools.partial(self.store.sweep, self.catalog.named, far=far))
+            self._swept = time.monotonic()
+
+    async def _keep_in_memory(self) -> None:
+        self.store.pin(await asyncio.to_thread(self.catalog.pinned_adapters))
+        await asyncio.to_thread(self._prepare)
+        if self.store.is_cache:
+            await asyncio.to_thread(self.store.trim, await asyncio.to_thread(self.catalog.videos_in_work))
+
+    async def _show(self) -> None:
+        states, queued, running = await asyncio.to_thread(self.catalog.counts)
+        for state in VideoState:
+            metrics.VIDEOS.labels(state.value).set(states.get(state.value, 0))
+        metrics.JOBS.labels("queued").set(queued)
+        metrics.JOBS.labels("running").set(running)
+        metrics.WORKERS.set(self.pool.workers if self.pool is not None else 0)
+        metrics.STORED_BYTES.set(await asyncio.to_thread(self.catalog.stored_bytes))
+        metrics.FREE_BYTES.set(await asyncio.to_thread(self.store.reserve.free))
+
+    def _prepare(self) -> None:
+        """Copy what was published since the last time into memory, ahead of its first question. Runs in a thread."""
+        if self._prepared is None:
+            self._prepared = self.catalog.newest_adapter()
+        for adapter in self.catalog.adapters_after(self._prepared, _PREPARED_AT_ONCE):
+            self._prepared = adapter.id
+            try:
+                self.store.prepare(adapter.name)
+            except StoreError as error:  # deleted meanwhile, or whoever asks for it hears of it
+                logger.info("an adapter was not copied into memory: %s", error)
+
+    async def _note_use(self) -> None:
+        """Write down what was used since the last time, in one transaction."""
+        used_files, used_adapters = self._used, self.registry.take_used()
+        self._used = {}
+        if used_files or used_adapters:
+            try:
+                await self._write(self.catalog.touch, used_files, used_adapters)
+            except Unavailable:
+                self._used = {**used_files, **self._used}
+                raise
+
+    async def _write(self, method: Callable[..., Any], *args: Any, **values: Any) -> Any:
+        """A catalog method that may wait for other writers, in a thread of its own kind."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._writers, functools.partial(method, *args, **values)
+        )
+
+    def _refuse_when_stopping(self) -> None:
+        if self._is_stopping():
+            raise shutting_down()
+
+
+def count_outcome(outcome: str, seconds: dict[str, float]) -> None:
+    """The end of a job as metrics: `published` or `failed`, and seconds by stage."""
+    metrics.INTERNALIZED.labels(outcome).inc()
+    for stage, value in seconds.items():
+        metrics.STAGE_SECONDS.labels(stage).observe(value)

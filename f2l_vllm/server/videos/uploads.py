@@ -1,0 +1,225 @@
+"""Receiving a video: the multipart body goes to disk under a cap, is hashed, and inspected in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cache
+from http import HTTPStatus
+from pathlib import Path
+from urllib.parse import unquote
+
+from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from f2l_vllm.server.errors import APIError, bad_request
+from f2l_vllm.settings import Settings
+from f2l_vllm.store.errors import disk_errors
+from f2l_vllm.video.decoder import DecodeLimits, Decoders
+from f2l_vllm.video.errors import VideoError
+from f2l_vllm.video.probe import VideoInfo
+
+PURPOSES = ("vision", "user_data")
+_OVERHEAD_BYTES = 1 << 20  # multipart boundaries and the other fields
+_INSPECTORS = 2
+_INSPECT_SECONDS = 20.0
+_EXPIRY_SECONDS = (3600, 2592000)  # what the OpenAI API accepts: one hour to thirty days
+_IDLE_ANCHORS = ("last_used_at", "last_active_at")  # ours, and what other OpenAI objects call it
+_DIGITS = re.compile("[0-9]{1,9}")  # `isdecimal` takes those of every script
+_PLAIN, _EXTENDED = re.compile(rb"(?i);\s*filename\s*="), re.compile(rb"(?i);\s*filename\*\s*=")
+_STATUS = {"file_too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A received file in a temporary place, hashed."""
+
+    path: Path
+    sha256: str
+    bytes: int
+    filename: str
+    purpose: str
+    expires_at: float | None
+    idle_seconds: float | None = None
+    pinned: bool = False
+
+
+async def receive(
+    request: Request, temporary: Path, settings: Settings, check_room: Callable[[int], None] = lambda _more: None
+) -> Upload:
+    """Read `POST /v1/files` into `temporary`.
+
+    `check_room` is called with a number of bytes before they are written, and raises where there is no room for them.
+
+    Raises:
+        APIError: `file_too_large`, `invalid_request`, `incomplete_upload`, `invalid_purpose`, `invalid_expires_after`,
+            `empty_file`.
+        StoreUnavailable: there is no room for it, or it cannot be written.
+    """
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "multipart/form-data":
+        raise bad_request(
+            "invalid_request", "POST /v1/files takes multipart/form-data with the fields file and purpose."
+        )
+    cap = settings.max_upload_bytes
+    try:
+        with disk_errors("keep an upload"), closing(_Target(temporary, cap, check_room)) as target:
+            form = await _Parser(request.headers, _capped(request, cap, check_room), target).parse()
+    except MultiPartException as error:
+        raise bad_request("invalid_request", error.message) from error
+    except ClientDisconnect as error:
+        raise bad_request("incomplete_upload", "The upload ended before the whole file was here.") from error
+    upload = form.get("file")
+    if not isinstance(upload, UploadFile):
+        raise bad_request("invalid_request", "The field 'file' is missing: send the video's bytes in it.", "file")
+    purpose = _purpose(form)
+    expires_at, idle_seconds = _expiry(form)
+    pinned = _pinned(form)
+    if target.size == 0:
+        raise bad_request("empty_file", "The file is empty: send the video's bytes.", "file")
+    sha256 = target.digest.hexdigest()
+    return Upload(temporary, sha256, target.size, _filename(upload.filename), purpose, expires_at, idle_seconds, pinned)
+
+
+async def inspect(path: Path, settings: Settings) -> VideoInfo:
+    """Probe a received file in another process and refuse what is no video, or too large a one.
+
+    Raises:
+        APIError: what is wrong with the video, by the codes of `f2l_vllm.video.errors`.
+    """
+
+    def probe() -> VideoInfo:
+        with _inspectors().lend() as decoder:
+            return decoder.probe(path, settings.video_limits)
+
+    try:
+        return await asyncio.get_running_loop().run_in_executor(_threads(), probe)
+    except VideoError as error:
+        raise APIError(
+            _STATUS.get(error.code, HTTPStatus.BAD_REQUEST), error.code, error.message, param="file"
+        ) from None
+
+
+@cache
+def _inspectors() -> Decoders:
+    return Decoders(_INSPECTORS, DecodeLimits(seconds=_INSPECT_SECONDS))
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Uploads wait here for an inspector, and take no thread that questions need."""
+    return ThreadPoolExecutor(_INSPECTORS, "f2l-inspect")
+
+
+def too_large(cap: int) -> APIError:
+    """413: over the server's cap."""
+    message = f"The upload is larger than the {cap / 1e6:.0f} MB this server accepts: compress or cut the video."
+    return APIError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "file_too_large", message, param="file")
+
+
+class _Target:
+    """Where an upload's bytes go as they come: hashed, and to their place on disk, once."""
+
+    def __init__(self, path: Path, cap: int, check_room: Callable[[int], None]) -> None:
+        self._check_room = check_room
+        self._file = path.open("wb")
+        self._cap = cap
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        """Append.
+
+        Raises:
+            APIError: `file_too_large`.
+        """
+        self.size += len(data)
+        if self.size > self._cap:
+            raise too_large(self._cap)
+        self._check_room(len(data))
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def seek(self, _offset: int) -> int:
+        """The end of the part: nothing is read back."""
+        return 0
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._file.close()
+
+
+class _Parser(MultiPartParser):
+    """Starlette's parser, with the one file going to a target instead of a temporary file of its own."""
+
+    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], target: _Target) -> None:
+        super().__init__(headers, stream, max_files=1, max_fields=16, max_part_size=1 << 16)
+        self._target = target
+
+    def on_headers_finished(self) -> None:
+        self._charset = "utf-8"  # whatever codec a client names: some of Python's are no text's, or fail in odd ways
+        part = self._current_part
+        disposition = part.content_disposition or b""
+        if _EXTENDED.search(disposition) and not _PLAIN.search(disposition):
+            # RFC 5987's form makes a part a file as the plain one does; the library underneath passes it over.
+            part.content_disposition = _EXTENDED.sub(b";filename=", disposition, count=1)
+        super().on_headers_finished()
+        if self._current_part.file is not None:
+            self._current_part.file.file.close()
+            self._current_part.file.file = self._target  # type: ignore[assignment]
+
+
+async def _capped(request: Request, cap: int, check_room: Callable[[int], None]) -> AsyncGenerator[bytes, None]:
+    """The body, which may not grow past the cap, whatever its Content-Length says."""
+    left = cap + _OVERHEAD_BYTES
+    length = request.headers.get("content-length", "")
+    if length.isascii() and length.isdecimal() and int(length[:19]) > left:
+        raise too_large(cap)
+    check_room(int(length) if length.isdecimal() else 0)
+    async for piece in request.stream():
+        left -= len(piece)
+        if left < 0:
+            raise too_large(cap)
+        yield piece
+
+
+def _filename(given: str | None) -> str:
+    """A name to show, never a path to open: what cannot be printed is left out."""
+    extended = re.fullmatch(r"(?i)utf-8'[^']*'(.*)", given or "")
+    given = unquote(extended[1]) if extended else given
+    return "".join(letter for letter in given or "" if letter.isprintable())[:1024] or "video"
+
+
+def _purpose(form: FormData) -> str:
+    purpose = form.get("purpose")
+    if purpose not in PURPOSES:
+        message = f"The field 'purpose' must be one of {', '.join(PURPOSES)}; got {purpose!r}."
+        raise bad_request("invalid_purpose", message, "purpose")
+    return str(purpose)
+
+
+def _expiry(form: FormData) -> tuple[float | None, float | None]:
+    """When the file expires, Unix seconds, and by how much each use moves that on, seconds."""
+    anchor, seconds = form.get("expires_after[anchor]"), form.get("expires_after[seconds]")
+    if anchor is None and seconds is None:
+        return None, None
+    low, high = _EXPIRY_SECONDS
+    known = anchor == "created_at" or anchor in _IDLE_ANCHORS
+    if not known or not _DIGITS.fullmatch(str(seconds)) or not low <= int(str(seconds)) <= high:
+        message = f"expires_after needs the anchor 'created_at' or 'last_used_at' and between {low} and {high} seconds."
+        raise bad_request("invalid_expires_after", message, "expires_after")
+    length = float(str(seconds))
+    return time.time() + length, None if anchor == "created_at" else length
+
+
+def _pinned(form: FormData) -> bool:
+    pinned = form.get("f2l[pinned]", "false")
+    if pinned not in ("true", "false"):
+        raise bad_request("invalid_f2l_options", "The field 'f2l[pinned]' is 'true' or 'false'.", "f2l")
+    return pinned == "true"

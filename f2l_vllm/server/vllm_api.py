@@ -1,0 +1,318 @@
+"""Where this package leans on vLLM's internals, for vLLM 0.32, but for what holds adapters in workers: `compat_engine`.
+
+Each function names what it relies on; `tests/serving/test_compat.py` holds a contract test for each, and
+`test_compat_engine.py` for those of the engine, so that another vLLM version fails there first, with a sentence, and
+not in production.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Any
+
+from starlette.datastructures import State
+from vllm.lora.request import LoRARequest
+
+from f2l_vllm import logs
+from f2l_vllm.engine.defaults import EngineLimits, refuse_flags
+from f2l_vllm.engine.residency import FIRST_ADAPTER_ID
+from f2l_vllm.settings import Settings, listed, refuse_environment
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED_VLLM = "0.32"
+# What the client asked for, while its request is set up: responses carry it instead of an adapter's name.
+asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
+
+# Where the rendering of a chat notes how many visual tokens its prompt holds, while its request is set up.
+visual_tokens: ContextVar[list[int] | None] = ContextVar("visual_tokens", default=None)
+
+
+def log_like_vllm(name: str) -> None:
+    """Send the records of our logger where the `vllm` logger's go, at its level and in its format, unless both go to
+    the handler of this package."""
+    if logs.is_configured():
+        return
+    ours, theirs = logging.getLogger(name), logging.getLogger("vllm")
+    ours.setLevel(theirs.level or logging.INFO)
+    ours.handlers = list(theirs.handlers)
+    ours.propagate = not ours.handlers
+
+
+def check_environment(args: Any) -> None:
+    """Refuse settings under which plugins are bypassed or adapters can be changed from outside.
+
+    Raises:
+        ValueError: one of them is set; the message says which and why.
+    """
+    refuse_environment(os.environ)
+    refuse_flags(args)
+
+
+def engine_limits(engine_client: Any) -> EngineLimits:
+    """Read from `engine_client.vllm_config.lora_config`.
+
+    Raises:
+        ValueError: the engine runs without LoRA.
+    """
+    config = engine_client.vllm_config.lora_config
+    if config is None:
+        raise ValueError("the engine runs without LoRA: start it with --enable-lora (f2l-vllm serve does)")
+    modules = getattr(config, "target_modules", None)
+    slots = config.max_cpu_loras or config.max_loras
+    return EngineLimits(config.max_lora_rank, slots, frozenset(modules) if modules else None)
+
+
+class AdapterNames(dict[str, LoRARequest]):
+    """vLLM's registry with the adapters of videos in it, which are found by their key alone.
+
+    vLLM goes through the values for models to list, and for an adapter whose name is the type of one of a question's
+    content parts (its adapters for images or audio): so a question could have a video's adapter without its key.
+    """
+
+    def values(self) -> list[LoRARequest]:  # type: ignore[override]
+        """The operator's own adapters."""
+        return [request for request in super().values() if request.lora_int_id < FIRST_ADAPTER_ID]
+
+
+def lora_registry(state: State) -> MutableMapping[str, LoRARequest]:
+    """vLLM's dynamic registry, `state.openai_serving_models.lora_requests`: name -> `LoRARequest`."""
+    registry = state.openai_serving_models.lora_requests = AdapterNames(state.openai_serving_models.lora_requests)
+    return registry
+
+
+def leave_adapters_out_of_metrics(engine_client: Any) -> None:
+    """Have `vllm:lora_requests_info` name no adapter.
+
+    Every combination of adapters that were ever asked for at once would stay in it, and in the API server's memory, for
+    good; and whoever may read metrics would learn the videos' adapters. It is filled from
+    `engine_client.output_processor.lora_states`.
+    """
+    engine_client.output_processor.lora_states.log_stats = False
+
+
+def new_lora_request(name: str, int_id: int, path: str, base_model: str) -> LoRARequest:
+    """A request that never reloads in place: with `load_inplace` the engine reads the file again for every request."""
+    return LoRARequest(
+        lora_name=name, lora_int_id=FIRST_ADAPTER_ID + int_id, lora_path=path, base_model_name=base_model
+    )
+
+
+def base_model_names(state: State) -> list[str]:
+    """The names under which the base model is served."""
+    return [model.name for model in state.openai_serving_models.base_model_paths]
+
+
+async def model_cards(state: State) -> list[dict[str, Any]]:
+    """vLLM's entries of `/v1/models`: the base model, and the operator's own adapters (`--lora-modules`)."""
+    models = await state.openai_serving_models.show_available_models()
+    return [card.model_dump() for card in models.data]
+
+
+def wrap_servings(state: State, wrap_chat: Callable[[Any], Any], wrap_completion: Callable[[Any], Any]) -> None:
+    """Put our handlers in front of `state.openai_serving_chat` and `state.openai_serving_completion`.
+
+    vLLM's own routes look their handler up in `state` at every request, so they keep their cancellation, keep-alive
+    and load accounting. `model_name` of the models object decides the `model` field of a response; it is overridden
+    to return what the client asked for.
+    """
+    models = state.openai_serving_models
+    original = models.model_name
+
+    def model_name(lora_request: LoRARequest | None = None) -> str:
+        name: str = asked_model.get() or original(lora_request)
+        return name
+
+    models.model_name = model_name
+    if state.openai_serving_chat is not None:
+        state.openai_serving_chat = wrap_chat(state.openai_serving_chat)
+    if state.openai_serving_completion is not None:
+        state.openai_serving_completion = wrap_completion(state.openai_serving_completion)
+
+
+def wrap_chat_answers(state: State, wrap: Callable[[Any], Any]) -> None:
+    """Put `wrap` around the methods that answer chats, before `wrap_servings`: each takes the chat's request first.
+
+    `/v1/messages` is answered by `create_chat_completion` of its own handler, and in its own words after.
+    """
+    for name, method in (
+        ("openai_serving_chat", "create_chat_completion"),
+        ("openai_serving_chat_batch", "create_batch_chat_completion"),
+        ("anthropic_serving_messages", "create_chat_completion"),
+    ):
+        if (serving := getattr(state, name, None)) is not None:
+            setattr(serving, method, wrap(getattr(serving, method)))
+
+
+def rendered(chat: Any, messages: list[Any], add_generation_prompt: bool) -> str:
+    """The text that the template of vLLM's chat handler makes of messages; any error where it makes none."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    request = ChatCompletionRequest(messages=messages, add_generation_prompt=add_generation_prompt)
+    params = request.build_chat_params(chat.chat_template, chat.chat_template_content_format)
+    defaults = {**(chat.default_chat_template_kwargs or {}), "tokenize": False}
+    _, prompt = chat.renderer.render_messages(request.messages, params.with_defaults(defaults))
+    return str(prompt["prompt"])
+
+
+def noting_visual_tokens(chat: Any) -> Any:
+    """vLLM's chat handler, whose `render_chat_request` (conversation and engine's prompts) fills `visual_tokens`."""
+    render = chat.render_chat_request
+
+    async def noting(request: Any) -> Any:
+        rendered, noted = await render(request), visual_tokens.get()
+        if noted is not None and error_status(rendered) is None:
+            placeholders = [places for prompt in rendered[1] for places in prompt.get("mm_placeholders", {}).values()]
+            noted.append(sum(place.get_num_embeds() for places in placeholders for place in places))
+        return rendered
+
+    chat.render_chat_request = noting
+    return chat
+
+
+def enclose_renderings(
+    engine_client: Any, question: Callable[[], AbstractContextManager[None]], salt: Callable[[str | None], str | None]
+) -> None:
+    """Have every request that vLLM makes into the engine's prompts enter `question()` meanwhile, under `salt` of its
+    own `cache_salt`.
+
+    All of its handlers come to `render_chat_async` or `render_cmpl_async` of `engine_client.renderer`.
+    """
+    renderer = engine_client.renderer
+
+    def enclosed(stock: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(stock)
+        async def render(*args: Any, prompt_extras: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+            extras = dict(prompt_extras or {})
+            if (salted := salt(extras.get("cache_salt"))) is not None:
+                extras["cache_salt"] = salted
+            with question():
+                return await stock(*args, prompt_extras=extras, **kwargs)
+
+        return render
+
+    for name in ("render_chat_async", "render_cmpl_async"):
+        setattr(renderer, name, enclosed(getattr(renderer, name)))
+
+
+def guard_other_servings(state: State, guard: Callable[[Any, bool], Any]) -> None:
+    """Put `guard` around the generate handlers that do not know videos: they must not answer for one by accident.
+
+    Its second argument: whether the route makes an envelope of its own of the handler's `ErrorResponse`.
+    """
+    for name in (
+        "openai_serving_responses",
+        "openai_serving_chat_batch",
+        "anthropic_serving_messages",
+        "serving_generative_scoring",
+    ):
+        if getattr(state, name, None) is not None:
+            setattr(state, name, guard(getattr(state, name), name == "anthropic_serving_messages"))
+
+
+def error_status(response: Any) -> int | None:
+    """The HTTP status of vLLM's `ErrorResponse`, or None for any other result."""
+    error = getattr(response, "error", None)
+    return int(error.code) if error is not None and hasattr(error, "code") else None
+
+
+def add_details(response: Any, details: Mapping[str, Any]) -> None:
+    """Say in a whole response, under `f2l`, what it was answered from: vLLM's response models take further fields."""
+    response.f2l = dict(details)
+
+
+def detailed_chunk(chunk: str, details: Mapping[str, Any]) -> str:
+    """The same in a stream, in the last chunk that carries usage: the one without choices. Others stay as they are."""
+    if '"choices":[]' not in chunk or '"usage":{' not in chunk:
+        return chunk
+    body = json.loads(chunk.removeprefix("data: "))
+    return f"data: {json.dumps({**body, 'f2l': details}, separators=(',', ':'))}\n\n"
+
+
+def is_stopping(state: State) -> bool:
+    """Whether vLLM's server stops, as it does by itself when its engine has died."""
+    return bool(getattr(getattr(state, "server", None), "should_exit", False))
+
+
+def quiet_paths(args: Any) -> set[str]:
+    """The paths whose requests vLLM was told not to log: it reads its own flag only where nobody configures logging."""
+    return set(listed(getattr(args, "disable_access_log_for_endpoints", None) or ""))
+
+
+def url(args: Any) -> str:
+    """Where this server is reached from its own machine."""
+    if getattr(args, "uds", None):
+        return f"unix:{args.uds}"
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(args.host or "", args.host)
+    scheme = "https" if args.ssl_keyfile and args.ssl_certfile else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host and '[' not in host else host}:{args.port}"
+
+
+def api_keys(args: Any) -> list[str]:
+    """The keys of `--api-key`, else the one in VLLM_API_KEY, as vLLM's own check takes them."""
+    return [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
+
+
+def grace_seconds(args: Any, settings: Settings) -> float:
+    """How long open answers may go on when the server stops: our setting, else vLLM's flag for the same."""
+    if "shutdown_seconds" in settings.model_fields_set:
+        return settings.shutdown_seconds
+    return float(getattr(args, "shutdown_timeout", 0) or settings.shutdown_seconds)
+
+
+def stop_engine(engine_client: Any) -> None:
+    """End the engine's processes. vLLM asks them to and kills them at once with this timeout; nothing is in them."""
+    engine_client.shutdown(timeout=0)
+
+
+def is_serving(state: State) -> bool:
+    """Whether uvicorn takes connections."""
+    return bool(getattr(getattr(state, "server", None), "started", False))
+
+
+def stop_http(state: State) -> None:
+    """Have uvicorn take no more connections, wait for those that are left, and run the end of the lifespan."""
+    if (server := getattr(state, "server", None)) is not None:
+        server.should_exit = True
+
+
+def bound_http_shutdown(state: State, seconds: float) -> None:
+    """How long uvicorn waits for connections when it stops; it would wait for ever for a client that does not read."""
+    if (server := getattr(state, "server", None)) is not None:
+        server.config.timeout_graceful_shutdown = seconds
+
+
+def is_engine_dead(error: BaseException) -> bool:
+    """Whether a call failed because there is no engine any more: vLLM's handlers know what to do then."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return isinstance(error, EngineDeadError)
+
+
+def is_failed_generation(error: BaseException) -> bool:
+    """Whether the engine gave up one request, as it does where the adapter cannot be loaded."""
+    from vllm.exceptions import GenerationError
+
+    return isinstance(error, GenerationError)
+
+
+def is_error_chunk(chunk: str) -> bool:
+    """Whether a stream's chunk is vLLM's error envelope."""
+    return chunk.startswith('data: {"error":')
+
+
+async def engine_is_healthy(engine_client: Any) -> bool:
+    """Whether the engine answers."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        await engine_client.check_health()
+    except EngineDeadError:
+        return False
+    return True

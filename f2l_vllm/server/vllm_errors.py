@@ -1,0 +1,140 @@
+"""Where vLLM's failures become answers, for vLLM 0.32: whose fault each is, and what is said of it.
+
+vLLM reads and renders a request in many places, and what they raise over an odd one is any Python exception. Until the
+engine is asked, all that its handlers do is a function of the request alone, so that what fails there is the request's
+fault; after that it is the server's, but for an answer that could not be brought to an end within its constraint.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from contextvars import ContextVar
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import Scope
+
+from f2l_vllm.server import errors
+from f2l_vllm.server.errors import APIError, bad_request
+from f2l_vllm.store.errors import Unavailable
+
+logger = logging.getLogger(__name__)
+
+_OWN = "f2l_vllm."
+# Python's own sentences, and those of libraries about their arguments; vLLM's say what to do.
+_PYTHONS = re.compile(
+    r"^(invalid literal|could not convert|not enough values|too many values|cannot unpack|unhashable|.*codec can't"
+    r"|.* got (an unexpected|multiple values)|.*object (is|has|of)|TextEncodeInput|.*int too large|.*<class )"
+)
+_BROKEN_REQUEST = "The request cannot be read: one of its values is of a kind or in a place that nothing here takes."
+
+
+@dataclass
+class _Progress:
+    """How far a request has come."""
+
+    asked_engine: bool = False
+
+
+_progress: ContextVar[_Progress | None] = ContextVar("progress", default=None)
+
+
+def follow() -> None:
+    """From here on it is known of this request whether the engine has been asked."""
+    _progress.set(_Progress())
+
+
+def note_engine_asked() -> None:
+    """All that the request itself could be refused for is behind it."""
+    if (progress := _progress.get()) is not None:
+        progress.asked_engine = True
+
+
+def refusal(error: Exception, scope: Scope) -> APIError | None:
+    """What to answer where the request is at fault, None where the server is.
+
+    Relies on `vllm.exceptions` (`VLLMClientError` and those below it, `GracefulHTTPError`, `GenerationError`).
+    """
+    from vllm.exceptions import (
+        GenerationError,
+        GracefulHTTPError,
+        VLLMClientError,
+        VLLMError,
+        VLLMNotFoundError,
+    )
+
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, StarletteHTTPException):
+        return errors.refused_by_starlette(error)
+    if isinstance(error, GracefulHTTPError):
+        headers = {"Retry-After": "1"} if error.http_status >= 500 else {}
+        return APIError(error.http_status, "engine_busy", error.message, headers=headers)
+    if isinstance(error, GenerationError):
+        cause = error.__cause__
+        return cause if isinstance(cause, APIError) else None
+    if isinstance(error, VLLMNotFoundError):
+        return APIError(HTTPStatus.NOT_FOUND, "model_not_found", _shown(str(error)), param="model")
+    if isinstance(error, VLLMClientError):
+        param = getattr(error, "parameter", None)
+        return bad_request("invalid_request", _shown(str(error.args[0] if error.args else error)), param)
+    if isinstance(error, VLLMError | Unavailable | MemoryError | ConnectionError) or not _is_vllms(scope):
+        return None
+    if (progress := _progress.get()) is not None and progress.asked_engine:
+        return None
+    logger.warning("a request was refused as unreadable: %s: %s", type(error).__name__, str(error)[:500])
+    says_what = type(error) in (ValueError, NotImplementedError) and str(error) and not _PYTHONS.match(str(error))
+    return bad_request("invalid_request", _shown(str(error)) if says_what else _BROKEN_REQUEST)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Put our exception handlers in the place of vLLM's (`exception_handling/register.py`), all but those for an engine
+    that has died, which end the server."""
+    from vllm.exceptions import VLLMError
+
+    stock = app.exception_handlers[VLLMError]
+
+    async def judge(request: Request, error: Exception) -> Any:
+        if (refused := refusal(error, request.scope)) is not None:
+            return errors.response(refused, request.scope)
+        if isinstance(error, VLLMError):
+            return await stock(request, error)  # type: ignore[misc]
+        logger.error("%s %r failed", request.method, request.url.path, exc_info=error)
+        return errors.response(errors.internal_error(), request.scope)
+
+    for kind in (VLLMError, ValueError, TypeError, OverflowError, NotImplementedError):
+        app.add_exception_handler(kind, judge)
+    app.add_exception_handler(APIError, errors.answer)
+    app.add_exception_handler(RequestValidationError, errors.answer_validation)
+    app.add_exception_handler(HTTPException, errors.answer_http)
+    app.add_exception_handler(StarletteHTTPException, errors.answer_http)
+    app.add_exception_handler(Unavailable, errors.answer_unavailable)
+
+
+def error_response(error: APIError) -> Any:
+    """vLLM's own `ErrorResponse`, for a handler whose route reads it into the envelope of Anthropic's API."""
+    from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+
+    errors.metrics.ERRORS.labels(error.code).inc()
+    return ErrorResponse(
+        error=ErrorInfo(message=error.message, type=errors.messages_kind(error.status), code=int(error.status))
+    )
+
+
+def _is_vllms(scope: Scope) -> bool:
+    """Whether the request has reached a route of vLLM's."""
+    endpoint = scope.get("endpoint")
+    return endpoint is not None and not getattr(endpoint, "__module__", "").startswith(_OWN)
+
+
+def _shown(message: str) -> str:
+    """A message without the machine's paths and addresses, of a length to read."""
+    from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
+
+    text: str = sanitize_message(message[:2000])
+    return text[:1000]

@@ -1,0 +1,155 @@
+"""The store's far side: an object store, or any other file system that fsspec reaches by URL.
+
+Objects there::
+
+    videos/<2 hex>/<sha256>.<generation>
+    adapters/<name>/<file>, and last adapters/<name>/manifest.json
+
+Object stores have no rename, so a half copy may lie there; it is never taken for a whole one, because an adapter counts
+only with its manifest, which is written last, and everything is compared with its hash when it is fetched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.core import split_protocol
+
+from f2l_vllm.store.errors import StoreUnavailable, disk_errors
+from f2l_vllm.store.manifest import MANIFEST_FILE
+
+
+class Remote:
+    """One URL, such as `s3://bucket/prefix`.
+
+    Every method raises `StoreUnavailable` when the store does not answer or refuses, and those that fetch raise
+    `FileNotFoundError` for what is not there.
+
+    Raises:
+        ValueError: a URL of a kind that fsspec does not know, or whose package is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        protocol = split_protocol(url)[0] or "file"
+        options: dict[str, Any] = {"auto_mkdir": True} if protocol in ("file", "local") else {}
+        try:
+            # A listing that is remembered would hide what other processes write.
+            self._files, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"F2L_STORE={url}: {error}") from error
+        self.url = url
+
+    def put_video(self, source: Path, video: str) -> None:
+        """Store these bytes."""
+        with self._translated("keep a video"):
+            self._files.put_file(str(source), self._video(video))
+
+    def get_video(self, video: str, target: Path) -> None:
+        """Copy a video's bytes into a file; whether they are right is the caller's to check."""
+        with self._translated("read a video"):
+            self._files.get_file(self._video(video), str(target))
+
+    def remove_video(self, video: str) -> None:
+        """Forget the bytes; nothing happens if they are gone already."""
+        with self._translated("remove a video"):
+            self._remove_file(self._video(video))
+
+    def video_size(self, video: str) -> int | None:
+        """The length of the object of this name; None if it is not there."""
+        with self._translated("look for a video"):
+            return self._size(self._video(video))
+
+    def put_adapter(self, directory: Path, name: str) -> None:
+        """Store an adapter's files, its manifest last."""
+        with self._translated("keep an adapter"):
+            files = sorted(path for path in directory.iterdir() if path.name != MANIFEST_FILE)
+            for path in [*files, directory / MANIFEST_FILE]:
+                self._files.put_file(str(path), f"{self._adapter(name)}/{path.name}")
+
+    def get_adapter_file(self, name: str, file: str, target: Path) -> None:
+        """Copy one of an adapter's files; whether it is right is the caller's to check."""
+        with self._translated("read an adapter"):
+            self._files.get_file(f"{self._adapter(name)}/{file}", str(target))
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether the adapter's manifest is there."""
+        with self._translated("look for an adapter"):
+            return self._size(f"{self._adapter(name)}/{MANIFEST_FILE}") is not None
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter: its manifest first, so that what is left for a moment is no adapter."""
+        with self._translated("remove an adapter"):
+            self._remove_file(f"{self._adapter(name)}/{MANIFEST_FILE}")
+            try:
+                self._files.rm(self._adapter(name), recursive=True)
+            except FileNotFoundError:
+                return
+
+    def sweep(self, named: Callable[[Collection[str]], Collection[str]], older_than_s: float) -> None:
+        """Remove what nobody refers to; as `Store.sweep`."""
+        limit = time.time() - older_than_s
+        with self._translated("list what is stored"):
+            for kind, forget in (("adapters", self.remove_adapter), ("videos", self.remove_video)):
+                newest: dict[str, float] = {}
+                for path, entry in self._files.find(f"{self._root}/{kind}", detail=True).items():
+                    name = path.removeprefix(f"{self._root}/{kind}/").split("/")[0 if kind == "adapters" else -1]
+                    newest[name] = max(newest.get(name, 0.0), _written(entry))
+                old = [name for name, written in newest.items() if written < limit]
+                for name in set(old).difference(named(old)):
+                    forget(name)
+
+    def _video(self, video: str) -> str:
+        return f"{self._root}/videos/{video[:2]}/{video}"
+
+    def _adapter(self, name: str) -> str:
+        return f"{self._root}/adapters/{name}"
+
+    def _size(self, path: str) -> int | None:
+        try:
+            size: int = self._files.info(path)["size"]
+        except FileNotFoundError:
+            return None
+        return size
+
+    def _remove_file(self, path: str) -> None:
+        try:
+            self._files.rm_file(path)
+        except FileNotFoundError:
+            return
+
+    @contextmanager
+    def _translated(self, what: str) -> Iterator[None]:
+        try:
+            with disk_errors(what):
+                yield
+        except (FileNotFoundError, StoreUnavailable):
+            raise
+        except Exception as error:  # each kind of store has its own
+            message = f"the store at {self._files.unstrip_protocol(self._root)} did not let this server {what}: {error}"
+            raise StoreUnavailable(message) from error
+
+
+def check_url(url: str) -> None:
+    """Whether there are such stores, without looking for this one.
+
+    Raises:
+        ValueError: as `Remote`.
+    """
+    try:
+        fsspec.get_filesystem_class(split_protocol(url)[0] or "file")
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"F2L_STORE={url}: {error}") from error
+
+
+def _written(entry: dict[str, Any]) -> float:
+    """When an object was written, Unix seconds; now if the store does not say, so that it is left alone."""
+    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        moment = entry.get(key)
+        if moment is not None:
+            return float(moment) if isinstance(moment, int | float) else float(moment.timestamp())
+    return time.time()

@@ -1,0 +1,1 @@
+"""Training of a hypernetwork for any base model, from manifests."""

@@ -1,0 +1,271 @@
+"""Training steps that survive a kill, on one process or several; every stage runs through `Loop.run`.
+
+What a step draws depends on the seed, the stage, the step and the process alone, and the state is kept every minute. So
+a run that is started again goes on from its last checkpoint and takes the steps it would have taken. Several processes,
+started by `torchrun` or `accelerate launch`, each draw their own part of a step's videos and share their gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, reduce
+from torch import Tensor, nn
+
+from f2l_vllm.files import sync
+from f2l_vllm.train.folder import LOG_FILE
+from f2l_vllm.train.optimizer import MuonAdamW
+from f2l_vllm.train.steps import Losses, Progress, Randomness, report
+
+LOG_EVERY = 10  # steps
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Of the videos that a process computes at once.
+
+    Attributes:
+        mean: what is learned from.
+        figures: for the log.
+        weight: of this mean among those of the step's other parts: the number of tokens it is taken over, where a step
+            is to learn the same however it is cut; 1 where parts count alike.
+    """
+
+    mean: Tensor
+    figures: dict[str, float] = field(default_factory=dict)
+    weight: float = 1.0
+
+
+StepLoss = Callable[[Randomness, int], Loss]
+Schedule = Callable[[int, int], float]
+
+
+class Loop:
+    """Runs stages one after the other.
+
+    Args:
+        folder: keeps one checkpoint per stage and `log.jsonl`; None keeps nothing.
+        seed: of everything that is drawn.
+        device: where the loss is computed; None for this process's GPU, or the CPU.
+        save_seconds: time between checkpoints.
+        on_progress: called with a stage's name and how much of it is done, from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        seed: int = 0,
+        device: torch.device | None = None,
+        save_seconds: float = 60.0,
+        on_progress: Progress | None = None,
+    ) -> None:
+        self.seed = seed
+        self.on_progress = on_progress
+        on_cpu = not torch.cuda.is_available() if device is None else device.type == "cpu"
+        self._processes = PartialState(cpu=on_cpu)
+        self.device: torch.device = device or self._processes.device
+        self._save_seconds = save_seconds
+        self._folder = None if folder is None else Path(folder)
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def processes(self) -> int:
+        """How many processes share a step."""
+        return self._processes.num_processes
+
+    @property
+    def process(self) -> int:
+        """Which of them this is, from 0."""
+        return self._processes.process_index
+
+    @property
+    def is_main(self) -> bool:
+        """True in the process that writes files and talks."""
+        return bool(self._processes.is_main_process)
+
+    def share(self, count: int) -> int:
+        """How many of a step's `count` videos each process takes, rounded; at least one."""
+        return max(1, round(count / self.processes))
+
+    def wait(self) -> None:
+        """Return when every process is here."""
+        self._processes.wait_for_everyone()
+
+    def run(
+        self,
+        stage: str,
+        module: nn.Module,
+        optimizer: MuonAdamW,
+        step_loss: StepLoss,
+        *,
+        steps: int,
+        schedule: Schedule,
+        accumulate: int = 1,
+        identity: Mapping[str, Any] | None = None,
+        notes: dict[str, str] | None = None,
+    ) -> dict[str, float]:
+        """Train until `steps` steps are done, counting those of an earlier run that was stopped.
+
+        Args:
+            module: holds everything that is trained.
+            step_loss: given a step's random sources and its number, the loss of this process's videos.
+            schedule: factor on the learning rates, of a step and the number of steps.
+            accumulate: losses per step and process; with those of the other processes they are averaged by weight.
+            identity: what the steps depend on besides, by name, in plain types; another one is another run.
+            notes: what a process adds to it on the way goes into the checkpoint and comes back from it; in the end it
+                holds the notes of all processes.
+
+        Returns:
+            The first and the last, smoothed loss, and the CPU seconds of this process.
+
+        Raises:
+            ValueError: the folder holds the checkpoint of another run; the message names what is different.
+        """
+        notes = {} if notes is None else notes
+        run: dict[str, Any] = {
+            "seed": self.seed,
+            "steps": steps,
+            "processes": self.processes,
+            "accumulate": accumulate,
+            "start": _digest(module),
+            **(identity or {}),
+        }
+        path = None if self._folder is None else self._folder / f"{stage}.ckpt"
+        losses, first, cpu_seconds = Losses(), 0, 0.0
+        if path is not None and path.exists():
+            kept = torch.load(path, map_location="cpu", weights_only=True)
+            if kept["run"] != run:
+                names = dict.fromkeys((*run, *kept["run"]))
+                different = [name for name in names if kept["run"].get(name) != run.get(name)]
+                raise ValueError(
+                    f"{path} belongs to another run (other {', '.join(different)}). Continue it with the options it "
+                    "was started with, or choose another folder."
+                )
+            module.load_state_dict(kept["module"])
+            optimizer.load_state_dict(kept["optimizer"])
+            losses, first, cpu_seconds = Losses(*kept["losses"]), kept["step"], kept["cpu_seconds"]
+            notes |= kept.get("notes", {})
+        self._cut_log(stage, first)
+        self.wait()  # a process that is late must not find the checkpoint that another one writes from here on
+        module.train()
+        started, saved = time.process_time() - cpu_seconds, time.monotonic()
+        for step in range(first, steps):
+            figures: dict[str, float] = {}
+            total = weight = 0.0
+            optimizer.zero_grad()
+            for part in range(accumulate):
+                name = f"{stage}:{step}" if accumulate == 1 else f"{stage}:{step}:{part}"
+                randomness = Randomness.of(name, self.seed, self._processes.process_index)
+                loss = step_loss(randomness, step)
+                share = loss.weight if accumulate * self.processes > 1 else 1.0  # a mean that is alone stays as it is
+                (loss.mean * share).backward()
+                total, weight, figures = total + loss.mean.item() * share, weight + share, loss.figures
+            late = path is not None and self.is_main and time.monotonic() - saved > self._save_seconds
+            total, late = self._average(optimizer, total, weight, late)
+            to_keep = late or step == steps - 1
+            if to_keep:
+                self._gather(notes)
+            factor = schedule(step, steps)
+            norm = optimizer.step(factor)
+            losses.add(total)
+            if self.is_main:
+                figures = {"loss": total, "smoothed": losses.smoothed, **figures, "norm": norm, "factor": factor}
+                self._log(stage, step, steps, figures, time.process_time() - started)
+                report(self.on_progress, stage, step, steps, figures)
+                if path is not None and to_keep:
+                    kept = {
+                        "run": run,
+                        "step": step + 1,
+                        "losses": [losses.first, losses.smoothed, losses.count],
+                        "cpu_seconds": time.process_time() - started,
+                        "notes": dict(notes),
+                        "module": module.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                    }
+                    _save(kept, path)
+                    saved = time.monotonic()
+        module.eval()
+        result = {"steps": steps, "cpu_seconds": round(time.process_time() - started, 1), **losses.summary()}
+        if self.processes > 1:
+            result = broadcast_object_list([result])[0]
+        return result
+
+    def _average(self, optimizer: MuonAdamW, total: float, weight: float, late: bool) -> tuple[float, bool]:
+        """Turn the sums of all processes' parts into means by weight: the gradients in place, the loss returned.
+
+        Args:
+            total, weight: this process's sums of weighted losses, and of weights.
+            late: whether it is time for a checkpoint by this process's clock.
+
+        Returns:
+            The mean loss, and whether it is time for a checkpoint by any process's clock.
+        """
+        if self.processes > 1:
+            for parameter in optimizer.parameters:
+                if parameter.grad is None:  # this process's videos did not need it; another's may
+                    parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in optimizer.parameters if parameter.grad is not None]
+        if self.processes > 1:
+            sums = torch.tensor([total, weight, late], device=gradients[0].device)
+            flat = reduce(torch.cat([*(gradient.flatten() for gradient in gradients), sums]), reduction="sum")
+            *parts, sums = flat.split([*(gradient.numel() for gradient in gradients), len(sums)])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+            total, weight, late = sums.tolist()
+        for gradient in gradients:
+            gradient.div_(weight)
+        return total / weight, bool(late)
+
+    def _gather(self, notes: dict[str, str]) -> None:
+        """Give every process the notes of all; all have to call it."""
+        if self.processes > 1:
+            for others in gather_object([notes]):
+                notes |= others
+
+    def _log(self, stage: str, step: int, steps: int, figures: dict[str, float], seconds: float) -> None:
+        if self._folder is None or (step % LOG_EVERY and step != steps - 1):
+            return
+        line = {"stage": stage, "step": step + 1, **{name: round(value, 6) for name, value in figures.items()}}
+        with (self._folder / LOG_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**line, "cpu_seconds": round(seconds, 1)}) + "\n")
+
+    def _cut_log(self, stage: str, step: int) -> None:
+        """Forget what a stopped run logged after its last checkpoint: those steps are taken again."""
+        if self._folder is None or not self.is_main or not (self._folder / LOG_FILE).exists():
+            return
+        kept = []
+        for text in (self._folder / LOG_FILE).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # the last line of a killed run may be half a line
+                line = json.loads(text)
+                if line["stage"] != stage or line["step"] <= step:
+                    kept.append(text)
+        partial = self._folder / f"{LOG_FILE}.part"
+        partial.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+        partial.replace(self._folder / LOG_FILE)
+
+
+def _save(kept: dict[str, Any], path: Path) -> None:
+    partial = path.with_suffix(".part")
+    torch.save(kept, partial)
+    sync(partial)
+    partial.replace(path)
+
+
+def _digest(module: nn.Module) -> str:
+    """Of the weights a stage starts from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,288 @@
+"""Trains a hypernetwork for any SmolVLM from manifests of videos, questions and answers.
+
+The student is the frozen model under the adapter, which sees the question and no visual token; its loss is the
+cross-entropy of the answer's tokens and, if wanted, the divergence from the teacher, the same model with the frames in
+its context. Only the hypernetwork learns, in fp32.
+
+Shape suffixes: B videos, L text layers, T tokens of the internalization message, D hidden size, N answer tokens.
+
+Source: Frames2LoRA (arXiv 2606.04351), section 3 and the training appendix.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from f2l_vllm.hypernetwork.adapter import apply_factors
+from f2l_vllm.hypernetwork.base_model import check_fit, name_of, text_model_of
+from f2l_vllm.hypernetwork.encoder import VideoEncoder, pad_mask
+from f2l_vllm.hypernetwork.model import Hypernetwork
+from f2l_vllm.train import folder
+from f2l_vllm.train.conversations import Conversations
+from f2l_vllm.train.data.manifest import Example
+from f2l_vllm.train.folder import REPORT_FILE
+from f2l_vllm.train.lessons import Lesson, Lessons
+from f2l_vllm.train.loop import Loop, Loss
+from f2l_vllm.train.optimizer import MuonAdamW, warm_cosine
+from f2l_vllm.train.packing import IGNORED, PackedBatch, pack
+from f2l_vllm.train.steps import Randomness
+from f2l_vllm.video.sample import SampledVideo, Sampling
+
+STAGE = "hypernetwork"
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How long and on what a hypernetwork is trained; the defaults are the paper's.
+
+    Attributes:
+        epochs: passes over the manifest's videos; ignored when `steps` is given.
+        steps: optimizer steps.
+        videos: per step, all processes and accumulated parts together: a multiple of their product.
+        accumulate: parts a process computes one after the other in a step.
+        questions: asked about a video in one step, at most.
+        learning_rate: of AdamW, or of everything that is no matrix when `muon_rate` is given.
+        muon_rate: learning rate of Muon for the matrices; None for AdamW alone.
+        kl: weight of the divergence from the teacher with the frames in its context.
+        frames: numbers of frames to mix, the largest of which becomes the hypernetwork's own; empty for its own alone.
+        chunks: numbers of chunks to mix.
+        precision: of the computation; weights and optimizer stay in fp32.
+
+    Raises:
+        ValueError: a value that cannot be used; the message says which.
+    """
+
+    epochs: float = 1.0
+    steps: int | None = None
+    videos: int = 8
+    accumulate: int = 1
+    questions: int = 8
+    learning_rate: float = 1e-4
+    muon_rate: float | None = None
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    kl: float = 0.0
+    frames: tuple[int, ...] = ()
+    chunks: tuple[int, ...] = (1,)
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "videos", "accumulate", "questions", "learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}.")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be positive, got {self.steps!r}.")
+        if self.kl < 0:
+            raise ValueError(f"kl is the weight of a loss and cannot be negative, got {self.kl!r}.")
+        if not self.chunks or min((*self.chunks, *self.frames)) < 1:
+            raise ValueError("frames and chunks are numbers of frames and chunks: give positive ones.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
+
+
+class Trainer:
+    """A frozen model, its processor, and the hypernetwork that learns.
+
+    Args:
+        model: transformers SmolVLM; moved to the loop's device.
+        processor: the model's.
+        hyper: hypernetwork for this model; trained in place, in fp32.
+        loop: takes the steps.
+
+    Raises:
+        ValueError: the hypernetwork does not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, hyper: Hypernetwork, loop: Loop) -> None:
+        check_fit(model, hyper.config)
+        self.model: Any = model.to(loop.device).eval().requires_grad_(False)
+        self.hyper = hyper.to(loop.device).float()
+        self.processor, self.loop = processor, loop
+        self.encoder = VideoEncoder(model, processor)
+        self.conversations = Conversations(processor)
+        self._pad: int = processor.tokenizer.pad_token_id
+
+    def train(
+        self,
+        examples: Sequence[Example],
+        options: TrainingOptions,
+        validation: Sequence[Example] = (),
+        earlier: Sequence[dict[str, Any]] = (),
+    ) -> dict[str, Any]:
+        """Train to the end, going on where a killed run of the same folder was.
+
+        Args:
+            earlier: reports of the runs that made the hypernetwork which this one goes on from. Its videos go on where
+                theirs ended; its steps warm up and decay as those of any run, with a fresh optimizer.
+
+        Returns:
+            what `Loop.run` says, the videos left out with their reasons, and the loss on the validation examples
+            before and after.
+
+        Raises:
+            ValueError: examples that cannot be trained on, or a step whose videos cannot be shared evenly.
+        """
+        parts = self.loop.processes * options.accumulate
+        share, left_over = divmod(options.videos, parts)
+        if left_over:
+            raise ValueError(
+                f"{options.videos} videos a step cannot be shared evenly by {self.loop.processes} processes that "
+                f"accumulate {options.accumulate} parts each; choose a multiple of {parts}, e.g. {parts * (share + 1)}."
+            )
+        config = self.hyper.config
+        sampling = Sampling(config.max_frames, longest_edge=config.longest_edge)
+        mix = {"sampling": sampling, "frames": options.frames, "chunks": options.chunks, "questions": options.questions}
+        lessons = Lessons(examples, self.processor, seed=self.loop.seed, **mix)  # type: ignore[arg-type]
+        held_out = Lessons(validation, self.processor, seed=0, **mix) if validation else None  # type: ignore[arg-type]
+        steps = options.steps or max(1, math.ceil(options.epochs * len(lessons) / options.videos))
+        named = self.hyper.named_parameters()
+        optimizer = MuonAdamW(
+            named,
+            muon_lr=options.muon_rate,
+            adamw_lr=options.learning_rate,
+            weight_decay=options.weight_decay,
+            clip=options.clip,
+        )
+        part = 0
+        shown = sum(report["steps"] * report["options"]["videos"] for report in earlier)
+
+        def step_loss(randomness: Randomness, step: int) -> Loss:
+            nonlocal part
+            first = shown + step * options.videos + (part * self.loop.processes + self.loop.process) * share
+            part = (part + 1) % options.accumulate
+            return self.loss(lessons.take(first, share, randomness.shared, randomness.rng), options)
+
+        before = None if held_out is None else self.validate(held_out, options)
+        result: dict[str, Any] = self.loop.run(
+            f"{STAGE}-{len(earlier) + 1}" if earlier else STAGE,
+            self.hyper,
+            optimizer,
+            step_loss,
+            steps=steps,
+            schedule=warm_cosine,
+            accumulate=options.accumulate,
+            identity=self._identity(lessons, options, sampling),
+            notes=lessons.unusable,
+        )
+        if options.frames:  # what it has learned to read is what it reads wherever it is used
+            self.hyper.config = replace(config, max_frames=max(options.frames))
+        result |= {"videos": len(lessons), "left_out": lessons.unusable}
+        if held_out is not None:
+            result["validation_loss"] = {"before": before, "after": self.validate(held_out, options)}
+        return result
+
+    def _identity(self, lessons: Lessons, options: TrainingOptions, sampling: Sampling) -> dict[str, Any]:
+        """What the steps depend on besides what the loop knows; epochs count by the steps they make."""
+        known = {"epochs", "steps", "accumulate"}
+        return {
+            **{name: value for name, value in asdict(options).items() if name not in known},
+            **asdict(sampling),
+            "examples": lessons.digest(),
+            "model": name_of(self.model),
+        }
+
+    def loss(self, lessons: Sequence[Lesson], options: TrainingOptions) -> Loss:
+        """The loss of B videos, each with its own adapter: the mean over their answers' N tokens, N its weight."""
+        dtype = PRECISIONS[options.precision]
+        device = self.loop.device
+        context: Any = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+        with context:
+            chunks = []
+            for index in range(len(lessons[0].chunks)):
+                features_BLTD, mask_BT = self.features([lesson.chunks[index] for lesson in lessons])
+                chunks.append(self.hyper(features_BLTD.to(self.hyper.head.weight.dtype), mask_BT))
+            prefix, turns = self.conversations.turns([lesson.asked for lesson in lessons])
+            batch = pack([prefix] * len(lessons), turns, shared=len(prefix), pad_token_id=self._pad)
+            with apply_factors(self.model, self.hyper.combine(chunks), self.hyper.scale):
+                logits_NV = self._logits(batch, None)
+            targets_N = batch.labels[batch.labels != IGNORED].to(device)
+            answers = nn.functional.cross_entropy(logits_NV.float(), targets_N)
+            if not options.kl:
+                return Loss(answers, {"answers": answers.item()}, len(targets_N))
+            teacher_NV = torch.cat([self._teach(lesson) for lesson in lessons])
+            divergence = nn.functional.kl_div(
+                logits_NV.float().log_softmax(-1), teacher_NV.log_softmax(-1), log_target=True, reduction="batchmean"
+            )
+        figures = {"answers": answers.item(), "kl": divergence.item()}
+        return Loss(answers + options.kl * divergence, figures, len(targets_N))
+
+    @torch.no_grad()
+    def features(self, videos: Sequence[SampledVideo]) -> tuple[Tensor, Tensor]:
+        """What enters each text layer for videos read together: [B, L, T, D], and the mask of real tokens [B, T]."""
+        ids = [self.encoder.tokens(sampled) for sampled in videos]
+        collected: list[Tensor] = []
+        visual = [self.encoder.see(sampled) for sampled in videos]
+        self.encoder.read(ids, visual, lambda _, features_BTD: collected.append(features_BTD))
+        return torch.stack(collected, dim=1), pad_mask([len(one) for one in ids]).to(self.loop.device)
+
+    @torch.no_grad()
+    def validate(self, lessons: Lessons, options: TrainingOptions, videos: int = 64) -> float:
+        """Mean loss over the answers' tokens of up to `videos` videos, the same ones whenever it is asked."""
+        count = min(videos, len(lessons))
+        total = weight = 0.0
+        for first in range(0, count, options.videos):
+            randomness = Randomness.of(f"validation:{first}", 0)
+            some = lessons.take(first, min(options.videos, count - first), randomness.shared, randomness.rng)
+            loss = self.loss(some, options)
+            total, weight = total + loss.mean.item() * loss.weight, weight + loss.weight
+        return round(total / weight, 4)
+
+    @torch.no_grad()
+    def _teach(self, lesson: Lesson) -> Tensor:
+        """The model's logits [N, V] where it predicts the answers with the frames in its context."""
+        prefix, turns = self.conversations.turns_about(lesson.whole, lesson.asked)
+        batch = pack([prefix], [turns], shared=len(prefix), pad_token_id=self._pad)
+        return self._logits(batch, self.encoder.see(lesson.whole)).float()
+
+    def _logits(self, batch: PackedBatch, visual_VD: Tensor | None) -> Tensor:
+        """Logits [N, V] at the positions that predict the answers' tokens."""
+        device = self.loop.device
+        ids_BS = batch.input_ids.to(device)
+        text_model: Any = text_model_of(self.model)
+        embeds_BSD = text_model.get_input_embeddings()(ids_BS)
+        if visual_VD is not None:
+            embeds_BSD[ids_BS == self.model.config.image_token_id] = visual_VD.to(embeds_BSD.dtype)
+        output = text_model(
+            inputs_embeds=embeds_BSD,
+            position_ids=batch.position_ids.to(device),
+            attention_mask=batch.attention_mask.to(device),
+            use_cache=False,
+        )
+        return self.model.lm_head(output.last_hidden_state[(batch.labels != IGNORED).to(device)])
+
+
+def train_to(
+    output: Path,
+    trainer: Trainer,
+    examples: Sequence[Example],
+    options: TrainingOptions,
+    validation: Sequence[Example] = (),
+) -> dict[str, Any]:
+    """Train and write the hypernetwork's directory: weights as they were trained, `training.json`, `log.jsonl`.
+
+    The trainer's loop keeps its checkpoint in the folder's `RUN_FOLDER`, which goes when all is written.
+    """
+    earlier = folder.earlier(output)
+    result = trainer.train(examples, options, validation, earlier)
+    report = {"seed": trainer.loop.seed, "processes": trainer.loop.processes, "options": asdict(options), **result}
+    if earlier:
+        report["extends"] = earlier
+    if trainer.loop.is_main:
+        trainer.hyper.save(output / "hypernetwork", overwrite=True)
+        (output / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        folder.end(output)
+        _log.info("wrote %s", output / "hypernetwork")
+    trainer.loop.wait()
+    return report
