@@ -34,10 +34,10 @@ test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest
 
 test-full-size: $(STAMP) ## Run the tests on models of the released shapes (10 minutes, 15 GB of memory)
-	$(BIN)/python -m pytest tests/full_size -m full_size
+	$(BIN)/python -m pytest tests/soak/full_size -m full_size
 
 fuzz: $(STAMP) ## Attack a server of its own with mutated requests (10 minutes; FUZZ_SECONDS=60 for one)
-	PYTHONPATH=.:tests $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS) --json build/fuzz.json
+	$(BIN)/python -m tests.soak.fuzz --seconds $(FUZZ_SECONDS) --json build/fuzz.json
 
 lint: $(STAMP) ## Check style, types and who imports whom
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ torch_shims.install()
 @pytest.fixture(scope="session")
 def smolvlm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random SmolVLM checkpoint in fp32, made once; read it, never write into it."""
-    from checkpoints import make_smolvlm
+    from tests.support.checkpoints import make_smolvlm
 
     return make_smolvlm(tmp_path_factory.mktemp("smolvlm"))
 
@@ -19,7 +19,7 @@ def smolvlm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make_lora(smolvlm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`make_lora(rank=8, seed=0, **options)` writes a random PEFT adapter for `smolvlm_dir`, once per arguments."""
-    from checkpoints import make_lora
+    from tests.support.checkpoints import make_lora
 
     made: dict[tuple, Path] = {}
 

@@ -1,4 +1,4 @@
-"""What a suite measures, as data: a YAML file of `benchmarks/suites/`, its keys checked and replaceable one by one."""
+"""What a suite measures, as data: a YAML file of `bench/suites/`, its keys checked and replaceable one by one."""
 
 from __future__ import annotations
 

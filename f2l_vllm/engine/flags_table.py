@@ -1,7 +1,7 @@
 """What `vllm serve` of vLLM 0.32 takes, written down: building vLLM's own parser takes 17 seconds of CPU time.
 
 `python -m f2l_vllm.engine.flags_table` writes `flags.json`, which `engine/flags.py` reads;
-`tests/serving/test_compat_flags.py` compares the two, so that another vLLM version fails there first.
+`tests/unit/engine/test_flags.py` compares the two, so that another vLLM version fails there first.
 """
 
 from __future__ import annotations

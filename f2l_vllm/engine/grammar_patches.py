@@ -1,6 +1,6 @@
 """Where this package changes how vLLM 0.32's engine follows constraints: beside its steps, and not for ever.
 
-`tests/serving/test_compat_grammars.py` holds a contract test for each touch.
+`tests/unit/server/test_vllm_grammars.py` holds a contract test for each touch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where this package changes vLLM 0.32 in the engine's processes: who decides which adapters are in host memory.
 
-`tests/serving/test_compat_engine.py` holds a contract test for each touch.
+`tests/unit/engine/test_patches.py` holds a contract test for each touch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which adapters an engine keeps in host memory, decided between its steps; `compat` puts it in front of vLLM's core.
+"""Which adapters an engine keeps in host memory, decided between its steps; `patches` puts it in front of vLLM's core.
 
 Stock vLLM loads an adapter that a step lacks inside the step, where a failure ends the engine, and drops the least
 recently used one even if a request waits for it. Here a request reaches the scheduler with its adapter loaded already:

@@ -1,8 +1,7 @@
-"""Where this package leans on vLLM's internals, for vLLM 0.32, but for what holds adapters in workers: `compat_engine`.
+"""Where this package leans on vLLM's internals, for vLLM 0.32, in the API process; docs/patches.md lists all.
 
-Each function names what it relies on; `tests/serving/test_compat.py` holds a contract test for each, and
-`test_compat_engine.py` for those of the engine, so that another vLLM version fails there first, with a sentence, and
-not in production.
+Each function names what it relies on; `tests/unit/server/test_vllm_api.py` holds a contract test for each, so that
+another vLLM version fails there first, with a sentence, and not in production.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where this package leans on how vLLM 0.32 constrains answers: what reaches the engine, and what it may cost there.
 
-`tests/serving/test_compat_grammars.py` holds a contract test for each touch.
+`tests/unit/server/test_vllm_grammars.py` holds a contract test for each touch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bytes on their way into the store and out of it. `adapters/tombstones.py` has the rules that servers share."""
+"""Bytes on their way into the store and out of it. `catalog/tombstones.py` has the rules that servers share."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""No server, no Ray, no engine: the tier that runs in minutes."""

@@ -1,0 +1,222 @@
+"""Many processes at one catalog, locked, full and away; in both databases."""
+
+import contextlib
+import multiprocessing
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, event, insert, make_url, text
+
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.catalog.tables import files
+from f2l_vllm.store.errors import CatalogBusy, StoreUnavailable
+from tests.support import ROOT
+from tests.support.catalog_steps import add, claim, publish
+
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+@contextlib.contextmanager
+def locked(url):
+    """Another writer that does not end."""
+    if url.startswith("sqlite"):
+        other = sqlite3.connect(make_url(url).database)
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.close()
+        return
+    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.connect() as connection:
+        connection.execute(text("LOCK TABLE files, jobs, adapters IN EXCLUSIVE MODE"))
+        yield
+    engine.dispose()
+
+
+def _upload_and_publish(url, worker):
+    """One process's part: files of its own, and some that all share."""
+    catalog = Catalog(url)
+    for index in range(6):
+        add(catalog, adapter=f"f2l-{worker}-{index}", sha=str(worker), limit=1000)
+        add(catalog, adapter=f"f2l-shared-{index}", sha="s", limit=1000)
+        for job in catalog.claim_jobs(2):
+            catalog.advance(job.adapter_name, VideoState.PUBLISHING, 0.5)
+            assert catalog.finish_job(job.adapter_name, rank=16, size=1, info={}) is not None
+    catalog.close()
+
+
+def test_processes_that_write_at_once_lose_nothing(database_url):
+    catalog = Catalog(database_url)
+    writers = [_SPAWN.Process(target=_upload_and_publish, args=(database_url, worker)) for worker in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    while (job := claim(catalog)) is not None:
+        catalog.finish_job(job.adapter_name, rank=16, size=1, info={})
+    files, _ = catalog.files("t", after=None, limit=100, descending=False)
+    assert len(files) == 36
+    assert {record.state for record in files} == {VideoState.PROCESSED}
+    found = catalog.adapters_of(files)
+    assert len(found) == 24
+    assert len({adapter.id for adapter in found.values()}) == 24
+    catalog.close()
+
+
+def test_a_file_entered_while_its_adapter_is_published_never_waits_for_ever(database_url):
+    catalog = Catalog(database_url)
+    for index in range(10):
+        name = f"f2l-{index}"
+        add(catalog, adapter=name, sha=str(index))
+        claim(catalog)
+        begin = threading.Barrier(2)
+
+        def finish(name=name, begin=begin):
+            begin.wait()
+            catalog.finish_job(name, rank=1, size=1, info={})
+
+        thread = threading.Thread(target=finish)
+        thread.start()
+        begin.wait()
+        late = add(catalog, adapter=name, sha=str(index))
+        thread.join()
+        assert catalog.file(late.id, "t").state is VideoState.PROCESSED
+    catalog.close()
+
+
+def test_a_locked_catalog_is_waited_for_then_said_and_still_read(database_url):
+    catalog = Catalog(database_url, busy_seconds=0.3)
+    record = add(catalog)
+    with locked(database_url):
+        assert catalog.file(record.id, "t") == record
+        with pytest.raises(CatalogBusy, match="busy"):
+            add(catalog, adapter="f2l-2", sha="b")
+        with pytest.raises(CatalogBusy):
+            catalog.claim_jobs(1)
+        with pytest.raises(CatalogBusy):
+            catalog.remove_file(record.id, "t")
+    assert publish(catalog) is not None
+    assert len(catalog.files("t", after=None, limit=9, descending=True)[0]) == 1
+    catalog.close()
+
+
+def test_a_writer_that_is_killed_leaves_no_lock_and_nothing_half_done(database_url):
+    catalog = Catalog(database_url, busy_seconds=5)
+    entered = _SPAWN.Event()
+    writer = _SPAWN.Process(target=_hold_a_transaction, args=(database_url, entered))
+    writer.start()
+    assert entered.wait(60)
+    writer.kill()
+    writer.join()
+    add(catalog)
+    assert len(catalog.files("t", after=None, limit=9, descending=True)[0]) == 1
+    catalog.close()
+
+
+def _hold_a_transaction(url, entered):
+    catalog = Catalog(url)
+    values = {"id": "half", "tenant": "t", "filename": "", "purpose": "", "bytes": 0, "sha256": "", "adapter_name": ""}
+    with catalog._write() as connection:
+        connection.execute(insert(files).values({**values, "state": VideoState.UPLOADED, "created_at": 0.0}))
+        entered.set()
+        threading.Event().wait()
+
+
+def test_a_database_that_was_away_is_found_again(postgres):
+    catalog = Catalog(postgres.new_database(), busy_seconds=1)
+    record = add(catalog)
+    postgres.stop()
+    try:
+        with pytest.raises(CatalogBusy):
+            catalog.file(record.id, "t")
+    finally:
+        postgres.start()
+    assert catalog.file(record.id, "t") == record
+    catalog.close()
+
+
+def test_a_full_disk_is_said_and_the_catalog_goes_on_afterwards(tmp_path):
+    catalog = Catalog(f"sqlite:///{tmp_path / 'catalog.sqlite3'}")
+    record = add(catalog)
+    with catalog._read() as connection:
+        size = connection.exec_driver_sql("PRAGMA page_count").scalar()
+    pages = [size + 2]
+    event.listen(catalog._engine, "begin", lambda c: c.exec_driver_sql(f"PRAGMA max_page_count={pages[0]}"))
+    entered = 1
+    with pytest.raises(StoreUnavailable, match="no room") as error:  # noqa: PT012
+        while True:
+            add(catalog, adapter=f"f2l-{entered}", sha="b", limit=10000)
+            entered += 1
+    assert error.value.full
+    pages[0] = 1 << 20
+    assert len(catalog.files("t", after=None, limit=10000, descending=True)[0]) == entered
+    assert catalog.remove_file(record.id, "t") is not None
+    add(catalog, adapter="f2l-again", sha="c", limit=10000)
+    catalog.close()
+
+
+def test_a_catalog_of_an_earlier_version_is_opened_as_it_is(database_url):
+    catalog = Catalog(database_url)
+    record = add(catalog)
+    with catalog._write() as connection:
+        for column in ("pinned", "idle_seconds", "last_used_at"):
+            connection.execute(text(f"ALTER TABLE files DROP COLUMN {column}"))
+        connection.execute(text("DROP TABLE parts"))
+    catalog.close()
+    catalog = Catalog(database_url)
+    assert catalog.file(record.id, "t") == record
+    assert catalog.pin_file(record.id, "t", True).pinned
+    catalog.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("mysql://host/name", "SQLite or PostgreSQL, not 'mysql'"), ("postgresql+nothing://host/name", "no driver")],
+)
+def test_a_database_that_cannot_be_used_is_refused_by_name(url, message):
+    with pytest.raises(ValueError, match=message):
+        Catalog(url)
+
+
+def test_a_read_only_catalog_says_so_and_is_read(tmp_path):
+    path = tmp_path / "catalog.sqlite3"
+    catalog = Catalog(f"sqlite:///{path}")
+    record = add(catalog)
+    catalog.close()
+    catalog = Catalog(f"sqlite:///file:{path}?mode=ro&uri=true")
+    with pytest.raises(StoreUnavailable, match="cannot be read or written"):
+        add(catalog)
+    assert catalog.file(record.id, "t") == record
+    catalog.close()
+
+
+def test_a_killed_test_run_leaves_no_postgres(postgres, tmp_path):
+    """As a session of its own with a server of its own, ended by a signal that nobody can catch."""
+    with tempfile.TemporaryDirectory(prefix="f2l-postgres-") as folder:
+        code = (
+            "import sys, time; from pathlib import Path; from tests.support.postgres import Postgres, find_postgres\n"
+            "print(Postgres(Path(sys.argv[1]), find_postgres()).process.pid, flush=True); time.sleep(600)"
+        )
+        run = subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        server = int(run.stdout.readline())
+        assert Path(f"/proc/{server}").exists()
+        run.kill()
+        run.wait()
+        deadline = time.monotonic() + 60
+        while _is_running(server) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not _is_running(server)
+
+
+def _is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

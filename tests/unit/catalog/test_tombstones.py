@@ -1,0 +1,173 @@
+"""Generations and tombstones: what may be named, what may be removed, and that the two never meet."""
+
+import time
+
+import pytest
+from sqlalchemy import text
+
+from f2l_vllm.catalog.catalog import Catalog, QuotaExceeded
+from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.catalog.tombstones import VideoGone
+from tests.support.catalog_steps import add, claim, publish
+
+A = "a" * 64
+
+
+def objects(catalog):
+    return [one.object for one in catalog.tombstones(100)]
+
+
+def test_files_of_the_same_bytes_name_one_copy_which_goes_with_the_last(catalog):
+    fresh = catalog.reserve_video(A)
+    assert fresh.is_new
+    first = add(catalog, video=fresh)
+    shared = catalog.reserve_video(A)
+    assert (shared.is_new, shared.video) == (False, fresh.video)
+    second = add(catalog, video=shared)
+    assert first.video == second.video == fresh.video
+    assert not catalog.remove_file(first.id, "t").orphaned_video
+    assert objects(catalog) == []
+    (doomed,) = (one for one in catalog.remove_file(second.id, "t").doomed if one.is_video)
+    assert doomed.object == fresh.video
+    assert objects(catalog) == [fresh.video]
+    catalog.bury([doomed])
+    assert objects(catalog) == []
+    assert catalog.purge(time.time() + 1) == 2
+
+
+def test_bytes_that_were_deleted_are_never_named_again(catalog):
+    record = add(catalog, video=catalog.reserve_video(A))
+    counted_on = catalog.reserve_video(A)
+    catalog.remove_file(record.id, "t")
+    with pytest.raises(VideoGone):
+        add(catalog, video=counted_on)
+    again = catalog.reserve_video(A)
+    assert again.is_new
+    assert again.video != record.video
+    assert add(catalog, video=again).video == again.video
+    with pytest.raises(VideoGone):
+        add(catalog, video=counted_on)
+
+
+def test_of_two_uploads_at_once_one_copy_is_named_and_the_other_goes(catalog):
+    one, other = catalog.reserve_video(A), catalog.reserve_video(A)
+    assert one.video != other.video
+    assert catalog.named([one.video, other.video]) == {one.video, other.video}  # no sweep takes them meanwhile
+    assert add(catalog, video=one).video == add(catalog, video=other).video == one.video
+    assert objects(catalog) == [other.video]
+    assert catalog.named([one.video, other.video]) == {one.video}
+
+
+def test_an_upload_that_was_refused_leaves_a_tombstone_unless_its_file_is_there_after_all(catalog):
+    refused, entered = catalog.reserve_video(A), catalog.reserve_video("b" * 64)
+    add(catalog, video=entered, adapter="f2l-b", sha="b")
+    assert catalog.give_back_video(entered) == []
+    assert [one.object for one in catalog.give_back_video(refused)] == objects(catalog) == [refused.video]
+    with pytest.raises(VideoGone):
+        add(catalog, video=refused)
+
+
+def test_a_reservation_that_nobody_came_back_for_becomes_a_tombstone(catalog):
+    kept, late = catalog.reserve_video(A), catalog.reserve_video("b" * 64)
+    with catalog._write() as connection:
+        query = text("UPDATE tombstones SET doomed_at = doomed_at - 7200 WHERE name = :name")
+        connection.execute(query, {"name": late.sha256})
+    assert objects(catalog) == [late.video]
+    with pytest.raises(VideoGone):
+        add(catalog, video=late, sha="b")
+    assert add(catalog, video=kept).video == kept.video
+
+
+def test_bytes_that_are_missing_are_replaced_for_all_files_that_name_them(catalog):
+    first = add(catalog, video=catalog.reserve_video(A))
+    better = catalog.reserve_video(A, anew=True, replaces=first.generation)
+    second = add(catalog, video=better)
+    assert catalog.file(first.id, "t").video == second.video == better.video
+    assert objects(catalog) == [first.video]
+
+
+def test_a_worker_that_finds_no_bytes_fails_only_the_copy_it_looked_for(catalog):
+    first = add(catalog, video=catalog.reserve_video(A))
+    job = claim(catalog)
+    assert job.video == first.video
+    second = add(catalog, video=catalog.reserve_video(A, anew=True, replaces=first.generation))
+    catalog.fail_job("f2l-1", "video_lost", "missing", generation=job.generation)
+    again = claim(catalog)
+    assert (again.video, again.attempts) == (second.video, 1)
+    catalog.fail_job("f2l-1", "video_lost", "missing", generation=again.generation)
+    assert catalog.file(first.id, "t").error_code == "video_lost"
+    healing = catalog.reserve_video(A)  # the next upload does not count on it
+    assert (healing.is_new, healing.replaces) == (True, second.generation)
+
+
+def test_adapters_and_their_compositions_leave_tombstones(catalog):
+    record = add(catalog, video=catalog.reserve_video(A))
+    publish(catalog)
+    catalog.add_composed("f2l-c", ["f2l-1"], rank=32, size=1, info={})
+    catalog.remove_file(record.id, "t")
+    assert sorted(objects(catalog)) == sorted(["f2l-1", "f2l-c", record.video])
+
+
+@pytest.mark.parametrize("end", ["finish", "release", "fail"])
+def test_what_a_worker_made_for_nobody_leaves_a_tombstone(catalog, end):
+    record = add(catalog)
+    claim(catalog)
+    catalog.remove_file(record.id, "t")
+    catalog.bury(catalog.tombstones(100))
+    if end == "finish":
+        assert catalog.finish_job("f2l-1", rank=1, size=1, info={}) is None
+    elif end == "release":
+        catalog.release_job("f2l-1")
+    else:
+        catalog.fail_job("f2l-1", "code", "message")
+    assert objects(catalog) == ["f2l-1"]
+
+
+def test_expiry_ends_some_at_a_time_and_leaves_tombstones(catalog):
+    records = [add(catalog, f"f2l-{i}", str(i), expires_at=time.time() - 1, limit=99) for i in range(5)]
+    assert len(catalog.expire_files(time.time(), 3)) == 3
+    assert len(catalog.expire_files(time.time(), 3)) == 2
+    assert sorted(objects(catalog)) == sorted(record.video for record in records)
+
+
+def test_a_duty_is_one_processs_at_a_time(database_url):
+    one, other = Catalog(database_url), Catalog(database_url)
+    assert one.take_duty("sweep", 100)
+    assert not other.take_duty("sweep", 100)
+    assert other.take_duty("sweep", 0)
+    one.close()
+    other.close()
+
+
+def test_bytes_of_a_tenant_are_counted_as_files_come_and_go(catalog):
+    first = add(catalog, tenant_bytes=7)
+    add(catalog, tenant="other", tenant_bytes=7)
+    second = add(catalog, "f2l-2", "b", tenant_bytes=7, expires_at=time.time() - 1)
+    with pytest.raises(QuotaExceeded, match="are taken"):
+        add(catalog, "f2l-3", "c", tenant_bytes=7)
+    assert (catalog.stored_bytes("t"), catalog.stored_bytes()) == (6, 9)
+    catalog.expire_files(time.time())
+    catalog.remove_file(first.id, "t")
+    assert catalog.stored_bytes("t") == 0
+    assert add(catalog, "f2l-3", "c", tenant_bytes=7).state is VideoState.UPLOADED
+    assert second.bytes == 3
+
+
+def test_a_catalog_of_the_version_before_keeps_its_videos_under_their_plain_names(database_url):
+    catalog = Catalog(database_url)
+    record = add(catalog)
+    with catalog._write() as connection:
+        connection.execute(text("ALTER TABLE files DROP COLUMN generation"))
+        for table in ("tombstones", "usage", "duties"):
+            connection.execute(text(f"DROP TABLE {table}"))
+    catalog.close()
+    catalog = Catalog(database_url)
+    assert catalog.adopt(lambda _sha256: "f2l-1", lambda _video: True) == (0, 0)
+    assert catalog.stored_bytes("t") == record.bytes
+    assert catalog.file(record.id, "t").video == record.sha256 == claim(catalog).video
+    shared = catalog.reserve_video(A)
+    assert (shared.is_new, shared.video) == (False, record.sha256)
+    (doomed,) = (one for one in catalog.remove_file(record.id, "t").doomed if one.is_video)
+    assert doomed.object == record.sha256
+    assert catalog.reserve_video(A).video != record.sha256
+    catalog.close()

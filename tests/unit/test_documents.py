@@ -1,0 +1,36 @@
+"""The pages for whoever changes the code name what is there."""
+
+import re
+
+import pytest
+
+from tests.support import ROOT
+
+PACKAGE = ROOT / "f2l_vllm"
+IMPORTS_VLLM = re.compile(r"^ *(from|import) vllm\b", re.MULTILINE)
+
+
+def named_in(page: str) -> set[str]:
+    """Everything between backticks that looks like a path of a module or a test."""
+    return set(re.findall(r"`([a-z0-9_/.]+\.py)`", (ROOT / "docs" / page).read_text()))
+
+
+def test_every_module_that_imports_vllm_is_in_the_ledger_of_patches():
+    modules = [path for path in PACKAGE.rglob("*.py") if IMPORTS_VLLM.search(path.read_text())]
+    assert len(modules) > 15
+    assert {str(path.relative_to(PACKAGE)) for path in modules} <= named_in("patches.md")
+
+
+@pytest.mark.parametrize("page", ["patches.md", "structure.md"])
+def test_pages_name_files_that_are_there(page):
+    known = [ROOT, PACKAGE, ROOT / "tests", *(path for path in PACKAGE.rglob("*") if path.is_dir())]
+    missing = [name for name in named_in(page) if not any((folder / name).exists() for folder in known)]
+    assert missing == []
+
+
+def test_every_room_is_in_the_picture():
+    page = (ROOT / "docs" / "structure.md").read_text()
+    rooms = [path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))]
+    modules = [path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"]
+    assert [name for name in rooms if f"`{name}/" not in page] == []
+    assert [name for name in modules if f"`{name}`" not in page] == []
