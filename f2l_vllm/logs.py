@@ -37,12 +37,12 @@ _WORTH_KNOWING = (
 _NOISE = (
     ("vllm.utils.system_utils", "Found ulimit of"),  # some thousands of open files are enough
     ("vllm.platforms.cpu", "Triton is not installed"),  # the CPU platform of this package needs none
-    ("vllm.platforms.cpu", "Reset SSM cache type"),  # a kind of layer that SmolVLM has not
+    ("vllm.platforms.cpu", "Reset SSM cache type"),  # a kind of layer that base models here have not
     ("vllm.config.vllm", "Model Runner V2 requires Triton"),  # the other runner is the one that is meant
     ("vllm.config.vllm", "Inductor compilation was disabled"),  # docs/operations.md says why
     ("vllm.v1.worker.cpu_worker", ""),  # preloaded libraries and threads: see docs/operations.md
     ("vllm.v1.utils", "[shutdown]"),  # vLLM asks the engine to end and kills it in one step
-    ("transformers", "Model config: pad_token_id"),  # of SmolVLM's own configuration; nothing is padded
+    ("transformers", "Model config: pad_token_id"),  # of released models' own configuration; nothing is padded
     ("ray", "Token authentication is enabled"),  # as it should be
 )
 _WARNINGS_FOR_DEVELOPERS = re.compile(r"\b(Future|Deprecation|PendingDeprecation|Resource|Import)Warning: ")

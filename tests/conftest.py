@@ -39,7 +39,7 @@ def hypernetwork_model(smolvlm_dir: Path, tmp_path_factory: pytest.TempPathFacto
 
     import torch
 
-    from f2l_vllm.hypernetwork.base_shapes import BaseShapes
+    from f2l_vllm.base_models.shapes import BaseShapes
     from f2l_vllm.hypernetwork.config import HypernetworkConfig
     from f2l_vllm.hypernetwork.model import Hypernetwork
 

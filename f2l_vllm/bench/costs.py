@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from f2l_vllm.base_models.merging import tokens_of_frames
+from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.bench.shapes import Subject
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE, save_tensors
-from f2l_vllm.hypernetwork.base_shapes import BaseShapes
 from f2l_vllm.hypernetwork.config_file import read_config
-from f2l_vllm.hypernetwork.merging import tokens_of_frames
 
 
 class Costs:

@@ -78,7 +78,7 @@ def internalize(video: Path, output: Path, model: str, hypernetwork: str | None,
     internalizer, directory = _internalizer(model, hypernetwork, reading.merge_rate)
     started = time.perf_counter()
     adapter = _read(internalizer, video, reading)
-    adapter.save(output, base_model=models.loadable_name(directory))
+    adapter.save(output, base_model=models.loadable_name(directory), family=internalizer.family)
     info = adapter.info
     console.print(
         f"rank {adapter.rank} adapter from {info['frames']} frames ({info['visual_tokens']} visual tokens) "
@@ -90,8 +90,8 @@ def ask(video: Path, question: str, model: str, hypernetwork: str | None, max_to
     """Answer from the adapter with transformers, here and now: a plain text prompt, no visual token."""
     _check_question(question)
     internalizer, _ = _internalizer(model, hypernetwork)
+    from f2l_vllm.base_models.text_layers import check_length
     from f2l_vllm.hypernetwork.adapter import apply_adapter
-    from f2l_vllm.hypernetwork.base_model import check_length
 
     processor, base = internalizer.processor, cast(Any, internalizer.model)  # transformers leaves `generate` untyped
     message = [{"role": "user", "content": [{"type": "text", "text": question}]}]

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from f2l_vllm import logs, models
+from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.catalog.database import check_url as check_database
 from f2l_vllm.cli import checks
 from f2l_vllm.cpu.plugin import check_mode, openmp_defaults
 from f2l_vllm.engine import defaults, flags
 from f2l_vllm.engine.defaults import EngineLimits, check_limits, refuse_flags
-from f2l_vllm.hypernetwork.base_shapes import BaseShapes
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.config_file import read_config
+from f2l_vllm.hypernetwork.fit import check_shapes
 from f2l_vllm.hypernetwork.ranks import RANKS, most_chunks, smallest_rank
 from f2l_vllm.server.tenants import Keys
 from f2l_vllm.settings import Settings, refuse_environment
@@ -71,7 +72,7 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], words: 
     directory = models.resolve(model)
     weights = models.resolve_hypernetwork(model, hypernetwork or chosen.hypernetwork)
     config = read_config(weights)
-    BaseShapes.read(directory).check(config)
+    check_shapes(BaseShapes.read(directory), config)
     rank = _rank(chosen, config, chosen_flags)
     gpus = checks.gpus()
     checks.check_workers(chosen, gpus)

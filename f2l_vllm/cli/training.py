@@ -56,9 +56,9 @@ def train(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a hypernetwork for any SmolVLM from manifests. Goes on where it was killed; `torchrun` shares the steps."""
+    """Train a hypernetwork from manifests, for any base model. Goes on where it was killed; `torchrun` shares steps."""
     from f2l_vllm import models
-    from f2l_vllm.hypernetwork.config import check_module
+    from f2l_vllm.base_models.registry import check_module
     from f2l_vllm.train import folder
     from f2l_vllm.train.data.manifest import read_manifest
 
@@ -85,8 +85,8 @@ def train(
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from f2l_vllm.base_models.text_layers import module_sizes, text_model_of
     from f2l_vllm.evaluation.plots import plot_training
-    from f2l_vllm.hypernetwork.base_model import module_sizes, text_model_of
     from f2l_vllm.hypernetwork.config import HypernetworkConfig
     from f2l_vllm.hypernetwork.model import Hypernetwork
     from f2l_vllm.train.loop import Loop
@@ -155,7 +155,7 @@ def make_model(
     score_scenes: Annotated[int, typer.Option(min=0, help="Held-out scenes asked about in the end.")] = 512,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make the default model from nothing: the synthetic world, a tiny SmolVLM, its hypernetwork, and their scores."""
+    """Make the default model from nothing: a synthetic world, a tiny base model, its hypernetwork, their scores."""
     torch_shims.install()
     from f2l_vllm.evaluation.plots import plot_training
     from f2l_vllm.recipes.f2l_tiny import make_model as run

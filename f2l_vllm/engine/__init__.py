@@ -1,1 +1,1 @@
-"""What runs in vLLM's own processes: the plugin, the patches, who holds adapters, video for SmolVLM, the flags."""
+"""What runs in vLLM's own processes: the plugin, the patches, who holds adapters, the flags."""

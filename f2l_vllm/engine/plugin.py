@@ -11,6 +11,7 @@ import threading
 from types import TracebackType
 
 from f2l_vllm import logs
+from f2l_vllm.base_models.registry import FAMILIES
 from f2l_vllm.lifeline import end_with_spawner
 
 logger = logging.getLogger(__name__)
@@ -25,12 +26,11 @@ def register() -> None:
 
 
 def register_models() -> None:
-    """Put SmolVLM with native video in the place of vLLM's own; the class is imported when a server needs it."""
+    """Put the base models with native video in the place of vLLM's own; a class is imported when a server needs it."""
     from vllm import ModelRegistry
 
-    ModelRegistry.register_model(
-        "SmolVLMForConditionalGeneration", "f2l_vllm.engine.smolvlm_video:SmolVLMVideoForConditionalGeneration"
-    )
+    for family in FAMILIES.values():
+        ModelRegistry.register_model(family.architecture, family.vllm_class)
 
 
 def register_adapter_tiers() -> None:

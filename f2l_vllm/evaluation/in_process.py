@@ -11,6 +11,8 @@ import torch
 from transformers import BatchFeature
 
 from f2l_vllm import models
+from f2l_vllm.base_models.merging import tokens_of_frames, without_merged
+from f2l_vllm.base_models.text_layers import check_length
 from f2l_vllm.evaluation.questions import (
     ADAPTER,
     FRAMES,
@@ -25,9 +27,7 @@ from f2l_vllm.evaluation.questions import (
 )
 from f2l_vllm.evaluation.server import OnReply, OnSkip
 from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter
-from f2l_vllm.hypernetwork.base_model import check_length
 from f2l_vllm.hypernetwork.internalizer import Internalizer
-from f2l_vllm.hypernetwork.merging import tokens_of_frames, without_merged
 from f2l_vllm.video.chunks import Chunking
 from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.sample import SampledVideo, Sampling, open_source, sample_video

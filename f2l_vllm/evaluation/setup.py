@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from f2l_vllm import models
+from f2l_vllm.base_models.rate import check_rate
 from f2l_vllm.evaluation.questions import ARMS
 from f2l_vllm.evaluation.scores import EQUIVALENCE_MARGIN, JUDGE, METRICS
-from f2l_vllm.hypernetwork.config import check_rate
 
 SERVER, TRANSFORMERS = WAYS = ("server", "transformers")
 

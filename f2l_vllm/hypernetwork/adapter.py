@@ -18,14 +18,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from f2l_vllm.base_models.registry import DEFAULT
+from f2l_vllm.base_models.spec import BaseModelSpec
+from f2l_vllm.base_models.text_layers import name_of, target_linear, text_layers_of
 from f2l_vllm.files import atomic_directory
-from f2l_vllm.hypernetwork.base_model import module_path, name_of, target_linear, text_layers_of
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-KEY_PREFIX = "base_model.model.model.text_model.layers"
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Adapter:
         factors = {name: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in self.factors.items()}
         return Adapter(factors, self.scale, self.spans, dict(self.info))
 
-    def tensors(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    def tensors(self, dtype: torch.dtype = torch.bfloat16, family: BaseModelSpec = DEFAULT) -> dict[str, Tensor]:
         """PEFT's tensors: `lora_A` [R, I] and `lora_B` [O, R] per layer, the scale folded into B.
 
         Raises:
@@ -95,24 +96,31 @@ class Adapter:
                         "saved; it would break every answer. Check the video and the hypernetwork's weights."
                     )
             for layer in range(self.num_layers):
-                key = f"{KEY_PREFIX}.{layer}.{module_path(name)}"
+                key = f"{family.peft_prefix}.{layer}.{family.module_paths[name]}"
                 tensors[f"{key}.lora_A.weight"] = a_cpu[layer].contiguous()
                 tensors[f"{key}.lora_B.weight"] = b_cpu[layer].T.contiguous()
         return tensors
 
-    def save(self, directory: str | Path, base_model: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    def save(
+        self,
+        directory: str | Path,
+        base_model: str,
+        dtype: torch.dtype = torch.bfloat16,
+        family: BaseModelSpec = DEFAULT,
+    ) -> None:
         """Write a PEFT adapter that vLLM and `peft` load as it is, both files or neither.
 
         Args:
             directory: must not exist, or be empty.
             base_model: name recorded for whoever loads the adapter.
             dtype: dtype of the tensors.
+            family: of the base model; it says what the tensors are called.
 
         Raises:
             FileExistsError: the directory holds something.
             ValueError: a factor is not finite.
         """
-        save_tensors(self.tensors(dtype), directory, base_model)
+        save_tensors(self.tensors(dtype, family), directory, base_model)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], directory: str | Path, base_model: str) -> None:
@@ -199,7 +207,7 @@ def named_for(config: str, base_model: str) -> str:
 
 @contextmanager
 def apply_adapter(model: nn.Module, adapter: Adapter) -> Iterator[None]:
-    """Within the block, a transformers SmolVLM computes with the adapter. Raises as `apply_factors` does."""
+    """Within the block, a model of transformers computes with the adapter. Raises as `apply_factors` does."""
     with apply_factors(model, adapter.factors, adapter.scale):
         yield
 
@@ -209,7 +217,7 @@ def apply_factors(model: nn.Module, factors: Factors, scale: float) -> Iterator[
     """Within the block, add s * B^T (A x) to every target linear; differentiable in the factors.
 
     Args:
-        model: a transformers SmolVLM.
+        model: of a known family.
         factors: module -> (A [L, R, I], B [L, R, O]), or with a batch axis in front: one adapter per batch row.
         scale: factor s.
 
@@ -219,7 +227,7 @@ def apply_factors(model: nn.Module, factors: Factors, scale: float) -> Iterator[
     layers = text_layers_of(model)
     with ExitStack() as hooks:
         for name, (a, b) in factors.items():
-            linears = [target_linear(layer, name) for layer in layers]
+            linears = [target_linear(model, layer, name) for layer in layers]
             found = (len(linears), linears[0].in_features, linears[0].out_features)
             if (a.shape[-3], a.shape[-1], b.shape[-1]) != found:
                 raise ValueError(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from f2l_vllm.base_models.text_layers import target_linear, text_layers_of
 from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter
-from f2l_vllm.hypernetwork.base_model import target_linear, text_layers_of
 
 PROBE = "What is shown in the video?"
 # The default model's adapters: an effect of 0.3 to 0.5, norms of 1.0 to 1.7. A zero adapter's effect is 0 exactly.
@@ -93,6 +93,6 @@ class AdapterCheck:
     def _weight_norms(self, name: str) -> Tensor:
         """[L]: the norm of the wrapped weight in every layer."""
         if name not in self._weights:
-            linears = [target_linear(layer, name) for layer in text_layers_of(self._model)]
+            linears = [target_linear(self._model, layer, name) for layer in text_layers_of(self._model)]
             self._weights[name] = torch.stack([linear.weight.float().norm() for linear in linears])
         return self._weights[name]

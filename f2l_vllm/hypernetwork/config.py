@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from f2l_vllm.base_models.registry import check_module
+
 # What a video is read with, a user's turn: the frames, then this.
 INSTRUCTION = "Internalize this video for later captioning."
-
-ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 
 
 _MOST = 1 << 24  # what no real size reaches; a file that says more would have its reader build it first
@@ -110,25 +109,6 @@ class HypernetworkConfig:
         if missing:
             raise ValueError(f"The hypernetwork config lacks the required key(s) {missing}.")
         return cls(**values)
-
-
-def check_rate(rate: float) -> float:
-    """A rate of merging visual tokens: the rate itself.
-
-    Raises:
-        ValueError: it is not in [0, 1).
-    """
-    if not 0 <= rate < 1:
-        raise ValueError(
-            f"a merging rate is the part of a video's visual tokens to save, from 0 (none) to less than 1; got {rate}"
-        )
-    return rate
-
-
-def check_module(name: str) -> None:
-    """Raises ValueError where a text layer has no target linear of that name."""
-    if name not in ATTENTION_MODULES + MLP_MODULES:
-        raise ValueError(f"Unknown target module {name!r}; choose from {[*ATTENTION_MODULES, *MLP_MODULES]}.")
 
 
 def _require_int(name: str, value: object, least: int) -> None:

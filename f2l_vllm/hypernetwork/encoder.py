@@ -26,14 +26,15 @@ torch_shims.install()
 
 from transformers import BatchFeature  # noqa: E402  (torchvision must be importable first)
 
-from f2l_vllm.hypernetwork.base_model import target_linear, text_layers_of, text_model_of  # noqa: E402
+from f2l_vllm.base_models.merging import merge_tokens, tokens_of_frames, without_merged  # noqa: E402
+from f2l_vllm.base_models.rate import check_rate  # noqa: E402
+from f2l_vllm.base_models.registry import family_of  # noqa: E402
+from f2l_vllm.base_models.text_layers import target_linear, text_layers_of, text_model_of  # noqa: E402
 from f2l_vllm.hypernetwork.blocks import mlp_in_blocks  # noqa: E402
-from f2l_vllm.hypernetwork.config import INSTRUCTION, check_rate  # noqa: E402
-from f2l_vllm.hypernetwork.merging import merge_tokens, tokens_of_frames, without_merged  # noqa: E402
+from f2l_vllm.hypernetwork.config import INSTRUCTION  # noqa: E402
 from f2l_vllm.video.sample import SampledVideo  # noqa: E402
 
 FRAMES_AT_ONCE = 16  # prepared at once: at their own size, which a large video makes large
-VISION_HIDDEN_AT_ONCE = 2**24  # hidden activations of a vision MLP: 64 MiB in fp32, five frames of the released models
 
 OnLayer = Callable[[int, Tensor], None]
 
@@ -43,10 +44,10 @@ class _AllLayersSeen(Exception):
 
 
 class VideoEncoder:
-    """A transformers SmolVLM and its processor, used only to read videos. Not thread-safe: it hooks the model.
+    """A base model of transformers and its processor, used only to read videos. Not thread-safe: it hooks the model.
 
     Args:
-        model: SmolVLMForConditionalGeneration or SmolVLMModel; frozen, its dtype and device are kept.
+        model: with its language-model head or without; frozen, its dtype and device are kept.
         processor: the model's processor.
         merge_rate: part of the visual tokens to save before the text layers; `tokens` and `see` leave them out, what
             `prepare` gives is read whole.
@@ -58,6 +59,7 @@ class VideoEncoder:
     def __init__(self, model: nn.Module, processor: Any, merge_rate: float = 0.0) -> None:
         self.model = model
         self.processor = processor
+        self.family = family_of(model)
         self.layers = text_layers_of(model)
         self.merge_rate = check_rate(merge_rate)
 
@@ -165,9 +167,7 @@ class VideoEncoder:
 
     @property
     def _frames_at_once(self) -> int:
-        vision: Any = self.model.config.vision_config  # type: ignore[union-attr]
-        patches = (vision.image_size // vision.patch_size) ** 2
-        return max(1, VISION_HIDDEN_AT_ONCE // (patches * vision.intermediate_size))
+        return self.family.frames_at_once(self.model.config)
 
     def _process(self, sampled: SampledVideo, frames_F: Any, options: dict[str, Any]) -> BatchFeature:
         message = {
@@ -185,15 +185,8 @@ class VideoEncoder:
 
     def _embed(self, batches: Iterable[BatchFeature]) -> Iterator[Tensor]:
         """Visual tokens [F, P, D] of each batch of frames; the frames hold no padding."""
-        parameter = next(self.model.parameters())
-        inner: Any = getattr(self.model, "model", self.model)
         for batch in batches:
-            mask = batch.get("pixel_attention_mask")
-            output = inner.get_image_features(
-                pixel_values=batch["pixel_values"].to(parameter.device, parameter.dtype),
-                pixel_attention_mask=None if mask is None else mask.to(parameter.device),
-            )
-            yield output.pooler_output
+            yield self.family.embed_frames(self.model, batch)
 
     def _run_text(
         self, ids_BT: Tensor, mask_BT: Tensor, visual_VD: Tensor, on_layer: OnLayer, attention_mask: Tensor | None
@@ -220,7 +213,7 @@ class VideoEncoder:
         with ExitStack() as stack:
             for index, layer in enumerate(self.layers):
                 stack.callback(layer.register_forward_pre_hook(hook(index), with_kwargs=True).remove)
-                stack.enter_context(_in_blocks(layer))
+                stack.enter_context(_in_blocks(layer, target_linear(self.model, layer, "down_proj").in_features))
             try:
                 text_model(inputs_embeds=embeds_BTD, attention_mask=attention_mask, use_cache=False)
             except _AllLayersSeen:
@@ -239,12 +232,12 @@ def _size_option(sampled: SampledVideo) -> dict[str, Any]:
 
 
 @contextmanager
-def _in_blocks(layer: nn.Module) -> Iterator[None]:
+def _in_blocks(layer: nn.Module, hidden_size: int) -> Iterator[None]:
     """Within the context, the layer's MLP takes a block of tokens at a time."""
     mlp: Any = layer.mlp
     forward = mlp.forward
     before = vars(mlp).get("forward")
-    mlp.forward = partial(mlp_in_blocks, forward, hidden_size=target_linear(layer, "down_proj").in_features)
+    mlp.forward = partial(mlp_in_blocks, forward, hidden_size=hidden_size)
     try:
         yield
     finally:

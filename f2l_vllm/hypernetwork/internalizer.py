@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from f2l_vllm.base_models.text_layers import check_length, name_of
 from f2l_vllm.hypernetwork.adapter import Adapter, Factors
-from f2l_vllm.hypernetwork.base_model import check_fit, check_length, name_of
 from f2l_vllm.hypernetwork.batching import group_by_length, run_groups
 from f2l_vllm.hypernetwork.encoder import VideoEncoder, pad_mask
+from f2l_vllm.hypernetwork.fit import check_fit
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.video.chunks import ChunkedVideo, Chunking, cut_video
 from f2l_vllm.video.decoder import Decoder
@@ -61,7 +62,7 @@ class Internalizer:
     """A frozen vision-language model, its processor and a hypernetwork that fits it. Not thread-safe.
 
     Args:
-        model: transformers SmolVLM; its device and dtype are kept.
+        model: of transformers, of a known family; its device and dtype are kept.
         hyper: hypernetwork made for this model; moved to the model's device, its dtype is kept.
         processor: the model's processor; loaded from where the model came from when None.
         sampling: which frames are read; as in the hypernetwork's training when None.
@@ -111,7 +112,7 @@ class Internalizer:
         """Load all three parts.
 
         Args:
-            model_ref: directory or Hugging Face id of a SmolVLM.
+            model_ref: directory or Hugging Face id of a base model.
             hypernetwork_ref: what `Hypernetwork.load` reads.
             device: a GPU when there is one, else the CPU, when None.
             dtype: of the model; its checkpoint's own when None. The hypernetwork computes in fp32 always: it is a small

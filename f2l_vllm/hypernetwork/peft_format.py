@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.files import read_json
 from f2l_vllm.hypernetwork.adapter import CONFIG_FILE, WEIGHTS_FILE
-from f2l_vllm.hypernetwork.base_shapes import BaseShapes
 from f2l_vllm.hypernetwork.ranks import advice
 
 

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
 
+from f2l_vllm.base_models.registry import DEFAULT, family_in
+from f2l_vllm.files import read_json
 from f2l_vllm.hypernetwork.locate import locate
 
 DEFAULT_MODEL = "f2l-tiny"
 _HERE = Path(__file__).parent
 HYPERNETWORK_FOLDER = "hypernetwork"
 _HUB_SNAPSHOT = re.compile(r"/models--(?P<owner>(?:(?!--)[^/])+)--(?P<name>[^/]+)/snapshots/[^/]+$")
-# The released hypernetworks (Frames2LoRA, MIT) and the base models they were trained for.
-RELEASED_HYPERNETWORKS = "MananSuri27/Frames2LoRA-SmolVLM-ckpts"
-RELEASED_FOR = ("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "HuggingFaceTB/SmolVLM2-2.2B-Instruct")
-_UNTRAINED = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"  # released with the others, without a hypernetwork
-# Layers, hidden and intermediate size and heads of the text model, and layers and width of the vision model.
-_SHAPES = {
-    (32, 960, 2560, 15, 12, 768): RELEASED_FOR[0],
-    (24, 2048, 8192, 32, 27, 1152): RELEASED_FOR[1],
-    (30, 576, 1536, 9, 12, 768): _UNTRAINED,
-}
+RELEASED_HYPERNETWORKS, RELEASED_FOR = DEFAULT.hypernetworks, DEFAULT.released_for
 
 
 def shipped() -> list[str]:
@@ -73,16 +65,10 @@ def resolve_hypernetwork(model_reference: str, reference: str | None) -> Path:
 
 
 def recognised(model_reference: str) -> str | None:
-    """The released SmolVLM2 that a model is a copy of, by the sizes in its config, or None."""
-    path = Path(model_reference).expanduser() / "config.json"
+    """The released base model that a model is a copy of, by the sizes in its config, or None."""
+    path = Path(model_reference).expanduser()
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        text, vision = config["text_config"], config["vision_config"]
-        found = (
-            *(text[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")),
-            *(vision[name] for name in ("num_hidden_layers", "hidden_size")),
-        )
-        return _SHAPES.get(found)
+        return family_in(path).recognised(read_json(path / "config.json"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

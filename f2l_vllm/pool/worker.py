@@ -10,9 +10,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tombstones import LOST
-from f2l_vllm.hypernetwork.base_shapes import BaseShapes
 from f2l_vllm.hypernetwork.peft_format import validate_adapter
 from f2l_vllm.pool.messages import Cancelled, Event, Failed, Outcome, Progress, Published, WorkerInfo, WorkerSpec
 from f2l_vllm.store.store import Store, StoreError
@@ -182,7 +182,7 @@ class HypernetworkWorker:
         info = {**adapter.info, "internalize_seconds": seconds, "probe_effect": finding.effect, "norm": finding.norm}
 
         def write(directory: Path) -> None:
-            adapter.save(directory, base_model=spec.base_name)
+            adapter.save(directory, base_model=spec.base_name, family=self._shapes.family)
             validate_adapter(directory, self._shapes, max_rank=spec.max_rank)
 
         try:

@@ -25,10 +25,11 @@ from f2l_vllm import torch_shims
 torch_shims.install()
 
 from f2l_vllm import logs, models  # noqa: E402  (torchvision must be importable first)
+from f2l_vllm.base_models.shapes import BaseShapes  # noqa: E402
 from f2l_vllm.catalog.catalog import Catalog  # noqa: E402
 from f2l_vllm.engine.defaults import check_limits  # noqa: E402
-from f2l_vllm.hypernetwork.base_shapes import BaseShapes  # noqa: E402
 from f2l_vllm.hypernetwork.config_file import read_config  # noqa: E402
+from f2l_vllm.hypernetwork.fit import check_shapes  # noqa: E402
 from f2l_vllm.pool.messages import WorkerSpec  # noqa: E402
 from f2l_vllm.pool.supervisor import PoolProcess  # noqa: E402
 from f2l_vllm.server import vllm_api, vllm_errors, vllm_grammars  # noqa: E402
@@ -136,7 +137,7 @@ class F2LEndpointPlugin:
         hypernetwork = models.resolve_hypernetwork(args.model, settings.hypernetwork)
         config = read_config(hypernetwork)
         shapes = BaseShapes.read(model)
-        shapes.check(config)
+        check_shapes(shapes, config)
         check_limits(limits, rank=2 * config.rank, modules=config.modules)
         home = settings.data_folder
         self._lock = hold(home)

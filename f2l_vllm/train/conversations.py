@@ -1,4 +1,4 @@
-"""Token ids of a question and its answer as any SmolVLM's chat template writes them, cut where questions differ.
+"""Token ids of a question and its answer as a model's chat template writes them, cut where questions differ.
 
 A tokenizer may join letters across the pieces a prompt is made of, so every prompt is encoded whole; what the prompts
 of a batch have in common at their start is their prefix, and the rest is the turn.
@@ -21,7 +21,7 @@ class Conversations:
     """Writes conversations for one processor.
 
     Args:
-        processor: a SmolVLM processor with a chat template.
+        processor: a processor with a chat template.
 
     Raises:
         ValueError: the template does not write an answer behind its own generation prompt, so it cannot be taught.

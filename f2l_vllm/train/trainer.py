@@ -1,4 +1,4 @@
-"""Trains a hypernetwork for any SmolVLM from manifests of videos, questions and answers.
+"""Trains a hypernetwork for any base model from manifests of videos, questions and answers.
 
 The student is the frozen model under the adapter, which sees the question and no visual token; its loss is the
 cross-entropy of the answer's tokens and, if wanted, the divergence from the teacher, the same model with the frames in
@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from f2l_vllm.base_models.text_layers import name_of, text_model_of
 from f2l_vllm.hypernetwork.adapter import apply_factors
-from f2l_vllm.hypernetwork.base_model import check_fit, name_of, text_model_of
 from f2l_vllm.hypernetwork.encoder import VideoEncoder, pad_mask
+from f2l_vllm.hypernetwork.fit import check_fit
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.train import folder
 from f2l_vllm.train.conversations import Conversations
@@ -96,7 +97,7 @@ class Trainer:
     """A frozen model, its processor, and the hypernetwork that learns.
 
     Args:
-        model: transformers SmolVLM; moved to the loop's device.
+        model: of transformers, of a known family; moved to the loop's device.
         processor: the model's.
         hyper: hypernetwork for this model; trained in place, in fp32.
         loop: takes the steps.

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from f2l_vllm.base_models.text_layers import text_layers_of, text_model_of
 from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter
-from f2l_vllm.hypernetwork.base_model import text_layers_of, text_model_of
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from f2l_vllm.base_models.text_layers import target_linear, text_layers_of
 from f2l_vllm.hypernetwork.adapter import Adapter
-from f2l_vllm.hypernetwork.base_model import target_linear, text_layers_of
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,6 @@ def weight_norms(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
     """Frobenius norm of the frozen weight of every target linear, [L] in fp64."""
     layers = text_layers_of(model)
     return {
-        name: torch.stack([target_linear(layer, name).weight.detach().double().norm() for layer in layers])
+        name: torch.stack([target_linear(model, layer, name).weight.detach().double().norm() for layer in layers])
         for name in modules
     }

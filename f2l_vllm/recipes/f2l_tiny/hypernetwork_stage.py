@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchFeature, SmolVLMForConditionalGeneration, SmolVLMProcessor
 
+from f2l_vllm.base_models.text_layers import module_sizes
 from f2l_vllm.hypernetwork.adapter import Factors, apply_factors
-from f2l_vllm.hypernetwork.base_model import module_sizes
 from f2l_vllm.hypernetwork.config import INSTRUCTION, HypernetworkConfig
 from f2l_vllm.hypernetwork.encoder import VideoEncoder
 from f2l_vllm.hypernetwork.model import Hypernetwork

@@ -18,10 +18,10 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.tables import AdapterRecord
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE, compose_tensors, save_tensors
-from f2l_vllm.hypernetwork.base_shapes import BaseShapes
 from f2l_vllm.hypernetwork.peft_format import AdapterFiles, validate_adapter
 from f2l_vllm.hypernetwork.ranks import most_chunks, smallest_rank
 from f2l_vllm.server import metrics

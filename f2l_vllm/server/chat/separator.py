@@ -1,6 +1,6 @@
 """The whitespace that a chat template writes between a speaker's name and what is said: no part of an answer.
 
-SmolVLM2's prompt ends with `Assistant:`, and earlier turns read `Assistant: Red.`, so that it answers ` Red.`. The text
+A prompt ends with `Assistant:`, and earlier turns read `Assistant: Red.`, so that it answers ` Red.`. The text
 that clients get is without it; tokens, usage and logprobs are the model's.
 """
 

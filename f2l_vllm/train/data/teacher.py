@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from f2l_vllm.hypernetwork.base_model import check_length
+from f2l_vllm.base_models.text_layers import check_length
 from f2l_vllm.hypernetwork.encoder import VideoEncoder
 from f2l_vllm.train.data.clips import UnusableVideoError, clip_file, open_example
 from f2l_vllm.train.data.manifest import Example
@@ -69,7 +69,7 @@ class LocalTeacher:
     """A model in this process. Sees a clip once, however many questions are asked about it.
 
     Args:
-        model: transformers SmolVLM; its device and dtype are kept.
+        model: of transformers, of a known family; its device and dtype are kept.
         processor: the model's processor.
         name: what the targets say who wrote them.
         max_tokens: of an answer.

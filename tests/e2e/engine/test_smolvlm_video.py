@@ -23,10 +23,11 @@ from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, get_video_loader_backen
 from vllm.multimodal.video_prune.evs import compute_retained_tokens_count
 from vllm.transformers_utils.processor import get_video_processor_cls_name
 
-from f2l_vllm.engine import plugin, video_loader
-from f2l_vllm.engine.smolvlm_video import SmolVLMVideoForConditionalGeneration
-from f2l_vllm.engine.video_loader import NAME, SampledVideoLoader
-from f2l_vllm.hypernetwork.merging import tokens_of_frames
+from f2l_vllm.base_models import video_loader
+from f2l_vllm.base_models.merging import tokens_of_frames
+from f2l_vllm.base_models.smolvlm.vllm_model import SmolVLMVideoForConditionalGeneration
+from f2l_vllm.base_models.video_loader import NAME, SampledVideoLoader
+from f2l_vllm.engine import plugin
 from tests.support.checkpoints import make_smolvlm
 
 

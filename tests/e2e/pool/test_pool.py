@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.states import VideoState
-from f2l_vllm.hypernetwork.base_shapes import BaseShapes
 from f2l_vllm.hypernetwork.peft_format import validate_adapter
 from f2l_vllm.pool.messages import Cancelled, Failed, Progress, Published, WorkerSpec
 from f2l_vllm.pool.pool import Pool, PoolConfig

@@ -15,9 +15,9 @@ from openai.types import FileObject
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from f2l_vllm.base_models.merging import tokens_of_frames
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE
 from f2l_vllm.hypernetwork.internalizer import Internalizer
-from f2l_vllm.hypernetwork.merging import tokens_of_frames
 from f2l_vllm.server.videos.service import Revisions
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.address import fingerprint

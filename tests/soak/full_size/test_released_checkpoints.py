@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.bench.hypernetwork_shapes import SHAPES, Shape, random_hypernetwork, save_model, save_released
-from f2l_vllm.hypernetwork.base_model import check_fit
-from f2l_vllm.hypernetwork.base_shapes import BaseShapes
 from f2l_vllm.hypernetwork.config_file import read_config
+from f2l_vllm.hypernetwork.fit import check_fit
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.hypernetwork.peft_format import validate_adapter

@@ -1,4 +1,4 @@
-"""`python -m tests.soak.fuzz` (`make fuzz`): one server of the default model, attacked for minutes with requests of every kind.
+"""`python -m tests.soak.fuzz` (`make fuzz`): one server of the default model, attacked for minutes.
 
 Schemathesis makes requests from the server's own OpenAPI document; the others are mutations of valid ones. Every answer
 is judged (`judge.py`), and every second the server has to answer a question of another tenant's. What is at fault is

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from transformers.video_utils import VideoMetadata
 
+from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.bench import shapes, tokenizer
 from f2l_vllm.bench.costs import Costs, write_adapter
-from f2l_vllm.hypernetwork.base_shapes import BaseShapes
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.hypernetwork.peft_format import validate_adapter
 from f2l_vllm.synthetic.render import write_mp4

@@ -10,8 +10,8 @@ from f2l_vllm.evaluation.diagnostics.measure.attribution import attribute, conte
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from f2l_vllm import models
+from f2l_vllm.base_models.text_layers import module_sizes
 from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter
-from f2l_vllm.hypernetwork.base_model import module_sizes
 
 LAYERS = 4
 

@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from f2l_vllm.base_models.text_layers import module_sizes, text_layers_of
 from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter, apply_factors, compose_tensors, save_tensors
-from f2l_vllm.hypernetwork.base_model import module_sizes, text_layers_of
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from tests.support import reference_hypernetwork as reference

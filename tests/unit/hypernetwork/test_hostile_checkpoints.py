@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.hypernetwork import unpickle
-from f2l_vllm.hypernetwork.base_shapes import BaseShapes
 from f2l_vllm.hypernetwork.checkpoint import read_checkpoint
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.config_file import read_config

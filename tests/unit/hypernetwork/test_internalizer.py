@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from f2l_vllm.base_models.text_layers import module_sizes
 from f2l_vllm.hypernetwork.adapter import Adapter
-from f2l_vllm.hypernetwork.base_model import module_sizes
 from f2l_vllm.hypernetwork.config import INSTRUCTION, HypernetworkConfig
 from f2l_vllm.hypernetwork.encoder import VideoEncoder
 from f2l_vllm.hypernetwork.internalizer import Internalizer
@@ -94,7 +94,7 @@ def test_reading_a_few_frames_and_tokens_at_a_time_changes_nothing(
     sampled = sample_video(video, internalizer.processor, sampling=Sampling(longest_edge=24))
     inputs = encoder.prepare(sampled)
     features_BLTD, _ = encoder.features(inputs)
-    monkeypatch.setattr("f2l_vllm.hypernetwork.encoder.VISION_HIDDEN_AT_ONCE", 4 * 16 * 96)
+    monkeypatch.setattr("f2l_vllm.base_models.smolvlm.VISION_HIDDEN_AT_ONCE", 4 * 16 * 96)
     monkeypatch.setattr("f2l_vllm.hypernetwork.blocks.HIDDEN_AT_ONCE", 128 * 100)
     ids, visual = encoder.tokens(sampled), encoder.see(sampled)
     assert torch.equal(ids, inputs["input_ids"][0])
@@ -123,7 +123,7 @@ def test_memory_for_reading_does_not_hold_hidden_activations_scores_or_pixels_of
     assert len(sampled.frames) == 40
     ids = internalizer.encoder.tokens(sampled)
     monkeypatch.setattr("f2l_vllm.hypernetwork.blocks.HIDDEN_AT_ONCE", 64 * len(ids))
-    monkeypatch.setattr("f2l_vllm.hypernetwork.encoder.VISION_HIDDEN_AT_ONCE", 8 * 16 * 96)
+    monkeypatch.setattr("f2l_vllm.base_models.smolvlm.VISION_HIDDEN_AT_ONCE", 8 * 16 * 96)
     with LargestTensor() as seen:
         internalizer.internalize_frames(sampled)
     weights = max(parameter.numel() for parameter in model.parameters())

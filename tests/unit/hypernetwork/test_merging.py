@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from f2l_vllm.base_models.merging import merge_tokens, tokens_of_frames, without_merged
 from f2l_vllm.hypernetwork.internalizer import Internalizer
-from f2l_vllm.hypernetwork.merging import merge_tokens, tokens_of_frames, without_merged
 from f2l_vllm.video.chunks import Chunking
 from f2l_vllm.video.sample import SampledVideo, sample_video
 from tests.support.videos import write_video

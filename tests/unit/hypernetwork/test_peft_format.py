@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from f2l_vllm.hypernetwork.base_shapes import BaseShapes
+from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.hypernetwork.peft_format import AdapterError, validate_adapter
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE, save_tensors
-from f2l_vllm.hypernetwork.base_shapes import BaseShapes
 from f2l_vllm.server.chat.compose import AdapterChunks, Composer, PartGone, PartLost
 from f2l_vllm.server.chat.request import Span
 from f2l_vllm.server.errors import APIError

@@ -10,9 +10,9 @@ from http import HTTPStatus
 import pytest
 import torch
 
+from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE, save_tensors
-from f2l_vllm.hypernetwork.base_shapes import BaseShapes
 from f2l_vllm.server.chat.compose import Composer
 from f2l_vllm.server.chat.request import Span, Video
 from f2l_vllm.server.chat.resolve import Asking

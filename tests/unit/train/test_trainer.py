@@ -17,9 +17,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from f2l_vllm import models
+from f2l_vllm.base_models.text_layers import module_sizes
 from f2l_vllm.cli.main import app
 from f2l_vllm.hypernetwork.adapter import apply_factors
-from f2l_vllm.hypernetwork.base_model import module_sizes
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.synthetic import phrases

@@ -1,6 +1,6 @@
 """vLLM's video loader that decodes as internalization does, so both read the very same frames.
 
-vLLM picks this loader for every model whose video processor is one of `VIDEO_PROCESSORS`; nothing need be configured.
+vLLM picks this loader for every model whose video processor was named to `decode_videos_of`; nothing is configured.
 `--media-io-kwargs '{"video": {"max_frames": 32, "fps": 1}}'` samples differently from the model's own configuration.
 """
 
@@ -24,10 +24,8 @@ from f2l_vllm.video.sample import Sampling, sample_video
 
 NAME = "f2l"
 WHOLE_BYTES = 64 << 20  # of a video's frames that are held as they were decoded
-VIDEO_PROCESSORS = ("SmolVLMVideoProcessor",)
 
 
-@VIDEO_LOADER_REGISTRY.register(NAME, video_processor=VIDEO_PROCESSORS)
 class SampledVideoLoader(VideoLoader):
     """Frames that the served model's own sampler chooses.
 
@@ -64,7 +62,7 @@ class SampledVideoLoader(VideoLoader):
             ValueError: the video cannot be used, or the served model takes no video; the message says what to do.
         """
         if cls._processor is None:
-            raise ValueError("This server's model does not take videos: serve a SmolVLM model.")
+            raise ValueError("This server's model does not take videos: serve one that does.")
         with tempfile.NamedTemporaryFile(prefix="f2l-video-") as file:
             file.write(data)
             file.flush()
@@ -78,6 +76,11 @@ class SampledVideoLoader(VideoLoader):
         metadata = dict(video.metadata)
         metadata["frames_indices"] = [int(index) for index in video.metadata.frames_indices]
         return video.frames, {**metadata, "do_sample_frames": False, "resized": decoder.has_resized}
+
+
+def decode_videos_of(video_processors: tuple[str, ...]) -> None:
+    """Have vLLM decode by this loader for the models with one of these processors."""
+    VIDEO_LOADER_REGISTRY.register(NAME, video_processor=video_processors)(SampledVideoLoader)
 
 
 class _Shrinking:

@@ -38,8 +38,11 @@ from vllm.multimodal.parse import MultiModalDataItems, MultiModalDataParser, Vid
 from vllm.multimodal.processing import BaseDummyInputsBuilder, PromptReplacement, PromptUpdate, PromptUpdateDetails
 from vllm.multimodal.processing.processor import MultiModalPromptUpdates, PlaceholderFeaturesInfo, ResolvedPromptUpdate
 
-from f2l_vllm.engine import video_loader
-from f2l_vllm.hypernetwork.merging import merge_tokens, tokens_of_frames, without_merged
+from f2l_vllm.base_models import video_loader
+from f2l_vllm.base_models.merging import merge_tokens, tokens_of_frames, without_merged
+from f2l_vllm.base_models.smolvlm import SPEC
+
+video_loader.decode_videos_of(SPEC.video_processors)
 
 _FRAMES_PER_CALL = 32  # of the vision tower, whose memory grows with the frames it sees at once
 _METADATA_FIELDS = {field.name for field in fields(VideoMetadata)}

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from f2l_vllm.hypernetwork.config import check_rate
+from f2l_vllm.base_models.rate import check_rate
 
 
 def tokens_of_frames(num_frames: int, tokens_per_frame: int, rate: float) -> list[int]:

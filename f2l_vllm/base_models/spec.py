@@ -1,0 +1,82 @@
+"""What a family of vision-language models tells of itself, so that adapters can be made for it and served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
+_LLAMA_PATHS = {name: f"self_attn.{name}" for name in ATTENTION_MODULES} | {name: f"mlp.{name}" for name in MLP_MODULES}
+
+
+def llama_sizes(text: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """(d_in, d_out) of each linear of a text layer laid out as Llama's, from the text model's configuration."""
+    hidden, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
+    head_dim = text.get("head_dim") or hidden // heads
+    q, kv = heads * head_dim, text.get("num_key_value_heads", heads) * head_dim
+    return {
+        "q_proj": (hidden, q),
+        "k_proj": (hidden, kv),
+        "v_proj": (hidden, kv),
+        "o_proj": (q, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }
+
+
+@dataclass(frozen=True)
+class BaseModelSpec:
+    """One family. Light: what needs torch or vLLM is imported by the functions that it names.
+
+    Shape suffixes: F frames, P visual tokens of a frame, D hidden size.
+
+    Attributes:
+        name: `model_type` in `config.json`.
+        example: a hub id, for messages.
+        text_config: key of `config.json` under which the text model's sizes are.
+        text_model: the decoder stack (embeddings, layers, norm), as an attribute of the transformers model without its
+            language-model head.
+        peft_prefix: of a text layer's names in PEFT files, before the layer's number.
+        embed_frames: visual tokens [F, P, D] of one batch of frames, as the family's video processor makes it.
+        frames_at_once: how many frames the vision tower takes, from the model's configuration.
+        architecture: the class's name in transformers and in vLLM's registry of models.
+        vllm_class: `module:class` that vLLM serves it by, with a `video` modality.
+        video_processors: classes of transformers by whose sampling vLLM decodes this family's videos.
+        hypernetworks: hub id of the released hypernetworks for this family; None if there are none.
+        released_for: hub ids of the base models that they were trained for.
+        known_sizes: what `recognised` reads of a configuration -> hub id.
+        module_paths: target linear -> its path inside a text layer.
+        module_sizes: target linear -> (d_in, d_out), from the text model's configuration.
+    """
+
+    name: str
+    example: str
+    text_config: str
+    text_model: str
+    peft_prefix: str
+    embed_frames: Callable[[nn.Module, Mapping[str, Any]], Tensor]
+    frames_at_once: Callable[[Any], int]
+    architecture: str
+    vllm_class: str
+    video_processors: tuple[str, ...]
+    hypernetworks: str | None = None
+    released_for: tuple[str, ...] = ()
+    known_sizes: Mapping[tuple[int, ...], str] = field(default_factory=dict)
+    module_paths: Mapping[str, str] = field(default_factory=lambda: _LLAMA_PATHS)
+    module_sizes: Callable[[Mapping[str, Any]], dict[str, tuple[int, int]]] = llama_sizes
+
+    def recognised(self, config: Mapping[str, Any]) -> str | None:
+        """The model of the hub that a `config.json` is a copy of, by its sizes: layers, hidden and intermediate size
+        and heads of the text model, layers and width of the vision model."""
+        text, vision = config[self.text_config], config["vision_config"]
+        found = (
+            *(text[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")),
+            *(vision[name] for name in ("num_hidden_layers", "hidden_size")),
+        )
+        return self.known_sizes.get(found)
