@@ -8,9 +8,11 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 TORCH_INDEX ?=
 FUZZ_SECONDS ?= 600
+# Two at a time; a test module stays with one process, and the servers that it shares with it.
+PARALLEL ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test test-full-size fuzz lint format bench model clean
+.PHONY: help setup serve demo check unit test test-full-size fuzz lint format bench model clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,8 +32,13 @@ serve: $(STAMP) ## Serve the default model on http://127.0.0.1:8000
 demo: $(STAMP) ## The whole way once: video in, answers out, compared with frames in context
 	$(BIN)/f2l-vllm demo
 
-test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest
+check: lint unit ## The gate before a commit: style, types, who imports whom, unit tests
+
+unit: $(STAMP) ## Run the tests that start no server, no Ray and no engine
+	$(BIN)/python -m pytest tests/unit $(PARALLEL)
+
+test: $(STAMP) ## Run the tests, unit and end to end
+	$(BIN)/python -m pytest tests/unit tests/e2e $(PARALLEL)
 
 test-full-size: $(STAMP) ## Run the tests on models of the released shapes (10 minutes, 15 GB of memory)
 	$(BIN)/python -m pytest tests/soak/full_size -m full_size

@@ -2,8 +2,8 @@
 
 PyPI's builds of those packages link against CUDA's torch, so next to a CPU torch their compiled libraries do not
 load, and importing them fails. For torchvision, which fails in `register_fake("torchvision::nms")`, declaring the two
-schemas it names is enough, because nothing here calls the compiled operators. torchaudio is told what it is told where it
-was built without its extension, and works without. torchcodec, which raises `OSError` where vLLM expects
+schemas it names is enough, because nothing here calls the compiled operators. torchaudio is told what it is told where
+it was built without its extension, and works without. torchcodec, which raises `OSError` where vLLM expects
 `ImportError`, is hidden: it reads as "not installed". Where the libraries load, nothing is changed.
 
 torch itself calls `with_torch` while it is imported, by the entry point `torch.backends` (its own way to let a package

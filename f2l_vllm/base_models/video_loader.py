@@ -61,18 +61,25 @@ class SampledVideoLoader(VideoLoader):
         Raises:
             ValueError: the video cannot be used, or the served model takes no video; the message says what to do.
         """
-        if cls._processor is None:
-            raise ValueError("This server's model does not take videos: serve one that does.")
         with tempfile.NamedTemporaryFile(prefix="f2l-video-") as file:
             file.write(data)
             file.flush()
-            sampling = Sampling(max_frames=max_frames, fps=fps)
-            try:
-                with _decoders().lend() as isolated:
-                    decoder = _Shrinking(isolated, cls._resize)
-                    video = sample_video(file.name, cls._processor(), Settings().video_limits, sampling, decoder)
-            except VideoError as error:
-                raise ValueError(error.message) from error
+            return cls.load_path(Path(file.name), max_frames=max_frames, fps=fps, **kwargs)
+
+    @classmethod
+    def load_path(
+        cls, path: Path, *, max_frames: int | None = None, fps: float | None = None, **kwargs: Any
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """As `load_bytes`, of a file where it lies. Raises FileNotFoundError too."""
+        if cls._processor is None:
+            raise ValueError("This server's model does not take videos: serve one that does.")
+        sampling = Sampling(max_frames=max_frames, fps=fps)
+        try:
+            with _decoders().lend() as isolated:
+                decoder = _Shrinking(isolated, cls._resize)
+                video = sample_video(path, cls._processor(), Settings().video_limits, sampling, decoder)
+        except VideoError as error:
+            raise ValueError(error.message) from error
         metadata = dict(video.metadata)
         metadata["frames_indices"] = [int(index) for index in video.metadata.frames_indices]
         return video.frames, {**metadata, "do_sample_frames": False, "resized": decoder.has_resized}

@@ -78,7 +78,7 @@ def internalize(video: Path, output: Path, model: str, hypernetwork: str | None,
     internalizer, directory = _internalizer(model, hypernetwork, reading.merge_rate)
     started = time.perf_counter()
     adapter = _read(internalizer, video, reading)
-    adapter.save(output, base_model=models.loadable_name(directory), family=internalizer.family)
+    adapter.save(output, base_model=models.loadable_name(directory), family=internalizer.encoder.family)
     info = adapter.info
     console.print(
         f"rank {adapter.rank} adapter from {info['frames']} frames ({info['visual_tokens']} visual tokens) "

@@ -6,11 +6,14 @@ comes silently from the base model. So keys, shapes, rank and scale are checked 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.files import read_json
@@ -24,11 +27,12 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What a checked adapter directory holds."""
+    """What a checked adapter directory holds; `sha256` of the files as they were read for the check."""
 
     rank: int
     modules: tuple[str, ...]
     bytes: int
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 def validate_adapter(directory: Path, shapes: BaseShapes, *, max_rank: int | None = None) -> AdapterFiles:
@@ -61,19 +65,19 @@ def validate_adapter(directory: Path, shapes: BaseShapes, *, max_rank: int | Non
             expected[shapes.key(layer, module, "B")] = (d_out, rank)
     path = directory / WEIGHTS_FILE
     try:
-        with safe_open(path, "pt") as weights:
-            names = set(weights.keys())
-            if names != set(expected):
-                extra, missing = sorted(names - set(expected)), sorted(set(expected) - names)
-                raise AdapterError(f"unexpected keys {extra[:3]}, missing keys {missing[:3]}")
-            for name, shape in expected.items():
-                tensor = weights.get_tensor(name)
-                if tuple(tensor.shape) != shape:
-                    raise AdapterError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-                if tensor.dtype is not torch.bfloat16:
-                    raise AdapterError(f"{name} is {tensor.dtype}; published adapters are bfloat16")
-                if not bool(torch.isfinite(tensor).all()):
-                    raise AdapterError(f"{name} holds a value that is not finite")
+        content = path.read_bytes()
+        weights = load(content)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{WEIGHTS_FILE} cannot be read: {error}") from error
-    return AdapterFiles(rank, modules, path.stat().st_size)
+    if weights.keys() != expected.keys():
+        extra, missing = sorted(weights.keys() - expected.keys()), sorted(expected.keys() - weights.keys())
+        raise AdapterError(f"unexpected keys {extra[:3]}, missing keys {missing[:3]}")
+    for name, shape in expected.items():
+        tensor = weights[name]
+        if tuple(tensor.shape) != shape:
+            raise AdapterError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype is not torch.bfloat16:
+            raise AdapterError(f"{name} is {tensor.dtype}; published adapters are bfloat16")
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{name} holds a value that is not finite")
+    return AdapterFiles(rank, modules, len(content), {WEIGHTS_FILE: hashlib.sha256(content).hexdigest()})

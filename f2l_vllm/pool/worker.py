@@ -6,14 +6,14 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tombstones import LOST
-from f2l_vllm.hypernetwork.peft_format import validate_adapter
+from f2l_vllm.hypernetwork.peft_format import AdapterFiles, validate_adapter
 from f2l_vllm.pool.messages import Cancelled, Event, Failed, Outcome, Progress, Published, WorkerInfo, WorkerSpec
 from f2l_vllm.store.store import Store, StoreError
 
@@ -179,15 +179,17 @@ class HypernetworkWorker:
             finding = self._check.check(adapter)
         except ValueError as error:  # not finite, too large, or without effect
             return Failed("adapter_rejected", f"the generated adapter failed its check: {error}")
+        files: AdapterFiles
         info = {**adapter.info, "internalize_seconds": seconds, "probe_effect": finding.effect, "norm": finding.norm}
 
-        def write(directory: Path) -> None:
+        def write(directory: Path) -> Mapping[str, str]:
+            nonlocal files
             adapter.save(directory, base_model=spec.base_name, family=self._shapes.family)
-            validate_adapter(directory, self._shapes, max_rank=spec.max_rank)
+            files = validate_adapter(directory, self._shapes, max_rank=spec.max_rank)
+            return files.sha256
 
         try:
-            directory = self._store.publish_adapter(name, write, {"base_model": spec.base_name, "info": info})
-            files = validate_adapter(directory, self._shapes, max_rank=spec.max_rank)
+            self._store.publish_adapter(name, write, {"base_model": spec.base_name, "info": info})
         except ValueError as error:  # not finite, or not of the base model's shape
             return Failed("adapter_rejected", f"the generated adapter failed its checks: {error}")
         return Published(files.rank, files.bytes, info)

@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,12 @@ class Manifests:
             else:
                 self.forget(directory)
 
+    def note(self, directory: Path) -> None:
+        """It was just made by `copy`, in a folder that nobody else writes to."""
+        found = _signature(directory)
+        if found is not None:
+            self._sound[directory] = found
+
     def is_sound(self, directory: Path) -> bool:
         """Whether it was compared and has not changed; reads no file."""
         known = self._sound.get(directory)
@@ -74,9 +82,13 @@ def read(directory: Path, name: str) -> dict[str, Any]:
     return manifest
 
 
-def write(directory: Path, name: str, manifest: dict[str, Any]) -> None:
-    """Add the manifest of the files that are there."""
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(directory.iterdir())}
+def write(directory: Path, name: str, manifest: dict[str, Any], known: Mapping[str, str] | None = None) -> None:
+    """Add the manifest of the files that are there; `known` has the hashes of those that were read already."""
+    known = known or {}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": known.get(path.name) or sha256_of(path)}
+        for path in sorted(directory.iterdir())
+    }
     (directory / MANIFEST_FILE).write_text(json.dumps({**manifest, "name": name, "files": files}, indent=1))
 
 
@@ -95,6 +107,27 @@ def verify(directory: Path, name: str) -> dict[str, Any]:
     except (OSError, KeyError, TypeError) as error:
         raise StoreError(f"adapter {name} is missing or damaged: {error}") from error
     return manifest
+
+
+def copy(directory: Path, target: Path, name: str) -> None:
+    """Copy an adapter into a new directory, each file compared with the manifest as it goes by.
+
+    Raises:
+        StoreError: no such adapter, or a file that is missing or differs from what was written; part of it is copied.
+        OSError: the copy cannot be written.
+    """
+    manifest = read(directory, name)
+    target.mkdir(mode=0o700)
+    shutil.copy2(directory / MANIFEST_FILE, target)
+    for file, entry in manifest["files"].items():
+        try:
+            content = (directory / file).read_bytes()
+            is_whole = hashlib.sha256(content).hexdigest() == entry["sha256"]
+        except (FileNotFoundError, KeyError, TypeError) as error:
+            raise StoreError(f"adapter {name} is missing or damaged: {error}") from error
+        if not is_whole:
+            raise StoreError(f"adapter {name}: {file} differs from what was written")
+        (target / file).write_bytes(content)
 
 
 def sha256_of(path: Path) -> str:

@@ -16,9 +16,11 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
-from f2l_vllm.store.manifest import Manifests
+from f2l_vllm.store import manifest as manifests
+from f2l_vllm.store.manifest import Manifests, StoreError
 
 logger = logging.getLogger(__name__)
 MEMORY = Path("/dev/shm")
@@ -84,7 +86,8 @@ class HotSet:
 
         def copy() -> None:
             self._offered.discard(name)
-            self.put(name, source)
+            with suppress(StoreError):  # whoever asks for it next finds that
+                self.put(name, source)
 
         try:
             self._copier.submit(copy)
@@ -92,7 +95,12 @@ class HotSet:
             self._offered.discard(name)
 
     def put(self, name: str, source: Path, *, evict: bool = True) -> Path | None:
-        """Copy an adapter in; None if there is no room for it: without `evict`, none that is free."""
+        """Copy an adapter in, compared with its manifest; None if there is no room for it: without `evict`, none that
+        is free.
+
+        Raises:
+            StoreError: its files are missing or damaged; nothing is kept.
+        """
         target, work = self._folder / name, self._folder / f".{uuid.uuid4().hex}"
         with self._lock:
             try:
@@ -100,12 +108,16 @@ class HotSet:
                 self._folder.mkdir(mode=0o700, exist_ok=True)
                 if not self._make_room(size, evict):
                     return None
-                shutil.copytree(source, work)
+                manifests.copy(source, work, name)
                 os.rename(work, target)
                 self._sizes[name] = size
+                self._manifests.note(target)
                 if not source.is_dir():  # removed meanwhile
                     self._drop(name)
                     return None
+            except StoreError:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
             except OSError as error:
                 shutil.rmtree(work, ignore_errors=True)
                 if source.is_dir():

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -253,10 +253,19 @@ class Store:
         """Copy a published adapter into memory before anybody asks for it; False when there is no more room."""
         if self._hot is None:
             return False
-        return self._hot.path(name) is not None or self._hot.put(name, self._checked(name), evict=False) is not None
+        if self._hot.path(name) is not None:
+            return True
+        try:
+            return self._hot.put(name, self.adapter_path(name), evict=False) is not None
+        except StoreError:  # not here, or damaged: fetched where there is somewhere to fetch it from
+            return self._hot.put(name, self._checked(name), evict=False) is not None
 
-    def publish_adapter(self, name: str, write: Callable[[Path], None], manifest: dict[str, Any]) -> Path:
+    def publish_adapter(
+        self, name: str, write: Callable[[Path], Mapping[str, str] | None], manifest: dict[str, Any]
+    ) -> Path:
         """Let `write` fill a directory, add the manifest, and rename the whole into place.
+
+        What `write` returns, the sha-256 of files that it has read, is not computed again.
 
         The adapter of a name is immutable: if it is there and sound, the new copy is dropped. `write` may raise;
         nothing is left behind then.
@@ -264,9 +273,9 @@ class Store:
         target = self.adapter_path(name)
         self.check_room_for_adapters()
         with self._work() as work, disk_errors("keep an adapter"):
-            write(work)
+            known = write(work) or {}
             self.check_room_for_adapters()
-            manifests.write(work, name, manifest)
+            manifests.write(work, name, manifest, known)
             for file in work.iterdir():
                 sync(file)
             sync(work)

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -200,15 +200,19 @@ class Composer:
     def _publish(self, name: str, parts: Sequence[AdapterChunks]) -> AdapterFiles:
         """Runs in a thread."""
 
-        def write(directory: Path) -> None:
+        files: AdapterFiles
+
+        def write(directory: Path) -> Mapping[str, str]:
+            nonlocal files
             tensors = {part.record.name: self._read(part.record) for part in parts}
             composed = compose_tensors([(tensors[p.record.name], p.chunks) for p in parts], self._chunk_rank)
             save_tensors(composed, directory, self._base_name)
-            validate_adapter(directory, self._shapes, max_rank=self._max_rank)
+            files = validate_adapter(directory, self._shapes, max_rank=self._max_rank)
+            return files.sha256
 
         manifest = {"base_model": self._base_name, "info": {"parts": _described(parts)}}
-        directory = self._store.publish_adapter(name, write, manifest)
-        return validate_adapter(directory, self._shapes, max_rank=self._max_rank)
+        self._store.publish_adapter(name, write, manifest)
+        return files
 
     def _read(self, record: AdapterRecord) -> dict[str, Any]:
         try:

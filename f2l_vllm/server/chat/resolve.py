@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from f2l_vllm.catalog.states import IN_WORK
@@ -15,6 +15,7 @@ from f2l_vllm.catalog.tables import AdapterRecord, FileRecord, FileWithAdapter
 from f2l_vllm.server.chat.compose import AdapterChunks, Composer, PartGone, PartLost
 from f2l_vllm.server.chat.request import Mode, Video
 from f2l_vllm.server.errors import APIError, bad_request, video_not_found
+from f2l_vllm.server.media.local import LocalVideo, address_of
 from f2l_vllm.server.registry import Lease
 from f2l_vllm.server.videos.by_url import RemoteVideos
 from f2l_vllm.server.videos.service import VideoService
@@ -112,7 +113,7 @@ class Asking:
         raise APIError(HTTPStatus.INTERNAL_SERVER_ERROR, "adapter_damaged", message)
 
     async def frames(self, named: Sequence[RequestedVideo]) -> dict[Video, str]:
-        """The bytes of these videos as data URIs, for vLLM to read their frames; waits for no adapter.
+        """Addresses of these videos for vLLM to read their frames by, good for this request; waits for no adapter.
 
         Raises:
             APIError: `video_too_large_for_frames`.
@@ -123,7 +124,8 @@ class Asking:
             raise bad_request("video_too_large_for_frames", message, "f2l")
         for one in named:
             self._service.note_use(one.record)
-        return {one.video: await asyncio.to_thread(self._data_uri, one.record) for one in named}
+        paths = {one.video: await asyncio.to_thread(self._path, one.record) for one in named}
+        return {one.video: address_of(LocalVideo(paths[one.video], one.record.sha256)) for one in named}
 
     async def _part(
         self, one: RequestedVideo, tenant: str, wait: float, known: FileWithAdapter | None
@@ -134,13 +136,12 @@ class Asking:
             raise video_not_found(file_id, "messages")  # deleted a moment ago
         return self._composer.choose(found.adapter, one.video.span, file_id)
 
-    def _data_uri(self, record: FileRecord) -> str:
+    def _path(self, record: FileRecord) -> Path:
         """Runs in a thread."""
         try:
-            data = self._service.store.fetch_video(record.video).read_bytes()
-        except (StoreError, FileNotFoundError) as error:
+            return self._service.store.fetch_video(record.video)
+        except StoreError as error:
             raise video_not_found(record.id, "messages") from error  # deleted between look-up and read
-        return "data:video/mp4;base64," + base64.b64encode(data).decode()
 
 
 def from_frames(named: Sequence[RequestedVideo]) -> Source:

@@ -28,11 +28,14 @@ from vllm.multimodal.media.base import MediaWithBytes
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.media.video import VideoMediaIO
 
+from f2l_vllm.base_models.video_loader import SampledVideoLoader
 from f2l_vllm.server.chat.content import check_address
 from f2l_vllm.server.errors import APIError, bad_request
+from f2l_vllm.server.media.local import LocalVideo, video_at
 from f2l_vllm.server.media.turns import Turns
 from f2l_vllm.server.tenants import asking_tenant
 from f2l_vllm.settings import Settings
+from f2l_vllm.store.manifest import sha256_of
 from f2l_vllm.video.decoder import DecodeLimits, Decoders
 from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.fetch import fetch
@@ -144,6 +147,8 @@ class GuardedMediaConnector(MediaConnector):
             APIError: what `check_address` and `fetch` refuse, `invalid_image`, `image_too_large`, and what is
                 wrong with a video.
         """
+        if (local := video_at(url)) is not None:
+            return await self._load_local(local, media_io)
         check_address(url)
         settings = Settings()
         if isinstance(media_io, ImageMediaIO):
@@ -164,6 +169,16 @@ class GuardedMediaConnector(MediaConnector):
                 return await media.decode(_frames, target, media_io)
             except VideoError as error:
                 raise _refused(error, isinstance(media_io, ImageMediaIO)) from error
+
+    async def _load_local(self, video: LocalVideo, media_io: VideoMediaIO) -> Any:
+        media = _question.get() or MediaOfQuestion(Turns(1), asking_tenant.get())
+        try:
+            return await media.decode(_frames, video.path, media_io, video.sha256)
+        except VideoError as error:
+            raise _refused(error, is_picture=False) from error
+        except FileNotFoundError as error:
+            message = "The video was deleted while its question was being read."
+            raise APIError(HTTPStatus.NOT_FOUND, "video_not_found", message, param="messages") from error
 
     def fetch_image_embedding(self, data: str) -> Any:
         """Refused: vLLM would unpickle it.
@@ -192,28 +207,29 @@ def _picture(path: Path, media: MediaOfQuestion, background: Sequence[int]) -> M
     return MediaWithBytes(Image.fromarray(pixels), _key(path))
 
 
-def _frames(path: Path, media_io: VideoMediaIO) -> Any:
+def _frames(path: Path, media_io: VideoMediaIO, sha256: str | None = None) -> Any:
     """Runs in a thread."""
     try:
-        video = media_io.load_bytes(path.read_bytes())
+        if issubclass(media_io.video_loader, SampledVideoLoader):
+            video = media_io.video_loader.load_path(path, num_frames=media_io.num_frames, **media_io.kwargs)
+        else:  # the operator's choice
+            video = media_io.load_bytes(path.read_bytes()).media
+    except (FileNotFoundError, MemoryError):  # this server's, not the video's
+        raise
     except ValueError as error:
         if isinstance(error.__cause__, VideoError):
             raise error.__cause__ from error
         raise
-    except MemoryError:  # this server's, not the video's
-        raise
     except Exception as error:  # of a library that hostile bytes have led astray
         raise VideoError("decode_failed", "The video cannot be decoded: send another file.") from error
-    return MediaWithBytes(video.media, _key(path))
+    return MediaWithBytes(video, _key(path, sha256))
 
 
-def _key(path: Path) -> bytes:
+def _key(path: Path, sha256: str | None = None) -> bytes:
     """What vLLM keeps the processed medium under, besides how it was processed: its bytes, and whose it is."""
     settings = Settings()
     owner = asking_tenant.get() if settings.tenants is not None and not settings.share_caches else ""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").digest()
-    return hashlib.sha256(owner.encode()).digest() + digest
+    return hashlib.sha256(owner.encode()).digest() + bytes.fromhex(sha256 or sha256_of(path))
 
 
 def _refused(error: VideoError, is_picture: bool) -> APIError:
