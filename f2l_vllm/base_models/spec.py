@@ -48,7 +48,7 @@ class BaseModelSpec:
         architecture: the class's name in transformers and in vLLM's registry of models.
         vllm_class: `module:class` that vLLM serves it by, with a `video` modality.
         video_processors: classes of transformers by whose sampling vLLM decodes this family's videos.
-        hypernetworks: hub id of the released hypernetworks for this family; None if there are none.
+        hypernetworks: hub id of the released hypernetworks for this family; empty if there are none.
         released_for: hub ids of the base models that they were trained for.
         known_sizes: what `recognised` reads of a configuration -> hub id.
         module_paths: target linear -> its path inside a text layer.
@@ -65,7 +65,7 @@ class BaseModelSpec:
     architecture: str
     vllm_class: str
     video_processors: tuple[str, ...]
-    hypernetworks: str | None = None
+    hypernetworks: str = ""
     released_for: tuple[str, ...] = ()
     known_sizes: Mapping[tuple[int, ...], str] = field(default_factory=dict)
     module_paths: Mapping[str, str] = field(default_factory=lambda: _LLAMA_PATHS)

@@ -121,7 +121,7 @@ class Askers:
         client, _ = await self._client(arm)
         started = time.perf_counter()
         file = await client.upload(video, wait=False)
-        more = {"extra_body": {"f2l": {"wait": _WAIT_SECONDS}}}
+        more: dict[str, Any] = {"extra_body": {"f2l": {"wait": _WAIT_SECONDS}}}
         answer = await client.ask(question, started=started, **about_adapter(file.id), **more)
         _check(answer, arm, waits=True)
         self._note(await client.file(file.id))

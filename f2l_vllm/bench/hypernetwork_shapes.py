@@ -120,7 +120,7 @@ def save_model(shape: Shape, directory: Path, dtype: torch.dtype = torch.bfloat1
             **ids,
         },
         scale_factor=shape.scale_factor,
-        image_token_id=tokenizer.convert_tokens_to_ids(tokens.IMAGE),
+        image_token_id=tokenizer.convert_tokens_to_ids(tokens.IMAGE),  # type: ignore[arg-type]  # one id for one token
         **ids,
     )
     torch.manual_seed(0)
@@ -139,7 +139,8 @@ def save_released(hyper: Hypernetwork, path: Path) -> Path:
 
     config = hyper.config
     sizes = config.modules
-    lora = LoraConfig(r=config.rank, lora_alpha=hyper.scale, target_modules=list(sizes), task_type="CAUSAL_LM")
+    scale: Any = hyper.scale  # as the publisher writes it; peft says int and takes it
+    lora = LoraConfig(r=config.rank, lora_alpha=scale, target_modules=list(sizes), task_type="CAUSAL_LM")
     with _publishers_classes() as make:
         aggregator = make(
             "AggregatorConfig",

@@ -76,7 +76,7 @@ class Extras:
         if self.sweep is not None:
             found["sweep"] = _sweep(questions, scenes, setup, self.sweep, work / SWEEP_FOLDER, progress)
         if self.diagnostics:
-            from f2l_vllm.evaluation.diagnostics.measure.measure import diagnose
+            from f2l_vllm.evaluation.diagnostics.measure import diagnose
             from f2l_vllm.evaluation.in_process import TransformersAnswers
 
             answers = TransformersAnswers(

@@ -6,7 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
-from f2l_vllm.base_models.registry import DEFAULT, family_in
+from f2l_vllm.base_models.registry import DEFAULT, FAMILIES
 from f2l_vllm.files import read_json
 from f2l_vllm.hypernetwork.locate import locate
 
@@ -68,7 +68,8 @@ def recognised(model_reference: str) -> str | None:
     """The released base model that a model is a copy of, by the sizes in its config, or None."""
     path = Path(model_reference).expanduser()
     try:
-        return family_in(path).recognised(read_json(path / "config.json"))
+        config = read_json(path / "config.json")
+        return next((name for family in FAMILIES.values() if (name := family.recognised(config))), None)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from f2l_vllm.evaluation.diagnostics.measure.directions import (
+from f2l_vllm.evaluation.diagnostics.directions import (
     Directions,
     rebuild,
     strongest,

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from f2l_vllm.evaluation import statistics
 from f2l_vllm.evaluation.answers import Answer
-from f2l_vllm.evaluation.diagnostics.measure.ablation import INTACT, Curve, Cut, cut_all, layer_curves, rank_curves
-from f2l_vllm.evaluation.diagnostics.measure.attribution import attribute, contest
-from f2l_vllm.evaluation.diagnostics.measure.directions import decompose, update_norms, weight_norms
+from f2l_vllm.evaluation.diagnostics.ablation import INTACT, Curve, Cut, cut_all, layer_curves, rank_curves
+from f2l_vllm.evaluation.diagnostics.attribution import attribute, contest
+from f2l_vllm.evaluation.diagnostics.directions import decompose, update_norms, weight_norms
 from f2l_vllm.evaluation.in_process import TransformersAnswers
 from f2l_vllm.evaluation.questions import ADAPTER, Ask, Clip, Question, QuestionSet
 from f2l_vllm.evaluation.scores import macro_values, measure

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from f2l_vllm.evaluation.diagnostics.measure.ablation import (
+from f2l_vllm.evaluation.diagnostics.ablation import (
     FIRST_LAYERS,
     KEEP_STRONGEST,
     LAST_LAYERS,

@@ -26,10 +26,10 @@ from f2l_vllm.recipes.f2l_tiny.prompts import Clip, Prompts, times_of
 from f2l_vllm.recipes.f2l_tiny.vlm_stage import BATCH, batch_size, draw_turns, frame_count
 from f2l_vllm.synthetic import phrases
 from f2l_vllm.synthetic.world import Scene, draw_scene
-from f2l_vllm.train import steps
 from f2l_vllm.train.loop import Loop, Loss
 from f2l_vllm.train.optimizer import MuonAdamW, warm_constant_linear
 from f2l_vllm.train.packing import PackedBatch, Turn, answer_loss, pack
+from f2l_vllm.train.steps import Randomness
 
 NAME = "hypernetwork"
 _CUT_SHARE = 0.15  # of the steps, one video in 2 to 4 pieces
@@ -79,7 +79,7 @@ def train_hypernetwork(
     prompts = Prompts(processor)
     optimizer = MuonAdamW(hypernetwork.named_parameters(), muon_lr=0.01, adamw_lr=2e-3)
 
-    def step_loss(randomness: steps.Randomness, step: int) -> Loss:
+    def step_loss(randomness: Randomness, step: int) -> Loss:
         scenes, pieces = _lesson(prompts, randomness, loop, mixed=step > steps * 0.3)
         size = filming.draw_size(randomness.rng)
         chunks = []
@@ -137,7 +137,7 @@ def adapted_hidden(
 Pieces = list[tuple[list[Scene], list[Clip]]]
 
 
-def _lesson(prompts: Prompts, randomness: steps.Randomness, loop: Loop, *, mixed: bool) -> tuple[list[Scene], Pieces]:
+def _lesson(prompts: Prompts, randomness: Randomness, loop: Loop, *, mixed: bool) -> tuple[list[Scene], Pieces]:
     """The scenes asked about, and the videos (chunks of each adapter) in which they are seen."""
     shared, rng = randomness.shared, randomness.rng
     kind = shared.random()

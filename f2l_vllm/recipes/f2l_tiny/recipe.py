@@ -17,9 +17,10 @@ from f2l_vllm.recipes.f2l_tiny import hypernetwork_stage, vision_stage
 from f2l_vllm.recipes.f2l_tiny.checkpoint import build_model, build_processor, load_weights, save_checkpoint
 from f2l_vllm.recipes.f2l_tiny.score import score_model
 from f2l_vllm.recipes.f2l_tiny.vlm_stage import FIRST, REFINEMENT, train_vlm
-from f2l_vllm.train import folder, steps
+from f2l_vllm.train import folder
 from f2l_vllm.train.folder import REPORT_FILE
 from f2l_vllm.train.loop import Loop
+from f2l_vllm.train.steps import Progress, one_thread
 
 MODEL_NAME = "f2l-tiny"
 STEPS = {vision_stage.NAME: 800, FIRST.name: 1500, REFINEMENT.name: 500, hypernetwork_stage.NAME: 1200}
@@ -36,7 +37,7 @@ def make_model(
     score_scenes: int = 512,
     base: str | Path | None = None,
     overwrite: bool = False,
-    on_progress: steps.Progress | None = None,
+    on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train the default model and its hypernetwork from nothing, one CPU thread a process, and write them.
 
@@ -67,7 +68,7 @@ def make_model(
     finished = (REPORT_FILE, "config.json", "model.safetensors", "hypernetwork")
     folder.check(output_dir, finished, run=_STAGES_FOLDER, overwrite=overwrite, extend=False)
     results: dict[str, dict[str, float]] = {}
-    with steps.one_thread():
+    with one_thread():
         processor = build_processor()
         model = build_model(processor, seed=seed)
         loop = Loop(output_dir / _STAGES_FOLDER, seed=seed, device=torch.device("cpu"), on_progress=on_progress)

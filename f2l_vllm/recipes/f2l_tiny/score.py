@@ -25,8 +25,8 @@ from f2l_vllm.recipes.f2l_tiny.hypernetwork_stage import adapted_hidden, cut_in_
 from f2l_vllm.recipes.f2l_tiny.prompts import Prompts, times_of
 from f2l_vllm.synthetic import phrases
 from f2l_vllm.synthetic.world import Scene, sample_scenes
-from f2l_vllm.train import steps
 from f2l_vllm.train.packing import Turn, exact_matches, pack
+from f2l_vllm.train.steps import Randomness, one_thread
 
 ADAPTER, IN_CONTEXT, NEITHER, WRONG_VIDEO = ARMS = ("adapter", "in context", "neither", "wrong video")
 Question = tuple[str, str, str]  # text, true answer, type
@@ -89,7 +89,7 @@ class Scorer:
         for first in range(0, len(scenes), _BATCH):
             some = scenes[first : first + _BATCH]
             clips = [self.prompts.draw_clip(num_frames, rng) for _ in some]
-            randomness = steps.Randomness.of("score", seed + first)
+            randomness = Randomness.of("score", seed + first)
             size = filming.draw_size(rng)
             pixels = filming.film(some, times_of(clips), size, self.processor.video_processor, randomness)
             asked = self.questions(some, seed + first, unseen=unseen_phrasing)
@@ -113,7 +113,7 @@ class Scorer:
                 cut_in_time(self.prompts, rng, 2, 8, _BATCH, split),
                 cut_in_time(self.prompts, rng, 4, 4, _BATCH, split),
             )
-            randomness = steps.Randomness.of("composed", seed + first)
+            randomness = Randomness.of("composed", seed + first)
             for tally, (scenes, pieces) in zip(tallies.values(), lessons, strict=True):
                 chunks = []
                 for piece_scenes, clips in pieces:
@@ -161,7 +161,7 @@ def _count(tally: Tally, asked: list[list[Question]], matches: list[list[bool]])
             tally.answers[kind].append(match)
 
 
-@steps.one_thread()
+@one_thread()
 def score_model(directory: str | Path, *, scenes: int = 512, seed: int = 1000) -> dict[str, Any]:
     """Score a model directory on fresh scenes drawn as the processor would give them; `f2l-vllm eval` scores mp4 files.
 

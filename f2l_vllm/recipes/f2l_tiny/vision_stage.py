@@ -12,9 +12,9 @@ from transformers import SmolVLMForConditionalGeneration, SmolVLMProcessor
 from f2l_vllm.recipes.f2l_tiny import filming, precision
 from f2l_vllm.recipes.f2l_tiny.auxiliary import PatchHead, patch_targets
 from f2l_vllm.synthetic.world import draw_scene
-from f2l_vllm.train import steps
 from f2l_vllm.train.loop import Loop, Loss
 from f2l_vllm.train.optimizer import MuonAdamW, warm_constant_linear
+from f2l_vllm.train.steps import Randomness
 
 NAME = "vision"
 _SCENES, _FRAMES = 48, 6
@@ -36,7 +36,7 @@ def train_vision(
     optimizer = MuonAdamW(named, muon_lr=0.02, adamw_lr=2e-3)
     count = loop.share(_SCENES)
 
-    def step_loss(randomness: steps.Randomness, _step: int) -> Loss:
+    def step_loss(randomness: Randomness, _step: int) -> Loss:
         scenes = [draw_scene(randomness.rng, two_shapes=0.6) for _ in range(count)]
         times_BT = torch.rand(count, _FRAMES, generator=randomness.torch_rng)
         size = filming.draw_size(randomness.rng)

@@ -22,10 +22,10 @@ from f2l_vllm.recipes.f2l_tiny.auxiliary import PatchHead, VelocityHead, patch_t
 from f2l_vllm.recipes.f2l_tiny.prompts import Prompts, times_of
 from f2l_vllm.synthetic import phrases
 from f2l_vllm.synthetic.world import ACTIONS, MOVES, Scene, draw_scene
-from f2l_vllm.train import steps
 from f2l_vllm.train.loop import Loop, Loss
 from f2l_vllm.train.optimizer import MuonAdamW, warm_constant_linear
 from f2l_vllm.train.packing import Turn, answer_loss, pack
+from f2l_vllm.train.steps import Randomness
 
 BATCH = 32
 QUESTIONS = 7
@@ -87,7 +87,7 @@ def train_vlm(
     tower = ("model.vision_model.", _VISION_PACE)
     optimizer = MuonAdamW(named, muon_lr=course.muon_lr, adamw_lr=course.adamw_lr, slow=tower)
 
-    def step_loss(randomness: steps.Randomness, step: int) -> Loss:
+    def step_loss(randomness: Randomness, step: int) -> Loss:
         rng = randomness.rng
         mixed = step > steps * course.mixed_from
         num_frames = frame_count(randomness.shared) if mixed else processor.video_processor.num_frames

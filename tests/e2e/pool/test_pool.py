@@ -22,7 +22,7 @@ from f2l_vllm.hypernetwork.peft_format import validate_adapter
 from f2l_vllm.pool.messages import Cancelled, Failed, Progress, Published, WorkerSpec
 from f2l_vllm.pool.pool import Pool, PoolConfig
 from f2l_vllm.store.store import Store
-from tests.video.videos import write_video
+from tests.support.videos import write_video
 
 WAIT_SECONDS = 180
 BUSY_SECONDS = 1.0  # as long as a transaction waits for its turn

@@ -10,7 +10,8 @@ import httpx
 import openai
 import pytest
 from PIL import Image
-from unit_test_picture import bomb
+
+from tests.unit.video.test_picture import bomb
 
 TEXT = {"type": "text", "text": "What is shown?"}
 

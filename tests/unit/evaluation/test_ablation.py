@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from f2l_vllm.evaluation.diagnostics.measure.ablation import (
+
+from f2l_vllm.evaluation.diagnostics.ablation import (
     FIRST_LAYERS,
     INTACT,
     KEEP_STRONGEST,
@@ -19,8 +20,7 @@ from f2l_vllm.evaluation.diagnostics.measure.ablation import (
     layer_curves,
     rank_curves,
 )
-from f2l_vllm.evaluation.diagnostics.measure.directions import decompose
-
+from f2l_vllm.evaluation.diagnostics.directions import decompose
 from f2l_vllm.hypernetwork.adapter import Adapter
 
 

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from f2l_vllm.evaluation.diagnostics.measure.attribution import attribute, contest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from f2l_vllm import models
 from f2l_vllm.base_models.text_layers import module_sizes
+from f2l_vllm.evaluation.diagnostics.attribution import attribute, contest
 from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter
 
 LAYERS = 4

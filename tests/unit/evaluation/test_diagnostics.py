@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from f2l_vllm.evaluation.diagnostics.measure.measure import diagnose
 
 from f2l_vllm.base_models.text_layers import text_layers_of
+from f2l_vllm.evaluation.diagnostics.measure import diagnose
 from f2l_vllm.evaluation.in_process import TransformersAnswers
 from f2l_vllm.evaluation.questions import ADAPTER, NONE, Clip, QuestionSet, plan
 from f2l_vllm.evaluation.sources import world_questions

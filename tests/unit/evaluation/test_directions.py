@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from f2l_vllm.evaluation.diagnostics.measure.directions import (
+from torch import Tensor
+
+from f2l_vllm.evaluation.diagnostics.directions import (
     decompose,
     rebuild,
     strongest,
@@ -13,8 +15,6 @@ from f2l_vllm.evaluation.diagnostics.measure.directions import (
     without_random,
     without_strongest,
 )
-from torch import Tensor
-
 from f2l_vllm.hypernetwork.adapter import Adapter
 
 LAYERS, RANK = 3, 6

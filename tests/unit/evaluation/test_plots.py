@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from f2l_vllm.evaluation.diagnostics.measure.ablation import layer_curves, rank_curves
 from matplotlib.figure import Figure
 from PIL import Image
 
+from f2l_vllm.evaluation.diagnostics.ablation import layer_curves, rank_curves
 from f2l_vllm.evaluation.plots import plot_diagnostics, plot_scores, plot_sweep, plot_training, style
 from f2l_vllm.evaluation.questions import ARMS, COMPOSITION_ARMS
 from f2l_vllm.evaluation.scores import Scores

@@ -6,7 +6,7 @@ from f2l_vllm import models
 from f2l_vllm.hypernetwork.adapter import Adapter
 from f2l_vllm.hypernetwork.adapter_check import LARGEST_NORM, LEAST_EFFECT, AdapterCheck
 from f2l_vllm.hypernetwork.internalizer import Internalizer
-from tests.video.videos import write_video
+from tests.support.videos import write_video
 
 
 @pytest.fixture(scope="module")

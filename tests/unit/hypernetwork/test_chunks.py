@@ -5,7 +5,7 @@ import torch
 
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.video.chunks import Chunking, cut_video
-from tests.video.videos import write_video
+from tests.support.videos import write_video
 
 
 @pytest.fixture(scope="module")

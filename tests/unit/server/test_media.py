@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from PIL import Image
-from unit_test_picture import bomb
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 from vllm.multimodal.media.audio import AudioMediaIO
 from vllm.multimodal.media.connector import MediaConnector
@@ -20,6 +19,7 @@ from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.media import connector as media
 from f2l_vllm.server.media.turns import Turns
 from f2l_vllm.server.tenants import asking_tenant
+from tests.unit.video.test_picture import bomb
 
 
 def png(width, height=1):

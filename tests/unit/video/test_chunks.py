@@ -12,7 +12,7 @@ from transformers import AutoProcessor  # noqa: E402
 from f2l_vllm.video.chunks import Chunking, cut_video  # noqa: E402
 from f2l_vllm.video.errors import VideoError  # noqa: E402
 from f2l_vllm.video.sample import Sampling, sample_video  # noqa: E402
-from tests.video.videos import write_video  # noqa: E402
+from tests.support.videos import write_video  # noqa: E402
 
 
 @pytest.fixture(scope="module")
