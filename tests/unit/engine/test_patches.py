@@ -25,7 +25,7 @@ def test_the_plugin_is_in_front_of_the_engine_once():
     first = EngineCore.add_request, EngineCore.add_lora, EngineCore.remove_lora, WorkerWrapperBase.init_device
     plugin.register()
     assert first == (EngineCore.add_request, EngineCore.add_lora, EngineCore.remove_lora, WorkerWrapperBase.init_device)
-    assert {method.__code__.co_filename.rsplit("/", 2)[-2] for method in first} == {"serving"}
+    assert {method.__code__.co_filename.rsplit("/", 2)[-2] for method in first} == {"engine"}
 
 
 def test_every_request_enters_through_add_request():

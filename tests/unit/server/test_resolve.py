@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextvars
 import hashlib
 import math
 import time
@@ -17,6 +18,7 @@ from f2l_vllm.server.chat.compose import Composer
 from f2l_vllm.server.chat.request import Span, Video
 from f2l_vllm.server.chat.resolve import Asking
 from f2l_vllm.server.errors import APIError
+from f2l_vllm.server.media.local import video_at
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.videos import by_url
 from f2l_vllm.server.videos.service import Revisions, VideoService
@@ -295,8 +297,9 @@ def test_frames_need_no_adapter_and_are_the_bytes_uploaded(tmp_path):
         bench.works = False
         file = await bench.upload("bytes")
         named = await bench.asking.find([Video(file.id)], T)
-        url = (await bench.asking.frames(named))[Video(file.id)]
-        assert base64.b64decode(url.partition(",")[2]) == b"bytes"
+        address = (await bench.asking.frames(named))[Video(file.id)]
+        assert video_at(address).path.read_bytes() == b"bytes"
+        assert contextvars.Context().run(video_at, address) is None  # in no other request
         with pytest.raises(APIError) as error:
             await bench.asking.find([Video("file-0")], T)
         assert error.value.code == "video_not_found"

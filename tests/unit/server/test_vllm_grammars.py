@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from f2l_vllm.engine import grammar_patches
 from f2l_vllm.server import vllm_errors, vllm_grammars
 from f2l_vllm.server.chat.constraints import Constraint
 from f2l_vllm.server.errors import APIError
@@ -98,7 +99,7 @@ def test_vllm_has_what_is_replaced_in_the_engine():
     from vllm.v1.structured_output import StructuredOutputManager
     from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend, XgrammarGrammar
 
-    vllm_grammars.install()
+    grammar_patches.install()
     source = inspect.getsource(inspect.unwrap(StructuredOutputManager.grammar_init))
     assert "self.executor.submit(self._create_grammar, request)" in source, CHANGED.format("compiles in an executor")
     assert "self.matcher.accept_token" in inspect.getsource(inspect.unwrap(XgrammarGrammar.accept_tokens))
@@ -111,7 +112,7 @@ def test_vllm_has_what_is_replaced_in_the_engine():
 def test_an_answer_that_is_slow_to_match_is_given_up_in_the_engine():
     from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 
-    vllm_grammars.install()
+    grammar_patches.install()
     matcher = SimpleNamespace(accept_token=lambda token: True, is_terminated=lambda: False)
     grammar = XgrammarGrammar(vocab_size=1, matcher=matcher, ctx=None)
     assert grammar.accept_tokens("fast", [1])

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from f2l_vllm.store.manifest import Manifests
+from f2l_vllm.store.manifest import Manifests, StoreError
 from f2l_vllm.store.memory_cache import HotSet
 from f2l_vllm.store.store import Store
 
@@ -57,16 +57,23 @@ def test_an_adapter_is_loaded_from_memory_the_second_time(store):
     assert (path / WEIGHTS).read_text() == "1" * 1000
 
 
+def test_what_is_copied_is_compared_and_damage_is_not_kept(store):
+    publish(store, "f2l-1")
+    (store.adapter_path("f2l-1") / WEIGHTS).write_text("2" * 1000)
+    with pytest.raises(StoreError, match="differs"):
+        store.prepare("f2l-1")
+    assert store.load_path_at_once("f2l-1") is None
+    assert store._hot.names() == []
+
+
 def test_a_copy_that_was_checked_needs_no_reading_until_it_changes(store, monkeypatch):
     publish(store, "f2l-1")
-    load(store, "f2l-1")
-    assert store.load_path_at_once("f2l-1") is None  # nobody has compared it yet
-    until_older(path := store.load_path("f2l-1"))
-    assert store.load_path("f2l-1") == path
     read = []
     monkeypatch.setattr("f2l_vllm.store.manifest.sha256_of", read.append)
-    assert store.load_path_at_once("f2l-1") == store.load_path("f2l-1") == path
-    assert read == []
+    assert store.prepare("f2l-1")
+    path = store.load_path_at_once("f2l-1")
+    assert path == store.load_path("f2l-1") != store.adapter_path("f2l-1")
+    assert read == []  # compared as it was copied
     monkeypatch.undo()
     (path / WEIGHTS).write_text("2" * 1000)
     assert store.load_path_at_once("f2l-1") is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -41,6 +42,7 @@ class AnyModel(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.config = SimpleNamespace(model_type="smolvlm")
         self.text_model = torch.nn.Module()
         self.text_model.layers = torch.nn.ModuleList()
 
