@@ -55,12 +55,25 @@ def _move_into_place(staging: Path, target: Path, overwrite: bool) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in the place of the one that may be there; its folder is made."""
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a fresh path beside `path`, of the same kind by its suffix; on success make what was written there durable
+    and put it in the place of the one that may be there. Its folder is made; on an exception nothing remains."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)
+    staging = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield staging
+        sync(staging)
+        os.replace(staging, path)
+        sync(path.parent)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file by `atomic_path`."""
+    with atomic_path(path) as staging:
+        staging.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 
 from f2l_vllm import torch_shims
+from f2l_vllm.files import atomic_path
 
 torch_shims.install()
 
@@ -36,7 +37,7 @@ class Films:
         path = self._folder / f"{frames}-frames-{edge}px-{label}.mp4"
         if not path.exists():
             seed = int.from_bytes(hashlib.sha256(path.name.encode()).digest()[:4], "big")
-            staging = path.with_name(f".{path.name}")
-            write_mp4(sample_scenes(1, seed, "train")[0], staging, size=fit((4, 3), edge), fps=1, seconds=frames)
-            staging.rename(path)
+            scene = sample_scenes(1, seed, "train")[0]
+            with atomic_path(path) as staging:
+                write_mp4(scene, staging, size=fit((4, 3), edge), fps=1, seconds=frames)
         return path

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from f2l_vllm.evaluation.metrics import exact_match, token_f1
 from f2l_vllm.evaluation.questions import Ask, Reply
+from f2l_vllm.files import write_whole
 from f2l_vllm.train.data.manifest import write_jsonl
 
 ANSWERS_FILE = "answers.jsonl"
@@ -164,9 +165,7 @@ class AnswerLog:
 def _check_configuration(path: Path, configuration: dict[str, Any]) -> None:
     configuration = json.loads(json.dumps(configuration))
     if not path.exists():
-        staging = path.with_suffix(".partial")
-        staging.write_text(json.dumps(configuration, indent=1) + "\n")
-        os.replace(staging, path)
+        write_whole(path, json.dumps(configuration, indent=1) + "\n")
         return
     kept = json.loads(path.read_text())
     if kept != configuration:

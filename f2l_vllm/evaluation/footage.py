@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -13,6 +12,7 @@ import av
 
 from f2l_vllm import torch_shims
 from f2l_vllm.evaluation.questions import Clip, QuestionSet
+from f2l_vllm.files import atomic_path
 
 torch_shims.install()
 
@@ -72,17 +72,9 @@ def at_resolutions(
         for index, clip in enumerate(questions.clips):
             path = folder / f"{edge}px-{index:04d}.mp4"
             if not path.exists():
-                _film_whole(film, index, edge, path)
+                with atomic_path(path) as staging:
+                    film(index, edge, staging)
             asked = tuple(replace(question, id=f"{edge}px/{question.id}") for question in clip.questions)
             edge_of |= {question.id: edge for question in asked}
             clips.append(Clip(os.path.join("..", folder.name, path.name), path, clip.source, asked))
     return replace(questions, identity=questions.identity | identity, clips=tuple(clips)), edge_of
-
-
-def _film_whole(film: Film, index: int, edge: int, path: Path) -> None:
-    staging = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.mp4")
-    try:
-        film(index, edge, staging)
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)

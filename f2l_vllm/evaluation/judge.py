@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import re
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from openai import AsyncOpenAI
 
 from f2l_vllm.evaluation.answers import Answer
 from f2l_vllm.evaluation.server import together
+from f2l_vllm.files import write_whole
 
 SCALE = (0, 5)
 PROMPT_FILE = Path(__file__).with_name("judge_prompt.txt")
@@ -105,7 +104,7 @@ class Judge:
             score = parse_score(reply)
             if score is not None:
                 judgement = Judgement(score, reply)
-                _write(kept, judgement)
+                write_whole(kept, json.dumps(asdict(judgement)) + "\n")
                 return judgement
             messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": _REMINDER}]
         return Judgement(None, reply)
@@ -120,10 +119,3 @@ def parse_score(reply: str) -> int | None:
     found = _SCORE.findall(reply)
     score = float(found[-1]) if found else -1.0
     return int(score) if score.is_integer() and SCALE[0] <= score <= SCALE[1] else None
-
-
-def _write(path: Path, judgement: Judgement) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    staging.write_text(json.dumps(asdict(judgement)) + "\n", encoding="utf-8")
-    os.replace(staging, path)

@@ -27,6 +27,7 @@ from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.jobs import EXHAUSTED
 from f2l_vllm.catalog.tables import Job
 from f2l_vllm.catalog.tombstones import LOST
+from f2l_vllm.files import write_whole
 from f2l_vllm.pool.messages import Cancelled, Event, Failed, Outcome, Progress, WorkerInfo, WorkerSpec
 from f2l_vllm.pool.worker import HypernetworkWorker
 from f2l_vllm.store.errors import Unavailable
@@ -403,7 +404,5 @@ def _name(home: Path) -> str:
     path = home / "pool.name"
     if not path.is_file() or not (name := path.read_text().strip()):
         name = uuid.uuid4().hex
-        work = path.with_suffix(".new")
-        work.write_text(name)
-        work.replace(path)
+        write_whole(path, name)
     return name

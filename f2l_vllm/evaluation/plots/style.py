@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from f2l_vllm.evaluation.questions import ADAPTER, FRAMES, NONE, WRONG_VIDEO
+from f2l_vllm.files import atomic_path
 
 # Okabe and Ito's palette, told apart with any colour vision; markers and hatches say the same without colour.
 BLUE, ORANGE, GREEN, PINK, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
@@ -80,11 +79,6 @@ def legend(of: Figure, at: Axes) -> None:
 
 def save(of: Figure, path: Path) -> Path:
     """Write a PNG file, whole or not at all; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.png")
-    try:
+    with atomic_path(path) as staging:
         of.savefig(staging, dpi=_DPI, facecolor="white")
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
     return path

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import Any
 import av
 import numpy as np
 
+from f2l_vllm.files import atomic_path
 from f2l_vllm.train.data.manifest import Example
 from f2l_vllm.video.decode import TOLERATED_MISSING
 from f2l_vllm.video.errors import VideoError
@@ -92,13 +92,8 @@ def clip_file(example: Example, folder: Path, limits: Limits | None = None) -> P
         with unusable(example.video_path):
             source = open_source(example.video_path, limits or Limits())
             first, end = frames_of(example.span, source.info)
-            folder.mkdir(parents=True, exist_ok=True)
-            staging = folder / f".{name}.{uuid.uuid4().hex}.mp4"
-            try:
+            with atomic_path(target) as staging:
                 _write(source, first, end, staging)
-                os.replace(staging, target)
-            finally:
-                staging.unlink(missing_ok=True)
     return target
 
 

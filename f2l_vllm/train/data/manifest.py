@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from f2l_vllm.files import sync
+from f2l_vllm.files import atomic_path
 
 _MAY_BE_EMPTY = ("target_text",)  # an example whose answer `f2l-vllm targets` has yet to write
 _FOREVER_S = 1e9  # no second of a video; also what is infinite or no number
@@ -145,16 +144,8 @@ def to_row(example: Example, folder: Path) -> dict[str, Any]:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line to a file that appears whole or not at all; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
-    try:
-        with staging.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        sync(staging)
-        os.replace(staging, path)
-        sync(path.parent)
-    finally:
-        staging.unlink(missing_ok=True)
+    with atomic_path(path) as staging, staging.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _parse(line: bytes) -> Example:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import random
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from f2l_vllm.files import atomic_path
 from f2l_vllm.synthetic import phrases
 from f2l_vllm.synthetic.render import FRAME_SIZES, write_mp4
 from f2l_vllm.synthetic.world import Scene, sample_scenes
@@ -38,12 +37,8 @@ class Film:
 
     def shoot(self, scene: Scene, path: Path) -> None:
         """Write the file, which is there only when it is whole."""
-        staging = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.mp4")
-        try:
+        with atomic_path(path) as staging:
             write_mp4(scene, staging, self.size, self.fps, self.seconds)
-            os.replace(staging, path)
-        finally:
-            staging.unlink(missing_ok=True)
 
     def shot(self, path: Path) -> bool:
         """True when the file is there and is such a film, from its first to its last frame."""

@@ -1,13 +1,7 @@
 """A hypernetwork for any model is trained from manifests: the right loss, real files, and nothing lost to a kill."""
 
-import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,16 +16,14 @@ from f2l_vllm.cli.main import app
 from f2l_vllm.hypernetwork.adapter import apply_factors
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.model import Hypernetwork
-from f2l_vllm.synthetic import phrases
-from f2l_vllm.synthetic.render import write_mp4
-from f2l_vllm.synthetic.world import sample_scenes
 from f2l_vllm.train.conversations import Conversations
 from f2l_vllm.train.data.manifest import Example, write_manifest
 from f2l_vllm.train.lessons import Lessons, cut
-from f2l_vllm.train.loop import LOG_FILE, Loop
+from f2l_vllm.train.loop import Loop
 from f2l_vllm.train.optimizer import MuonAdamW
-from f2l_vllm.train.trainer import REPORT_FILE, Trainer, TrainingOptions
+from f2l_vllm.train.trainer import Trainer, TrainingOptions
 from f2l_vllm.video.sample import Sampling, sample_video
+from tests.support.training import filmed_examples, train_command
 
 TINY = models.resolve("f2l-tiny")
 QUESTIONS = [("What happens?", "A red circle moves.", "caption"), ("How many shapes are there?", "Two.", "count")]
@@ -44,17 +36,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory) -> list[Example]:
-    folder = tmp_path_factory.mktemp("videos")
-    made = []
-    for number, scene in enumerate(sample_scenes(4, seed=3)):
-        video = write_mp4(scene, folder / f"{number}.mp4", size=(64, 48), seconds=3)
-        asked = phrases.questions(scene, random.Random(number))
-        asked.append(("Describe the video.", phrases.caption(scene), "caption"))
-        made += [
-            Example(f"{number}-{index}", video, question, answer, kind, "world", "train")
-            for index, (question, answer, kind) in enumerate(asked)
-        ]
-    return made
+    return filmed_examples(tmp_path_factory.mktemp("videos"))
 
 
 def new_hypernetwork(model: torch.nn.Module, seed: int = 0) -> Hypernetwork:
@@ -255,51 +237,12 @@ def test_a_step_that_cannot_be_shared_evenly_is_refused(trainer, examples, video
         trainer.train(examples, TrainingOptions(steps=1, videos=videos, accumulate=accumulate))
 
 
-STEPS = "--steps 30 --videos 2 --questions 3 --frames 4 --longest-edge 48 --chunks 1,2"
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
-
-
 def test_the_frames_it_is_trained_on_become_its_own(trainer, examples):
     trainer.hyper.config = replace(trainer.hyper.config, max_frames=12)
     trainer.train(examples, TrainingOptions(steps=1, videos=1))
     assert trainer.hyper.config.max_frames == 12
     trainer.train(examples, TrainingOptions(steps=1, videos=1, frames=(4, 8, 6)))
     assert trainer.hyper.config.max_frames == 8
-
-
-def train_command(folder: Path, manifest: Path, *launch: str, steps: str = STEPS) -> list[str]:
-    options = ["--rank", "4", "--latent-size", "32", "--blocks", "1", *steps.split(" ")]
-    command = ["-m", "f2l_vllm.cli", "train", str(folder), "--manifest", str(manifest), *options]
-    return [sys.executable, *launch, *command]
-
-
-def curve(folder: Path) -> list[dict[str, object]]:
-    lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "cpu_seconds"} for line in lines]
-
-
-def test_the_command_goes_on_after_a_kill_as_if_there_had_been_none(examples, tmp_path):
-    manifest = tmp_path / "manifest.jsonl"
-    write_manifest(manifest, examples)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    assert subprocess.run(train_command(unbroken, manifest), env=environment).returncode == 0
-    process = subprocess.Popen(train_command(killed, manifest), env=environment)
-    log = killed / ".run" / LOG_FILE
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and not (log.exists() and log.stat().st_size):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "hypernetwork").exists(), "killed before the end"
-    assert subprocess.run(train_command(killed, manifest), env=environment).returncode == 0
-    assert curve(killed) == curve(unbroken)
-    assert not (killed / ".run").exists()
-    for name in ("config.json", "model.safetensors"):
-        assert (killed / "hypernetwork" / name).read_bytes() == (unbroken / "hypernetwork" / name).read_bytes()
-    trained = Hypernetwork.load(killed / "hypernetwork", dtype=None)
-    assert (trained.config.rank, trained.config.max_frames, trained.config.longest_edge) == (4, 4, 48)
-    assert {parameter.dtype for parameter in trained.parameters()} == {torch.float32}, "as it was trained and validated"
 
 
 @pytest.mark.parametrize(("modules", "wrong"), [("down_projj", "down_projj"), ("q_proj,,up_proj", "")])
@@ -320,25 +263,6 @@ def test_blanks_between_modules_do_not_matter(examples, tmp_path):
     result = CliRunner().invoke(app, [*command[3:], "--modules", "up_proj, down_proj"])
     assert result.exit_code == 0, result.output
     assert list(Hypernetwork.load(tmp_path / "run" / "hypernetwork").config.modules) == ["down_proj", "up_proj"]
-
-
-def test_two_processes_learn_what_one_does(examples, tmp_path):
-    """All questions but one are about one video, so the processes' parts of a step are of very different lengths. The
-    second process alone comes upon the broken video."""
-    (tmp_path / "broken.mp4").write_bytes(b"no video")
-    broken = Example("x", tmp_path / "broken.mp4", "What?", "No.", "caption", "world", "train")
-    manifest = tmp_path / "manifest.jsonl"
-    uneven = [example for example in examples if example.id.startswith("0-") or example.id == "1-0"]
-    write_manifest(manifest, [*uneven, broken])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, launch in (("one", ()), ("two", TWO_PROCESSES)):
-        command = train_command(tmp_path / name, manifest, *launch, steps="--steps 1 --videos 2 --questions 20")
-        assert subprocess.run(command, env=environment).returncode == 0
-    for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
-        assert (two["loss"], two["norm"]) == pytest.approx((one["loss"], one["norm"]), rel=1e-3)
-    left_out = [json.loads((tmp_path / name / REPORT_FILE).read_text())["left_out"] for name in ("one", "two")]
-    assert left_out[0] == left_out[1]
-    assert ["broken.mp4" in key for key in left_out[1]] == [True]
 
 
 @pytest.fixture(scope="module")

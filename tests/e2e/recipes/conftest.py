@@ -1,0 +1,1 @@
+from tests.unit.train.conftest import _one_thread  # noqa: F401

@@ -1,0 +1,72 @@
+"""`f2l-vllm train` as its user runs it: killed and started again, and shared by processes."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from f2l_vllm.hypernetwork.model import Hypernetwork
+from f2l_vllm.train.data.manifest import Example, write_manifest
+from f2l_vllm.train.loop import LOG_FILE
+from f2l_vllm.train.trainer import REPORT_FILE
+from tests.support.training import filmed_examples, train_command
+
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory) -> list[Example]:
+    return filmed_examples(tmp_path_factory.mktemp("videos"))
+
+
+def curve(folder: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "cpu_seconds"} for line in lines]
+
+
+def test_the_command_goes_on_after_a_kill_as_if_there_had_been_none(examples, tmp_path):
+    manifest = tmp_path / "manifest.jsonl"
+    write_manifest(manifest, examples)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    assert subprocess.run(train_command(unbroken, manifest), env=environment).returncode == 0
+    process = subprocess.Popen(train_command(killed, manifest), env=environment)
+    log = killed / ".run" / LOG_FILE
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "hypernetwork").exists(), "killed before the end"
+    assert subprocess.run(train_command(killed, manifest), env=environment).returncode == 0
+    assert curve(killed) == curve(unbroken)
+    assert not (killed / ".run").exists()
+    for name in ("config.json", "model.safetensors"):
+        assert (killed / "hypernetwork" / name).read_bytes() == (unbroken / "hypernetwork" / name).read_bytes()
+    trained = Hypernetwork.load(killed / "hypernetwork", dtype=None)
+    assert (trained.config.rank, trained.config.max_frames, trained.config.longest_edge) == (4, 4, 48)
+    assert {parameter.dtype for parameter in trained.parameters()} == {torch.float32}, "as it was trained and validated"
+
+
+def test_two_processes_learn_what_one_does(examples, tmp_path):
+    """All questions but one are about one video, so the processes' parts of a step are of very different lengths. The
+    second process alone comes upon the broken video."""
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    broken = Example("x", tmp_path / "broken.mp4", "What?", "No.", "caption", "world", "train")
+    manifest = tmp_path / "manifest.jsonl"
+    uneven = [example for example in examples if example.id.startswith("0-") or example.id == "1-0"]
+    write_manifest(manifest, [*uneven, broken])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, launch in (("one", ()), ("two", TWO_PROCESSES)):
+        command = train_command(tmp_path / name, manifest, *launch, steps="--steps 1 --videos 2 --questions 20")
+        assert subprocess.run(command, env=environment).returncode == 0
+    for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert (two["loss"], two["norm"]) == pytest.approx((one["loss"], one["norm"]), rel=1e-3)
+    left_out = [json.loads((tmp_path / name / REPORT_FILE).read_text())["left_out"] for name in ("one", "two")]
+    assert left_out[0] == left_out[1]
+    assert ["broken.mp4" in key for key in left_out[1]] == [True]

@@ -1,0 +1,32 @@
+"""What tests of training share: examples with videos, and the command."""
+
+import random
+import sys
+from pathlib import Path
+
+from f2l_vllm.synthetic import phrases
+from f2l_vllm.synthetic.render import write_mp4
+from f2l_vllm.synthetic.world import sample_scenes
+from f2l_vllm.train.data.manifest import Example
+
+STEPS = "--steps 30 --videos 2 --questions 3 --frames 4 --longest-edge 48 --chunks 1,2"
+
+
+def filmed_examples(folder: Path) -> list[Example]:
+    """Every question about each of four scenes, and their descriptions."""
+    made = []
+    for number, scene in enumerate(sample_scenes(4, seed=3)):
+        video = write_mp4(scene, folder / f"{number}.mp4", size=(64, 48), seconds=3)
+        asked = phrases.questions(scene, random.Random(number))
+        asked.append(("Describe the video.", phrases.caption(scene), "caption"))
+        made += [
+            Example(f"{number}-{index}", video, question, answer, kind, "world", "train")
+            for index, (question, answer, kind) in enumerate(asked)
+        ]
+    return made
+
+
+def train_command(folder: Path, manifest: Path, *launch: str, steps: str = STEPS) -> list[str]:
+    options = ["--rank", "4", "--latent-size", "32", "--blocks", "1", *steps.split(" ")]
+    command = ["-m", "f2l_vllm.cli", "train", str(folder), "--manifest", str(manifest), *options]
+    return [sys.executable, *launch, *command]
