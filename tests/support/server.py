@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from openai import OpenAI
+from openai.types import FileObject
 
 from f2l_vllm.server_process import ServerProcess
 
@@ -19,3 +21,8 @@ class Server(ServerProcess):
         common = ("--served-model-name", "base", "--dtype", "float32", "--kv-cache-memory-bytes", "200000000")
         super().__init__(str(model), home, *common, *flags, env=env)
         self.client = OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=120)
+
+    def upload(self, path: Path | tuple[str, bytes], **options: Any) -> FileObject:
+        """Upload a video and wait until it is processed, or has failed."""
+        file = self.client.files.create(file=path, purpose="vision", **options)
+        return self.client.files.wait_for_processing(file.id, poll_interval=0.02, max_wait_seconds=120)

@@ -12,8 +12,7 @@ ANSWER = {"temperature": 0, "max_tokens": 4}
 
 @pytest.fixture(scope="module")
 def ready(server, clips):
-    file = server.client.files.create(file=clips[0], purpose="vision")
-    return server.client.files.wait_for_processing(file.id, poll_interval=0.02)
+    return server.upload(clips[0])
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +112,7 @@ def test_an_impossible_expiry(server, clips, seconds):
 
 def test_unknown_and_deleted_ids(server, clips):
     client = server.client
-    file = client.files.wait_for_processing(client.files.create(file=clips[1], purpose="vision").id, poll_interval=0.02)
+    file = server.upload(clips[1])
     client.files.delete(file.id)
     part = {"type": "file", "file": {"file_id": file.id}}
     content = [part, {"type": "text", "text": "What is shown?"}]

@@ -39,11 +39,6 @@ def ask(server, file_id):
     return response.choices[0].message.content
 
 
-def upload(server, clip):
-    file = server.client.files.create(file=clip, purpose="vision")
-    return server.client.files.wait_for_processing(file.id, poll_interval=0.02)
-
-
 def copies(server, file):
     """Where the adapter lies: on disk, and in memory if it is there."""
     name = file.model_extra["f2l"]["adapter"]
@@ -54,7 +49,7 @@ def copies(server, file):
 @pytest.fixture(scope="module")
 def sound(server, clips):
     """What the video answers, and its adapter, before anything happens to it."""
-    file = upload(server, clips[1])
+    file = server.upload(clips[1])
     answer, base = ask(server, file.id), ask(server, "base")
     assert answer != base
     weights = (copies(server, file)[0] / WEIGHTS).read_bytes()
@@ -64,7 +59,7 @@ def sound(server, clips):
 
 @pytest.fixture
 def file(server, clips, sound):
-    file = upload(server, clips[1])
+    file = server.upload(clips[1])
     yield file
     server.client.files.delete(file.id)
     assert copies(server, file) == []

@@ -13,8 +13,8 @@ QUESTION = [{"role": "user", "content": "What is shown?"}]
 
 @pytest.fixture
 def file(server, clips):
-    file = server.client.files.create(file=clips[1], purpose="vision")
-    yield server.client.files.wait_for_processing(file.id, poll_interval=0.02)
+    file = server.upload(clips[1])
+    yield file
     server.client.files.delete(file.id)
 
 
@@ -70,7 +70,7 @@ def test_a_locked_catalog_is_waited_for_then_said_and_questions_go_on(server, cl
     assert ask() == before
     assert httpx.get(f"{server.url}/ready").json() == {"ready": True, "engine": True, "workers": True}
     threading.Timer(1.0, other.rollback).start()
-    late = server.client.files.create(file=clips[2], purpose="vision")
-    assert server.client.files.wait_for_processing(late.id, poll_interval=0.02).status == "processed"
+    late = server.upload(clips[2])
+    assert late.status == "processed"
     server.client.files.delete(late.id)
     assert list((server.home / "tmp").glob("*/*")) == []

@@ -17,8 +17,7 @@ BOUNDARY = "frontier"
 
 @pytest.fixture(scope="module")
 def ready(server, clips):
-    file = server.client.files.create(file=clips[0], purpose="vision")
-    return server.client.files.wait_for_processing(file.id, poll_interval=0.02)
+    return server.upload(clips[0])
 
 
 @pytest.fixture(autouse=True)

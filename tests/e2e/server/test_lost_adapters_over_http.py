@@ -27,8 +27,7 @@ class Life:
     def upload(self):
         self.made += 1
         path = write_video(self.folder / f"{self.made}.mp4", frames=16 + self.made, fps=8, size=(64, 48))
-        files = self.server.client.files
-        return files.wait_for_processing(files.create(file=path, purpose="vision").id, poll_interval=0.1)
+        return self.server.upload(path)
 
     def adapter(self, file):
         return self.server.home / "adapters" / file.model_extra["f2l"]["adapter"]

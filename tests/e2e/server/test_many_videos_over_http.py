@@ -64,8 +64,7 @@ def upload(server, tmp_path_factory):
 
     def one(frames):
         path = write_video(folder / f"{frames}.mp4", frames=frames, fps=7)
-        file = server.client.files.create(file=path, purpose="vision")
-        return server.client.files.wait_for_processing(file.id, poll_interval=0.02)
+        return server.upload(path)
 
     return one
 

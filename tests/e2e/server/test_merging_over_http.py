@@ -52,8 +52,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def video(merging: Server, path: Path) -> FileObject:
-    file = merging.client.files.create(file=path, purpose="vision")
-    return merging.client.files.wait_for_processing(file.id, poll_interval=0.02)
+    return merging.upload(path)
 
 
 def asking(model: str, mode: str | None = None) -> dict[str, Any]:

@@ -21,11 +21,6 @@ QUESTION = [{"role": "user", "content": "What is shown in the video?"}]
 GREEDY = {"temperature": 0, "max_tokens": 12}
 
 
-def upload(server, path):
-    file = server.client.files.create(file=path, purpose="vision")
-    return server.client.files.wait_for_processing(file.id, poll_interval=0.02)
-
-
 def ask(server, model, messages=QUESTION, **options):
     return server.client.chat.completions.create(model=model, messages=messages, **GREEDY, **options)
 
@@ -37,7 +32,7 @@ def text(response):
 @pytest.fixture(scope="module")
 def videos(server, clips):
     """Two ready videos."""
-    return [upload(server, clip) for clip in clips[:2]]
+    return [server.upload(clip) for clip in clips[:2]]
 
 
 def test_a_file_is_an_openai_file_with_details(server, videos, clips):
@@ -175,7 +170,7 @@ def test_the_exported_adapter_names_its_base_and_answers_the_same_in_plain_peft(
 
 
 def test_files_of_the_same_bytes_share_an_adapter_until_the_last_is_deleted(server, clips):
-    first, second = upload(server, clips[2]), upload(server, clips[2])
+    first, second = server.upload(clips[2]), server.upload(clips[2])
     assert first.id != second.id
     name = first.model_extra["f2l"]["adapter"]
     assert second.model_extra["f2l"]["adapter"] == name
@@ -192,7 +187,7 @@ def test_files_of_the_same_bytes_share_an_adapter_until_the_last_is_deleted(serv
     while any(path.exists() for path in left) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert [path for path in left if path.exists()] == []
-    again = upload(server, clips[2])  # the same name and weights come back
+    again = server.upload(clips[2])  # the same name and weights come back
     assert text(ask(server, again.id)) == answer
 
 
@@ -214,7 +209,7 @@ def test_a_question_that_may_not_wait_is_told(server, slow_clip):
 
 
 def test_a_damaged_adapter_is_made_again_before_it_answers(server, clips):
-    file = upload(server, clips[4])
+    file = server.upload(clips[4])
     weights = server.home / "adapters" / file.model_extra["f2l"]["adapter"] / "adapter_model.safetensors"
     sound = weights.read_bytes()
     weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 0xFF]))
@@ -302,7 +297,7 @@ def test_a_client_that_goes_away_gives_its_adapter_back(server, videos):
 
 
 def test_a_video_deleted_in_mid_answer_answers_to_the_end(server, tmp_path):
-    file = upload(server, write_video(tmp_path / "only-here.mp4", frames=33))
+    file = server.upload(write_video(tmp_path / "only-here.mp4", frames=33))
     long = {"temperature": 0, "max_tokens": 300, "extra_body": {"ignore_eos": True}}
     whole = server.client.chat.completions.create(model=file.id, messages=QUESTION, **long)
     stream = server.client.chat.completions.create(model=file.id, messages=QUESTION, stream=True, **long)

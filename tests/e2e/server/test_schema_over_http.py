@@ -15,9 +15,7 @@ schema = schemathesis.openapi.from_dict(app.openapi())
 
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_is_lost(server, clips):
-    file = server.client.files.wait_for_processing(
-        server.client.files.create(file=clips[0], purpose="vision").id, poll_interval=0.02
-    )
+    file = server.upload(clips[0])
     yield
     assert server.client.files.retrieve(file.id).status == "processed"
     ask = server.client.chat.completions.create(model=file.id, messages=QUESTION, max_tokens=4)

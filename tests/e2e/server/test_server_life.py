@@ -95,12 +95,10 @@ def first_life(beginning, home, clips, details):
     assert httpx.get(f"{server.url}/v1/models").json()["error"]["code"] == "invalid_api_key"
     answers = {}
     for clip in clips[:2]:
-        file = server.client.files.create(file=clip, purpose="vision")
-        file = server.client.files.wait_for_processing(file.id, poll_interval=0.02)
+        file = server.upload(clip)
         details[file.id] = file.model_extra["f2l"]
         answers[file.id] = ask(server, file.id)
-    long = server.client.files.create(file=write_video(home.parent / "long.mp4", frames=90, fps=10), purpose="vision")
-    long = server.client.files.wait_for_processing(long.id, poll_interval=0.02)
+    long = server.upload(write_video(home.parent / "long.mp4", frames=90, fps=10))
     details[long.id] = long.model_extra["f2l"]
     server.client.files.delete(long.id)
     children = set(server.descendants())
@@ -123,13 +121,8 @@ def second_life(home, hypernetwork_model, catalog_url, first_life):
         server.stop()
 
 
-def upload(server, path):
-    file = server.client.files.create(file=path, purpose="vision")
-    return server.client.files.wait_for_processing(file.id, poll_interval=0.02).id
-
-
 def test_two_servers_on_one_machine_share_nothing(beginning, server, clips):
-    mine, theirs = upload(beginning, clips[0]), upload(server, clips[0])
+    mine, theirs = beginning.upload(clips[0]).id, server.upload(clips[0]).id
     for one, other_id in ((beginning, theirs), (server, mine)):
         with pytest.raises(openai.NotFoundError) as error:
             ask(one, other_id)
@@ -145,7 +138,7 @@ def test_two_servers_on_one_machine_share_nothing(beginning, server, clips):
 
 def test_videos_that_come_and_go_leave_nothing_behind(beginning, home, catalog_url, clips, tmp_path):
     films = clips[:2]
-    kept = [upload(beginning, film) for film in films]
+    kept = [beginning.upload(film).id for film in films]
     answers = [ask(beginning, file_id) for file_id in kept]
     assert len(set(answers)) == 2
 
@@ -153,7 +146,7 @@ def test_videos_that_come_and_go_leave_nothing_behind(beginning, home, catalog_u
         path = tmp_path / f"{index}.mp4"
         skipped = b"\0\0\0\x0cfree" + index.to_bytes(4, "big")  # other bytes, the same film
         path.write_bytes(films[index % 2].read_bytes() + skipped)
-        file_id = upload(beginning, path)
+        file_id = beginning.upload(path).id
         assert ask(beginning, file_id) == answers[index % 2]
         beginning.client.files.delete(file_id)
 
@@ -177,12 +170,12 @@ def test_videos_that_come_and_go_leave_nothing_behind(beginning, home, catalog_u
 def test_a_database_that_is_away_is_said_and_found_again(beginning, postgres, home, clips):
     if postgres is None:
         pytest.skip("PostgreSQL is not installed: SQLite is never away")
-    file_id = upload(beginning, clips[0])
+    file_id = beginning.upload(clips[0]).id
     answer = ask(beginning, file_id)
     workers = {pid for pid, command in beginning.descendants().items() if command.startswith("ray::Hyper")}
     postgres.stop()
     try:
-        for call in (lambda: ask(beginning, file_id), lambda: upload(beginning, clips[1])):
+        for call in (lambda: ask(beginning, file_id), lambda: beginning.upload(clips[1]).id):
             with pytest.raises(openai.InternalServerError) as error:
                 call()
             assert (error.value.status_code, error.value.code) == (503, "catalog_busy")
@@ -195,7 +188,7 @@ def test_a_database_that_is_away_is_said_and_found_again(beginning, postgres, ho
     while len(stored := [path for path in (home / "videos").rglob("*") if path.is_file()]) > 1:
         assert time.monotonic() < deadline, stored  # what was refused goes when the catalog can be asked
         time.sleep(0.1)
-    other = upload(beginning, clips[1])
+    other = beginning.upload(clips[1]).id
     assert ask(beginning, other) not in ("", answer)
     for left in (file_id, other):
         beginning.client.files.delete(left)
@@ -236,7 +229,7 @@ def test_the_log_of_a_start_is_short_and_ends_with_the_address(beginning):
 
 def test_ctrl_c_stops_everything_that_was_started_and_nothing_else(beginning, first_life, server, clips):
     _, code, children = first_life
-    server.client.files.delete(upload(server, clips[0]))
+    server.client.files.delete(server.upload(clips[0]).id)
     assert code == 0
     assert len(children) > 3  # engine, Ray, worker
     assert [line.split(": ")[1].split()[0] for line in beginning.log.read_text().splitlines()[-2:]] == [

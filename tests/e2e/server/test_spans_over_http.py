@@ -52,8 +52,7 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def upload(server):
     def one(path):
-        file = server.client.files.create(file=path, purpose="vision")
-        return server.client.files.wait_for_processing(file.id, poll_interval=0.02)
+        return server.upload(path)
 
     return one
 
