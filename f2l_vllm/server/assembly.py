@@ -1,0 +1,195 @@
+"""The parts of a server, made of its settings and vLLM's: what is opened, in which order, and who is given whom."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from argparse import Namespace
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from starlette.datastructures import State
+
+from f2l_vllm import models
+from f2l_vllm.base_models.shapes import BaseShapes
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.engine.defaults import EngineLimits, check_limits
+from f2l_vllm.hypernetwork.config import HypernetworkConfig
+from f2l_vllm.hypernetwork.config_file import read_config
+from f2l_vllm.hypernetwork.fit import check_shapes
+from f2l_vllm.pool.messages import WorkerSpec
+from f2l_vllm.pool.supervisor import PoolProcess
+from f2l_vllm.server import vllm_api, vllm_grammars
+from f2l_vllm.server.chat import separator
+from f2l_vllm.server.chat.compose import Composer
+from f2l_vllm.server.chat.constraints import constraints
+from f2l_vllm.server.chat.content import private
+from f2l_vllm.server.chat.grammars import Grammars
+from f2l_vllm.server.chat.handlers import ChatHandler, CompletionHandler, Guard
+from f2l_vllm.server.chat.resolve import Asking
+from f2l_vllm.server.media import connector
+from f2l_vllm.server.middleware.ending import Ending
+from f2l_vllm.server.registry import Registry
+from f2l_vllm.server.tenants import Keys, asking_tenant
+from f2l_vllm.server.videos.service import Revisions, VideoService, count_outcome
+from f2l_vllm.settings import SERVER_LOCK, Settings
+from f2l_vllm.store.address import fingerprint
+from f2l_vllm.store.store import Store
+
+logger = logging.getLogger(__name__)
+
+_LOCK_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The base model, the hypernetwork for it, and what the engine that runs takes; `names` as clients call it."""
+
+    model: Path
+    hypernetwork: Path
+    config: HypernetworkConfig
+    shapes: BaseShapes
+    limits: EngineLimits
+    names: list[str]
+
+
+def served_model(engine_client: Any, state: State, args: Namespace, settings: Settings) -> ServedModel:
+    """What vLLM serves, with its hypernetwork.
+
+    Raises:
+        ValueError: they do not fit together, or the engine cannot take their adapters.
+    """
+    limits = vllm_api.engine_limits(engine_client)
+    model = models.resolve(args.model)
+    hypernetwork = models.resolve_hypernetwork(args.model, settings.hypernetwork)
+    config, shapes = read_config(hypernetwork), BaseShapes.read(model)
+    check_shapes(shapes, config)
+    check_limits(limits, rank=2 * config.rank, modules=config.modules)
+    return ServedModel(model, hypernetwork, config, shapes, limits, vllm_api.base_model_names(state))
+
+
+def open_grammars(engine_client: Any, settings: Settings) -> Grammars:
+    """What tries constraints; with xgrammar nothing reaches the engine untried."""
+    grammars = Grammars(vllm_grammars.vocabulary(engine_client), vllm_grammars.language, settings.grammar_limits)
+    if vllm_grammars.use_xgrammar(engine_client):
+        vllm_grammars.try_before_generating(engine_client, grammars.check)
+    else:
+        logger.warning("constraints are bounded by their size alone: only those of xgrammar are tried beforehand")
+    return grammars
+
+
+def check_of_bodies(engine_client: Any, grammars: Grammars | None) -> Callable[[Any, str], Awaitable[None]]:
+    """What refuses a body whose constraints the engine should not be given."""
+    is_tried = grammars is not None and vllm_grammars.use_xgrammar(engine_client)
+
+    async def check(body: Any, tenant: str) -> None:
+        for constraint in constraints(body):  # what cannot be read is refused here, too
+            if is_tried and grammars is not None:
+                await grammars.check(constraint, tenant)
+
+    return check
+
+
+def open_service(
+    settings: Settings, served: ServedModel, engine_client: Any, state: State, ending: Ending
+) -> VideoService:
+    """Catalog, store, registry and pool behind one service; nothing runs yet."""
+    store = Store(
+        settings.data_folder,
+        url=settings.store,
+        cache_bytes=settings.cache_bytes,
+        hot_bytes=settings.hot_bytes,
+        reserve_bytes=settings.reserve_bytes,
+    )
+    catalog = Catalog(settings.catalog_url)
+    registry = Registry(
+        vllm_api.lora_registry(state),
+        engine_client,
+        store,
+        base_model=served.names[0],
+        host_slots=served.limits.host_slots,
+        wanted=catalog.wanted,
+    )
+    store.protect(registry.holds)
+    pool = PoolProcess(worker_spec(settings, served), count_outcome) if settings.hypernetwork_workers else None
+    # What is not set of how frames are taken is in the model's and hypernetwork's files, which the revisions cover.
+    revisions = Revisions(fingerprint(served.model), fingerprint(served.hypernetwork), settings.sampling)
+    return VideoService(settings, revisions, catalog, store, registry, pool, lambda: ending.is_stopping)
+
+
+def answer_from_videos(
+    settings: Settings, served: ServedModel, engine_client: Any, state: State, service: VideoService, keys: Keys
+) -> None:
+    """Put our handlers in front of vLLM's."""
+    composer = Composer(
+        service.catalog,
+        service.store,
+        service.registry,
+        shapes=served.shapes,
+        base_name=served.model.name,
+        chunk_rank=served.config.rank,
+        max_rank=served.limits.max_rank,
+        keep=settings.max_composed,
+    )
+    asking = Asking(service, composer)
+    vllm_api.leave_adapters_out_of_metrics(engine_client)
+    between = separator.find(functools.partial(vllm_api.rendered, state.openai_serving_chat))
+    if between:
+        vllm_api.wrap_chat_answers(state, functools.partial(separator.left_out, separator=between))
+    vllm_api.wrap_servings(
+        state,
+        lambda inner: ChatHandler(vllm_api.noting_visual_tokens(inner), asking, served.names),
+        lambda inner: CompletionHandler(inner, asking, served.names),
+    )
+    vllm_api.guard_other_servings(state, Guard)
+    apart = keys.has_tenants and not settings.share_caches
+    vllm_api.enclose_renderings(engine_client, connector.question, salt_of_tenant if apart else lambda given: given)
+
+
+def hold(home: Path) -> FileLock:
+    """Take the data folder, for as long as this process lives: leases and names of adapters are known to one server.
+
+    Raises:
+        ValueError: another server has it.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(home / SERVER_LOCK, thread_local=False)
+    try:
+        lock.acquire(timeout=_LOCK_SECONDS)
+    except Timeout as error:
+        raise ValueError(f"another server runs on the data folder {home}: stop it, or set F2L_HOME") from error
+    return lock
+
+
+def salt_of_tenant(given: str | None) -> str:
+    """The salt of the caller's prefixes: no tenant's blocks are found by another's questions."""
+    return private(asking_tenant.get(), given or "")
+
+
+def worker_spec(settings: Settings, served: ServedModel) -> WorkerSpec:
+    """What each worker loads, and how it reads videos."""
+    max_rank = served.limits.max_rank
+    return WorkerSpec(
+        model=served.model,
+        hypernetwork=served.hypernetwork,
+        home=settings.data_folder,
+        store=settings.store,
+        reserve_bytes=settings.reserve_bytes,
+        base_name=served.model.name,
+        max_rank=max_rank,
+        limits=settings.video_limits,
+        threads=max(1, int(settings.worker_cpus)),
+        max_frames=settings.max_frames,
+        fps=settings.fps,
+        chunk_seconds=settings.chunk_seconds,
+        chunk_frames=settings.chunk_frames,
+        max_chunks=max_rank // served.config.rank - 1
+        if settings.is_chunked
+        else 0,  # the bias takes the rank of one chunk
+        merge_rate=settings.merge_rate,
+        batch_tokens=settings.batch_tokens,
+        decode=settings.decode_limits,
+    )
