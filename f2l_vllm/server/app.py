@@ -95,7 +95,7 @@ class F2LEndpointPlugin:
             lambda: vllm_api.is_stopping(state),
         )
         self._grammars = assembly.open_grammars(engine_client, settings)
-        self._put_in_front(settings, keys, engine_client)
+        self._put_in_front(settings, keys, engine_client, ending)
         served = assembly.served_model(engine_client, state, args, settings)
         self._lock = assembly.hold(settings.data_folder)
         service = self._service = assembly.open_service(settings, served, engine_client, state, ending)
@@ -112,14 +112,14 @@ class F2LEndpointPlugin:
         if keys.is_open:
             logger.info("no API key is set: whoever reaches this server may use it (--api-key, --tenants)")
 
-    def _put_in_front(self, settings: Settings, keys: Keys, engine_client: Any) -> None:
+    def _put_in_front(self, settings: Settings, keys: Keys, engine_client: Any, ending: Ending) -> None:
         """Our middleware, outermost, before vLLM's own check, whose answer OpenAI clients cannot read; our words for
         failures. vLLM has built the stack already."""
         assert self._app is not None, "vLLM attaches routes first"
         open_routes = listed(settings.open_routes)
         always = [path for path in open_routes if path != "/ready"]
         self._app.user_middleware[:0] = [
-            Middleware(LastWords, ending=self._ending, always=always),
+            Middleware(LastWords, ending=ending, always=always),
             Middleware(AuthMiddleware, keys=keys, open_routes=open_routes),
             Middleware(Faults, idle_seconds=settings.body_idle_seconds),
             Middleware(

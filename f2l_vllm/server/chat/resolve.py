@@ -15,7 +15,7 @@ from f2l_vllm.catalog.tables import AdapterRecord, FileRecord, FileWithAdapter
 from f2l_vllm.server.chat.compose import AdapterChunks, Composer, PartGone, PartLost
 from f2l_vllm.server.chat.request import Mode, Video
 from f2l_vllm.server.errors import APIError, bad_request, video_not_found
-from f2l_vllm.server.media.local import LocalVideo, address_of
+from f2l_vllm.server.local_videos import LocalVideo, address_of
 from f2l_vllm.server.registry import Lease
 from f2l_vllm.server.videos.by_url import RemoteVideos
 from f2l_vllm.server.videos.service import VideoService

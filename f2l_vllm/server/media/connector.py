@@ -31,7 +31,7 @@ from vllm.multimodal.media.video import VideoMediaIO
 from f2l_vllm.base_models.video_loader import SampledVideoLoader
 from f2l_vllm.server.chat.content import check_address
 from f2l_vllm.server.errors import APIError, bad_request
-from f2l_vllm.server.media.local import LocalVideo, video_at
+from f2l_vllm.server.local_videos import LocalVideo, video_at
 from f2l_vllm.server.media.turns import Turns
 from f2l_vllm.server.tenants import asking_tenant
 from f2l_vllm.settings import Settings

@@ -18,7 +18,7 @@ from f2l_vllm.server.chat.compose import Composer
 from f2l_vllm.server.chat.request import Span, Video
 from f2l_vllm.server.chat.resolve import Asking
 from f2l_vllm.server.errors import APIError
-from f2l_vllm.server.media.local import video_at
+from f2l_vllm.server.local_videos import video_at
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.videos import by_url
 from f2l_vllm.server.videos.service import Revisions, VideoService
