@@ -26,10 +26,11 @@ OUR_LEVEL = _LEVEL
 _ASKED_OF_VLLM = os.environ.get("VLLM_LOGGING_LEVEL", "").upper()
 VLLM_LEVEL = _ASKED_OF_VLLM if _ASKED_OF_VLLM in logging.getLevelNamesMapping() else logging.INFO
 
+_STATISTICS = "vllm.v1.metrics.loggers"  # every ten seconds
 # Said at `info` too: logger, and how the message begins before its values are put in.
 _WORTH_KNOWING = (
     ("uvicorn.access", ""),
-    ("vllm.v1.metrics.loggers", "Engine 0"),
+    (_STATISTICS, "Engine 0"),
     ("vllm.model_executor.model_loader.default_loader", "Loading weights took"),
     ("vllm.v1.core.kv_cache_utils", "%s KV cache size"),
 )
@@ -50,6 +51,11 @@ _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics", "/ping", "/version"})
 _PARTS = {"MainProcess": "server", "EngineCore": "engine"}
 
 quiet_paths: set[str] = set(_QUIET_PATHS)  # requests for these are not logged: supervisors send them all the time
+
+
+def without_statistics() -> None:
+    """A server that stops says so, and no more of how fast it answers."""
+    logging.getLogger(_STATISTICS).setLevel(logging.WARNING)
 
 
 class Handler(logging.StreamHandler):

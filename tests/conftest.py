@@ -1,7 +1,11 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a thread for each, and for what it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from f2l_vllm import torch_shims
 

@@ -210,7 +210,7 @@ def _picture(path: Path, media: MediaOfQuestion, background: Sequence[int]) -> M
 def _frames(path: Path, media_io: VideoMediaIO, sha256: str | None = None) -> Any:
     """Runs in a thread."""
     try:
-        if issubclass(media_io.video_loader, SampledVideoLoader):
+        if isinstance(media_io.video_loader, SampledVideoLoader):
             video = media_io.video_loader.load_path(path, num_frames=media_io.num_frames, **media_io.kwargs)
         else:  # the operator's choice
             video = media_io.load_bytes(path.read_bytes()).media

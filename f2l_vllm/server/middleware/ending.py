@@ -70,6 +70,7 @@ class Ending:
         # A thread of C: it ends the process even where the event loop never gets to it.
         faulthandler.dump_traceback_later(self._grace_seconds + _LEAVE_SECONDS, exit=True)
         wait = f"; {len(self.answers)} answers have up to {self._grace_seconds:g} s to end" if self.answers else ""
+        logs.without_statistics()
         logger.info("stopping%s%s", wait, " (a second signal ends them)" if wait else "")
         self._task = asyncio.create_task(self._end())
 
