@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from f2l_vllm import logs
 from f2l_vllm.server import errors
 
 logger = logging.getLogger(__name__)
