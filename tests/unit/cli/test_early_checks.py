@@ -18,7 +18,7 @@ from f2l_vllm.cli.serve import plan
 from f2l_vllm.engine import flags
 from f2l_vllm.engine.defaults import EngineLimits, check_limits
 from f2l_vllm.hypernetwork.ranks import RANKS, advice, most_chunks, smallest_rank
-from f2l_vllm.pool.pool import _without_paths
+from f2l_vllm.pool.lane import _without_paths
 from f2l_vllm.settings import SERVER_LOCK, Settings
 
 
