@@ -58,5 +58,5 @@ def test_a_family_is_a_line_in_the_registry(other, tmp_path):
 def test_an_unknown_family_is_refused_with_those_there_are(other):
     with pytest.raises(ValueError, match=r"'qwen2_vl'.*smolvlm \(for example HuggingFaceTB/.*other"):
         registry.family_named("qwen2_vl", "that model")
-    with pytest.raises(ValueError, match="Unknown target module 'conv'; choose from .*'down_proj'.*'ffn'"):
+    with pytest.raises(ValueError, match=r"Unknown target module 'conv'; choose from .*'down_proj'.*'ffn'"):
         registry.check_module("conv")
