@@ -29,7 +29,7 @@ from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
-from f2l_vllm.store.store import Store
+from f2l_vllm.store.cached_store import open_store
 
 _TENANT = "t"
 _TIDY_SECONDS = 5.0  # as a server's maintenance
@@ -115,7 +115,7 @@ def run(
 def _server(url: str, folder: Path, name: str) -> VideoService:
     fsspec.register_implementation("slow", SlowFiles, clobber=True)
     home = folder / name
-    store = Store(home, url=f"slow://{folder / 'far'}")
+    store = open_store(home, url=f"slow://{folder / 'far'}")
     catalog = Catalog(url)
     registry = Registry({}, _NoEngine(), store, base_model="base", host_slots=8, wanted=catalog.wanted)
     settings = Settings(home=home, queue_limit=1_000_000)
@@ -136,7 +136,7 @@ async def _ask(url: str, folder: Path, index: int, pairs: int, options: dict[str
     async def client(number: int) -> None:
         nonlocal left
         dice = random.Random(f"{index} {number}")
-        elsewhere = Store(folder / f"reader{index}-{number}", url=f"slow://{folder / 'far'}")
+        elsewhere = open_store(folder / f"reader{index}-{number}", url=f"slow://{folder / 'far'}")
         while left > 0:
             left -= 1
             data = f"video {dice.randrange(options['videos'])}".encode()

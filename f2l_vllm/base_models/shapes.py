@@ -23,11 +23,14 @@ class BaseShapes:
         """From a model directory's `config.json`.
 
         Raises:
-            ValueError: of no known family; the message lists them.
+            ValueError: of no known family, in which case the message lists them, or without the sizes.
         """
         family = family_in(model_dir)
-        text = read_json(model_dir / "config.json")[family.text_config]
-        return cls(text["num_hidden_layers"], family.module_sizes(text), family)
+        try:
+            text = read_json(model_dir / "config.json")[family.text_config]
+            return cls(text["num_hidden_layers"], family.module_sizes(text), family)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{model_dir / 'config.json'} is of no whole {family.name}: {error} is missing") from error
 
     def key(self, layer: int, module: str, factor: str) -> str:
         """The tensor's name in PEFT files: `factor` is `A` ([rank, d_in]) or `B` ([d_out, rank])."""

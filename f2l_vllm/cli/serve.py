@@ -70,9 +70,10 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], words: 
     if chosen.store is not None:
         check_store(chosen.store)
     directory = models.resolve(model)
+    shapes = BaseShapes.read(directory)  # refuses what is no base model
     weights = models.resolve_hypernetwork(model, hypernetwork or chosen.hypernetwork)
     config = read_config(weights)
-    check_shapes(BaseShapes.read(directory), config)
+    check_shapes(shapes, config)
     rank = _rank(chosen, config, chosen_flags)
     gpus = checks.gpus()
     checks.check_workers(chosen, gpus)

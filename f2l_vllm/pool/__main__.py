@@ -43,7 +43,7 @@ def main(spec_json: str) -> int:
     from f2l_vllm.catalog.catalog import Catalog
     from f2l_vllm.pool.messages import Event, Failed, Published, WorkerSpec
     from f2l_vllm.pool.pool import Pool, PoolConfig
-    from f2l_vllm.store.store import Store
+    from f2l_vllm.store.cached_store import open_store
 
     logs.adopt("ray", "transformers")
     spec = TypeAdapter(WorkerSpec).validate_json(spec_json)
@@ -70,7 +70,9 @@ def main(spec_json: str) -> int:
         # Chunked videos are long: each fills a pass of its own.
         batch=settings.batch_videos if settings.batch_tokens and not settings.is_chunked else 1,
     )
-    store = Store(spec.home, url=settings.store, hot_bytes=settings.hot_bytes, reserve_bytes=settings.reserve_bytes)
+    store = open_store(
+        spec.home, url=settings.store, hot_bytes=settings.hot_bytes, reserve_bytes=settings.reserve_bytes
+    )
     pool = Pool(config, spec, catalog, store, on_event)
     waited = False
     while not pool.start(wait_seconds=1.0):

@@ -15,7 +15,8 @@ from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tombstones import LOST
 from f2l_vllm.hypernetwork.peft_format import AdapterFiles, validate_adapter
 from f2l_vllm.pool.messages import Cancelled, Event, Failed, Outcome, Progress, Published, WorkerInfo, WorkerSpec
-from f2l_vllm.store.store import Store, StoreError
+from f2l_vllm.store.cached_store import open_store
+from f2l_vllm.store.store import StoreError
 
 if TYPE_CHECKING:
     from f2l_vllm.hypernetwork.adapter import Adapter
@@ -44,7 +45,7 @@ class HypernetworkWorker:
 
         torch.set_num_threads(max(1, spec.threads))
         self._spec = spec
-        self._store = Store(spec.home, url=spec.store, reserve_bytes=spec.reserve_bytes)
+        self._store = open_store(spec.home, url=spec.store, reserve_bytes=spec.reserve_bytes)
         self._shapes = BaseShapes.read(spec.model)
         self._internalizer = Internalizer.load(
             spec.model, spec.hypernetwork, limits=spec.limits, merge_rate=spec.merge_rate

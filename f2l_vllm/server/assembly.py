@@ -37,7 +37,7 @@ from f2l_vllm.server.tenants import Keys, asking_tenant
 from f2l_vllm.server.videos.service import Revisions, VideoService, count_outcome
 from f2l_vllm.settings import SERVER_LOCK, Settings
 from f2l_vllm.store.address import fingerprint
-from f2l_vllm.store.store import Store
+from f2l_vllm.store.cached_store import open_store
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def open_service(
     settings: Settings, served: ServedModel, engine_client: Any, state: State, ending: Ending
 ) -> VideoService:
     """Catalog, store, registry and pool behind one service; nothing runs yet."""
-    store = Store(
+    store = open_store(
         settings.data_folder,
         url=settings.store,
         cache_bytes=settings.cache_bytes,

@@ -7,15 +7,13 @@ Layout under `F2L_HOME`::
     tmp/<machine>.<32 hex>/          work in progress of one process
 
 Everything is written under `tmp/`, synced, and renamed into place. What a process that was killed left there goes when
-the store is opened next. With a remote store (`F2L_STORE`) that is where
-everything is kept, and these folders are a cache of what is used here, bounded in bytes by `trim`.
+the store is opened next. With `F2L_STORE` these folders are a cache (`cached_store`).
 """
 
 from __future__ import annotations
 
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +25,6 @@ from f2l_vllm.store import manifest as manifests
 from f2l_vllm.store.errors import StoreUnavailable, disk_errors
 from f2l_vllm.store.manifest import MANIFEST_FILE, Manifests, StoreError
 from f2l_vllm.store.memory_cache import HotSet
-from f2l_vllm.store.object_store import Remote
 from f2l_vllm.store.room import Reserve
 from f2l_vllm.store.workspace import Workspace, remove
 
@@ -35,30 +32,27 @@ __all__ = ["MANIFEST_FILE", "Store", "StoreError"]
 
 _VIDEO = re.compile(r"([0-9a-f]{64})(\.[0-9a-f]{16})?")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")
-_YOUNG_SECONDS = 60.0  # what was used this recently is not taken from the cache: somebody may be about to open it
 
 
 class Store:
-    """One data folder on a local file system, shared by the server and its workers, and what lies behind it.
+    """One data folder on a local file system, shared by the server and its workers.
 
-    Every method that reads or writes raises `StoreUnavailable` when the disk is full or read-only, or the remote store
-    is away; nothing half-written is left then.
+    Every method that reads or writes raises `StoreUnavailable` when the disk is full or read-only; nothing half-written
+    is left then.
     """
+
+    is_cache = False  # whether the data folder is a cache of something, to be trimmed
 
     def __init__(
         self,
         home: Path,
         *,
-        url: str | None = None,
-        cache_bytes: int = 0,
         hot_bytes: int = 0,
         reserve_bytes: int | None = None,
     ) -> None:
         """
         Args:
             home: the data folder.
-            url: the remote store, any fsspec URL; None: the data folder is the store.
-            cache_bytes: how much of a remote store is kept in the data folder; 0: no limit.
             hot_bytes: how much is kept on /dev/shm besides; 0: nothing.
             reserve_bytes: how much of the disk stays free; None: as `Reserve`.
         """
@@ -70,8 +64,6 @@ class Store:
             self.reserve = Reserve(home, reserve_bytes)
         self._workspace = Workspace(self._tmp)
         self._workspace.clear()
-        self._remote = None if url is None else Remote(url)
-        self._cache_bytes = cache_bytes
         self._manifests = Manifests()
         self._hot = HotSet.open(home, hot_bytes, self._manifests)
         self._in_use: Callable[[str], bool] = lambda _name: False
@@ -101,7 +93,7 @@ class Store:
         Args:
             named: those of some names, of adapters and videos, that something refers to.
             older_than_s: younger entries may be in the making, and stay.
-            far: in the remote store too.
+            far: also what the data folder is a cache of.
         """
         limit = time.time() - older_than_s
         self._workspace.clear(older_than_s)
@@ -113,38 +105,14 @@ class Store:
             hot = self._hot.names()
             for name in set(hot).difference(named(hot)):
                 self._hot.remove(name)
-        if far and self._remote is not None:
-            self._remote.sweep(named, older_than_s)
 
     def clear(self) -> None:
         """Remove work in progress of processes that have ended."""
         self._workspace.clear()
 
-    @property
-    def is_cache(self) -> bool:
-        """Whether the data folder is a cache of a remote store, to be trimmed."""
-        return self._remote is not None
-
-    def trim(self, videos_in_use: set[str], young_s: float = _YOUNG_SECONDS) -> int:
-        """Bring the cache of a remote store under its limit, and out of the reserve, least recently used out first; the
-        bytes freed.
-
-        What is in use stays, videos by their hashes, and what was used within `young_s` seconds, even if that is more
-        than the limit.
-        """
-        if self._remote is None:
-            return 0
-        entries = [(*_used(path), path) for path in [*self._adapters.iterdir(), *self._videos.glob("*/*")]]
-        limit = self._cache_bytes or sys.maxsize
-        over = max(sum(size for _, size, _ in entries) - limit, self.reserve.missing())
-        freed = 0
-        for used, size, path in sorted(entries):
-            if freed >= over or used > time.time() - young_s:
-                break
-            if path.name.partition(".")[0] not in videos_in_use and not self._in_use(path.name):
-                self._drop(path)
-                freed += size
-        return freed
+    def trim(self, videos_in_use: set[str]) -> int:
+        """Bring a cache under its limit; the bytes freed."""
+        return 0
 
     def temporary(self) -> Path:
         """A fresh path for work in progress, on the same file system as everything else."""
@@ -168,8 +136,6 @@ class Store:
         target = self.video_path(video)
         self.reserve.check("keep a video")
         with disk_errors("keep a video"):
-            if self._remote is not None:
-                self._remote.put_video(temporary, video)
             target.parent.mkdir(exist_ok=True)
             sync(temporary)
             os.replace(temporary, target)
@@ -177,45 +143,26 @@ class Store:
         return target
 
     def fetch_video(self, video: str) -> Path:
-        """The video's bytes as a local file, fetched and checked if they are not here.
+        """The video's bytes as a local file.
 
         Raises:
             StoreError: they are nowhere, or not what was uploaded.
         """
         path = self.video_path(video)
-        if self._remote is None:
-            if not path.is_file():
-                raise StoreError(f"the video {video} is missing")
-            return path
-        if _touch(path):
-            return path
-        with self._work() as work:
-            try:
-                self._remote.get_video(video, work)
-            except FileNotFoundError as error:
-                raise StoreError(f"the video {video} is missing") from error
-            if manifests.sha256_of(work) != video.partition(".")[0]:
-                raise StoreError(f"the video {video} differs from what was uploaded")
-            with disk_errors("keep a video"):
-                path.parent.mkdir(exist_ok=True)
-                os.replace(work, path)
+        if not path.is_file():
+            raise StoreError(f"the video {video} is missing")
         return path
 
     def has_video(self, video: str, size: int | None = None) -> bool:
         """Whether the bytes are stored, `size` of them if that is given."""
-        if self._remote is not None:
-            found = self._remote.video_size(video)
-        else:
-            path = self.video_path(video)
-            found = path.stat().st_size if path.is_file() else None
+        path = self.video_path(video)
+        found = path.stat().st_size if path.is_file() else None
         return found is not None and size in (None, found)
 
     def remove_video(self, video: str) -> None:
         """Forget the bytes; nothing happens if they are gone already."""
         with disk_errors("remove a video"):
             self.video_path(video).unlink(missing_ok=True)
-        if self._remote is not None:
-            self._remote.remove_video(video)
 
     # Adapters
 
@@ -282,14 +229,12 @@ class Store:
             try:
                 self.verify_adapter(name)
             except StoreError:
-                if self._remote is not None:
-                    self._remote.put_adapter(work, name)
+                self._put_far(work, name)
                 self._drop(target)
                 os.rename(work, target)
                 sync(target.parent)
             else:
-                if self._remote is not None and not self._remote.has_adapter(name):
-                    self._remote.put_adapter(target, name)
+                self._confirm_far(name)
         return target
 
     def check_room_for_adapters(self) -> None:
@@ -297,20 +242,12 @@ class Store:
         self.reserve.check("keep an adapter", part=0.5)
 
     def verify_adapter(self, name: str) -> dict[str, Any]:
-        """Read every file, check it against the manifest, and return that; a damaged cached copy is fetched again.
+        """Read every file, check it against the manifest, and return that.
 
         Raises:
             StoreError: no such adapter, or a file that is missing or differs from what was written.
         """
-        path = self.adapter_path(name)
-        if self._remote is None:
-            return manifests.verify(path, name)
-        try:
-            manifest = manifests.verify(path, name)
-        except StoreError:
-            return self._fetch_adapter(name, self._remote)
-        _touch(path)
-        return manifest
+        return manifests.verify(self.adapter_path(name), name)
 
     def remove_adapter(self, name: str) -> None:
         """Remove an adapter in one step (a rename), then its files."""
@@ -319,8 +256,6 @@ class Store:
             self._drop(path)
         if self._hot is not None:
             self._hot.remove(name)  # last: what is being copied now finds that its source has gone
-        if self._remote is not None:
-            self._remote.remove_adapter(name)
 
     def _checked_copy(self, name: str) -> Path | None:
         """The copy in memory, if there is one and it is sound."""
@@ -336,33 +271,14 @@ class Store:
     def _checked(self, name: str) -> Path:
         """The adapter in the data folder, sound. Raises as `verify_adapter`."""
         path = self.adapter_path(name)
-        try:
-            self._manifests.check(path, name)
-        except StoreError:
-            if self._remote is None:
-                raise
-            self._fetch_adapter(name, self._remote)
-        if self._remote is not None:
-            _touch(path)
+        self._manifests.check(path, name)
         return path
 
-    def _fetch_adapter(self, name: str, remote: Remote) -> dict[str, Any]:
-        path = self.adapter_path(name)
-        with self._work() as work, disk_errors("keep an adapter"):
-            work.mkdir()
-            try:
-                remote.get_adapter_file(name, MANIFEST_FILE, work / MANIFEST_FILE)
-                for file in manifests.read(work, name)["files"]:
-                    remote.get_adapter_file(name, file, work / file)
-            except FileNotFoundError as error:
-                raise StoreError(f"adapter {name} is missing or damaged: {error}") from error
-            manifest = manifests.verify(work, name)
-            self._drop(path)
-            try:
-                os.rename(work, path)
-            except OSError:
-                manifests.verify(path, name)  # somebody else fetched it meanwhile
-        return manifest
+    def _put_far(self, directory: Path, name: str) -> None:
+        """Before an adapter is put into place here: where else it is kept."""
+
+    def _confirm_far(self, name: str) -> None:
+        """An adapter was here already."""
 
     def _drop(self, path: Path) -> None:
         """Take a file or directory out of the data folder in one step, then its bytes."""
@@ -390,25 +306,6 @@ class Store:
             yield work
         finally:
             remove(work)
-
-
-def _touch(path: Path) -> bool:
-    """Note that a cached entry was used; whether it is there."""
-    try:
-        os.utime(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _used(path: Path) -> tuple[float, int]:
-    """When a cached entry was used, and its bytes."""
-    try:
-        status = path.stat()
-        size = sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else status.st_size
-    except FileNotFoundError:  # gone meanwhile
-        return time.time(), 0
-    return status.st_mtime, size
 
 
 def _changed(path: Path) -> float:

@@ -209,6 +209,7 @@ def _picture(path: Path, media: MediaOfQuestion, background: Sequence[int]) -> M
 
 def _frames(path: Path, media_io: VideoMediaIO, sha256: str | None = None) -> Any:
     """Runs in a thread."""
+    video: Any
     try:
         if isinstance(media_io.video_loader, SampledVideoLoader):
             video = media_io.video_loader.load_path(path, num_frames=media_io.num_frames, **media_io.kwargs)

@@ -18,7 +18,7 @@ from f2l_vllm.cli.serve import plan
 from f2l_vllm.engine import flags
 from f2l_vllm.engine.defaults import EngineLimits, check_limits
 from f2l_vllm.hypernetwork.ranks import RANKS, advice, most_chunks, smallest_rank
-from f2l_vllm.pool.pool import _without_paths
+from f2l_vllm.pool.lane import _without_paths
 from f2l_vllm.settings import SERVER_LOCK, Settings
 
 
@@ -299,6 +299,7 @@ def test_a_copy_of_a_released_model_is_recognised_and_its_hypernetwork_named(tmp
     copy.mkdir()
     keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
     config = {
+        "model_type": "smolvlm",
         "text_config": dict(zip(keys, text, strict=True)),
         "vision_config": dict(zip(keys[:2], vision, strict=True)),
     }
@@ -312,6 +313,16 @@ def test_a_copy_of_a_released_model_is_recognised_and_its_hypernetwork_named(tmp
     for one in SHAPES:
         (released / f"smolvlm2_{one.lower()}.pt").touch()
     assert models.resolve_hypernetwork(str(copy), str(released)).name == f"smolvlm2_{size.lower()}.pt"
+
+
+def test_a_model_of_another_family_is_refused_with_the_families_there_are(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", "text_config": {}}))
+    told = said("serve", tmp_path)
+    assert "'qwen2_vl'" in told
+    assert "smolvlm" in told
+    assert "docs/base-models.md" in told
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "smolvlm"}))
+    assert "'text_config' is missing" in said("serve", tmp_path)
 
 
 def test_another_model_is_told_which_hypernetworks_are_released(smolvlm_dir):

@@ -18,8 +18,8 @@ from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.videos.routes import router
 from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
+from f2l_vllm.store.cached_store import open_store
 from f2l_vllm.store.errors import CatalogBusy, StoreUnavailable
-from f2l_vllm.store.store import Store
 
 T = "tenant"
 
@@ -41,7 +41,7 @@ class Bench:
 
     def __init__(self, folder, revision="one", url=None, busy_seconds=10.0, hot_bytes=0):
         home = folder / "home"
-        self.store = Store(home, url=url, hot_bytes=hot_bytes)
+        self.store = open_store(home, url=url, hot_bytes=hot_bytes)
         self.catalog = Catalog(f"sqlite:///{folder / 'catalog.sqlite3'}", busy_seconds)
         self.engine = Engine()
         self.registry = Registry(
@@ -254,7 +254,7 @@ def test_what_nobody_names_is_swept_every_hour_not_at_the_start_only(tmp_path, m
         await bench.service.tidy()
         assert orphan.exists()  # young: somebody may be about to name it
         hours = [time.time() + 7200, time.monotonic() + 7200]
-        monkeypatch.setattr("f2l_vllm.store.store.time.time", lambda: hours[0])
+        monkeypatch.setattr("f2l_vllm.store.cached_store.time.time", lambda: hours[0])
         monkeypatch.setattr("f2l_vllm.server.videos.service.time.monotonic", lambda: hours[1])
         await bench.service.tidy()
         assert not orphan.exists()

@@ -8,8 +8,9 @@ import shutil
 
 import pytest
 
+from f2l_vllm.store import cached_store
 from f2l_vllm.store.errors import StoreUnavailable
-from f2l_vllm.store.store import MANIFEST_FILE, Store, StoreError
+from f2l_vllm.store.store import MANIFEST_FILE, StoreError
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -44,7 +45,7 @@ def open_store(tmp_path, far):
     """`open_store(home)`: a server's or worker's store on one machine or another."""
 
     def build(home="here", **options):
-        return Store(tmp_path / home, url=f"file://{far}", **options)
+        return cached_store.open_store(tmp_path / home, url=f"file://{far}", **options)
 
     return build
 
@@ -62,7 +63,7 @@ def test_what_one_machine_stores_another_finds_whole(open_store):
 
 
 def test_the_same_over_another_kind_of_file_system(tmp_path):
-    here, there = (Store(tmp_path / home, url="memory://bucket/videos") for home in ("here", "there"))
+    here, there = (cached_store.open_store(tmp_path / home, url="memory://bucket/videos") for home in ("here", "there"))
     sha256 = keep(here, b"video")
     here.publish_adapter("f2l-1", write("weights"), {})
     assert there.fetch_video(sha256).read_bytes() == b"video"
@@ -71,7 +72,7 @@ def test_the_same_over_another_kind_of_file_system(tmp_path):
     assert there.has_video(sha256)  # too young to be called lost
     here.sweep(lambda _names: (), older_than_s=-1)
     assert not there.has_video(sha256)
-    third = Store(tmp_path / "third", url="memory://bucket/videos")
+    third = cached_store.open_store(tmp_path / "third", url="memory://bucket/videos")
     with pytest.raises(StoreError, match="missing"):
         third.load_path("f2l-1")
 
@@ -179,4 +180,4 @@ def test_a_store_that_is_full_or_away_says_so_and_keeps_nothing(open_store, far,
 
 def test_an_unknown_kind_of_store_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="F2L_STORE=nowhere://x"):
-        Store(tmp_path, url="nowhere://x")
+        cached_store.open_store(tmp_path, url="nowhere://x")

@@ -1,0 +1,300 @@
+"""A lane: the thread that feeds one Ray actor with jobs from the catalog.
+
+It claims a job, runs it on its actor, writes what happens into the catalog, and takes the next. A job stays in the
+catalog until it ends, so nothing is lost with an actor: when one dies, its lane puts the job back and starts a new
+actor.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.jobs import EXHAUSTED
+from f2l_vllm.catalog.tables import Job
+from f2l_vllm.catalog.tombstones import LOST
+from f2l_vllm.pool.messages import Cancelled, Event, Failed, Outcome, Progress, WorkerInfo
+from f2l_vllm.store.errors import Unavailable
+from f2l_vllm.store.store import Store
+
+logger = logging.getLogger(__name__)
+
+_PATH = re.compile(r"(?<![\w.])/[^\s'\",:;)]+")
+_LONGEST_REASON = 300
+_IDLE_SECONDS = 0.05
+_CANCEL_SECONDS = 0.5  # between looks at whether a job in work is still wanted
+_CANCELLED_SECONDS = 30.0  # a worker that does not give a job up by then is replaced
+_CHECK_SECONDS = 1.0
+_START_SECONDS = 600.0
+_PLACE_SECONDS = 1.0  # between two looks at whether a worker can be placed
+_FAILED_STARTS = 3
+_RESTART_SECONDS = 2.0
+_UNAVAILABLE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the lanes of a pool share.
+
+    Attributes:
+        batch: jobs that a lane takes at a time.
+        job_seconds, job_attempts: what one job may take of a worker, and of workers.
+        new_actor: starts a worker.
+        missing: what no node has for a worker, or None.
+        on_event: called with every event of a job.
+        stopping: the pool stops.
+        failed: to be set where workers cannot be started any more.
+    """
+
+    catalog: Catalog
+    store: Store
+    batch: int
+    job_seconds: float
+    job_attempts: int
+    new_actor: Callable[[], Any]
+    missing: Callable[[], str | None]
+    on_event: Callable[[Event], None]
+    stopping: threading.Event
+    failed: threading.Event
+
+
+class Lane(threading.Thread):
+    """One worker's feeder. `info` is set while its actor is loaded and alive.
+
+    Args:
+        work: what all lanes of a pool share.
+    """
+
+    def __init__(self, index: int, work: Work) -> None:
+        super().__init__(name=f"f2l-lane-{index}", daemon=True)
+        self._work = work
+        self._catalog = work.catalog
+        self._actor: Any = None  # a Ray actor handle
+        self._checked = 0.0
+        self._failed_starts = 0
+        self.info: WorkerInfo | None = None
+        self.why = ""
+
+    def kill(self) -> None:
+        """End the actor at once, whatever it does."""
+        if self._actor is not None:
+            ray.kill(self._actor)
+
+    def run(self) -> None:
+        while not self._stopping():
+            jobs: dict[str, Job] = {}
+            try:
+                self._ensure_actor()
+                jobs = {job.adapter_name: job for job in self._catalog.claim_jobs(self._work.batch)}
+                if jobs:
+                    self._run(jobs)
+                else:
+                    self._work.stopping.wait(_IDLE_SECONDS)
+            except Unavailable as error:  # there may be jobs; the worker is at none and stays
+                logger.warning("the catalog cannot be asked for jobs: %s", error)
+                self._work.stopping.wait(_RESTART_SECONDS)
+            except Exception:
+                # A lane outlives whatever goes wrong around a job, Ray restarting for one.
+                if not self._stopping():
+                    logger.exception("a hypernetwork lane failed and goes on")
+                    self._lose_actor("is replaced")  # it may still be at the job
+                    self._give_back(jobs, blameless=False)
+                    self._work.stopping.wait(_RESTART_SECONDS)
+
+    def _give_back(self, jobs: dict[str, Job], *, blameless: bool) -> None:
+        for name in jobs:
+            self._enter(self._catalog.release_job, name, blameless=blameless)
+
+    def _enter(self, method: Callable[..., Any], name: str, *args: Any, **values: Any) -> None:
+        """Have a catalog that is busy, full or away enter what became of a job as soon as it can."""
+        while True:
+            try:
+                method(name, *args, **values)
+                return
+            except Unavailable as error:
+                logger.warning("what became of %s cannot be entered yet: %s", name, error)
+            if self._work.stopping.wait(_RESTART_SECONDS):
+                return  # the next start finds the job in work and lets it wait again
+
+    def _stopping(self) -> bool:
+        return self._work.stopping.is_set()
+
+    def _ensure_actor(self) -> None:
+        """A live actor, so that a worker that died while idle costs no job an attempt."""
+        if self._actor is not None and time.monotonic() - self._checked < _CHECK_SECONDS:
+            return
+        if self._actor is not None:
+            try:
+                ray.get(self._actor.info.remote(), timeout=30)
+                self._checked = time.monotonic()
+                return
+            except (RayActorError, GetTimeoutError):
+                self._lose_actor("died while idle")
+        self._actor = self._work.new_actor()
+        try:
+            self.info = self._loaded(self._actor.info.remote())
+        except BaseException as error:
+            self._lose_actor("did not start")
+            self.why = f"a worker did not start and is tried again: {_without_paths(error)}"
+            self._failed_starts += 1
+            if self._failed_starts >= _FAILED_STARTS:
+                self._work.failed.set()
+            raise
+        self._failed_starts = 0
+        self._checked = time.monotonic()
+        logger.info("hypernetwork worker ready: pid %d on %s, %s", self.info.pid, self.info.node, self.info.device)
+
+    def _loaded(self, info: Any) -> WorkerInfo:
+        """Wait for a new worker to have loaded. In a cluster that is too small it waits for another node, for ever."""
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            ready, _ = ray.wait([info], timeout=_PLACE_SECONDS)
+            if ready:
+                found: WorkerInfo = ray.get(info)
+                return found
+            missing = self._work.missing()
+            self.why = missing or "a worker loads model and hypernetwork"
+            if missing is not None:
+                deadline = time.monotonic() + _START_SECONDS
+            elif time.monotonic() > deadline:
+                raise GetTimeoutError(f"it was not ready within {_START_SECONDS:.0f} s")
+
+    def _lose_actor(self, what: str) -> None:
+        if not self._stopping():
+            logger.warning("hypernetwork worker %s %s", self.info.pid if self.info else "", what)
+        self.info = None
+        if self._actor is not None:
+            ray.kill(self._actor)
+            self._actor = None
+
+    def _run(self, jobs: dict[str, Job]) -> None:
+        """Run jobs on the actor together; each is taken out of `jobs` when it has ended or waits again."""
+        self._end_poisonous(jobs)
+        if not jobs:
+            return
+        try:
+            for name, event in self._events(jobs):
+                self._work.on_event(event)
+                if isinstance(event, Progress):
+                    self._show(name, event)
+                else:
+                    self._end(jobs.pop(name), event)
+        except RayError as error:
+            if self._stopping():
+                return
+            names = ", ".join(jobs)
+            if isinstance(cause := getattr(error, "cause", None), Unavailable):
+                logger.warning("%s wait for the store: %s", names, cause)
+                self._give_back(jobs, blameless=True)
+                jobs.clear()
+                self._work.stopping.wait(_UNAVAILABLE_SECONDS)
+            elif isinstance(error, RayActorError):
+                self._lose_actor(f"died over {names}")
+            elif isinstance(error, GetTimeoutError):
+                self._lose_actor(f"took too long over {names}")
+            else:
+                # A process that failed once, out of memory or with a broken device, may fail for every video.
+                logger.exception("an attempt at %s failed", names)
+                self._lose_actor("is replaced")
+                self._work.stopping.wait(_RESTART_SECONDS)
+            for name in list(jobs):
+                self._fail_attempt(jobs.pop(name), error)
+
+    def _show(self, name: str, progress: Progress) -> None:
+        try:
+            self._catalog.advance(name, progress.state, progress.fraction)
+        except Unavailable as error:
+            logger.warning("the progress of %s is not shown: %s", name, error)
+
+    def _events(self, jobs: dict[str, Job]) -> Iterator[tuple[str, Event]]:
+        """What the actor says of the jobs, as it happens, until the last has ended."""
+        assert self._actor is not None
+        seconds = self._work.job_seconds * len(jobs)
+        deadline = time.monotonic() + seconds
+        method = self._actor.internalize.options(num_returns="streaming")
+        events = method.remote([(job.adapter_name, job.video) for job in jobs.values()])
+        cancelled: set[str] = set()
+        looked = time.monotonic()
+        while jobs:
+            ready, _ = ray.wait([events], timeout=max(0.0, min(_CANCEL_SECONDS, deadline - time.monotonic())))
+            if ready:
+                yield ray.get(next(events))
+            elif time.monotonic() >= deadline:
+                raise GetTimeoutError(f"no result within {seconds:.0f} s")
+            if time.monotonic() - looked < _CANCEL_SECONDS:
+                continue
+            looked = time.monotonic()
+            for name in jobs.keys() - cancelled:
+                if not self._wanted(name):
+                    logger.info("%s is given up: every file that waited for it was deleted", name)
+                    self._actor.cancel.remote(name)
+                    cancelled.add(name)
+            if cancelled >= jobs.keys():
+                deadline = min(deadline, time.monotonic() + _CANCELLED_SECONDS)
+
+    def _end_poisonous(self, jobs: dict[str, Job]) -> None:
+        """Jobs that have cost all their attempts, the last one the whole pool, are not tried again."""
+        limit = self._work.job_attempts
+        for name in [name for name, job in jobs.items() if job.attempts > limit]:
+            outcome = _exhausted(limit, "the whole pool")
+            self._work.on_event(outcome)
+            self._end(jobs.pop(name), outcome)
+
+    def _end(self, job: Job, outcome: Outcome) -> None:
+        catalog, name = self._catalog, job.adapter_name
+        if isinstance(outcome, Cancelled):
+            self._enter(catalog.release_job, name, blameless=True)  # or not at all, if nobody waits for it still
+            return
+        if isinstance(outcome, Failed):
+            # Bytes that are not there may have been deleted and uploaded again meanwhile, as another copy.
+            generation = job.generation if outcome.code == LOST else None
+            self._enter(catalog.fail_job, name, outcome.code, outcome.message, generation=generation)
+            return
+        self._enter(catalog.finish_job, name, rank=outcome.rank, size=outcome.bytes, info=outcome.info)
+        if not self._wanted(name):  # every file was deleted meanwhile
+            try:
+                self._work.store.remove_adapter(name)
+            except Unavailable as error:
+                logger.warning("%s, which nobody waits for any more, is removed later: %s", name, error)
+
+    def _wanted(self, name: str) -> bool:
+        """Whether anybody waits for this adapter, or it is published; a catalog that cannot say so is no reason to
+        give it up."""
+        try:
+            return self._catalog.wanted(name)
+        except Unavailable:
+            return True
+
+    def _fail_attempt(self, job: Job, error: RayError) -> None:
+        """The job waits again, or ends when it has cost too many workers."""
+        limit = self._work.job_attempts
+        if job.attempts < limit:
+            self._enter(self._catalog.release_job, job.adapter_name)
+            return
+        cause = getattr(error, "cause", None) or error
+        reason = (str(cause).splitlines() or [""])[0]
+        outcome = _exhausted(limit, f"{type(cause).__name__}: {reason}")
+        self._work.on_event(outcome)
+        self._end(job, outcome)
+
+
+def _exhausted(attempts: int, how: str) -> Failed:
+    return Failed(
+        EXHAUSTED, f"the video could not be internalized in {attempts} attempts; the last one ended with {how}"
+    )
+
+
+def _without_paths(error: BaseException) -> str:
+    """The last line of an error, which names its cause, for clients: they learn no paths of this machine's."""
+    lines = str(error).strip().splitlines() or [""]
+    text = lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {lines[0]}"
+    return _PATH.sub("…", text)[:_LONGEST_REASON]

@@ -1,0 +1,24 @@
+"""What a room loads when it is imported."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "transformers", "vllm", "ray", "fastapi"}
+LIGHT = [
+    "f2l_vllm.store.cached_store",
+    "f2l_vllm.catalog.catalog",
+    "f2l_vllm.base_models.registry",
+    "f2l_vllm.hypernetwork.config_file",
+    "f2l_vllm.settings",
+    "f2l_vllm.logs",
+]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_what_is_asked_before_anything_is_loaded_loads_nothing_heavy(module):
+    program = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert module in loaded
+    assert HEAVY.isdisjoint(loaded)
