@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 600
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo check unit test test-full-size fuzz lint format bench model clean
+.PHONY: help setup serve demo check unit test test-full-size fuzz lint format bench page model clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,10 @@ format: $(STAMP) ## Rewrite in the house style
 
 bench: $(STAMP) ## Measure start-up, upload to ready, first token and memory of the default model
 	$(BIN)/python -m benchmarks.startup --json benchmarks/results/startup.json
+
+page: $(STAMP) ## Make a page of 24 videos with every answer, in build/page
+	rm -rf build/page
+	$(BIN)/f2l-vllm eval --world held-out --videos 24 --seed 7 --through transformers --work build/page-work --browse build/page
 
 model: $(STAMP) ## Make the default model again, in build/model (40 minutes on a core; goes on where it was stopped)
 	$(BIN)/f2l-vllm make-model build/model

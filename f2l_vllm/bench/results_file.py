@@ -12,6 +12,7 @@ from f2l_vllm.files import write_whole
 
 Row = dict[str, Any]
 Derive = Callable[[list[Row]], dict[str, Any]]
+Say = Callable[[str], None]  # told of every measurement as it is made
 
 
 class ResultsFile:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from f2l_vllm.bench import suite as suites
-from f2l_vllm.bench.results_file import ResultsFile
+from f2l_vllm.bench.results_file import ResultsFile, Say
 from f2l_vllm.bench.shapes import Subject
 from f2l_vllm.bench.suites import amortise, capacity, latency, tax, throughput
 
-Say = Callable[[str], None]
+SUITES: dict[type, Any] = {  # the module that measures each
+    suites.Amortise: amortise,
+    suites.Capacity: capacity,
+    suites.Latency: latency,
+    suites.Tax: tax,
+    suites.Throughput: throughput,
+}
 
 
 async def measure(
@@ -29,23 +34,7 @@ async def measure(
     """
     configuration = {**suite.model_dump(mode="json"), "model": subject.name, "dtype": subject.dtype}
 
-    def results(derive: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> ResultsFile:
-        return ResultsFile(json_to, suite.suite, configuration, derive, resume)
-
-    match suite:
-        case suites.Tax():
-            into = results(tax.derive)
-            await tax.run(suite, subject, folder, into, say)
-        case suites.Throughput():
-            into = results(throughput.derive)
-            await throughput.run(suite, subject, folder, into, say)
-        case suites.Latency():
-            into = results(latency.derive)
-            await latency.run(suite, subject, folder, into, say)
-        case suites.Amortise():
-            into = results(amortise.derive)
-            await amortise.run(suite, subject, folder, into, say)
-        case suites.Capacity():
-            into = results(capacity.derive)
-            capacity.run(suite, subject, into)
+    module = SUITES[type(suite)]
+    into = ResultsFile(json_to, suite.suite, configuration, module.derive, resume)
+    await module.run(suite, subject, folder, into, say)
     return into.content

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ from f2l_vllm.bench.arms import ARMS, Arm
 from f2l_vllm.bench.askers import Askers
 from f2l_vllm.bench.break_even import questions as break_even
 from f2l_vllm.bench.costs import Costs
-from f2l_vllm.bench.results_file import ResultsFile, Row
+from f2l_vllm.bench.results_file import ResultsFile, Row, Say
 from f2l_vllm.bench.servers import Room
 from f2l_vllm.bench.shapes import Subject
 from f2l_vllm.evaluation.percentiles import percentiles
 
-Say = Callable[[str], None]
 _SEQUENCES = 2
 
 

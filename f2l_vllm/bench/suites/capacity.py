@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from f2l_vllm.bench import suite as suites
 from f2l_vllm.bench.costs import Costs
-from f2l_vllm.bench.results_file import ResultsFile, Row
+from f2l_vllm.bench.results_file import ResultsFile, Row, Say
 from f2l_vllm.bench.shapes import Subject
 
 
-def run(suite: suites.Capacity, subject: Subject, results: ResultsFile) -> None:
+async def run(suite: suites.Capacity, subject: Subject, folder: Path, results: ResultsFile, say: Say) -> None:
     """A row per number of frames; bytes are those of a file, which is what an engine holds of an adapter in host
     memory too, and of the visual tokens' keys and values."""
     costs = Costs(subject)

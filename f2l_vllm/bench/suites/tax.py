@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,12 @@ from f2l_vllm.bench import suite as suites
 from f2l_vllm.bench import vllm_client
 from f2l_vllm.bench.arms import ServerKind
 from f2l_vllm.bench.costs import Costs, write_adapter
-from f2l_vllm.bench.results_file import ResultsFile, Row
+from f2l_vllm.bench.results_file import ResultsFile, Row, Say
 from f2l_vllm.bench.servers import ENGINE_ENV, EngineProcess, Servers
 from f2l_vllm.bench.shapes import Subject
 from f2l_vllm.hypernetwork.config_file import read_config
 from f2l_vllm.hypernetwork.ranks import smallest_rank
 from f2l_vllm.server_process import ServerProcess
-
-Say = Callable[[str], None]
 
 _NAME = "base"
 _SPREADS = tuple(f"{p}_{of}_ms" for of in ("ttft", "tpot", "itl", "e2el") for p in ("mean", "median", "p90", "p99"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ from f2l_vllm.bench.arms import ARMS, Arm
 from f2l_vllm.bench.askers import Askers
 from f2l_vllm.bench.client import Answer
 from f2l_vllm.bench.costs import Costs
-from f2l_vllm.bench.results_file import ResultsFile, Row
+from f2l_vllm.bench.results_file import ResultsFile, Row, Say
 from f2l_vllm.bench.servers import Room
 from f2l_vllm.bench.shapes import Subject
-
-Say = Callable[[str], None]
 
 
 async def run(suite: suites.Throughput, subject: Subject, folder: Path, results: ResultsFile, say: Say) -> None:
