@@ -139,6 +139,7 @@ def answer_from_videos(
     between = separator.find(functools.partial(vllm_api.rendered, state.openai_serving_chat))
     if between:
         vllm_api.wrap_chat_answers(state, functools.partial(separator.left_out, separator=between))
+        vllm_api.wrap_responses(state, functools.partial(separator.left_out_of_responses, separator=between))
     vllm_api.wrap_servings(
         state,
         lambda inner: ChatHandler(vllm_api.noting_visual_tokens(inner), asking, served.names),

@@ -149,6 +149,12 @@ def wrap_chat_answers(state: State, wrap: Callable[[Any], Any]) -> None:
             setattr(serving, method, wrap(getattr(serving, method)))
 
 
+def wrap_responses(state: State, wrap: Callable[[Any], Any]) -> None:
+    """Put `wrap` around `create_responses`, before `guard_other_servings`: it gives a response, or a stream."""
+    if (serving := getattr(state, "openai_serving_responses", None)) is not None:
+        serving.create_responses = wrap(serving.create_responses)
+
+
 def rendered(chat: Any, messages: list[Any], add_generation_prompt: bool) -> str:
     """The text that the template of vLLM's chat handler makes of messages; any error where it makes none."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest

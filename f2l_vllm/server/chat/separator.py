@@ -51,6 +51,52 @@ def left_out(answer: Callable[..., Awaitable[Any]], separator: str) -> Callable[
     return answered
 
 
+def left_out_of_responses(answer: Callable[..., Awaitable[Any]], separator: str) -> Callable[..., Awaitable[Any]]:
+    """The same for the Responses API, whose answers are objects of several texts and whose streams are of events."""
+
+    @functools.wraps(answer)
+    async def answered(request: Any, *args: Any, **kwargs: Any) -> Any:
+        result = await answer(request, *args, **kwargs)
+        if hasattr(result, "__aiter__"):
+            return _events(result, separator)
+        _leave_out(result, separator)
+        return result
+
+    return answered
+
+
+async def _events(events: AsyncGenerator[Any, None], separator: str) -> AsyncGenerator[Any, None]:
+    begun: dict[tuple[int, int], str | None] = {}  # by text: what came of its separator; None: it is behind
+    async with aclosing(events):
+        async for event in events:
+            if getattr(event, "type", "") == "response.output_text.delta":
+                place = event.output_index, event.content_index
+                before = begun.get(place, "")
+                if before is not None:
+                    text = before + event.delta
+                    is_whole = not separator.startswith(text) or text == separator
+                    begun[place] = None if is_whole else text
+                    event.delta = text.removeprefix(separator) if is_whole else ""
+            else:  # the whole of something: of a text, a part, an item, or the response
+                for part in (event, getattr(event, "part", None), getattr(event, "item", None)):
+                    _leave_out_of_part(part, separator)
+                _leave_out(getattr(event, "response", None), separator)
+            yield event
+
+
+def _leave_out(response: Any, separator: str) -> None:
+    for item in getattr(response, "output", None) or ():
+        _leave_out_of_part(item, separator)
+
+
+def _leave_out_of_part(part: Any, separator: str) -> None:
+    """Of a text, or of those that it holds; reasoning and arguments of tools have none at these places."""
+    if getattr(part, "type", "") in ("output_text", "response.output_text.done"):
+        part.text = part.text.removeprefix(separator)
+    for one in getattr(part, "content", None) or ():
+        _leave_out_of_part(one, separator)
+
+
 def _begins_a_turn(request: Any) -> bool:
     """Whether the template's own prompt is before the answer, and nothing else says how it begins."""
     return (

@@ -224,3 +224,13 @@ def test_a_video_at_an_address_is_fetched_for_all_who_ask_at_once_and_never_stal
         ask(server, "What is the background?", url)
     assert error.value.code == "url_unreachable"
     assert "404" in error.value.message
+
+
+def test_the_responses_api_answers_with_the_first_word_first(server):
+    asked = {"model": "base", "input": "How many shapes are there?", "temperature": 0, "max_output_tokens": 8}
+    text = server.client.responses.create(**asked).output_text
+    assert text == text.strip() != ""
+    with server.client.responses.stream(**asked) as stream:
+        events = list(stream)
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == text
+    assert stream.get_final_response().output_text == text

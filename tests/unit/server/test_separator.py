@@ -9,6 +9,12 @@ from typing import Any
 
 import jinja2
 import pytest
+from openai.types.responses import (
+    ResponseOutputMessage,
+    ResponseOutputText,
+    ResponseTextDeltaEvent,
+    ResponseTextDoneEvent,
+)
 
 from f2l_vllm.server.chat import separator
 
@@ -163,3 +169,46 @@ def test_a_stream_that_is_left_closes_the_one_behind_it() -> None:
         assert closed
 
     asyncio.run(leave())
+
+
+def response_of(*texts: str) -> Any:
+    parts = [ResponseOutputText(text=text, type="output_text", annotations=[]) for text in texts]
+    message = ResponseOutputMessage(id="m", content=parts, role="assistant", status="completed", type="message")
+    return SimpleNamespace(output=[message])
+
+
+def test_a_response_begins_with_its_first_word() -> None:
+    async def answer(_: Any) -> Any:
+        return response_of(" Red.", " Blue.")
+
+    response = asyncio.run(separator.left_out_of_responses(answer, " ")(None))
+    assert [part.text for part in response.output[0].content] == ["Red.", "Blue."]
+
+
+@pytest.mark.parametrize("deltas", [[" Red", "."], [" ", "Red."], ["", " ", "Red", "."]])
+def test_a_stream_of_a_response_begins_with_its_first_word(deltas: list[str]) -> None:
+    place: dict[str, Any] = {"content_index": 0, "item_id": "m", "output_index": 0, "logprobs": []}
+
+    async def events() -> AsyncGenerator[Any, None]:
+        for number, delta in enumerate(deltas):
+            yield ResponseTextDeltaEvent(
+                delta=delta, sequence_number=number, type="response.output_text.delta", **place
+            )
+        number = len(deltas)
+        yield ResponseTextDoneEvent(text=" Red.", sequence_number=number, type="response.output_text.done", **place)
+        whole = response_of(" Red.")
+        yield SimpleNamespace(type="response.content_part.done", part=whole.output[0].content[0])
+        yield SimpleNamespace(type="response.output_item.done", item=response_of(" Red.").output[0])
+        yield SimpleNamespace(type="response.completed", response=response_of(" Red."))
+
+    async def read() -> list[Any]:
+        async def answer(_: Any) -> Any:
+            return events()
+
+        return [event async for event in await separator.left_out_of_responses(answer, " ")(None)]
+
+    *said, text, part, item, completed = asyncio.run(read())
+    assert "".join(event.delta for event in said) == "Red."
+    assert [event.sequence_number for event in said] == list(range(len(deltas)))  # none is missing
+    assert text.text == part.part.text == item.item.content[0].text == "Red."
+    assert completed.response.output[0].content[0].text == "Red."

@@ -185,6 +185,17 @@ def test_a_chat_is_answered_by_methods_that_take_its_request_first():
     assert state.openai_serving_chat.create_chat_completion == (answer, "wrapped")
 
 
+def test_responses_are_made_by_one_method_and_streamed_as_the_clients_events():
+    from vllm.entrypoints.openai.responses import serving, streaming_events
+    from vllm.entrypoints.openai.responses.api_router import create_responses
+
+    assert list(inspect.signature(serving.OpenAIServingResponses.create_responses).parameters)[1] == "request"
+    assert "handler.create_responses(request, raw_request)" in inspect.getsource(create_responses)
+    source = inspect.getsource(serving) + inspect.getsource(streaming_events)
+    for kind in ("response.output_text.delta", "response.output_text.done", "response.content_part.done"):
+        assert kind in source
+
+
 def test_a_chat_template_is_rendered_to_text_as_for_a_request():
     source = inspect.getsource(OnlineRenderer.preprocess_chat)
     assert "request.build_chat_params(" in source
