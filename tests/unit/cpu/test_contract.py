@@ -40,6 +40,7 @@ from f2l_vllm.cpu.attention import TorchAttentionImpl, TorchAttentionMetadataBui
 from f2l_vllm.cpu.linear import plainly_loaded
 from f2l_vllm.cpu.platform import TorchCpuPlatform
 from f2l_vllm.cpu.punica import GroupedPunicaWrapper
+from tests.support import source_of
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
@@ -155,7 +156,7 @@ def test_worker_names_its_runner_in_its_module() -> None:
 
 def test_runner_rewinds_generators_in_the_step_that_hides_them() -> None:
     assert "set_offset" in inspect.getsource(GPUModelRunner._bookkeeping_sync)
-    assert inspect.getsource(GPUModelRunner).count("set_offset") == 1
+    assert source_of(GPUModelRunner).count("set_offset") == 1
     assert "sampling_metadata" in inspect.getsource(GPUModelRunner._sample)
     # Hiding works because sampling sees the batch's own dictionary, not a copy.
     assert "generators=self.generators" in inspect.getsource(InputBatch._make_sampling_metadata)

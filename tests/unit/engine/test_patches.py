@@ -18,6 +18,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 from f2l_vllm.engine import plugin
 from f2l_vllm.engine.residency import FIRST_ADAPTER_ID
 from f2l_vllm.server import vllm_api
+from tests.support import source_of
 
 
 def test_the_plugin_is_in_front_of_the_engine_once():
@@ -67,7 +68,7 @@ def test_executors_reach_the_workers_adapters(name, argument):
 def test_what_drops_adapters_in_workers_comes_by_collective_rpc():
     """New base weights do; `Residency.doubt` covers them."""
     assert "remove_all_adapters" in inspect.getsource(lora_model_runner_mixin.LoRAModelRunnerMixin.reset_lora_state)
-    assert "reset_lora_state" not in inspect.getsource(EngineCore)
+    assert "reset_lora_state" not in source_of(EngineCore)
 
 
 def test_model_runners_take_their_manager_by_this_name_after_a_worker_is_initialized():

@@ -48,6 +48,7 @@ from f2l_vllm.engine.defaults import EngineLimits, check_limits
 from f2l_vllm.server import vllm_api
 from f2l_vllm.server.app import F2LEndpointPlugin
 from f2l_vllm.settings import Settings
+from tests.support import source_of
 
 
 def test_this_is_the_supported_version():
@@ -172,7 +173,7 @@ def test_a_chat_is_rendered_by_a_method_of_its_own_that_knows_the_placeholders()
 def test_a_chat_is_answered_by_methods_that_take_its_request_first():
     for method in (OpenAIServingChat.create_chat_completion, OpenAIServingChatBatch.create_batch_chat_completion):
         assert list(inspect.signature(method).parameters) == ["self", "request", "raw_request"]
-    assert "await self.create_chat_completion(chat_req, raw_request)" in inspect.getsource(AnthropicServingMessages)
+    assert "await self.create_chat_completion(chat_req, raw_request)" in source_of(AnthropicServingMessages)
     for protocol in (ChatCompletionRequest, BatchChatCompletionRequest):
         asked = {"add_generation_prompt", "echo", "chat_template", "structured_outputs"}
         assert asked <= protocol.model_fields.keys()
@@ -256,7 +257,7 @@ def test_our_signal_handlers_come_after_vllms_and_an_end_by_should_exit_runs_the
     assert source.index("loop.add_signal_handler(signal.SIGTERM") < source.index("await server_task")
     assert source.index("app.state.server = server") < source.index("loop.create_task(server.serve")
     assert issubclass(launcher.NoSignalServer, uvicorn.Server)  # which sets none of its own
-    serving = inspect.getsource(uvicorn.Server)
+    serving = source_of(uvicorn.Server)
     stopping = inspect.getsource(uvicorn.Server.shutdown)
     assert "if self.should_exit:" in serving
     assert "timeout=self.config.timeout_graceful_shutdown" in serving
@@ -416,7 +417,7 @@ def test_every_handler_makes_its_prompts_by_two_methods_of_one_renderer():
     assert source.count("await renderer.render_chat_async(") == source.count("await renderer.render_cmpl_async(") == 1
     assert "online_renderer" in inspect.getsource(OpenAIServingChat.render_chat_request)
     for handler in (OpenAIServingResponses, AnthropicServingMessages):
-        assert "online_renderer" in inspect.getsource(handler)
+        assert "online_renderer" in source_of(handler)
 
 
 def test_prompts_are_made_within_a_question_and_under_its_salt():
