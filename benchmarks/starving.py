@@ -121,12 +121,20 @@ async def frames_8k(attacker: Attacker) -> Prepared:
 
 async def watchers(attacker: Attacker) -> Prepared:
     """The progress of a video that stays in work is watched."""
-    for pid in [pid for pid, command in attacker.server.descendants().items() if command.startswith("ray::Hyper")]:
-        os.kill(pid, signal.SIGSTOP)
-        attacker.undo.append(partial(os.kill, pid, signal.SIGCONT))
-    file_id = await _uploaded(attacker.client, Films(attacker.folder).make(8, 160, "watched"))
+    film = Films(attacker.folder).make(8, 160, "watched")
+    begun: asyncio.Task[str] | None = None
+
+    async def begin() -> str:
+        """Only now: a worker that is stopped for long is taken for dead, and replaced."""
+        for pid in [pid for pid, command in attacker.server.descendants().items() if command.startswith("ray::Hyper")]:
+            os.kill(pid, signal.SIGSTOP)
+            attacker.undo.append(partial(_continue, pid))
+        return await _uploaded(attacker.client, film)
 
     async def watch() -> None:
+        nonlocal begun
+        begun = begun or asyncio.create_task(begin())
+        file_id = await asyncio.shield(begun)
         try:
             async with attacker.client.stream("GET", f"/v1/files/{file_id}/events") as response:
                 async for _ in response.aiter_lines():
@@ -135,6 +143,11 @@ async def watchers(attacker: Attacker) -> Prepared:
             attacker.answers[type(error).__name__] += 1
 
     return watch
+
+
+def _continue(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
 
 
 async def models(attacker: Attacker) -> Prepared:
