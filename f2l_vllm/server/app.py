@@ -144,7 +144,7 @@ class F2LEndpointPlugin:
         if self._welcome is not None:
             self._welcome.cancel()
         if self._grammars is not None:
-            self._grammars.close()
+            await self._grammars.close()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)

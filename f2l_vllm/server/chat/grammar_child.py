@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import xgrammar
+from pydantic import ValidationError
 
 from f2l_vllm.grammar_limits import GrammarLimits, matching_seconds
 
@@ -133,8 +134,13 @@ def _try(request: dict[str, Any], vocabulary: xgrammar.TokenizerInfo, limits: Gr
             answer["slow"] = "it takes more memory to compile than it may"
         except _Refused as error:
             answer["invalid"] = str(error)
+        except ValidationError as error:
+            told = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
+            answer["invalid"] = "; ".join(told)[:500]
         except UnicodeError:  # what the compiler says of it cuts a character in two
             answer["invalid"] = "it cannot be parsed"
+        except (LookupError, TypeError, AttributeError):  # Python's own words
+            answer["invalid"] = f"it has not the form of a {request['kind'].replace('_', ' ')}"
         except Exception as error:
             answer["invalid"] = _XGRAMMARS_PREFIX.sub("", str(error))[:500]
         _send(answers, answer)

@@ -75,12 +75,14 @@ class Grammars:
         self._known.move_to_end(digest)
         raise_refusal(self._known[digest])
 
-    def close(self) -> None:
-        """End the trying process."""
+    async def close(self) -> None:
+        """End the trying process, and be rid of its pipes while there is a loop to do it."""
         if self._reader is not None:
             self._reader.cancel()
+            await asyncio.wait([self._reader])
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
+            await self._process.wait()
 
     async def _try(self, constraint: Constraint) -> dict[str, Any]:
         process = await self._running()
