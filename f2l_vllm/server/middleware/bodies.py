@@ -60,12 +60,15 @@ class Bodies:
         tenant = scope.get("state", {}).get("tenant", DEFAULT_TENANT)
         asking_tenant.set(tenant)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if scope["method"] in _WITHOUT_BODY or path.rstrip("/") == UPLOAD_ROUTE:
+        headers, held = Headers(scope=scope), _Held(self, tenant)
+        if path.rstrip("/") == UPLOAD_ROUTE or (scope["method"] in _WITHOUT_BODY and not _announces_a_body(headers)):
             await self._app(scope, receive, send)
             return
-        headers, held = Headers(scope=scope), _Held(self, tenant)
         try:
             body = await self._read(headers, receive, held)
+            if scope["method"] in _WITHOUT_BODY:  # read all the same: who is still sending does not hear an answer
+                await self._app(scope, _replay(b"", receive), send)
+                return
             value = _parsed(body, headers.get("content-type", ""))
             if value is not None:
                 changed = admit(value, tenant, self._max_images)
@@ -117,6 +120,10 @@ class _Held:
         held[self._tenant] -= self._bytes
         if not held[self._tenant]:
             del held[self._tenant]
+
+
+def _announces_a_body(headers: Headers) -> bool:
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 
 def _parsed(body: bytes, content_type: str) -> Any:

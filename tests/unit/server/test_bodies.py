@@ -48,6 +48,23 @@ def test_a_body_may_not_exceed_the_cap_whatever_it_claims(client):
     assert client.post("/v1/files", content=b"x" * 101).json()["bytes"] == 101  # caps itself
 
 
+def test_a_body_where_none_belongs_is_read_to_its_end_and_dropped(client):
+    assert client.request("GET", "/any", content=b"x" * 100).json()["bytes"] == 0
+    assert client.request("GET", "/any", content=iter([b"x" * 60])).json()["bytes"] == 0
+    assert client.request("GET", "/any", content=b"x" * 101).status_code == 413
+    taken = []
+
+    async def receive():
+        taken.append(1)
+        return {"type": "http.request", "body": b"x" * 20, "more_body": len(taken) < 3}
+
+    async def send(message):
+        assert len(taken) == 3  # who is still sending when an answer comes may not hear it
+
+    scope = {"type": "http", "method": "HEAD", "path": "/any", "headers": [(b"content-length", b"60")], "state": {}}
+    asyncio.run(bodies()({**scope, "query_string": b"", "root_path": ""}, receive, send))
+
+
 def test_a_body_is_checked_whatever_it_calls_itself():
     body = {"messages": [{"role": "user", "content": [{"image_pil": "x"}]}]}
     client = TestClient(bodies(max_body_bytes=1000))
