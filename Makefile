@@ -8,8 +8,8 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 TORCH_INDEX ?=
 FUZZ_SECONDS ?= 600
-# Two at a time; a test module stays with one process, and the servers that it shares with it.
-PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
+# Unit tests run two modules at a time; end to end, servers use all cores by themselves.
+PARALLEL ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve demo check unit test test-full-size fuzz lint format bench page model clean
@@ -37,8 +37,8 @@ check: lint unit ## The gate before a commit: style, types, who imports whom, un
 unit: $(STAMP) ## Run the tests that start no server, no Ray and no engine
 	$(BIN)/python -m pytest tests/unit $(PARALLEL)
 
-test: $(STAMP) ## Run the tests, unit and end to end
-	$(BIN)/python -m pytest tests/unit tests/e2e $(PARALLEL)
+test: unit ## Run the tests, unit and end to end
+	$(BIN)/python -m pytest tests/e2e
 
 test-full-size: $(STAMP) ## Run the tests on models of the released shapes (10 minutes, 15 GB of memory)
 	$(BIN)/python -m pytest tests/soak/full_size -m full_size

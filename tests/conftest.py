@@ -11,28 +11,6 @@ from f2l_vllm import torch_shims
 
 torch_shims.install()
 
-# What takes longest comes first, so that two processes end together (`make test` runs two).
-_FIRST = (
-    "e2e/faults/test_server_faults.py",
-    "e2e/pool/test_pool.py",
-    "e2e/recipes/test_shipped_model.py",
-    "e2e/server/test_server_life.py",
-    "e2e/pool/test_pool_process.py",
-    "e2e/recipes/test_stages.py",
-    "e2e/evaluation/test_evaluate.py",
-    "e2e/bench/test_bench.py",
-    "e2e/server/test_leaks_over_http.py",
-    "e2e/train/test_training_command.py",
-    "e2e/server/",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def rank(item: pytest.Item) -> int:
-        return next((number for number, part in enumerate(_FIRST) if part in item.nodeid), len(_FIRST))
-
-    items.sort(key=rank)
-
 
 @pytest.fixture(scope="session")
 def smolvlm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
