@@ -146,6 +146,10 @@ class IsolatedDecoder:
         self._busy, self._stopped = True, False
         try:
             return self._ask_process({"what": what, "path": os.fspath(path), **arguments}, shrink)
+        except VideoError as error:
+            if not Path(path).exists():  # deleted before the process opened it: no fault of the video's
+                raise FileNotFoundError(path) from error
+            raise
         finally:
             self._busy = False
 

@@ -88,6 +88,30 @@ def test_names_of_any_kind(decoder, video, tmp_path):
         assert decoder.frames(path, [0], 30).shape == (1, 48, 64, 3)
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda decoder, path: decoder.open(path, Limits()),
+        lambda decoder, path: decoder.frames(path, INDICES, 30),
+        lambda decoder, path: decoder.picture(path, 1 << 20, (0, 0, 0)),
+    ],
+    ids=["open", "frames", "picture"],
+)
+def test_a_file_deleted_before_it_is_opened_is_missing_and_no_bad_video(decoder, video, tmp_path, monkeypatch, ask):
+    path = tmp_path / "going.mp4"
+    path.write_bytes(video.read_bytes())
+    in_process = IsolatedDecoder._ask_process
+
+    def after_its_deletion(self, *arguments):
+        path.unlink(missing_ok=True)
+        return in_process(self, *arguments)
+
+    monkeypatch.setattr(IsolatedDecoder, "_ask_process", after_its_deletion)
+    with pytest.raises(FileNotFoundError):
+        ask(decoder, path)
+    assert works(decoder, video)
+
+
 def test_more_than_it_may_put_out(video):
     decoder = IsolatedDecoder(DecodeLimits(output_bytes=4 * 64 * 48 * 3))
     assert decoder.frames(video, [0, 1, 2, 3], 30).shape == (4, 48, 64, 3)
