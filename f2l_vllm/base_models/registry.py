@@ -1,4 +1,4 @@
-"""Which families of base models there are. A new one is a folder beside `smolvlm` and a line here."""
+"""Which families of base models there are. A new one is a module beside `smolvlm` and a line here."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from vllm.multimodal.media.base import MediaWithBytes
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.media.video import VideoMediaIO
 
-from f2l_vllm.base_models.video_loader import SampledVideoLoader
+from f2l_vllm.engine.base_models.video_loader import SampledVideoLoader
 from f2l_vllm.server.chat.content import check_address
 from f2l_vllm.server.errors import APIError, bad_request
 from f2l_vllm.server.local_videos import LocalVideo, video_at

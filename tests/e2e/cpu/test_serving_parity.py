@@ -16,9 +16,9 @@ from vllm import envs
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.linear import LinearBase
 
-from f2l_vllm.base_models.smolvlm import vllm_model as smolvlm_video
 from f2l_vllm.cpu import linear
 from f2l_vllm.cpu.lora_slots import is_table
+from f2l_vllm.engine.base_models import smolvlm as smolvlm_video
 from tests.support.reference_model import Answer, Reference
 
 TOLERANCE = 1e-3  # of a log-probability, fp32

@@ -23,11 +23,11 @@ from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, get_video_loader_backen
 from vllm.multimodal.video_prune.evs import compute_retained_tokens_count
 from vllm.transformers_utils.processor import get_video_processor_cls_name
 
-from f2l_vllm.base_models import video_loader
 from f2l_vllm.base_models.merging import tokens_of_frames
-from f2l_vllm.base_models.smolvlm.vllm_model import SmolVLMVideoForConditionalGeneration
-from f2l_vllm.base_models.video_loader import NAME, SampledVideoLoader
 from f2l_vllm.engine import plugin
+from f2l_vllm.engine.base_models import video_loader
+from f2l_vllm.engine.base_models.smolvlm import SmolVLMVideoForConditionalGeneration
+from f2l_vllm.engine.base_models.video_loader import NAME, SampledVideoLoader
 from tests.support.checkpoints import make_smolvlm
 
 

@@ -147,7 +147,7 @@ def test_an_adapter_in_use_is_not_removed(engine, adapter):
 @pytest.fixture
 def loaders():
     """`loaders(dtype)`: vLLM's manager and ours as a model with one wrapped linear per layer has them, to load with."""
-    from f2l_vllm.base_models.smolvlm.vllm_model import SmolVLMVideoForConditionalGeneration
+    from f2l_vllm.engine.base_models.smolvlm import SmolVLMVideoForConditionalGeneration
 
     def check(_lora):
         """Of what these adapters do not have."""

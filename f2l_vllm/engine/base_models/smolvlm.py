@@ -38,9 +38,9 @@ from vllm.multimodal.parse import MultiModalDataItems, MultiModalDataParser, Vid
 from vllm.multimodal.processing import BaseDummyInputsBuilder, PromptReplacement, PromptUpdate, PromptUpdateDetails
 from vllm.multimodal.processing.processor import MultiModalPromptUpdates, PlaceholderFeaturesInfo, ResolvedPromptUpdate
 
-from f2l_vllm.base_models import video_loader
 from f2l_vllm.base_models.merging import merge_tokens, tokens_of_frames, without_merged
 from f2l_vllm.base_models.smolvlm import SPEC
+from f2l_vllm.engine.base_models import video_loader
 
 video_loader.decode_videos_of(SPEC.video_processors)
 

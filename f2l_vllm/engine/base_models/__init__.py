@@ -1,0 +1,1 @@
+"""vLLM's side of the base models: the class that serves each family, and the loader by which all decode videos."""
