@@ -95,7 +95,7 @@ class F2LEndpointPlugin:
             lambda: vllm_api.is_stopping(state),
         )
         self._grammars = assembly.open_grammars(engine_client, settings)
-        self._put_in_front(settings, keys, engine_client, ending)
+        self._put_in_front(settings, keys, ending)
         served = assembly.served_model(engine_client, state, args, settings)
         self._lock = assembly.hold(settings.data_folder)
         service = self._service = assembly.open_service(settings, served, engine_client, state, ending)
@@ -112,7 +112,7 @@ class F2LEndpointPlugin:
         if keys.is_open:
             logger.info("no API key is set: whoever reaches this server may use it (--api-key, --tenants)")
 
-    def _put_in_front(self, settings: Settings, keys: Keys, engine_client: Any, ending: Ending) -> None:
+    def _put_in_front(self, settings: Settings, keys: Keys, ending: Ending) -> None:
         """Our middleware, outermost, before vLLM's own check, whose answer OpenAI clients cannot read; our words for
         failures. vLLM has built the stack already."""
         assert self._app is not None, "vLLM attaches routes first"
@@ -127,7 +127,7 @@ class F2LEndpointPlugin:
                 max_body_bytes=settings.max_body_bytes,
                 max_images=settings.max_images,
                 has_tenants=keys.has_tenants,
-                check=assembly.check_of_bodies(engine_client, self._grammars),
+                check=assembly.check_of_bodies(self._grammars),
             ),
         ]
         vllm_errors.install_handlers(self._app)

@@ -71,23 +71,22 @@ def served_model(engine_client: Any, state: State, args: Namespace, settings: Se
     return ServedModel(model, hypernetwork, config, shapes, limits, vllm_api.base_model_names(state))
 
 
-def open_grammars(engine_client: Any, settings: Settings) -> Grammars:
-    """What tries constraints; with xgrammar nothing reaches the engine untried."""
-    grammars = Grammars(vllm_grammars.vocabulary(engine_client), vllm_grammars.language, settings.grammar_limits)
-    if vllm_grammars.use_xgrammar(engine_client):
-        vllm_grammars.try_before_generating(engine_client, grammars.check)
-    else:
+def open_grammars(engine_client: Any, settings: Settings) -> Grammars | None:
+    """What tries constraints, so that none reaches the engine untried; None with another backend than xgrammar."""
+    if not vllm_grammars.use_xgrammar(engine_client):
         logger.warning("constraints are bounded by their size alone: only those of xgrammar are tried beforehand")
+        return None
+    grammars = Grammars(vllm_grammars.vocabulary(engine_client), vllm_grammars.language, settings.grammar_limits)
+    vllm_grammars.try_before_generating(engine_client, grammars.check)
     return grammars
 
 
-def check_of_bodies(engine_client: Any, grammars: Grammars | None) -> Callable[[Any, str], Awaitable[None]]:
+def check_of_bodies(grammars: Grammars | None) -> Callable[[Any, str], Awaitable[None]]:
     """What refuses a body whose constraints the engine should not be given."""
-    is_tried = grammars is not None and vllm_grammars.use_xgrammar(engine_client)
 
     async def check(body: Any, tenant: str) -> None:
         for constraint in constraints(body):  # what cannot be read is refused here, too
-            if is_tried and grammars is not None:
+            if grammars is not None:
                 await grammars.check(constraint, tenant)
 
     return check

@@ -142,3 +142,15 @@ def test_the_leaked_semaphores_of_a_killed_engine_are_no_warning():
     run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
     assert "leaked" not in run.stderr
     assert "other" in run.stderr
+
+
+def test_a_server_that_stops_says_no_statistics():
+    statistics = logging.getLogger("vllm.v1.metrics.loggers")
+    level = statistics.level
+    try:
+        statistics.setLevel(logging.INFO)
+        logs.without_statistics()
+        assert not statistics.isEnabledFor(logging.INFO)
+        assert statistics.isEnabledFor(logging.WARNING)
+    finally:
+        statistics.setLevel(level)

@@ -1,6 +1,7 @@
 """Constraints are tried in a process of their own, within limits, before the engine is given one."""
 
 import asyncio
+import gc
 import json
 import os
 import time
@@ -90,6 +91,18 @@ def test_what_is_tried_and_refused():
             assert time.monotonic() - started < 0.05  # it is remembered
 
     asyncio.run(run())  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_nothing_of_the_trying_process_is_left_to_the_garbage_collector():
+    async def run():
+        async with trying() as grammars:
+            assert await refused(grammars, *FINE["a regex"]) is None
+            process = grammars._process
+        assert process.returncode is not None
+
+    asyncio.run(run())
+    gc.collect()  # what is left would be closed without a loop
 
 
 def test_one_tenants_constraints_hold_up_nobody_elses_and_end_with_their_request():
