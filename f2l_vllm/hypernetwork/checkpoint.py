@@ -13,7 +13,7 @@ from torch import Tensor
 
 from f2l_vllm.hypernetwork import unpickle
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
-from f2l_vllm.hypernetwork.unpickle import Record
+from f2l_vllm.hypernetwork.pickled import Record
 
 HEAD_DIM = 128  # of the Perceiver's attention in every released checkpoint; the tensors give only heads * head_dim
 RELEASED_MAX_FRAMES = 12  # the setting the released checkpoints were trained with

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from f2l_vllm.base_models.shapes import BaseShapes
-from f2l_vllm.hypernetwork import unpickle
+from f2l_vllm.hypernetwork import pickled, unpickle
 from f2l_vllm.hypernetwork.checkpoint import read_checkpoint
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.config_file import read_config
@@ -81,7 +81,7 @@ def test_a_crash_while_reading_is_an_error_message(
     body: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "crash.py").write_text(body)
-    monkeypatch.setattr(unpickle, "__file__", str(tmp_path / "crash.py"))
+    monkeypatch.setattr(pickled, "__file__", str(tmp_path / "crash.py"))
     with pytest.raises(ValueError, match=f"process that examined it ended {how}"):
         read_checkpoint(GOLDEN)
 
