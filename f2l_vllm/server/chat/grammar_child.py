@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from f2l_vllm.grammar_limits import GrammarLimits, matching_seconds
 
-_STEPS = 160  # tokens of a trial answer
+_STEPS = 1000  # tokens of a trial answer: what is ambiguous costs the more the longer it grows
 _XGRAMMARS_PREFIX = re.compile(r"^\[[\d:]+\] \S+:\d+: ")  # time, and where in its source
 
 
@@ -174,7 +174,8 @@ def _compile(kind: str, text: str, vocabulary: xgrammar.TokenizerInfo) -> xgramm
 def _follow(compiled: xgrammar.CompiledGrammar, vocabulary: xgrammar.TokenizerInfo) -> None:
     """Two trial answers: one of tokens at random, one of the first token that may come, which ambiguity shows in."""
     bits = xgrammar.allocate_token_bitmask(1, vocabulary.vocab_size)
-    stops = np.array(vocabulary.stop_token_ids, dtype=np.int64)
+    text = np.ones(vocabulary.vocab_size, dtype=bool)
+    text[vocabulary.stop_token_ids] = False
     chance = random.Random(0)
     for pick in (chance.choice, lambda tokens: tokens[0]):
         matcher, spent = xgrammar.GrammarMatcher(compiled), 0.0
@@ -182,10 +183,11 @@ def _follow(compiled: xgrammar.CompiledGrammar, vocabulary: xgrammar.TokenizerIn
             started = time.thread_time()
             matcher.fill_next_token_bitmask(bits)
             spent += time.thread_time() - started
-            allowed = np.flatnonzero(np.unpackbits(bits.numpy().view(np.uint8), bitorder="little"))
-            if step == 0 and allowed.size == 0:
+            unpacked = np.unpackbits(bits.numpy().view(np.uint8), count=text.size, bitorder="little")
+            allowed = unpacked.view(bool)
+            if step == 0 and not allowed.any():
                 raise _Refused("no answer can begin under it")
-            tokens = np.setdiff1d(allowed[allowed < vocabulary.vocab_size], stops)
+            tokens = np.flatnonzero(allowed & text)
             if tokens.size == 0:
                 break
             started = time.thread_time()

@@ -46,6 +46,8 @@ BROKEN = {
 SLOW = {
     "repetition in repetition": ("regex", "((a{1,100}){1,100}){1,100}"),
     "ambiguity": ("grammar", 'root ::= root root root | "a" | ""'),
+    "ambiguity that shows late": ("grammar", 'root ::= root root | "a" | ""'),
+    "ambiguity in brackets": ("grammar", 'root ::= root root | "(" root ")" | [a-z] | ""'),
 }
 
 
