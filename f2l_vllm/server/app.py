@@ -127,7 +127,7 @@ class F2LEndpointPlugin:
                 max_body_bytes=settings.max_body_bytes,
                 max_images=settings.max_images,
                 has_tenants=keys.has_tenants,
-                check=assembly.check_of_bodies(self._grammars),
+                check=assembly.untried if self._grammars is None else self._grammars.check,
             ),
         ]
         vllm_errors.install_handlers(self._app)

@@ -14,14 +14,18 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from f2l_vllm.server.chat.constraints import Constraint
+from f2l_vllm.server.chat.constraints import constraints as constraints_of
 from f2l_vllm.server.chat.content import admit
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.middleware import costs, json_bodies
 from f2l_vllm.server.middleware.auth import UPLOAD_ROUTE, VLLM_ROUTES
+from f2l_vllm.server.middleware.pace import Pace
 from f2l_vllm.server.tenants import DEFAULT_TENANT, asking_tenant
 
 _WITHOUT_BODY = frozenset({"GET", "HEAD", "DELETE", "TRACE", "OPTIONS"})
 _ROOM = 4  # of the largest bodies
+_SMALL_BYTES = 1 << 14  # what every question may be
 _RESPONSES_ROUTE = "/v1/responses"
 
 
@@ -33,8 +37,9 @@ class Bodies:
         app: what is behind it.
         max_body_bytes: of one body.
         max_images: pictures in one.
-        has_tenants: whether callers are told apart; then one of them has half of the room for bodies at the most.
-        check: refuses a generating route's body, for a tenant; ended when the client goes away.
+        has_tenants: whether callers are told apart; then one of them has half of the room for bodies at the most, and
+            large ones do not follow each other closer than others' requests allow.
+        check: refuses a constraint of a generating route's body, for a tenant; ended when the client goes away.
     """
 
     def __init__(
@@ -43,7 +48,7 @@ class Bodies:
         max_body_bytes: int,
         max_images: int,
         has_tenants: bool,
-        check: Callable[[Any, str], Awaitable[None]],
+        check: Callable[[Constraint, str], Awaitable[None]],
     ) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
@@ -52,6 +57,7 @@ class Bodies:
         self._share = self._room // 2 if has_tenants else self._room
         self._held: Counter[str] = Counter()
         self._check = check
+        self._pace = Pace() if has_tenants else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -69,19 +75,36 @@ class Bodies:
             if scope["method"] in _WITHOUT_BODY:  # read all the same: who is still sending does not hear an answer
                 await self._app(scope, _replay(b"", receive), send)
                 return
-            value = _parsed(body, headers.get("content-type", ""))
-            if value is not None:
-                changed = admit(value, tenant, self._max_images)
-                if path == _RESPONSES_ROUTE and isinstance(value, dict) and None in value.values():
-                    # A null means the default; vLLM's answers repeat it in fields that cannot hold it.
-                    value, changed = {name: given for name, given in value.items() if given is not None}, True
-                if path in VLLM_ROUTES:
-                    costs.check(value)
-                    await _while_connected(self._check(value, tenant), receive)
-                body = json.dumps(value).encode() if changed else body
+            if self._pace is not None and len(body) > _SMALL_BYTES:
+                await self._pace.turn(tenant)
+                with self._pace.taking(tenant):
+                    body, constraints = self._admitted(path, headers, body, tenant)
+            else:
+                body, constraints = self._admitted(path, headers, body, tenant)
+            if constraints:
+                await _while_connected(self._try(constraints, tenant), receive)
             await self._app(scope, _replay(body, receive), send)
         finally:
             held.release()
+
+    def _admitted(self, path: str, headers: Headers, body: bytes, tenant: str) -> tuple[bytes, list[Constraint]]:
+        """The body as its route may see it, and the constraints to be tried."""
+        value = _parsed(body, headers.get("content-type", ""))
+        if value is None:
+            return body, []
+        changed = admit(value, tenant, self._max_images)
+        if path == _RESPONSES_ROUTE and isinstance(value, dict) and None in value.values():
+            # A null means the default; vLLM's answers repeat it in fields that cannot hold it.
+            value, changed = {name: given for name, given in value.items() if given is not None}, True
+        found = []
+        if path in VLLM_ROUTES:
+            costs.check(value)
+            found = constraints_of(value)
+        return json.dumps(value).encode() if changed else body, found
+
+    async def _try(self, constraints: list[Constraint], tenant: str) -> None:
+        for constraint in constraints:
+            await self._check(constraint, tenant)
 
     async def _read(self, headers: Headers, receive: Receive, held: _Held) -> bytes:
         length = headers.get("content-length", "")

@@ -1,0 +1,34 @@
+"""Tenants' turns at the event loop, which reads everybody's requests."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_BRIEF_SECONDS = 0.001  # what passes for nothing
+_REST = 3.0  # times what was taken, for the others
+
+
+class Pace:
+    """After a tenant's request has held up the loop, its next one waits, so that others have most of the loop."""
+
+    def __init__(self) -> None:
+        self._next: dict[str, float] = {}  # tenant -> when, by the monotonic clock
+
+    async def turn(self, tenant: str) -> None:
+        """Wait until this tenant may hold up the loop again."""
+        while (wait := self._next.get(tenant, 0.0) - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
+        self._next.pop(tenant, None)
+
+    @contextmanager
+    def taking(self, tenant: str) -> Iterator[None]:
+        """What is done here, without awaiting anything, counts as this tenant's."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            if (taken := time.monotonic() - began) > _BRIEF_SECONDS:
+                self._next[tenant] = began + (1 + _REST) * taken
