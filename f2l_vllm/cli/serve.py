@@ -1,8 +1,9 @@
 """`f2l-vllm serve`: vLLM's own server with the flags and environment that videos need.
 
 It replaces this process by `vllm serve`, so that the environment is in place before any library reads it and signals
-go to vLLM directly; the endpoint plugin starts and stops Ray and the pool. What can be known without loading a model is
-checked before: `plan` by what is asked for, `checks.check_now` by what the machine is doing at the moment.
+go to vLLM directly. The pool is started here, to load beside the engine, or by the endpoint plugin, which stops it.
+What can be known without loading a model is checked before: `plan` by what is asked for, `checks.check_now` by what the
+machine is doing at the moment.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.config_file import read_config
 from f2l_vllm.hypernetwork.fit import check_shapes
 from f2l_vllm.hypernetwork.ranks import RANKS, most_chunks, smallest_rank
+from f2l_vllm.pool.messages import WorkerSpec
+from f2l_vllm.pool.supervisor import start_early
 from f2l_vllm.server.tenants import Keys
 from f2l_vllm.settings import Settings, refuse_environment
 from f2l_vllm.store.object_store import check_url as check_store
@@ -40,12 +43,14 @@ class Launch:
 
     Attributes:
         flags: of vLLM's, those that the user gave.
+        workers: those that load while the engine does; None: they wait until it has loaded.
     """
 
     argv: list[str]
     env: dict[str, str]
     settings: Settings
     flags: Namespace
+    workers: WorkerSpec | None
 
 
 def plan(model: str, hypernetwork: str | None, settings: dict[str, str], words: list[str]) -> Launch:
@@ -110,7 +115,12 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], words: 
         **logs.environment(os.environ, words),
         **openmp_defaults(os.environ),
     }
-    return Launch(argv, env, chosen, chosen_flags)
+    workers = None
+    # On a GPU the engine measures what is free, and takes its share of it, before anybody else may.
+    if chosen.hypernetwork_workers and not gpus and chosen.ray_address is None:
+        max_rank = int(getattr(chosen_flags, "max_lora_rank", None) or rank)
+        workers = WorkerSpec.of(chosen, model=directory, hypernetwork=weights, rank=config.rank, max_rank=max_rank)
+    return Launch(argv, env, chosen, chosen_flags, workers)
 
 
 def serve(launch: Launch) -> None:
@@ -122,7 +132,10 @@ def serve(launch: Launch) -> None:
     checks.check_now(launch.settings, launch.flags)
     logs.configure("server")
     logger.info("starting vLLM with %s; until the model is loaded it says little", launch.argv[4])
-    os.execvpe(launch.argv[0], launch.argv, {**os.environ, **launch.env})
+    os.environ.update(launch.env)
+    if launch.workers is not None:
+        os.environ.update(start_early(launch.workers))
+    os.execvp(launch.argv[0], launch.argv)
 
 
 def _rank(settings: Settings, config: HypernetworkConfig, flags: Namespace) -> int:

@@ -70,4 +70,6 @@ def _prepare_process() -> None:
     # vLLM turns Triton off when no GPU driver is active, but skips that check when this variable is empty, as Ray
     # leaves it in actors without a GPU. "-1" hides every GPU and keeps the check.
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    # A library of GPU kernels that vLLM imports builds them at once, in processes that take 8 CPU seconds to fail here.
+    os.environ["HUMMING_DISABLE_PARALLEL_BUILD"] = "1"
     torch_shims.install()

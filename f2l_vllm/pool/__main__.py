@@ -1,9 +1,9 @@
 """`python -m f2l_vllm.pool SPEC`: the pool as a process of its own, so that Ray's life and the server's are apart.
 
-Waits for the data folder if another pool has it, then runs until standard input closes, which is how it learns that its
-server has gone. Says one JSON object a line: `{"workers": N}` when that changes, `{"why": …}` when there is none for
-another reason than before, `{"outcome": …, "seconds": {…}}` when a job ends. Everything else, jobs and their states, is
-in the catalog.
+Loads its workers, and once it reads `begin` from standard input has them take jobs, when no other pool has the data
+folder any more. Runs until standard input closes, which is how it learns that its server has gone. Says one JSON object
+a line: `{"workers": N}` when that changes, `{"why": …}` when there is none for another reason than before,
+`{"outcome": …, "seconds": {…}}` when a job ends. Everything else, jobs and their states, is in the catalog.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ _STOP_SECONDS = 4.0  # from the end of standard input to the end of this process
 
 def main(spec_json: str) -> int:
     """Run the pool; the exit code is 0 unless workers could not be started any more."""
-    orphaned = threading.Event()
-    threading.Thread(target=_until_closed, args=(orphaned,), daemon=True).start()
+    told, orphaned = threading.Event(), threading.Event()
+    threading.Thread(target=_listen, args=(told, orphaned), daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: None)  # a supervisor may send it to all; the server says when to stop
 
     logs.configure("pool")
     # What follows takes seconds, in which the server may end.
@@ -41,8 +42,10 @@ def main(spec_json: str) -> int:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
     from f2l_vllm.catalog.catalog import Catalog
+    from f2l_vllm.pool.actors import Actors
+    from f2l_vllm.pool.config import PoolConfig
     from f2l_vllm.pool.messages import Event, Failed, Published, WorkerSpec
-    from f2l_vllm.pool.pool import Pool, PoolConfig
+    from f2l_vllm.pool.pool import Pool
     from f2l_vllm.store.cached_store import open_store
 
     logs.adopt("ray", "transformers")
@@ -59,29 +62,23 @@ def main(spec_json: str) -> int:
         elif isinstance(event, Failed):
             say(outcome="failed", seconds={})
 
+    config = PoolConfig.of(settings)
+    actors = Actors(config, spec)
+    actors.start_ahead()
+    told.wait()
+    if orphaned.is_set():
+        actors.disconnect()
+        return 0
     catalog = Catalog(settings.catalog_url, busy_seconds=_BUSY_SECONDS)
-    config = PoolConfig(
-        workers=settings.hypernetwork_workers,
-        cpus=settings.worker_cpus,
-        gpus=settings.worker_gpus,
-        ray_address=settings.ray_address,
-        job_attempts=settings.job_attempts,
-        job_seconds=settings.job_seconds,
-        # Chunked videos are long: each fills a pass of its own.
-        batch=settings.batch_videos if settings.batch_tokens and not settings.is_chunked else 1,
-    )
     store = open_store(
         spec.home, url=settings.store, hot_bytes=settings.hot_bytes, reserve_bytes=settings.reserve_bytes
     )
-    pool = Pool(config, spec, catalog, store, on_event)
+    pool = Pool(config, actors, catalog, store, on_event)
     waited = False
-    while not pool.start(wait_seconds=1.0):
+    while not orphaned.is_set() and not pool.start(wait_seconds=1.0):
         if not waited:
             say(why="another pool has the data folder")
         waited = True
-        if orphaned.is_set():
-            return 0
-    signal.signal(signal.SIGTERM, lambda *_: None)  # a supervisor may send it to all; the server says when to stop
     known, why = -1, ""
     while not orphaned.wait(_TICK_SECONDS) and not pool.failed.is_set():
         if (workers := len(pool.workers())) != known:
@@ -95,11 +92,12 @@ def main(spec_json: str) -> int:
     return int(pool.failed.is_set())
 
 
-def _until_closed(orphaned: threading.Event) -> None:
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
+def _listen(told: threading.Event, orphaned: threading.Event) -> None:
+    while os.read(sys.stdin.fileno(), 4096):  # there is one thing to be told
+        told.set()
     faulthandler.dump_traceback_later(_STOP_SECONDS, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
     orphaned.set()
+    told.set()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.settings import Settings
 from f2l_vllm.video.decoder import DecodeLimits
 from f2l_vllm.video.probe import Limits
 
@@ -35,6 +36,30 @@ class WorkerSpec:
     store: str | None = None
     reserve_bytes: int | None = None
     decode: DecodeLimits = field(default_factory=DecodeLimits)
+
+    @classmethod
+    def of(cls, settings: Settings, *, model: Path, hypernetwork: Path, rank: int, max_rank: int) -> WorkerSpec:
+        """What the settings say of workers that make adapters of this `rank` for an engine that takes `max_rank`."""
+        return cls(
+            model=model,
+            hypernetwork=hypernetwork,
+            home=settings.data_folder,
+            store=settings.store,
+            reserve_bytes=settings.reserve_bytes,
+            base_name=model.name,
+            max_rank=max_rank,
+            limits=settings.video_limits,
+            threads=max(1, int(settings.worker_cpus)),
+            max_frames=settings.max_frames,
+            fps=settings.fps,
+            chunk_seconds=settings.chunk_seconds,
+            chunk_frames=settings.chunk_frames,
+            # The bias takes the rank of one chunk.
+            max_chunks=max_rank // rank - 1 if settings.is_chunked else 0,
+            merge_rate=settings.merge_rate,
+            batch_tokens=settings.batch_tokens,
+            decode=settings.decode_limits,
+        )
 
 
 @dataclass(frozen=True)

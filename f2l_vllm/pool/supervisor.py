@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import select
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 
 from f2l_vllm.pool.messages import WorkerSpec
@@ -17,6 +21,26 @@ logger = logging.getLogger(__name__)
 _RESTART_SECONDS = 5.0
 _STOP_SECONDS = 2.5  # its server has promised to be gone soon
 STARTING = "the pool is starting"
+BEGIN = "begin"  # what a pool is told when its jobs may be claimed
+_EARLY = "_F2L_POOL"  # environment variable: the process that was started before the server
+
+
+def start_early(spec: WorkerSpec) -> dict[str, str]:
+    """Start the pool before this process becomes the server, so that workers load while the engine does.
+
+    Returns:
+        Environment variables for the server, whose `PoolProcess` takes the process over if its `spec` is the same. A
+        process that nobody takes over ends with the server.
+    """
+    if not hasattr(os, "pidfd_open"):
+        return {}
+    process = _launch(_written(spec))
+    assert process.stdin is not None
+    assert process.stdout is not None
+    ends = [os.dup(end.fileno()) for end in (process.stdin, process.stdout)]  # `process` closes its own
+    for end in ends:
+        os.set_inheritable(end, True)
+    return {_EARLY: json.dumps([_written(spec), process.pid, *ends])}
 
 
 class PoolProcess:
@@ -28,11 +52,11 @@ class PoolProcess:
     """
 
     def __init__(self, spec: WorkerSpec, on_outcome: Callable[[str, dict[str, float]], None]) -> None:
-        self._spec = json.dumps(asdict(spec), default=str)
+        self._spec = _written(spec)
         self._on_outcome = on_outcome
         self._stopping = threading.Event()
         self._last = ""
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[str] | _Inherited | None = None
         self._thread = threading.Thread(target=self._run, name="f2l-pool", daemon=True)
         self.workers = 0  # loaded and alive
         self.why = STARTING  # while there is none: what it waits for, or what went wrong
@@ -55,15 +79,12 @@ class PoolProcess:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            # A session of its own: a terminal's Ctrl-C reaches the server, which then ends the pool in order.
-            process = self._process = subprocess.Popen(
-                [sys.executable, "-m", "f2l_vllm.pool", self._spec],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
+            process = self._process = _inherited(self._spec) or _launch(self._spec)
+            assert process.stdin is not None
             assert process.stdout is not None
+            with suppress(BrokenPipeError, ValueError):  # it has ended, or is to end
+                process.stdin.write(f"{BEGIN}\n")
+                process.stdin.flush()
             for line in process.stdout:
                 self._hear(line)
             code = process.wait()
@@ -87,3 +108,60 @@ class PoolProcess:
             self.why = self._last = message["why"]
         else:
             self._on_outcome(message["outcome"], message["seconds"])
+
+
+class _Inherited:
+    """What `Popen` has, for a process that this one has started before it became the server."""
+
+    def __init__(self, pid: int, stdin: int, stdout: int) -> None:
+        self.pid = pid
+        self.stdin = os.fdopen(stdin, "w")
+        self.stdout = os.fdopen(stdout)
+        self._ended = os.pidfd_open(pid)
+        self._lock = threading.Lock()
+        self._code: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if not select.select([self._ended], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired("the pool", timeout or 0.0)
+        with self._lock:
+            if self._code is None:
+                self._code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            return self._code
+
+    def kill(self) -> None:
+        with self._lock:
+            if self._code is None:
+                os.kill(self.pid, signal.SIGKILL)
+
+
+def _written(spec: WorkerSpec) -> str:
+    return json.dumps(asdict(spec), default=str)
+
+
+def _launch(spec: str) -> subprocess.Popen[str]:
+    # A session of its own: a terminal's Ctrl-C reaches the server, which then ends the pool in order.
+    return subprocess.Popen(
+        [sys.executable, "-m", "f2l_vllm.pool", spec],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _inherited(spec: str) -> _Inherited | None:
+    """The process that was started early, once; one with another `spec` is told to end."""
+    written = os.environ.pop(_EARLY, None)
+    if written is None:
+        return None
+    its, pid, stdin, stdout = json.loads(written)
+    for end in (stdin, stdout):
+        os.set_inheritable(end, False)
+    process = _Inherited(pid, stdin, stdout)
+    if its == spec:
+        return process
+    logger.info("the pool is started again, for what the engine takes")
+    process.stdin.close()
+    process.wait()
+    return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from f2l_vllm.pool.supervisor import PoolProcess
 from f2l_vllm.server import vllm_api, vllm_grammars
 from f2l_vllm.server.chat import separator
 from f2l_vllm.server.chat.compose import Composer
-from f2l_vllm.server.chat.constraints import constraints
+from f2l_vllm.server.chat.constraints import Constraint
 from f2l_vllm.server.chat.content import private
 from f2l_vllm.server.chat.grammars import Grammars
 from f2l_vllm.server.chat.handlers import ChatHandler, CompletionHandler, Guard
@@ -81,15 +80,8 @@ def open_grammars(engine_client: Any, settings: Settings) -> Grammars | None:
     return grammars
 
 
-def check_of_bodies(grammars: Grammars | None) -> Callable[[Any, str], Awaitable[None]]:
-    """What refuses a body whose constraints the engine should not be given."""
-
-    async def check(body: Any, tenant: str) -> None:
-        for constraint in constraints(body):  # what cannot be read is refused here, too
-            if grammars is not None:
-                await grammars.check(constraint, tenant)
-
-    return check
+async def untried(_constraint: Constraint, _tenant: str) -> None:
+    """Lets every constraint pass whose size does."""
 
 
 def open_service(
@@ -113,7 +105,14 @@ def open_service(
         wanted=catalog.wanted,
     )
     store.protect(registry.holds)
-    pool = PoolProcess(worker_spec(settings, served), count_outcome) if settings.hypernetwork_workers else None
+    workers = WorkerSpec.of(
+        settings,
+        model=served.model,
+        hypernetwork=served.hypernetwork,
+        rank=served.config.rank,
+        max_rank=served.limits.max_rank,
+    )
+    pool = PoolProcess(workers, count_outcome) if settings.hypernetwork_workers else None
     # What is not set of how frames are taken is in the model's and hypernetwork's files, which the revisions cover.
     revisions = Revisions(fingerprint(served.model), fingerprint(served.hypernetwork), settings.sampling)
     return VideoService(settings, revisions, catalog, store, registry, pool, lambda: ending.is_stopping)
@@ -167,29 +166,3 @@ def hold(home: Path) -> FileLock:
 def salt_of_tenant(given: str | None) -> str:
     """The salt of the caller's prefixes: no tenant's blocks are found by another's questions."""
     return private(asking_tenant.get(), given or "")
-
-
-def worker_spec(settings: Settings, served: ServedModel) -> WorkerSpec:
-    """What each worker loads, and how it reads videos."""
-    max_rank = served.limits.max_rank
-    return WorkerSpec(
-        model=served.model,
-        hypernetwork=served.hypernetwork,
-        home=settings.data_folder,
-        store=settings.store,
-        reserve_bytes=settings.reserve_bytes,
-        base_name=served.model.name,
-        max_rank=max_rank,
-        limits=settings.video_limits,
-        threads=max(1, int(settings.worker_cpus)),
-        max_frames=settings.max_frames,
-        fps=settings.fps,
-        chunk_seconds=settings.chunk_seconds,
-        chunk_frames=settings.chunk_frames,
-        max_chunks=max_rank // served.config.rank - 1
-        if settings.is_chunked
-        else 0,  # the bias takes the rank of one chunk
-        merge_rate=settings.merge_rate,
-        batch_tokens=settings.batch_tokens,
-        decode=settings.decode_limits,
-    )

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.server import Server
+from tests.support.stages import Processes
+
 SCRIPT = """
 import sys, time
 from pathlib import Path
@@ -35,3 +38,15 @@ def test_a_server_stops_when_the_command_that_started_it_is_killed(tmp_path: Pat
         time.sleep(0.1)
     os.kill(server, signal.SIGKILL)
     pytest.fail("the server goes on without the command")
+
+
+def test_workers_load_while_the_engine_does(server: Server) -> None:
+    def started(pid: int) -> int:
+        """In clock ticks since the machine was started."""
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+
+    processes = Processes(server)
+    (engine,), (pool,), workers = processes.engine, processes.pool, processes.workers
+    assert workers
+    assert all(started(pid) < started(engine) for pid in (pool, *workers))
+    assert "pool is started again" not in server.log.read_text()

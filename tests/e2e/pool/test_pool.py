@@ -19,8 +19,10 @@ from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.hypernetwork.peft_format import validate_adapter
+from f2l_vllm.pool.actors import Actors
+from f2l_vllm.pool.config import PoolConfig
 from f2l_vllm.pool.messages import Cancelled, Failed, Progress, Published, WorkerSpec
-from f2l_vllm.pool.pool import Pool, PoolConfig
+from f2l_vllm.pool.pool import Pool
 from f2l_vllm.store.store import Store
 from tests.support.videos import write_video
 
@@ -55,7 +57,7 @@ class Bench:
         config = PoolConfig(
             workers, cpus=0.5, gpus=0, ray_address=None, job_attempts=job_attempts, job_seconds=job_seconds, batch=batch
         )
-        self.pool = Pool(config, self.spec, self.catalog, self.store, self.events.append)
+        self.pool = Pool(config, Actors(config, self.spec), self.catalog, self.store, self.events.append)
 
     def add(self, path, name=None):
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()

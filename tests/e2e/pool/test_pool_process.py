@@ -9,9 +9,12 @@ from pathlib import Path
 import ray
 
 from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.pool.actors import Actors
+from f2l_vllm.pool.config import PoolConfig
 from f2l_vllm.pool.messages import WorkerSpec
-from f2l_vllm.pool.pool import Pool, PoolConfig
+from f2l_vllm.pool.pool import Pool
 from f2l_vllm.pool.supervisor import PoolProcess
+from f2l_vllm.store.store import Store
 from tests.e2e.pool.test_pool import WAIT_SECONDS, Bench, hanging_decoders, until
 from tests.support.videos import write_video
 
@@ -120,8 +123,9 @@ def test_a_worker_that_no_node_has_room_for_is_waited_for_and_said(tmp_path, mon
     folder = tmp_path / "any"
     spec = WorkerSpec(model=folder, hypernetwork=folder, home=folder, base_name="base", max_rank=64, threads=1)
     config = PoolConfig(1, cpus=1, gpus=0.3, ray_address="auto", job_attempts=3, job_seconds=60)
-    pool = Pool(config, spec, None, None)
-    missing = pool.missing()
+    actors = Actors(config, spec)
+    pool = Pool(config, actors, None, Store(tmp_path))
+    missing = actors.missing()
     assert missing == (
         "a worker needs 1 CPU and 0.3 GPU, and no node of the Ray cluster has as much (the most: 2 CPU and 0 GPU)"
     )
@@ -132,4 +136,4 @@ def test_a_worker_that_no_node_has_room_for_is_waited_for_and_said(tmp_path, mon
     assert lane._loaded("info") == "loaded"
     assert pool.why() == missing  # as it was said while the worker waited
     nodes[1]["Alive"] = True
-    assert pool.missing() is None
+    assert actors.missing() is None

@@ -1,0 +1,74 @@
+"""The pool's Ray actors: where they run, what each reserves, and starting them, if need be ahead of their work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from f2l_vllm.pool.config import PoolConfig
+from f2l_vllm.pool.messages import WorkerSpec
+from f2l_vllm.pool.worker import HypernetworkWorker
+
+NAMESPACE = "f2l"
+_OBJECT_STORE_BYTES = 100 * 2**20  # only small events pass through it
+
+
+class Actors:
+    """Starts the workers of one pool. Actors that are loading already are handed out first."""
+
+    def __init__(self, config: PoolConfig, spec: WorkerSpec) -> None:
+        self._config = config
+        self._spec = spec
+        self._ahead: list[Any] = []  # Ray actor handles
+        self._is_connected = False
+
+    def connect(self) -> None:
+        """Start a private Ray, or join the cluster; once."""
+        if self._is_connected:
+            return
+        config = self._config
+        options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "configure_logging": False}
+        if config.ray_address is None:
+            # A private Ray offers what the workers ask for, even when they are more than this machine's cores.
+            cpus = max(1, -(-config.workers * config.cpus // 1))
+            options |= {
+                "address": "local",
+                "num_cpus": int(cpus),
+                "include_dashboard": False,
+                "object_store_memory": _OBJECT_STORE_BYTES,
+            }
+        else:
+            options["address"] = config.ray_address
+        ray.init(**options)
+        self._is_connected = True
+
+    def disconnect(self) -> None:
+        """End the private Ray with its workers, or leave the cluster, which ends them."""
+        if self._is_connected:
+            ray.shutdown()
+
+    def start_ahead(self) -> None:
+        """Have all workers load before there is anything for them to do."""
+        self.connect()
+        self._ahead = [self._start() for _ in range(self._config.workers)]
+
+    def new(self) -> Any:
+        """A worker, which may still be loading. Ray is connected."""
+        return self._ahead.pop() if self._ahead else self._start()
+
+    def missing(self) -> str | None:
+        """What no node of the cluster has for a worker, or None."""
+        needed = {"CPU": self._config.cpus, "GPU": self._config.gpus}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if any(all(node.get(name, 0) >= amount for name, amount in needed.items()) for node in nodes):
+            return None
+        wanted = " and ".join(f"{amount:g} {name}" for name, amount in needed.items() if amount)
+        have = " and ".join(f"{max((node.get(name, 0) for node in nodes), default=0):g} {name}" for name in needed)
+        return f"a worker needs {wanted}, and no node of the Ray cluster has as much (the most: {have})"
+
+    def _start(self) -> Any:
+        actor: Any = ray.remote(HypernetworkWorker)
+        reserved = {"num_cpus": self._config.cpus, "num_gpus": self._config.gpus}
+        # A job runs in one of the threads, `cancel` in the other.
+        return actor.options(**reserved, max_restarts=0, max_concurrency=2).remote(self._spec)

@@ -1,0 +1,34 @@
+"""What a pool is told by its settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from f2l_vllm.settings import Settings
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """How many workers, what Ray reserves for each, in which cluster (None: a private one), and how many jobs each
+    takes at a time."""
+
+    workers: int
+    cpus: float
+    gpus: float
+    ray_address: str | None
+    job_attempts: int
+    job_seconds: float
+    batch: int = 1
+
+    @classmethod
+    def of(cls, settings: Settings) -> PoolConfig:
+        return cls(
+            workers=settings.hypernetwork_workers,
+            cpus=settings.worker_cpus,
+            gpus=settings.worker_gpus,
+            ray_address=settings.ray_address,
+            job_attempts=settings.job_attempts,
+            job_seconds=settings.job_seconds,
+            # Chunked videos are long: each fills a pass of its own.
+            batch=settings.batch_videos if settings.batch_tokens and not settings.is_chunked else 1,
+        )
