@@ -12,6 +12,8 @@ import os
 import select
 import signal
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 _F_SETSIG = 10  # <linux/fcntl.h>
 
@@ -35,3 +37,12 @@ def end_with_spawner() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         end_with_writer(parent.sentinel)  # a pipe
+
+
+def end_session(leader: int) -> None:
+    """Kill what is left of the session that this process began, which has ended."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            session = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[3])
+            if session == leader:
+                os.kill(int(entry.name), signal.SIGKILL)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 
+from f2l_vllm.lifeline import end_session
 from f2l_vllm.pool.messages import WorkerSpec
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class PoolProcess:
             for line in process.stdout:
                 self._hear(line)
             code = process.wait()
+            end_session(process.pid)  # Ray goes on for a minute when its driver has died
             self.workers = 0
             self.why = "the pool's process ended and is started again" + (f"; {self._last}" if self._last else "")
             if not self._stopping.is_set():

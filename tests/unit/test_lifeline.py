@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from f2l_vllm.lifeline import end_session
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the promise is Linux's")
 
 LONG = "print(os.getpid(), flush=True); pow(7, 10**9, 10**400000 - 1)"
@@ -103,3 +105,22 @@ def test_a_process_in_a_long_computation_ends_with_its_parent(tmp_path, script, 
         parent.kill()
         if alive(child):
             os.kill(child, signal.SIGKILL)
+
+
+def test_what_is_left_of_a_session_is_ended():
+    leader = subprocess.Popen(
+        ["sh", "-c", "sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    left = int(leader.stdout.readline())
+    other = subprocess.Popen(["sleep", "600"])
+    leader.kill()
+    leader.wait()
+    assert Path(f"/proc/{left}").exists()
+    end_session(leader.pid)
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{left}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{left}").exists()
+    assert other.poll() is None
+    other.kill()
+    other.wait()

@@ -58,6 +58,7 @@ def test_a_killed_pool_is_replaced_and_a_stopped_one_leaves_nothing(tmp_path, hy
             os.kill(first, signal.SIGKILL)  # as a video would that takes the whole machine's memory
         # Not tried again by the next pool: it has cost all its attempts.
         assert bench.wait(poison, VideoState.ERROR).error_code == "internalization_failed"
+        assert not session(first)  # Ray and the workers of the first
         record = bench.add(clip)
         bench.wait(record, VideoState.PROCESSED)
         second = pool._process.pid
