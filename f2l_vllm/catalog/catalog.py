@@ -30,6 +30,7 @@ from sqlalchemy import (
 from f2l_vllm.catalog.adapters import Published
 from f2l_vllm.catalog.jobs import Jobs
 from f2l_vllm.catalog.revisions import Adoption
+from f2l_vllm.catalog.servers import Servers
 from f2l_vllm.catalog.states import GONE, LIVE, VideoState
 from f2l_vllm.catalog.tables import (
     Bytes,
@@ -87,7 +88,7 @@ class Removal:
         return any(one.is_video for one in self.doomed)
 
 
-class Catalog(Adoption, Jobs, Published, Tombstones):
+class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
     """Files, adapters and jobs in one database."""
 
     # Files

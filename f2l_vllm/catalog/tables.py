@@ -117,6 +117,16 @@ pools = Table(
     Column("seen_at", Float, nullable=False),
 )
 
+# The servers that answer from this catalog, or did a moment ago. `applied`: every deletion up to this tombstone is
+# forgotten there: engine, disk and memory.
+servers = Table(
+    "servers",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("seen_at", Float, nullable=False),
+    Column("applied", BigInteger, nullable=False),
+)
+
 # What is in the store and no row names any more, or not yet: to be removed, and then `done`.
 tombstones = Table(
     "tombstones",

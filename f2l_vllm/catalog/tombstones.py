@@ -74,7 +74,7 @@ class Tombstones(Database):
                 connection.execute(update(tombstones).where(open_, late).values(reserved=False))
         with self._read() as connection:
             query = select(tombstones).where(open_, tombstones.c.reserved.is_(False)).order_by(tombstones.c.seq)
-            return [_record(row) for row in connection.execute(query.limit(limit))]
+            return [tombstone_record(row) for row in connection.execute(query.limit(limit))]
 
     def bury(self, removed: Collection[Tombstone]) -> None:
         """What these name is gone from the store."""
@@ -163,7 +163,7 @@ def name_video(connection: Connection, video: Bytes) -> str:
 
 
 def _give_back(connection: Connection, video: Bytes) -> list[Tombstone]:
-    found = [_record(row) for row in connection.execute(select(tombstones).where(_reservation(video)))]
+    found = [tombstone_record(row) for row in connection.execute(select(tombstones).where(_reservation(video)))]
     connection.execute(update(tombstones).where(_reservation(video)).values(reserved=False))
     return found
 
@@ -173,5 +173,6 @@ def _reservation(video: Bytes) -> Any:
     return and_(of_video, tombstones.c.kind == VIDEO, tombstones.c.reserved.is_(True))
 
 
-def _record(row: Row[Any]) -> Tombstone:
+def tombstone_record(row: Row[Any]) -> Tombstone:
+    """A row of `tombstones`."""
     return Tombstone(row.seq, row.kind, row.name, row.generation)

@@ -100,12 +100,14 @@ class F2LEndpointPlugin:
         self._lock = assembly.hold(settings.data_folder)
         service = self._service = assembly.open_service(settings, served, engine_client, state, ending)
         await asyncio.to_thread(service.adopt)
+        await service.forgetting.join()
         if service.pool is not None:
             service.pool.start()
         state.f2l = service
         state.f2l_base_model = models.loadable_name(served.model)
         warm = service.warm(min(settings.warm_adapters, served.limits.host_slots))
-        self._background = [asyncio.create_task(service.maintain()), asyncio.create_task(warm)]
+        lasting = (service.maintain(), service.forgetting.run(), warm)
+        self._background = [asyncio.create_task(work) for work in lasting]
         assembly.answer_from_videos(settings, served, engine_client, state, service, keys)
         self._welcome = asyncio.create_task(_welcome(service, state, vllm_api.url(args)))
         logger.info("model %s, hypernetwork %s, data in %s", served.names[0], served.hypernetwork, settings.data_folder)

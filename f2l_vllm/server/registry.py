@@ -4,7 +4,7 @@ An adapter is loaded by `add_lora` before any question of it is generated, under
 int id of the catalog, and enters vLLM's dynamic registry. The engine's host memory has a fixed number of places, and
 this registry alone says who leaves one: an adapter that nobody uses, least recently used first. Its place is given on
 at once, so that the engine hears of both, who leaves and who comes, between the same two steps. One that was deleted
-leaves when its last lease ends: name, then engine, then files.
+leaves when its last lease ends: name, then engine, then files; those of the store, too, if it was deleted here.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class _Entry:
     loading: asyncio.Task[None] | None = None  # done: resident
     leases: int = 0
     doomed: bool = False
+    is_ours: bool = False  # doomed by a deletion of this server's
 
 
 class Lease:
@@ -147,15 +148,24 @@ class Registry:
         used, self._used = self._used, {}
         return used
 
+    def names(self) -> list[str]:
+        """The adapters that the engine has, or is about to have."""
+        return [*self._entries, *self._leaving]
+
     async def remove(self, record: AdapterRecord | Tombstone) -> None:
         """Take an adapter out once nobody uses it, and delete its files. Returns at once while there are leases."""
-        await asyncio.shield(self._start(self._remove(record.name)))  # goes on when whoever asked for it has gone
+        # Goes on when whoever asked for it has gone.
+        await asyncio.shield(self._start(self._remove(record.name, is_ours=True)))
 
-    async def _remove(self, name: str) -> None:
+    async def forget(self, name: str) -> None:
+        """The same for an adapter that was deleted elsewhere: the store's files are not this server's to delete."""
+        await asyncio.shield(self._start(self._remove(name, is_ours=False)))
+
+    async def _remove(self, name: str, *, is_ours: bool) -> None:
         while True:
             entry = self._entries.get(name)
             if entry is not None and name not in self._idle:
-                entry.doomed = True
+                entry.doomed, entry.is_ours = True, entry.is_ours or is_ours
                 return
             if entry is not None:
                 self._retire(entry)
@@ -165,8 +175,12 @@ class Registry:
             await asyncio.shield(self._leaving[name])
 
         def remove_files() -> None:
-            if not self._wanted(name):  # not uploaded again meanwhile
+            if self._wanted(name):  # uploaded again meanwhile
+                return
+            if is_ours:
                 self._store.remove_adapter(name)
+            else:
+                self._store.forget_adapter(name)
 
         await asyncio.to_thread(remove_files)
 
@@ -175,6 +189,9 @@ class Registry:
         try:
             if name in self._leaving:
                 await asyncio.shield(self._leaving[name])
+            # From here on whoever forgets what was deleted waits for this entry; what was deleted before is not loaded.
+            if not await asyncio.to_thread(self._wanted, name):
+                raise AdapterLost(f"the adapter {name} was deleted a moment ago")
             entry.request.lora_path = await self._path(name)
             await self._take_place()
             await asyncio.sleep(0)  # whose place it was is told to leave first: the engine has no more than its places
@@ -186,7 +203,7 @@ class Registry:
         except BaseException:
             del self._entries[name]  # whoever asks next begins afresh
             if entry.doomed:
-                self._start(self._remove(entry.record.name))
+                self._start(self._remove(entry.record.name, is_ours=entry.is_ours))
             raise
         self._names[entry.key] = entry.request
         metrics.RESIDENT.inc()
@@ -229,7 +246,7 @@ class Registry:
             self._store.distrust(name)
             self._give_place()
             if entry.doomed:
-                self._start(self._remove(entry.record.name))
+                self._start(self._remove(entry.record.name, is_ours=entry.is_ours))
         return False
 
     async def _take_place(self) -> None:
@@ -275,7 +292,7 @@ class Registry:
         """The last lease has ended."""
         self._idle[entry.record.name] = entry
         if entry.doomed:
-            self._start(self._remove(entry.record.name))
+            self._start(self._remove(entry.record.name, is_ours=entry.is_ours))
         elif self._waiting:
             self._retire(entry)
             self._give_place()

@@ -137,6 +137,19 @@ class CachedStore(Store):
         super().remove_adapter(name)
         self._remote.remove_adapter(name)
 
+    def kept(self) -> list[str]:
+        """As `Store.kept`: on disk, too."""
+        here = [path.name for path in [*self._adapters.iterdir(), *self._videos.glob("*/*")]]
+        return [*here, *super().kept()]
+
+    def forget_adapter(self, name: str) -> None:
+        """As `Store.forget_adapter`."""
+        super().remove_adapter(name)
+
+    def forget_video(self, video: str) -> None:
+        """As `Store.forget_video`."""
+        super().remove_video(video)
+
     def _checked(self, name: str) -> Path:
         path = self.adapter_path(name)
         try:

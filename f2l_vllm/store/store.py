@@ -257,6 +257,20 @@ class Store:
         if self._hot is not None:
             self._hot.remove(name)  # last: what is being copied now finds that its source has gone
 
+    # What a server keeps of a store that others delete from
+
+    def kept(self) -> list[str]:
+        """The names of all adapters and videos that lie here besides the store: in memory."""
+        return [] if self._hot is None else [name for name in self._hot.names() if _NAME.fullmatch(name)]
+
+    def forget_adapter(self, name: str) -> None:
+        """An adapter was deleted, or is to be: keep nothing of it besides the store."""
+        if self._hot is not None:
+            self._hot.remove(name)
+
+    def forget_video(self, video: str) -> None:
+        """A video's bytes were deleted, or are to be: keep nothing of them besides the store."""
+
     def _checked_copy(self, name: str) -> Path | None:
         """The copy in memory, if there is one and it is sound."""
         if self._hot is None or (copy := self._hot.path(name)) is None:

@@ -34,6 +34,7 @@ from f2l_vllm.store.store import MANIFEST_FILE, Store, StoreError
 
 router = APIRouter()
 _LONGEST_SECONDS = 3600.0
+_ERASED_SECONDS = 90.0  # longer than a server that is gone is waited for
 _AT_ONCE = 200  # objects of a list that are made at a time
 _MODELS = 1000  # a client asks for models without pages, and shows them to people
 _PIECE_BYTES = 1 << 20
@@ -105,10 +106,17 @@ async def update_file(file_id: str, request: Request) -> JSONResponse:
 
 
 @router.delete("/v1/files/{file_id}")
-async def delete_file(file_id: str, request: Request) -> JSONResponse:
-    """Delete a file; its adapter and bytes go when no other file shares them and no answer is being written."""
-    await service(request).remove(file_id, tenant_of(request))
-    return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+async def delete_file(file_id: str, request: Request, wait: Literal["erased"] | None = None) -> JSONResponse:
+    """Delete a file; its adapter and bytes go when no other file shares them and no answer is being written.
+
+    With `wait=erased` it answers when no server has anything left of them, and says whether that was in time.
+    """
+    videos = service(request)
+    doomed = await videos.remove(file_id, tenant_of(request))
+    answer: dict[str, Any] = {"id": file_id, "object": "file", "deleted": True}
+    if wait is not None:
+        answer["f2l"] = {"erased": await videos.forgetting.erased(doomed, _ERASED_SECONDS)}
+    return JSONResponse(answer)
 
 
 @router.get("/v1/files/{file_id}/content")
@@ -212,8 +220,11 @@ async def ready(request: Request) -> JSONResponse:
     parts = {
         "engine": await vllm_api.engine_is_healthy(request.app.state.engine_client),
         "workers": service(request).is_ready(),
+        "catalog": service(request).forgetting.has_joined,
     }
     why = {"engine": "the engine has ended"} if not parts["engine"] else {}
+    if not parts["catalog"]:
+        why["catalog"] = "what was deleted while this server was away is being forgotten"
     if (reason := service(request).why_not_ready()) is not None:
         why["workers"] = reason
     status = HTTPStatus.OK if all(parts.values()) else HTTPStatus.SERVICE_UNAVAILABLE

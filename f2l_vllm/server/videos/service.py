@@ -15,11 +15,12 @@ from typing import Any
 
 from f2l_vllm.catalog.catalog import Catalog, QueueFull, QuotaExceeded
 from f2l_vllm.catalog.states import IN_WORK, VideoState
-from f2l_vllm.catalog.tables import AdapterRecord, FileRecord, FileWithAdapter
+from f2l_vllm.catalog.tables import AdapterRecord, FileRecord, FileWithAdapter, Tombstone
 from f2l_vllm.pool.supervisor import PoolProcess
 from f2l_vllm.server import metrics
 from f2l_vllm.server.errors import APIError, HTTPStatus, shutting_down, video_failed, video_not_found, video_not_ready
 from f2l_vllm.server.registry import Registry
+from f2l_vllm.server.videos.forgetting import Forgetting
 from f2l_vllm.server.videos.keeping import Keeper
 from f2l_vllm.server.videos.watcher import Watcher
 from f2l_vllm.settings import Settings
@@ -82,6 +83,7 @@ class VideoService:
         self.watcher = Watcher(catalog, is_stopping, share)
         self._writers = ThreadPoolExecutor(_WRITERS, "f2l-catalog")
         self._keeper = Keeper(catalog, store, registry, self._write)
+        self.forgetting = Forgetting(catalog, store, registry, self._write)
         self._used: dict[str, float] = {}  # file ids, and when they were asked about
         self._prepared: int | None = None  # the id of the adapter that was copied into memory last
         self._cleaned, self._swept = -_CLEANING_SECONDS, -_SWEEP_SECONDS
@@ -199,8 +201,8 @@ class VideoService:
         await asyncio.to_thread(self.store.remove_adapter, adapter.name)
         await self._write(self.catalog.forget_adapter, adapter)
 
-    async def remove(self, file_id: str, tenant: str) -> None:
-        """Delete a file: catalog first, then whatever nobody else refers to.
+    async def remove(self, file_id: str, tenant: str) -> list[Tombstone]:
+        """Delete a file: catalog first, then whatever nobody else refers to. What goes with it.
 
         Raises:
             APIError: `video_not_found`.
@@ -208,7 +210,9 @@ class VideoService:
         removal = await self._write(self.catalog.remove_file, file_id, tenant)
         if removal is None:
             raise video_not_found(file_id)
-        await self._keeper.bury(removal.doomed)
+        doomed: list[Tombstone] = removal.doomed
+        await self._keeper.bury(doomed)
+        return doomed
 
     async def pin(self, file_id: str, tenant: str, pinned: bool) -> FileRecord:
         """Keep a file from expiring and its adapter in the hot set, or let both go again.
@@ -242,6 +246,7 @@ class VideoService:
         """Stop the pool, and let go of store and catalog. Runs in a thread, when nothing is answered any more."""
         if self.pool is not None:
             self.pool.stop()
+        self.forgetting.leave()
         self.store.close()
         self.catalog.close()
 

@@ -117,7 +117,7 @@ def test_the_check_ends_with_the_client():
         finally:
             ended.append(tenant)
 
-    assert post(Harness(echo, slow), b"{}", leave_after=0.05) == (None, None)
+    assert post(Harness(echo, slow), b'{"structured_outputs": {"regex": "a"}}', leave_after=0.05) == (None, None)
     assert ended == ["default"]
 
 
@@ -125,7 +125,7 @@ def test_the_check_refuses():
     async def refuse(body, tenant):
         raise bad_request("structured_output_too_complex", f"{body}")
 
-    status, body = post(Harness(echo, refuse), b'{"a": 1}')
+    status, body = post(Harness(echo, refuse), b'{"structured_outputs": {"regex": "a"}}')
     assert (status, body["error"]["code"]) == (400, "structured_output_too_complex")
 
 

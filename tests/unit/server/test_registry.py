@@ -66,7 +66,13 @@ class Bench:
             (directory / "weights").write_text(name)
 
         self.store.publish_adapter(name, write, {})
+        self.kept.add(name)
         return AdapterRecord(int_id or number, name, 16, 10, {}, 0.0)
+
+    async def remove(self, record):
+        """As a deletion does: the catalog first."""
+        self.kept.discard(record.name)
+        await self.registry.remove(record)
 
     def exists(self, number):
         return self.store.adapter_path(f"f2l-{number}").exists()
@@ -122,7 +128,7 @@ def test_removal_waits_for_the_last_lease(tmp_path):
         bench = Bench(tmp_path)
         record = bench.publish(1)
         first, second = await bench.registry.acquire(record), await bench.registry.acquire(record)
-        await bench.registry.remove(record)
+        await bench.remove(record)
         first.release()
         await pause()
         assert ids(bench) == {"f2l-1": 1}
@@ -146,7 +152,7 @@ def test_files_go_only_when_the_engine_has_let_go(tmp_path):
         bench.engine.busy.add(FIRST_ADAPTER_ID + 1)
         lease.release()
         await asyncio.sleep(0)
-        removal = asyncio.create_task(bench.registry.remove(record))
+        removal = asyncio.create_task(bench.remove(record))
         await pause()
         assert bench.names == {}  # no new question can reach it
         assert bench.exists(1)
@@ -162,8 +168,7 @@ def test_a_name_published_again_while_in_use_keeps_the_id_the_engine_knows(tmp_p
     async def scenario():
         bench = Bench(tmp_path)
         old = await bench.registry.acquire(bench.publish(1, int_id=1))
-        await bench.registry.remove(AdapterRecord(1, "f2l-1", 16, 10, {}, 0.0))
-        bench.kept.add("f2l-1")
+        await bench.remove(AdapterRecord(1, "f2l-1", 16, 10, {}, 0.0))
         again = bench.publish(1, int_id=2)
         new = await bench.registry.acquire(again)
         assert {call[-1] for call in bench.engine.calls} == {FIRST_ADAPTER_ID + 1}
@@ -183,7 +188,6 @@ def test_files_that_are_wanted_again_are_not_removed(tmp_path):
     async def scenario():
         bench = Bench(tmp_path)
         record = bench.publish(1)
-        bench.kept.add("f2l-1")
         await bench.registry.remove(record)
         assert bench.exists(1)
 
@@ -221,7 +225,7 @@ def test_a_deleted_adapter_whose_load_fails_loses_its_files(tmp_path):
         question = asyncio.create_task(bench.registry.acquire(record))
         while not bench.engine.calls:
             await asyncio.sleep(0.001)
-        await bench.registry.remove(record)
+        await bench.remove(record)
         with pytest.raises(APIError, match="could not be loaded"):
             await question
         await settle()
@@ -390,14 +394,14 @@ def test_nothing_is_left_after_thousands_of_lives(tmp_path):
 
         for cycle in range(250):
             tasks = [asyncio.create_task(question(dice.randrange(20))) for _ in range(12)]
-            removals = [asyncio.create_task(bench.registry.remove(records[dice.randrange(20)])) for _ in range(2)]
+            removals = [asyncio.create_task(bench.remove(records[dice.randrange(20)])) for _ in range(2)]
             await asyncio.sleep(0)
             dice.choice(tasks).cancel()
             results = await asyncio.gather(*tasks, *removals, return_exceptions=True)
             assert not [r for r in results if isinstance(r, Exception)], cycle
         assert answered > 1500
         for record in records.values():
-            await bench.registry.remove(record)
+            await bench.remove(record)
         await settle()
         registry = bench.registry
         left = (bench.names, registry._entries, registry._idle, registry._leaving, registry._tasks, bench.engine.loaded)

@@ -1,0 +1,57 @@
+"""The servers of a catalog, and how far each of them has forgotten what was deleted.
+
+Deletions are numbered: the `seq` of their tombstones, ascending in the order of their commits. A server forgets them in
+that order and enters how far it has come. A server that gives no sign of life for `SERVER_SECONDS` is not waited for;
+it has to join again, under another id, and before that to compare whatever it keeps with the catalog.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from sqlalchemy import delete, exists, func, insert, select, update
+
+from f2l_vllm.catalog.database import Database, clock
+from f2l_vllm.catalog.tables import Tombstone, servers, tombstones
+from f2l_vllm.catalog.tombstones import tombstone_record
+
+SERVER_SECONDS = 60.0  # many times what lies between two signs of life
+
+
+class Servers(Database):
+    """What servers tell each other about deletions."""
+
+    def join_server(self, server: str) -> int:
+        """Enter a server that has forgotten nothing yet; the newest deletion, which it has to compare up to."""
+        with self._write() as connection:
+            connection.execute(insert(servers).values(id=server, seen_at=clock(connection), applied=-1))
+            return connection.scalar(select(func.max(tombstones.c.seq))) or 0
+
+    def beat_server(self, server: str, applied: int) -> bool:
+        """A server runs, and has forgotten every deletion up to `applied`. False: it was given up, and has to join."""
+        with self._write() as connection:
+            now = clock(connection)
+            connection.execute(delete(servers).where(servers.c.seen_at < now - SERVER_SECONDS))
+            known = update(servers).where(servers.c.id == server).values(seen_at=now, applied=applied)
+            return connection.execute(known).rowcount == 1
+
+    def leave_server(self, server: str) -> None:
+        """A server stops, and keeps nothing in memory."""
+        with self._write() as connection:
+            connection.execute(delete(servers).where(servers.c.id == server))
+
+    def deletions_after(self, seq: int, limit: int) -> list[Tombstone]:
+        """Deletions after this one, in their order, at most `limit`."""
+        later = select(tombstones).where(tombstones.c.seq > seq, tombstones.c.reserved.is_(False))
+        with self._read() as connection:
+            return [tombstone_record(row) for row in connection.execute(later.order_by(tombstones.c.seq).limit(limit))]
+
+    def is_erased(self, deletions: Collection[int]) -> bool:
+        """Whether nothing is left of these deletions: neither in the store, nor with any server that runs."""
+        if not deletions:
+            return True
+        left = exists().where(tombstones.c.seq.in_(deletions), tombstones.c.done_at.is_(None))
+        with self._read() as connection:
+            since = clock(connection) - SERVER_SECONDS
+            behind = exists().where(servers.c.seen_at >= since, servers.c.applied < max(deletions))
+            return not connection.scalar(select(left)) and not connection.scalar(select(behind))

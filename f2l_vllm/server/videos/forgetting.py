@@ -1,0 +1,120 @@
+"""Forgetting what any server of the catalog has deleted: in the engine, on this server's disk, and in its memory."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.tables import Tombstone
+from f2l_vllm.server.registry import Registry
+from f2l_vllm.store.address import ADAPTER_PREFIX
+from f2l_vllm.store.errors import Unavailable
+from f2l_vllm.store.store import Store
+
+logger = logging.getLogger(__name__)
+_TICK_SECONDS = 0.5
+_BEAT_SECONDS = 5.0
+_AT_ONCE = 500
+
+Write = Callable[..., Coroutine[Any, Any, Any]]
+
+
+class Forgetting:
+    """One server's part in every deletion. Lives on its event loop.
+
+    Args:
+        write: runs a method of the catalog that may wait for other writers.
+    """
+
+    def __init__(self, catalog: Catalog, store: Store, registry: Registry, write: Write) -> None:
+        self._catalog, self._store, self._registry, self._write = catalog, store, registry, write
+        self._server = ""
+        self._seen = 0  # the last deletion that was looked at
+        self._in_use: dict[int, str] = {}  # deletions whose adapters answers still come from
+        self._said, self._said_at = -1, 0.0
+        self.has_joined = False
+
+    async def join(self) -> None:
+        """Be counted among the servers, once nothing is kept here that was deleted meanwhile."""
+        self.has_joined = False
+        self._server = secrets.token_hex(8)
+        self._seen = await self._write(self._catalog.join_server, self._server)
+        self._in_use = {}
+        kept = {*await asyncio.to_thread(self._store.kept), *self._registry.names()}
+        gone = kept - await asyncio.to_thread(self._catalog.named, kept)
+        for name in gone:
+            if name.startswith(ADAPTER_PREFIX):
+                await self._forget_adapter(name, self._seen)
+            else:
+                await asyncio.to_thread(self._store.forget_video, name)
+        if gone:
+            logger.info("%d adapters and videos were deleted while this server was away, and are forgotten", len(gone))
+        self.has_joined = True
+        await self._say()
+
+    async def run(self) -> None:
+        """Forget what is deleted, until cancelled."""
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            try:
+                await self.forget()
+            except Unavailable as error:
+                logger.warning("what other servers delete is forgotten later: %s", error)
+            except Exception:
+                logger.exception("forgetting failed and goes on")
+
+    async def forget(self) -> None:
+        """Forget what was deleted since the last time."""
+        while page := await asyncio.to_thread(self._catalog.deletions_after, self._seen, _AT_ONCE):
+            for deletion in page:
+                await self._forget(deletion)
+                self._seen = deletion.seq
+        self._in_use = {seq: name for seq, name in self._in_use.items() if self._registry.holds(name)}
+        if self._applied != self._said or time.monotonic() - self._said_at >= _BEAT_SECONDS:
+            await self._say()
+
+    def leave(self) -> None:
+        """This server stops. Runs in a thread."""
+        try:
+            self._catalog.leave_server(self._server)
+        except Unavailable as error:
+            logger.info("the catalog was not told that this server stops: %s", error)
+
+    async def erased(self, deletions: list[Tombstone], seconds: float) -> bool:
+        """Wait until nothing is left of these anywhere, at most `seconds`; whether that is so."""
+        deadline = time.monotonic() + seconds
+        numbers = [deletion.seq for deletion in deletions]
+        while not await asyncio.to_thread(self._catalog.is_erased, numbers):
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(_TICK_SECONDS / 5)
+        return True
+
+    @property
+    def _applied(self) -> int:
+        return min(self._in_use, default=self._seen + 1) - 1
+
+    async def _forget(self, deletion: Tombstone) -> None:
+        if deletion.is_video:
+            await asyncio.to_thread(self._store.forget_video, deletion.object)
+        elif not await asyncio.to_thread(self._catalog.wanted, deletion.name):
+            await self._forget_adapter(deletion.name, deletion.seq)
+        # Else it was uploaded again: the same bytes make the same adapter.
+
+    async def _forget_adapter(self, name: str, seq: int) -> None:
+        await self._registry.forget(name)
+        if self._registry.holds(name):
+            self._in_use[seq] = name
+
+    async def _say(self) -> None:
+        applied = self._applied
+        if not await self._write(self._catalog.beat_server, self._server, applied):
+            logger.warning("the other servers have not heard from this one for too long: it joins them again")
+            await self.join()
+            return
+        self._said, self._said_at = applied, time.monotonic()

@@ -1,0 +1,226 @@
+"""Servers of one catalog and one store: what one deletes, all forget, in their engines, on their disks, in memory."""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from sqlalchemy import update
+
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.tables import servers
+from f2l_vllm.server.registry import AdapterLost, Registry
+from f2l_vllm.server.videos.service import Revisions, VideoService
+from f2l_vllm.settings import Settings
+from f2l_vllm.store.cached_store import open_store
+
+T = "tenant"
+
+
+class Engine:
+    def __init__(self):
+        self.names = {}
+
+    async def add_lora(self, request):
+        self.names[request.lora_int_id] = request.lora_name
+        return True
+
+    async def remove_lora(self, int_id):
+        self.names.pop(int_id, None)
+        return True
+
+
+class Server:
+    """One of several, without vLLM in front and with this test as its worker."""
+
+    def __init__(self, folder, name, url):
+        home = self.home = folder / name
+        self.store = open_store(home, url=f"file://{folder / 'store'}", hot_bytes=1 << 20)
+        self.catalog = Catalog(url)
+        self.engine = Engine()
+        options = {"base_model": "base", "host_slots": 8, "wanted": self.catalog.wanted}
+        self.registry = Registry({}, self.engine, self.store, **options)
+        revisions = Revisions("base", "one", {})
+        self.service = VideoService(
+            Settings(home=home), revisions, self.catalog, self.store, self.registry, None, lambda: False
+        )
+        self.forgetting = self.service.forgetting
+
+    async def upload(self, text):
+        """A ready file of these bytes, and its adapter."""
+        temporary = self.store.temporary()
+        temporary.write_text(text)
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        details = {"sha256": sha256, "size": len(text), "filename": "v.mp4", "purpose": "vision", "expires_at": None}
+        record = await self.service.enter(temporary, tenant=T, **details)
+        while jobs := self.catalog.claim_jobs(1):
+
+            def write(directory):
+                directory.mkdir()
+                (directory / "weights").write_text(jobs[0].adapter_name)
+
+            self.store.publish_adapter(jobs[0].adapter_name, write, {})
+            self.catalog.finish_job(jobs[0].adapter_name, rank=4, size=9, info={})
+        return record, self.catalog.adapter(record.adapter_name)
+
+    async def use(self, adapter, record):
+        """Have everything of it that a server can have."""
+        lease = await self.registry.acquire(adapter)
+        self.store.prepare(adapter.name)
+        self.store.fetch_video(record.video)
+        return lease
+
+    @property
+    def left(self):
+        memory = Path("/dev/shm") / f"f2l-{os.getuid()}-{hashlib.sha256(str(self.home).encode()).hexdigest()[:12]}"
+        folders = (self.home / "adapters", self.home / "videos", memory)
+        files = [path for folder in folders if folder.exists() for path in folder.rglob("*") if path.is_file()]
+        return [*self.engine.names.values(), *files]
+
+    def be_silent(self):
+        """For longer than it is waited for."""
+        with self.catalog._write() as connection:
+            mine = servers.c.id == self.forgetting._server
+            connection.execute(update(servers).where(mine).values(seen_at=0.0))
+
+
+@contextlib.asynccontextmanager
+async def two(folder, url):
+    pair = [Server(folder, name, url) for name in ("one", "two")]
+    try:
+        for server in pair:
+            await server.forgetting.join()
+        yield pair
+    finally:
+        for server in pair:
+            await asyncio.to_thread(server.service.close)
+
+
+def run(scenario, tmp_path, database_url):
+    async def whole():
+        async with two(tmp_path, database_url) as pair:
+            await scenario(*pair)
+
+    asyncio.run(whole())
+
+
+def test_what_one_deletes_all_forget(tmp_path, database_url):
+    async def scenario(one, two):
+        record, adapter = await one.upload("a")
+        other, other_adapter = await one.upload("b")
+        for server in (one, two):
+            for its in ((adapter, record), (other_adapter, other)):
+                (await server.use(*its)).release()
+        await asyncio.sleep(0)
+        doomed = await one.service.remove(record.id, T)
+        assert len(two.left) == 2 + 2 * (2 * 2 + 1)
+        assert not await one.forgetting.erased(doomed, 0.1)
+        for server in (one, two):
+            await server.forgetting.forget()
+        assert await one.forgetting.erased(doomed, 0.1)
+        for server in (one, two):
+            assert len(server.left) == 1 + 2 * 2 + 1  # of the other video
+            (await server.registry.acquire(other_adapter)).release()
+        await one.service.remove(other.id, T)
+        await two.forgetting.forget()
+        assert two.left == []
+        assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_an_answer_that_is_being_written_ends_first(tmp_path, database_url):
+    async def scenario(one, two):
+        record, adapter = await one.upload("a")
+        lease = await two.use(adapter, record)
+        doomed = await one.service.remove(record.id, T)
+        for _ in range(2):
+            await two.forgetting.forget()
+            await one.forgetting.forget()
+            assert list(two.engine.names.values()) == [adapter.name]
+            assert not await one.forgetting.erased(doomed, 0.0)
+        lease.release()
+        while two.engine.names:
+            await asyncio.sleep(0.01)
+        await two.forgetting.forget()
+        assert await one.forgetting.erased(doomed, 0.1)
+        assert two.left == []
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_a_server_that_was_away_forgets_before_it_is_counted_again(tmp_path, database_url):
+    async def scenario(one, two):
+        record, adapter = await one.upload("a")
+        (await two.use(adapter, record)).release()
+        await asyncio.sleep(0)
+        doomed = await one.service.remove(record.id, T)
+        await one.forgetting.forget()
+        two.be_silent()
+        assert await one.forgetting.erased(doomed, 0.1)  # it is not waited for
+        one.forgetting._said_at = 0.0
+        await one.forgetting.forget()  # and given up
+        with one.catalog._write() as connection:
+            connection.execute(servers.delete().where(servers.c.id == two.forgetting._server))
+        before = two.forgetting._server
+        two.forgetting._seen += 1  # as if the deletion were too old to be told
+        two.forgetting._said_at = 0.0
+        await two.forgetting.forget()
+        assert two.forgetting._server != before
+        assert two.forgetting.has_joined
+        assert two.left == []
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_a_server_that_starts_forgets_what_was_deleted_while_it_was_down(tmp_path, database_url):
+    async def scenario(one, two):
+        gone, gone_adapter = await one.upload("a")
+        kept, kept_adapter = await one.upload("b")
+        for its in ((gone_adapter, gone), (kept_adapter, kept)):
+            (await two.use(*its)).release()
+        copy = tmp_path / "crashed"
+        shutil.copytree(two.home, copy)
+        await one.service.remove(gone.id, T)
+        again = Server(tmp_path, "crashed", database_url)
+        assert not again.forgetting.has_joined
+        await again.forgetting.join()
+        names = {path.name for path in (copy / "adapters").iterdir()} | {path.name for path in copy.glob("videos/*/*")}
+        assert names == {kept_adapter.name, kept.video}
+        again.service.close()
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_what_was_uploaded_again_stays(tmp_path, database_url):
+    async def scenario(one, two):
+        record, adapter = await one.upload("a")
+        (await two.use(adapter, record)).release()
+        await one.service.remove(record.id, T)
+        again, new = await one.upload("a")
+        await two.forgetting.forget()
+        assert two.engine.names
+        assert not (two.store.video_path(record.video)).exists()
+        (await two.use(new, again)).release()
+        for server in (one, two):
+            await server.forgetting.forget()
+            assert server.store.verify_adapter(adapter.name)
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_a_question_that_comes_too_late_brings_nothing_back(tmp_path, database_url):
+    async def scenario(one, two):
+        record, adapter = await one.upload("a")
+        two.store.verify_adapter(adapter.name)  # has fetched it
+        with pytest.MonkeyPatch.context() as patch:  # the deletion is known, and its files are everywhere still
+            patch.setattr(one.service._keeper, "bury", lambda doomed: asyncio.sleep(0))
+            await one.service.remove(record.id, T)
+        with pytest.raises(AdapterLost, match="deleted a moment ago"):
+            await two.registry.acquire(adapter)
+        assert two.engine.names == {}
+
+    run(scenario, tmp_path, database_url)
