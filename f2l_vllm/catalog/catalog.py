@@ -47,7 +47,6 @@ from f2l_vllm.catalog.tombstones import Tombstones, doom_video_unless_named, nam
 from f2l_vllm.catalog.transactions import (
     QueueFull,
     QuotaExceeded,
-    adapter_of,
     adapter_record,
     count_bytes,
     drop_unwanted,
@@ -68,6 +67,8 @@ _FIND = (
     .outerjoin(adapters, _OF_FILE)
     .where(files.c.tenant == bindparam("tenant"), files.c.id.in_(bindparam("ids", expanding=True)))
 )
+
+_ENTER_FILE = insert(files).returning(files)
 
 
 @dataclass(frozen=True)
@@ -124,20 +125,17 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
             VideoGone: the bytes were deleted meanwhile. Nothing is entered in any of the three cases.
         """
         self._check_room()
-        with self._write() as connection:
-            count_bytes(connection, tenant, size, tenant_bytes)
+        with self._write(beside=[sha256]) as connection:
             generation = "" if video is None else name_video(connection, video)
-            ready = adapter_of(connection, adapter_name) is not None
-            if not ready:
-                ensure_job(
-                    connection,
-                    adapter_name,
-                    sha256,
-                    queue_limit,
-                    tenant=tenant,
-                    tenant_limit=tenant_limit,
-                    job_attempts=job_attempts,
-                )
+            ready = ensure_job(
+                connection,
+                adapter_name,
+                sha256,
+                queue_limit,
+                tenant=tenant,
+                tenant_limit=tenant_limit,
+                job_attempts=job_attempts,
+            )
             file_id = f"file-{secrets.token_hex(12)}"
             values = {
                 "id": file_id,
@@ -155,10 +153,9 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
                 "pinned": pinned,
                 "generation": generation,
             }
-            connection.execute(insert(files).values(values))
-            record = file_of(connection, file_id, tenant)
-            assert record is not None
-            return record
+            row = connection.execute(_ENTER_FILE, values).one()
+            count_bytes(connection, tenant, size, tenant_bytes)  # last: all of the tenant's uploads wait for each other
+            return file_record(row)
 
     def file(self, file_id: str, tenant: str) -> FileRecord | None:
         """The file, or None: unknown, deleted, expired or another tenant's."""
@@ -249,7 +246,7 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
 
     def touch(self, used_files: Mapping[str, float], used_adapters: Mapping[str, float]) -> None:
         """Note when files (by id) and adapters (by name) were last used; what expires by disuse lives on from then."""
-        with self._write() as connection:
+        with self._write(beside=()) as connection:
             if used_files:
                 moment = bindparam("moment", type_=files.c.last_used_at.type)
                 idle = (files.c.idle_seconds.isnot(None), moment + files.c.idle_seconds)
@@ -264,8 +261,12 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
 
     def remove_file(self, file_id: str, tenant: str) -> Removal | None:
         """Delete a file id; None when there is no such file. Its queued job goes too if nobody else waits for it."""
-        with self._write() as connection:
-            record = file_of(connection, file_id, tenant)
+        with self._read() as connection:
+            known = file_of(connection, file_id, tenant)
+        if known is None:
+            return None
+        with self._write(beside=[known.sha256], deletes=True) as connection:
+            record = file_of(connection, file_id, tenant, hold=True)
             if record is None or record.state in GONE:
                 return None
             return _remove(connection, record, VideoState.DELETED)
@@ -275,11 +276,13 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
         due = select(files).where(files.c.expires_at <= now, files.c.state.in_(LIVE), files.c.pinned.is_(False))
         due = due.order_by(files.c.expires_at)
         with self._read() as connection:
-            if connection.execute(due.limit(1)).first() is None:
-                return []
-        with self._write() as connection:
             rows = connection.execute(due.limit(limit)).all()
-            return [_remove(connection, file_record(row), VideoState.EXPIRED) for row in rows]
+        if not rows:
+            return []
+        with self._write(beside=[row.sha256 for row in rows], deletes=True) as connection:
+            still = due.where(files.c.number.in_([row.number for row in rows])).with_for_update()
+            held = connection.execute(still).all()
+            return [_remove(connection, file_record(row), VideoState.EXPIRED) for row in held]
 
     def purge(self, before: float) -> int:
         """Forget the rows of files that were deleted or expired before this moment, and how their bytes went. Returns
@@ -297,7 +300,7 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
                 numbers = list(connection.scalars(select(number).where(chosen).limit(_AT_ONCE)))
             if not numbers:
                 return forgotten
-            with self._write() as connection:
+            with self._write(beside=()) as connection:
                 forgotten += connection.execute(delete(number.table).where(number.in_(numbers))).rowcount
 
     def counts(self) -> tuple[dict[str, int], int, int]:

@@ -1,18 +1,37 @@
-"""The catalog's database: SQLite in WAL mode or PostgreSQL, with one writer at a time on either.
+"""The catalog's database: SQLite in WAL mode or PostgreSQL. No transaction decides on rows that another is changing.
 
-SQLite takes its write lock when a write transaction begins; on PostgreSQL an advisory lock does the same, so that a
-transaction never decides on rows that another is changing. Readers never wait for writers on either.
+SQLite takes its write lock when a write transaction begins: there is one writer at a time. On PostgreSQL advisory locks
+do the same, and let those write beside each other that have nothing to do with each other: a transaction is either
+alone, or it names the videos (by hash) whose files, jobs and adapters it decides on, and is alone with each of them.
+Those that write tombstones follow each other besides, so that tombstones are numbered in the order of their commits.
+Locks are taken in that order, and a tenant's count of bytes last. Readers never wait for writers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Float,
+    cast,
+    create_engine,
+    event,
+    extract,
+    func,
+    inspect,
+    literal,
+    make_url,
+    select,
+    text,
+)
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.schema import CreateColumn
@@ -21,10 +40,12 @@ from f2l_vllm.catalog.tables import metadata
 from f2l_vllm.store.errors import CatalogBusy, StoreUnavailable, Unavailable
 from f2l_vllm.store.room import Headroom
 
-_WRITE_LOCK = 0x66326C  # PostgreSQL's advisory lock; any constant that is ours
+_WRITE_LOCK = 0x66326C  # PostgreSQL's advisory locks; any constants that are ours
+_VIDEO_LOCKS, _TOMBSTONE_LOCK = 0x66326D, 0x66326E
 _CONNECT_SECONDS = 5
 _JOURNAL_PAGES = 250  # SQLite's journal stays this short: on a small disk it is in the way of videos
-_CONNECTIONS = 20  # as many as the threads that ask at once
+_CONNECTIONS = {"sqlite": 20, "postgresql": 5}  # kept, and as many again; PostgreSQL has few for all servers
+_TOMBSTONES = f"pg_advisory_xact_lock({_TOMBSTONE_LOCK})"
 _BUSY_STATES = ("08", "40", "53", "55", "57")  # connection, rollback, resources, object in use, operator intervention
 
 
@@ -42,6 +63,7 @@ class Database:
 
     def __init__(self, url: str, busy_seconds: float = 10.0) -> None:
         self._engine = _engine(url, busy_seconds)
+        self._lock_timeout = f"{int(busy_seconds * 1000)}"  # milliseconds
         self._headroom = _headroom(self._engine)
         with self._write() as connection:
             _create_tables(connection)
@@ -65,20 +87,63 @@ class Database:
             yield connection
 
     @contextmanager
-    def _write(self) -> Iterator[Connection]:
+    def _write(self, beside: Collection[str] | None = None, *, deletes: bool = False) -> Iterator[Connection]:
+        """A transaction that writes.
+
+        Args:
+            beside: others may write at the same time, but for those that name any of these videos, too; None: nobody.
+            deletes: it writes tombstones. Without it `write_tombstones` comes before the first.
+        """
         if self._headroom is not None:
             self._headroom.adjust()
         with _translated(), self._engine.begin() as connection:
             if connection.dialect.name == "postgresql":
-                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITE_LOCK})
+                self._lock(connection, beside, deletes)
             yield connection
+
+    @contextmanager
+    def _append(self) -> Iterator[Connection]:
+        """A transaction that adds rows which no other decides on."""
+        if self._engine.dialect.name != "postgresql":
+            with self._write() as connection:
+                yield connection
+            return
+        with _translated(), self._engine.begin() as connection:
+            yield connection
+
+    def _lock(self, connection: Connection, beside: Collection[str] | None, deletes: bool) -> None:
+        """All locks by one statement, whose parts are done in their order."""
+        parts = ["set_config('lock_timeout', :timeout, true)"]
+        values: dict[str, Any] = {"timeout": self._lock_timeout}
+        parts.append(f"pg_advisory_xact_lock{'' if beside is None else '_shared'}({_WRITE_LOCK})")
+        for number, key in enumerate(sorted({_key(video) for video in beside or ()})):
+            parts.append(f"pg_advisory_xact_lock({_VIDEO_LOCKS}, :key{number})")
+            values[f"key{number}"] = key
+        if deletes:
+            parts.append(_TOMBSTONES)
+        connection.execute(text(f"SELECT {', '.join(parts)}"), values)
+
+
+def write_tombstones(connection: Connection) -> None:
+    """Before the first tombstone of a transaction that seldom writes one."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"SELECT {_TOMBSTONES}"))
+
+
+def _key(video: str) -> int:
+    return int.from_bytes(hashlib.sha256(video.encode()).digest()[:4], signed=True)
 
 
 def clock(connection: Connection) -> float:
     """The time by the clock that all who share the database go by, Unix seconds."""
+    return float(connection.scalar(select(now(connection))) or 0.0)
+
+
+def now(connection: Connection) -> ColumnElement[float]:
+    """`clock` as a part of a statement."""
     if connection.dialect.name != "postgresql":
-        return time.time()
-    return float(connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())")))
+        return literal(time.time())
+    return cast(extract("epoch", func.clock_timestamp()), Float)
 
 
 def check_url(url: str) -> None:
@@ -120,11 +185,12 @@ def _engine(url: str, busy_seconds: float) -> Engine:
         raise ValueError(
             f"the catalog lives in SQLite or PostgreSQL, not {kind!r}: set F2L_DATABASE_URL to one of them"
         )
-    options: dict[str, Any] = {"pool_size": _CONNECTIONS, "max_overflow": _CONNECTIONS, "pool_timeout": busy_seconds}
+    connections = _CONNECTIONS[kind]
+    options: dict[str, Any] = {"pool_size": connections, "max_overflow": connections, "pool_timeout": busy_seconds}
     try:
         if kind == "postgresql":
-            milliseconds = int(busy_seconds * 1000)
-            session = {"connect_timeout": _CONNECT_SECONDS, "options": f"-c lock_timeout={milliseconds}"}
+            # Nothing belongs to a session: a pool of connections may stand between.
+            session = {"connect_timeout": _CONNECT_SECONDS, "prepare_threshold": None}
             return create_engine(parsed, connect_args=session, pool_pre_ping=True, **options)
         engine = create_engine(parsed, connect_args={"timeout": busy_seconds, "check_same_thread": False}, **options)
     except (ModuleNotFoundError, NoSuchModuleError) as error:

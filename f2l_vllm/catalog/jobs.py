@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, or_, select, update
 
-from f2l_vllm.catalog.database import Database, clock
+from f2l_vllm.catalog.database import Database, clock, write_tombstones
 from f2l_vllm.catalog.states import IN_WORK, LIVE, VideoState
 from f2l_vllm.catalog.tables import ADAPTER, AdapterRecord, Job, files, jobs, pools
 from f2l_vllm.catalog.tombstones import doom
@@ -50,18 +50,22 @@ class Jobs(Database):
         with self._read() as connection:
             if connection.scalar(select(jobs.c.id).where(jobs.c.running == 0).limit(1)) is None:
                 return []  # idle lanes take no write lock
-        with self._write() as connection:
+        with self._write(beside=()) as connection:
             order = self._in_turns(connection, limit)
             if not order:
                 return []
             rows = [(row, tenant) for row, tenant in order if row.attempts == 0 or row is order[0][0]]
             if rows[0][0].attempts > 0:
                 rows = rows[:1]
+            # Those that another pool is about to take are left to it.
+            free = select(jobs.c.id).where(jobs.c.id.in_([row.id for row, _ in rows]), jobs.c.running == 0)
+            chosen = update(jobs).where(jobs.c.id.in_(free.with_for_update(skip_locked=True)))
+            taking = chosen.values(running=1, attempts=jobs.c.attempts + 1, pool=self.pool).returning(jobs.c.id)
+            taken = set(connection.scalars(taking))
+            rows = [(row, tenant) for row, tenant in rows if row.id in taken]
             for _, tenant in rows:
                 self._turn += 1
                 self._turns[tenant] = self._turn
-            chosen = update(jobs).where(jobs.c.id.in_([row.id for row, _ in rows]))
-            connection.execute(chosen.values(running=1, attempts=jobs.c.attempts + 1, pool=self.pool))
             copies = {row.sha256: _generation(connection, row.sha256) or "" for row, _ in rows}
             return [Job(row.adapter_name, row.sha256, row.attempts + 1, copies[row.sha256]) for row, _ in rows]
 
@@ -106,26 +110,29 @@ class Jobs(Database):
 
     def advance(self, adapter_name: str, state: VideoState, progress: float) -> None:
         """A job's worker has reached `state`; `progress` is 0..1 within it."""
-        with self._write() as connection:
+        with self._write(beside=()) as connection:
             if not self._holds(connection, adapter_name):
                 return
             waiting = [record for record in files_of(connection, adapter_name) if record.state in IN_WORK]
             move(connection, [r for r in waiting if r.state is not state], state)
-            ids = [record.id for record in waiting]
-            connection.execute(update(files).where(files.c.id.in_(ids)).values(progress=progress))
+            at_work = and_(files.c.id.in_([record.id for record in waiting]), files.c.state == state)
+            connection.execute(update(files).where(at_work).values(progress=progress))
 
     def finish_job(self, adapter_name: str, *, rank: int, size: int, info: dict[str, Any]) -> AdapterRecord | None:
         """The adapter is published: its files are ready. None when every file was deleted meanwhile.
 
         When no adapter id is left, its files fail with `adapter_ids_exhausted`, and None is returned.
         """
-        with self._write() as connection:
+        with self._read() as connection:
+            video = connection.scalar(select(jobs.c.sha256).where(jobs.c.adapter_name == adapter_name))
+        with self._write(beside=[video or ""]) as connection:
             if not self._holds(connection, adapter_name):
                 return None
             connection.execute(delete(jobs).where(jobs.c.adapter_name == adapter_name))
             waiting = [record for record in files_of(connection, adapter_name) if record.state in IN_WORK]
             if not waiting:
                 if not is_referred_to(connection, adapter_name):
+                    write_tombstones(connection)
                     doom(connection, ADAPTER, [adapter_name])
                 return None
             values = {"name": adapter_name, "rank": rank, "bytes": size, "info": info}
@@ -179,12 +186,16 @@ class Jobs(Database):
     def beat(self) -> int:
         """This pool runs. What pools without a sign of life for `LEASE_SECONDS` had in work waits again, and the
         attempt counts; returns how many jobs that were."""
-        with self._write() as connection:
+        with self._write(beside=()) as connection:
             now = clock(connection)
             if connection.execute(update(pools).where(pools.c.id == self.pool).values(seen_at=now)).rowcount == 0:
                 connection.execute(insert(pools).values(id=self.pool, seen_at=now))
-            connection.execute(delete(pools).where(pools.c.seen_at < now - LEASE_SECONDS))
-            of_the_dead = and_(jobs.c.pool.is_not(None), jobs.c.pool.not_in(select(pools.c.id)))
+            gone = pools.c.seen_at < now - LEASE_SECONDS
+            of_the_dead = and_(jobs.c.pool.is_not(None), jobs.c.pool.not_in(select(pools.c.id).where(~gone)))
+            if not connection.scalar(select(or_(exists().where(gone), exists().where(of_the_dead)))):
+                return 0
+        with self._write() as connection:
+            connection.execute(delete(pools).where(gone))
             return _release_all(connection, of_the_dead, blameless=False)
 
     def hurry_job(self, adapter_name: str) -> None:
@@ -193,7 +204,7 @@ class Jobs(Database):
             of_adapter = jobs.c.adapter_name == adapter_name
             background = connection.scalar(select(jobs.c.background).where(of_adapter))
         if background:
-            with self._write() as connection:
+            with self._write(beside=()) as connection:
                 connection.execute(update(jobs).where(of_adapter).values(background=False))
 
     def wanted(self, adapter_name: str) -> bool:

@@ -23,21 +23,26 @@ class Servers(Database):
 
     def join_server(self, server: str) -> int:
         """Enter a server that has forgotten nothing yet; the newest deletion, which it has to compare up to."""
-        with self._write() as connection:
+        with self._write(beside=(), deletes=True) as connection:  # no deletion is half written
             connection.execute(insert(servers).values(id=server, seen_at=clock(connection), applied=-1))
             return connection.scalar(select(func.max(tombstones.c.seq))) or 0
 
     def beat_server(self, server: str, applied: int) -> bool:
         """A server runs, and has forgotten every deletion up to `applied`. False: it was given up, and has to join."""
-        with self._write() as connection:
+        with self._write(beside=()) as connection:
             now = clock(connection)
-            connection.execute(delete(servers).where(servers.c.seen_at < now - SERVER_SECONDS))
-            known = update(servers).where(servers.c.id == server).values(seen_at=now, applied=applied)
-            return connection.execute(known).rowcount == 1
+            known = update(servers).where(servers.c.id == server, servers.c.seen_at >= now - SERVER_SECONDS)
+            is_known = connection.execute(known.values(seen_at=now, applied=applied)).rowcount == 1
+            gone = servers.c.seen_at < now - SERVER_SECONDS
+            any_gone = connection.scalar(select(exists().where(gone)))
+        if any_gone:
+            with self._write() as connection:
+                connection.execute(delete(servers).where(gone))
+        return is_known
 
     def leave_server(self, server: str) -> None:
         """A server stops, and keeps nothing in memory."""
-        with self._write() as connection:
+        with self._write(beside=()) as connection:
             connection.execute(delete(servers).where(servers.c.id == server))
 
     def deletions_after(self, seq: int, limit: int) -> list[Tombstone]:

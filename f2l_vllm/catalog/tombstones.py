@@ -16,9 +16,9 @@ import secrets
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, case, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, case, delete, exists, func, insert, select, update
 
-from f2l_vllm.catalog.database import Database, clock
+from f2l_vllm.catalog.database import Database, clock, now, write_tombstones
 from f2l_vllm.catalog.states import LIVE, VideoState
 from f2l_vllm.catalog.tables import VIDEO, Bytes, Tombstone, adapters, duties, files, tombstones
 from f2l_vllm.store.address import video_name
@@ -26,6 +26,15 @@ from f2l_vllm.store.address import video_name
 LOST = "video_lost"  # the error of a file whose bytes a worker did not find as they were
 _RESERVED_SECONDS = 3600.0  # an upload whose bytes take longer to put into the store begins anew
 _AT_ONCE = 500  # databases bound the number of parameters
+
+# What every upload asks. Made once: putting a statement together takes longer than running it.
+_SAME_BYTES = and_(files.c.sha256 == bindparam("sha256"), files.c.state.in_(LIVE))
+_LIVE_GENERATION = select(files.c.generation).where(_SAME_BYTES).limit(1)
+_KEPT = (
+    select(files.c.generation, func.max(case((files.c.error_code == LOST, 1), else_=0)))
+    .where(_SAME_BYTES)
+    .group_by(files.c.generation)
+)
 
 
 class VideoGone(RuntimeError):
@@ -44,22 +53,20 @@ class Tombstones(Database):
         """
         if not anew:
             with self._read() as connection:
-                lost = func.max(case((files.c.error_code == LOST, 1), else_=0))
-                query = select(files.c.generation, lost).where(files.c.sha256 == sha256, files.c.state.in_(LIVE))
-                live = connection.execute(query.group_by(files.c.generation)).first()
+                live = connection.execute(_KEPT, {"sha256": sha256}).first()
             if live is not None and not live[1]:
                 return Bytes(sha256, live[0], is_new=False)
             replaces = None if live is None else live[0]
         generation = secrets.token_hex(8)
         self._check_room()
-        with self._write() as connection:
+        with self._append() as connection:
             values = {"kind": VIDEO, "name": sha256, "generation": generation, "reserved": True}
-            connection.execute(insert(tombstones).values(**values, doomed_at=clock(connection)))
+            connection.execute(insert(tombstones).values(**values, doomed_at=now(connection)))
         return Bytes(sha256, generation, is_new=True, replaces=replaces)
 
     def give_back_video(self, video: Bytes) -> list[Tombstone]:
         """A file was not entered: what was put there may go. Nothing, if a file names it after all."""
-        with self._write() as connection:
+        with self._write(beside=[video.sha256]) as connection:
             return _give_back(connection, video)
 
     def tombstones(self, limit: int) -> list[Tombstone]:
@@ -78,7 +85,7 @@ class Tombstones(Database):
 
     def bury(self, removed: Collection[Tombstone]) -> None:
         """What these name is gone from the store."""
-        with self._write() as connection:
+        with self._write(beside=()) as connection:
             numbers = [tombstone.seq for tombstone in removed]
             for start in range(0, len(numbers), _AT_ONCE):
                 chosen = tombstones.c.seq.in_(numbers[start : start + _AT_ONCE])
@@ -145,8 +152,7 @@ def name_video(connection: Connection, video: Bytes) -> str:
     Raises:
         VideoGone: the upload counted on bytes that were deleted meanwhile; it has to put them into the store itself.
     """
-    same_bytes = and_(files.c.sha256 == video.sha256, files.c.state.in_(LIVE))
-    live: str | None = connection.scalar(select(files.c.generation).where(same_bytes).limit(1))
+    live: str | None = connection.scalar(_LIVE_GENERATION, {"sha256": video.sha256})
     if not video.is_new:
         if live != video.generation:
             raise VideoGone
@@ -157,7 +163,9 @@ def name_video(connection: Connection, video: Bytes) -> str:
     if connection.execute(delete(tombstones).where(_reservation(video))).rowcount == 0:
         raise VideoGone
     if live is not None:
+        same_bytes = and_(files.c.sha256 == video.sha256, files.c.state.in_(LIVE))
         connection.execute(update(files).where(same_bytes).values(generation=video.generation))
+        write_tombstones(connection)
         doom(connection, VIDEO, [video.sha256], live)
     return video.generation
 

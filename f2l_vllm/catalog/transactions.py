@@ -6,7 +6,8 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, and_, delete, exists, func, insert, or_, select, update
+from sqlalchemy import BindParameter, Connection, and_, bindparam, delete, exists, func, insert, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
 from f2l_vllm.catalog.states import GONE, IN_WORK, LIVE, VideoState, check_transition
 from f2l_vllm.catalog.tables import ADAPTER, AdapterRecord, FileRecord, Tombstone, adapters, files, jobs, parts, usage
@@ -16,6 +17,28 @@ from f2l_vllm.store.errors import AdapterIdsExhausted
 EXHAUSTED = "internalization_failed"  # the error of a video that cost a worker in each of its attempts
 # Engines keep LoRA int ids in int32 tensors, and a server leaves the first 2^20 to the operator's own adapters.
 LAST_ID = 2**31 - 1 - 2**20
+
+# What every upload asks. Made once: putting a statement together takes longer than running it.
+_NAME: BindParameter[str] = bindparam("name")
+_STANDING = select(
+    exists().where(adapters.c.name == _NAME),
+    select(jobs.c.background).where(jobs.c.adapter_name == _NAME).scalar_subquery(),  # None: there is no job
+    exists().where(files.c.adapter_name == _NAME, files.c.error_code == EXHAUSTED),
+)
+_IN_LINE = and_(jobs.c.running == 0, jobs.c.background.is_(False))
+_WAITING = select(func.count()).select_from(jobs).where(_IN_LINE)
+_THEIRS = (
+    select(func.count(jobs.c.id.distinct()))
+    .join(files, files.c.adapter_name == jobs.c.adapter_name)
+    .where(_IN_LINE, files.c.tenant == bindparam("tenant"), files.c.state.in_(IN_WORK))
+)
+_ENTER_JOB = insert(jobs)
+_COUNT = {
+    name: kind.insert(usage)
+    .on_conflict_do_update(index_elements=[usage.c.tenant], set_={"bytes": usage.c.bytes + bindparam("more")})
+    .returning(usage.c.bytes)
+    for name, kind in (("sqlite", sqlite), ("postgresql", postgresql))
+}
 
 
 class QueueFull(RuntimeError):
@@ -41,9 +64,10 @@ def adapter_record(row: Sequence[Any]) -> AdapterRecord:
     return AdapterRecord(**dict(zip(adapters.c.keys(), row, strict=True)))
 
 
-def file_of(connection: Connection, file_id: str, tenant: str) -> FileRecord | None:
-    """A tenant's file in whatever state, or None."""
-    row = connection.execute(select(files).where(files.c.id == file_id, files.c.tenant == tenant)).first()
+def file_of(connection: Connection, file_id: str, tenant: str, *, hold: bool = False) -> FileRecord | None:
+    """A tenant's file in whatever state, or None; with `hold` nobody changes it before this transaction ends."""
+    query = select(files).where(files.c.id == file_id, files.c.tenant == tenant)
+    row = connection.execute(query.with_for_update() if hold else query).first()
     return None if row is None else file_record(row)
 
 
@@ -60,7 +84,7 @@ def files_of(connection: Connection, adapter_name: str) -> list[FileRecord]:
 
 
 def move(connection: Connection, records: Collection[FileRecord], state: VideoState, **values: Any) -> None:
-    """The one place where a file's state changes.
+    """The one place where a file's state changes. One that another transaction has moved since it was read stays there.
 
     Raises:
         IllegalTransition: an edge that the state machine does not have.
@@ -74,26 +98,26 @@ def move(connection: Connection, records: Collection[FileRecord], state: VideoSt
         for tenant in {record.tenant for record in records}:
             count_bytes(connection, tenant, -sum(record.bytes for record in records if record.tenant == tenant))
     for start in range(0, len(ids), 5000):  # databases bound the number of parameters
-        chosen = files.c.id.in_(ids[start : start + 5000])
-        connection.execute(update(files).where(chosen).values(values))
+        chosen = update(files).where(files.c.id.in_(ids[start : start + 5000]))
+        connection.execute(chosen.where(files.c.state.in_({record.state for record in records})).values(values))
 
 
 def count_bytes(connection: Connection, tenant: str, more: int, limit: int | None = None) -> None:
-    """A tenant's files have so many bytes more.
+    """A tenant's files have so many bytes more. Nobody else counts the tenant's before this transaction ends.
 
     Raises:
-        QuotaExceeded: that would be above the limit.
+        QuotaExceeded: that would be above the limit; the transaction is to be given up.
     """
     of_tenant = usage.c.tenant == tenant
-    kept = connection.scalar(select(usage.c.bytes).where(of_tenant))
-    if limit is not None and (kept or 0) + more > limit:
-        raise QuotaExceeded(f"{(kept or 0) / 1e6:.1f} MB of {limit / 1e6:.1f} are taken, and this has {more / 1e6:.1f}")
-    if kept is not None and kept + more <= 0:
-        connection.execute(delete(usage).where(of_tenant))
-    elif kept is not None:
+    if more <= 0:
         connection.execute(update(usage).where(of_tenant).values(bytes=usage.c.bytes + more))
-    elif more > 0:
-        connection.execute(insert(usage).values(tenant=tenant, bytes=more))
+        connection.execute(delete(usage).where(of_tenant, usage.c.bytes <= 0))
+        return
+    counted = {"tenant": tenant, "bytes": more, "more": more}
+    kept = connection.scalar(_COUNT[connection.dialect.name], counted) or 0
+    if limit is not None and kept > limit:
+        before = kept - more
+        raise QuotaExceeded(f"{before / 1e6:.1f} MB of {limit / 1e6:.1f} are taken, and this has {more / 1e6:.1f}")
 
 
 def ensure_job(
@@ -106,8 +130,8 @@ def ensure_job(
     tenant: str | None = None,
     tenant_limit: int | None = None,
     job_attempts: int = 1,
-) -> None:
-    """Enter a job for this adapter unless there is one.
+) -> bool:
+    """Enter a job for this adapter unless there is one, or it is published; whether it is.
 
     Args:
         queue_limit: bounds the waiting jobs that somebody waits for.
@@ -118,28 +142,25 @@ def ensure_job(
     Raises:
         QueueFull: there is no room for it.
     """
-    of_adapter = jobs.c.adapter_name == adapter_name
-    known = connection.execute(select(jobs.c.background).where(of_adapter)).first()
-    if known is not None:
-        if known.background and not background:
+    is_published, known, is_poisonous = connection.execute(_STANDING, {"name": adapter_name}).one()
+    if is_published or known is not None:
+        if known and not background:
+            of_adapter = jobs.c.adapter_name == adapter_name
             connection.execute(update(jobs).where(of_adapter).values(background=False))
-        return
-    waiting = select(func.count(jobs.c.id.distinct())).where(jobs.c.running == 0, jobs.c.background.is_(False))
-    theirs = waiting.join(files, files.c.adapter_name == jobs.c.adapter_name)
-    theirs = theirs.where(files.c.tenant == tenant, files.c.state.in_(IN_WORK))
-    for query, limit in ((waiting, queue_limit), (theirs, tenant_limit)):
-        if limit is not None and (queued := connection.scalar(query) or 0) >= limit:
+        return bool(is_published)
+    for query, limit in ((_WAITING, queue_limit), (_THEIRS, tenant_limit)):
+        if limit is not None and (queued := connection.scalar(query, {"tenant": tenant}) or 0) >= limit:
             raise QueueFull(queued, retry_after=max(1, queued // 4))
-    poisonous = select(files.c.id).where(files.c.adapter_name == adapter_name, files.c.error_code == EXHAUSTED).limit(1)
     values = {
         "adapter_name": adapter_name,
         "sha256": sha256,
         "running": 0,
-        "attempts": 0 if connection.scalar(poisonous) is None else job_attempts - 1,
+        "attempts": job_attempts - 1 if is_poisonous else 0,
         "background": background,
         "created_at": time.time(),
     }
-    connection.execute(insert(jobs).values(values))
+    connection.execute(_ENTER_JOB, values)
+    return False
 
 
 def release(connection: Connection, names: Collection[str]) -> None:

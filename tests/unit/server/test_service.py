@@ -369,10 +369,10 @@ def test_the_event_loop_never_reads_or_writes_the_catalog(tmp_path):
         for name in ("_read", "_write"):
             opened = getattr(bench.catalog, name)
 
-            def watched(opened=opened):
+            def watched(*args, opened=opened, **values):
                 assert threading.current_thread() is not loop
                 used.append(opened.__name__)
-                return opened()
+                return opened(*args, **values)
 
             setattr(bench.catalog, name, watched)
         file = await bench.upload("video")
