@@ -57,8 +57,8 @@ def _move_into_place(staging: Path, target: Path, overwrite: bool) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a fresh path beside `path`, of the same kind by its suffix; on success make what was written there durable
-    and put it in the place of the one that may be there. Its folder is made; on an exception nothing remains."""
+    """Yield a fresh path beside `path`, with the same suffix; on success make the new file durable and let it replace
+    `path`. The folder is made; on an exception nothing remains."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
@@ -77,7 +77,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises ValueError for one that is none, or nested deeper than Python reads."""
+    """The content of a JSON file. Raises ValueError for a file that is not JSON, or nested deeper than Python reads."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:

@@ -1,9 +1,9 @@
 """One log for every process of a server, on standard error: one format, and only what an operator reads or acts on.
 
-`F2L_LOG_LEVEL` is `info` by default: what this package says, requests, vLLM's throughput, and everybody's warnings and
-errors but those of `_NOISE`. `debug` shows all that vLLM, Ray and transformers say; vLLM's own debugging is added by
-`VLLM_LOGGING_LEVEL=DEBUG`. `logging.json` puts the handler in place where vLLM configures logging, `configure` does so
-elsewhere.
+`F2L_LOG_LEVEL` is `info` by default. It shows this package's messages, requests, vLLM's throughput, and all warnings
+and errors except those in `_NOISE`. `debug` shows everything that vLLM, Ray and transformers log;
+`VLLM_LOGGING_LEVEL=DEBUG` adds vLLM's own debugging. `logging.json` installs the handler where vLLM configures logging,
+`configure` installs it elsewhere.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ _ASKED_OF_VLLM = os.environ.get("VLLM_LOGGING_LEVEL", "").upper()
 VLLM_LEVEL = _ASKED_OF_VLLM if _ASKED_OF_VLLM in logging.getLevelNamesMapping() else logging.INFO
 
 _STATISTICS = "vllm.v1.metrics.loggers"  # every ten seconds
-# Said at `info` too: logger, and how the message begins before its values are put in.
+# Shown at `info` too: logger, and how the message begins before its values are put in.
 _WORTH_KNOWING = (
     ("uvicorn.access", ""),
     (_STATISTICS, "Engine 0"),
     ("vllm.model_executor.model_loader.default_loader", "Loading weights took"),
     ("vllm.v1.core.kv_cache_utils", "%s KV cache size"),
 )
-# Warnings that nobody need act on, in the same way.
+# Warnings that nobody needs to act on, in the same form.
 _NOISE = (
     ("vllm.utils.system_utils", "Found ulimit of"),  # some thousands of open files are enough
     ("vllm.platforms.cpu", "Triton is not installed"),  # the CPU platform of this package needs none
-    ("vllm.platforms.cpu", "Reset SSM cache type"),  # a kind of layer that base models here have not
-    ("vllm.config.vllm", "Model Runner V2 requires Triton"),  # the other runner is the one that is meant
+    ("vllm.platforms.cpu", "Reset SSM cache type"),  # the base models here have no such layers
+    ("vllm.config.vllm", "Model Runner V2 requires Triton"),  # the other runner is the intended one
     ("vllm.config.vllm", "Inductor compilation was disabled"),  # docs/operations.md says why
     ("vllm.v1.worker.cpu_worker", ""),  # preloaded libraries and threads: see docs/operations.md
     ("vllm.v1.utils", "[shutdown]"),  # vLLM asks the engine to end and kills it in one step
-    ("transformers", "Model config: pad_token_id"),  # of released models' own configuration; nothing is padded
+    ("transformers", "Model config: pad_token_id"),  # from the released models' configuration; nothing is padded
     ("ray", "Token authentication is enabled"),  # as it should be
 )
 _WARNINGS_FOR_DEVELOPERS = re.compile(r"\b(Future|Deprecation|PendingDeprecation|Resource|Import)Warning: ")
@@ -54,12 +54,12 @@ quiet_paths: set[str] = set(_QUIET_PATHS)  # requests for these are not logged: 
 
 
 def without_statistics() -> None:
-    """A server that stops says so, and no more of how fast it answers."""
+    """Log no more throughput: the server is stopping."""
     logging.getLogger(_STATISTICS).setLevel(logging.WARNING)
 
 
 class Handler(logging.StreamHandler):
-    """Everybody's records, in one format. Takes the place of the handlers that libraries put up for themselves."""
+    """Writes every logger's records in one format. Replaces the handlers that libraries install for themselves."""
 
     def __init__(self, part: str | None = None) -> None:
         super().__init__(sys.stderr)
@@ -70,7 +70,7 @@ class Handler(logging.StreamHandler):
 
 
 class _Formatter(logging.Formatter):
-    """Time, level, part of the server, message; the logger's name where it is not ours. Every line has all of it."""
+    """Starts every line with the time, the level, the part of the server, and the logger's name if it is not ours."""
 
     def __init__(self, part: str) -> None:
         super().__init__(datefmt="%m-%d %H:%M:%S")
@@ -97,18 +97,18 @@ def is_worth_saying(record: logging.LogRecord) -> bool:
 
 
 def configure(part: str) -> None:
-    """Log like this from here on, in a process that vLLM does not configure."""
+    """Set up this log in a process whose logging vLLM does not configure."""
     logging.config.dictConfig(json.loads(CONFIG.read_text()))
     logging.getLogger().handlers[:] = [Handler(part)]
 
 
 def is_configured() -> bool:
-    """Whether this process logs like this."""
+    """Whether this process writes this log."""
     return any(isinstance(handler, Handler) for handler in logging.getLogger().handlers)
 
 
 def adopt(*libraries: str) -> None:
-    """Have libraries that put up handlers of their own when they are imported log like everybody else."""
+    """Make libraries that install their own handlers on import write to this log instead."""
     if is_configured():
         for name in libraries:
             logger = logging.getLogger(name)
@@ -117,11 +117,11 @@ def adopt(*libraries: str) -> None:
 
 
 def environment(given: Mapping[str, str], flags: Sequence[str]) -> dict[str, str]:
-    """What makes vLLM log like this, unless the operator has configured its logging another way."""
-    # The process that looks after semaphores says that it has done so, when an engine was killed.
+    """Environment variables that make vLLM write this log, unless the operator has configured vLLM's logging."""
+    # After an engine was killed, Python's resource tracker warns about the semaphores that it cleaned up.
     known = [given["PYTHONWARNINGS"]] if given.get("PYTHONWARNINGS") else []
     env = {"PYTHONWARNINGS": ",".join([*known, "ignore:resource_tracker"])}
-    if _LEVEL != logging.DEBUG:  # it speaks before a plugin can adopt it, of configurations that work
+    if _LEVEL != logging.DEBUG:  # it warns of working configurations before a plugin can adopt it
         env["TRANSFORMERS_VERBOSITY"] = given.get("TRANSFORMERS_VERBOSITY") or "error"
     own = ("--log-config-file", "--log_config_file", "--logging-config", "--logging_config")
     if any(flag.startswith(own) for flag in flags) or given.get("VLLM_CONFIGURE_LOGGING", "1") == "0":

@@ -1,4 +1,4 @@
-"""A server of our own in a process of its own, for commands and measurements that need one: from started to stopped."""
+"""Starts and stops our server in a process of its own, for commands and measurements that need one."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ class ServerProcess:
             )
 
     def command(self, model: str) -> list[str]:
-        """What is started, before the port and the flags."""
+        """The command that starts the server, without the port and the flags."""
         return [sys.executable, "-m", "f2l_vllm.cli", "serve", model, "--home", str(self.home)]
 
     def wait_ready(self) -> None:
-        """Return when the server says so, under `ready_path`.
+        """Return when the server answers 200 under `ready_path`.
 
         Raises:
-            ServerFailed: the process ended, or `START_SECONDS` are over.
+            ServerFailed: the process ended, or `START_SECONDS` have passed.
         """
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
@@ -97,7 +97,7 @@ class ServerProcess:
         """Send what Ctrl-C sends and return the exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it did not stop within `STOP_SECONDS`, and was killed.
+            subprocess.TimeoutExpired: the server did not stop within `STOP_SECONDS`, and was killed.
         """
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
@@ -109,7 +109,7 @@ class ServerProcess:
             raise
 
     def end(self) -> None:
-        """Stop it, or where it does not stop in time, kill it with all it has started."""
+        """Stop the server; if it does not stop in time, kill it and every process that it started."""
         started = self.descendants()
         try:
             self.stop()

@@ -1,7 +1,7 @@
-"""What an operator sets, from `F2L_*` environment variables; the `serve` command's own flags end up here too.
+"""Operator settings, read from `F2L_*` environment variables; the flags of the `serve` command end up here too.
 
-The environment is the one channel that reaches the API server, its engine and every Ray worker alike, so that plain
-`vllm serve` with the plugins named in `VLLM_PLUGINS` gives the same server.
+Only the environment reaches the API server, its engine and every Ray worker. Plain `vllm serve` with the plugins named
+in `VLLM_PLUGINS` therefore starts the same server.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from f2l_vllm.video.fetch import FetchPolicy
 from f2l_vllm.video.probe import Limits
 
 PREFIX = "F2L_"
-SERVER_LOCK = "server.lock"  # in the data folder, held by the server that has it
-# Variables with our prefix that are no fields: `cpu/` reads them where vLLM looks for a platform.
+SERVER_LOCK = "server.lock"  # in the data folder; the server that uses the folder holds it
+# Variables with our prefix that are not fields: `cpu/` reads them when vLLM looks for a platform.
 OTHER_VARIABLES = ("F2L_CPU_PLATFORM", "F2L_CPU_KV_BYTES")
 
 
@@ -109,13 +109,13 @@ class Settings(BaseSettings):
 
     @classmethod
     def read(cls, given: Mapping[str, str] | None = None) -> Settings:
-        """From the environment.
+        """Read the settings from the environment.
 
         Args:
-            given: variables that count before it: what flags say.
+            given: variables that take precedence over the environment: the values of flags.
 
         Raises:
-            ValueError: a value that cannot be; the message names the flag or variable, in one sentence.
+            ValueError: a value is invalid; the message names its flag or variable, in one sentence.
         """
         given = given or {}
         try:
@@ -142,32 +142,32 @@ class Settings(BaseSettings):
 
     @property
     def tenant_queue_limit(self) -> int | None:
-        """Videos of one tenant that may wait."""
+        """Number of videos of one tenant that may wait; None without tenants."""
         return None if self.tenants is None else max(1, int(self.queue_limit * self.queue_share))
 
     @property
     def decode_limits(self) -> DecodeLimits:
-        """What decoding a video may cost."""
+        """Limits on decoding a video."""
         return DecodeLimits(self.decode_memory_bytes, self.decode_seconds, self.max_decoded_bytes)
 
     @property
     def grammar_limits(self) -> GrammarLimits:
-        """What trying an answer's constraint may cost."""
+        """Limits on trying an answer's constraint."""
         return GrammarLimits(self.grammar_seconds)
 
     @property
     def video_limits(self) -> Limits:
-        """What an uploaded video may be, by its size and header."""
+        """Limits on the size and header of an uploaded video."""
         return Limits(self.max_upload_bytes, self.max_video_seconds, self.max_video_pixels)
 
     @property
     def fetch_policy(self) -> FetchPolicy:
-        """What may be fetched for a question: from nowhere unless hosts are listed."""
+        """What may be fetched for a question; nothing unless hosts are listed."""
         return FetchPolicy(tuple(listed(self.allowed_media_domains)), self.max_upload_bytes, self.fetch_seconds)
 
     @property
     def sampling(self) -> dict[str, float]:
-        """What was set of how videos are read: it shapes the adapters, and is part of their names."""
+        """The operator's settings of how videos are read; they shape the adapters and are part of their names."""
         names = ("max_frames", "fps", "chunk_seconds", "chunk_frames")
         merging = {"merge_rate": self.merge_rate} if self.merge_rate else {}
         return {name: value for name in names if (value := getattr(self, name)) is not None} | merging
@@ -179,7 +179,7 @@ class Settings(BaseSettings):
 
 
 def listed(text: str) -> list[str]:
-    """What a comma separates."""
+    """The entries of a comma-separated list."""
     return [entry for part in text.split(",") if (entry := part.strip())]
 
 
@@ -196,7 +196,7 @@ _WORDS = {
 
 
 def _in_words(error: dict[str, Any], given: Mapping[str, str]) -> str:
-    """One of pydantic's errors, by the flag or variable that a user knows."""
+    """One of pydantic's errors as a sentence about the flag or variable that the user knows."""
     if not error["loc"]:
         return str(error["msg"]).removeprefix("Value error, ")
     field = str(error["loc"][0])
@@ -210,10 +210,10 @@ def _in_words(error: dict[str, Any], given: Mapping[str, str]) -> str:
 
 
 def refuse_unknown(environment: Mapping[str, str]) -> None:
-    """Refuse variables that look like this server's and are not: a misspelt one would be ignored.
+    """Refuse variables that have our prefix and are not settings: a misspelt one would be ignored.
 
     Raises:
-        ValueError: there is one; the message names the closest that exists.
+        ValueError: there is such a variable; the message names the closest setting.
     """
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | set(OTHER_VARIABLES)
     for name in environment:
@@ -224,11 +224,11 @@ def refuse_unknown(environment: Mapping[str, str]) -> None:
 
 
 def refuse_environment(environment: Mapping[str, str]) -> None:
-    """Refuse settings that do not exist, and those of vLLM's under which videos would not be served, or from anyone's
-    adapters.
+    """Refuse settings that do not exist, and vLLM's settings that would stop videos from being served or let any client
+    load adapters.
 
     Raises:
-        ValueError: one of them is set, or a setting that does not exist; the message says which and why.
+        ValueError: one of them is set; the message says which and why.
     """
     refuse_unknown(environment)
     if environment.get("VLLM_USE_RUST_FRONTEND", "0") == "1":

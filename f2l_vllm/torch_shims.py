@@ -2,13 +2,14 @@
 
 PyPI's builds of those packages link against CUDA's torch, so next to a CPU torch their compiled libraries do not
 load, and importing them fails. For torchvision, which fails in `register_fake("torchvision::nms")`, declaring the two
-schemas it names is enough, because nothing here calls the compiled operators. torchaudio is told what it is told where
-it was built without its extension, and works without. torchcodec, which raises `OSError` where vLLM expects
-`ImportError`, is hidden: it reads as "not installed". Where the libraries load, nothing is changed.
+schemas it names is enough, because nothing here calls the compiled operators. torchaudio is made to believe that it was
+built without its extension, and works without it. torchcodec, which raises `OSError` where vLLM expects `ImportError`,
+is hidden: it reads as "not installed". Where the libraries load, nothing is changed.
 
-torch itself calls `with_torch` while it is imported, by the entry point `torch.backends` (its own way to let a package
-bring what a device needs). So it holds in every process of the environment, whoever imports what first: transformers,
-peft or vLLM, with this package or without. `install` is for processes in which torch was told to load no backends.
+torch itself calls `with_torch` while it is imported, through the entry point `torch.backends` (torch's way to let a
+package bring what a device needs). The shims therefore work in every process of the environment, whether transformers,
+peft or vLLM is imported first, with or without this package. `install` is for processes in which torch was told to load
+no backends.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _keep_alive: list[object] = []  # a torch Library drops its definitions when it 
 
 
 def with_torch() -> None:
-    """What `import torch` calls. A torch built for GPUs has the libraries it came with and is left alone."""
+    """Called by `import torch`. A torch built for GPUs is left alone: it comes with the libraries it needs."""
     import torch
 
     if torch.version.cuda is None and torch.version.hip is None:
@@ -36,7 +37,7 @@ def with_torch() -> None:
 
 def install() -> None:
     """Make torchvision and torchaudio importable, and a broken torchcodec read as absent. Idempotent."""
-    import torch  # first: it may call this itself, and what it has done then is seen below
+    import torch  # first: importing it may call `install`, and the checks below see what that call did
 
     if not _keep_alive and not _is_imported("torchvision") and _is_broken("torchvision", "_C*.so"):
         library = torch.library.Library("torchvision", "FRAGMENT")
@@ -50,7 +51,7 @@ def install() -> None:
 
 
 class _NoAudioExtension(ModuleType):
-    """What torchaudio's other modules take from `torchaudio._extension`, as where nothing was compiled."""
+    """The names that torchaudio's other modules import from `torchaudio._extension`, as if nothing was compiled."""
 
     _IS_TORCHAUDIO_EXT_AVAILABLE = False
 
@@ -60,12 +61,12 @@ class _NoAudioExtension(ModuleType):
 
     @staticmethod
     def fail_if_no_align(function: object) -> object:
-        """Decorates what needs the extension; torch says which operator is missing when it is called."""
+        """Decorates functions that need the extension; when one is called, torch says which operator is missing."""
         return function
 
 
 def _is_imported(package: str) -> bool:
-    """Whole: torch may be what the package is just importing."""
+    """Whether the import is complete: a package that is importing torch is not there yet."""
     module = sys.modules.get(package)
     return module is not None and not getattr(module.__spec__, "_initializing", False)
 

@@ -1,5 +1,5 @@
-"""The vision-language models whose answers adapters change: a module for each family, and a registry of them.
+"""The vision-language models that adapters are made for: a module for each family, and a registry of the families.
 
-`spec` says what a family has to tell, `registry` which there are, `shapes` and `text_layers` where adapters attach,
-`merging` how a video's tokens become fewer. Nothing here knows of vLLM, whose side is in `engine/base_models`.
+`spec` defines what a family declares, `registry` lists the families, `shapes` and `text_layers` say where adapters
+attach, and `merging` reduces a video's tokens. Nothing here knows of vLLM; its side is in `engine/base_models`.
 """

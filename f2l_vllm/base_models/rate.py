@@ -1,10 +1,10 @@
-"""How many of a video's visual tokens merging saves."""
+"""The share of a video's visual tokens that merging saves."""
 
 from __future__ import annotations
 
 
 def check_rate(rate: float) -> float:
-    """A rate of merging visual tokens: the rate itself.
+    """Check and return a rate of merging visual tokens.
 
     Raises:
         ValueError: it is not in [0, 1).

@@ -1,4 +1,4 @@
-"""Which families of base models there are. A new one is a module beside `smolvlm` and a line here."""
+"""The families of base models. A new one is a module beside `smolvlm` and a line here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def family_named(name: object, whose: str) -> BaseModelSpec:
         whose: the model, for the message.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: there is none; the message lists the families.
     """
     spec = FAMILIES.get(str(name))
     if spec is None:
@@ -48,7 +48,7 @@ def family_of(model: nn.Module) -> BaseModelSpec:
 
 
 def check_module(name: str) -> None:
-    """Raises ValueError where no family's text layers have a target linear of that name."""
+    """Raise ValueError if no family's text layers have a target linear of that name."""
     known = list(dict.fromkeys(module for spec in FAMILIES.values() for module in spec.module_paths))
     if name not in known:
         raise ValueError(f"Unknown target module {name!r}; choose from {known}.")

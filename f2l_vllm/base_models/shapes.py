@@ -23,7 +23,7 @@ class BaseShapes:
         """From a model directory's `config.json`.
 
         Raises:
-            ValueError: of no known family, in which case the message lists them, or without the sizes.
+            ValueError: the family is unknown (the message lists the known ones), or the config lacks the sizes.
         """
         family = family_in(model_dir)
         try:

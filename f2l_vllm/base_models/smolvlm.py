@@ -1,4 +1,4 @@
-"""SmolVLM and SmolVLM2: a SigLIP tower whose patches are shuffled into few tokens a frame, before Llama-like layers."""
+"""SmolVLM and SmolVLM2: a SigLIP tower whose patches are shuffled into few tokens per frame, then Llama-like layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def embed_frames(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def frames_at_once(config: Any) -> int:
-    """As many as keep the vision tower's hidden activations below `VISION_HIDDEN_AT_ONCE`."""
+    """How many frames keep the vision tower's hidden activations below `VISION_HIDDEN_AT_ONCE`."""
     vision = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     return max(1, VISION_HIDDEN_AT_ONCE // (patches * vision.intermediate_size))

@@ -1,4 +1,4 @@
-"""What a family of vision-language models tells of itself, so that adapters can be made for it and served."""
+"""What a family of vision-language models declares, so that adapters can be made for it and served."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def llama_sizes(text: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 @dataclass(frozen=True)
 class BaseModelSpec:
-    """One family. Light: what needs torch or vLLM is imported by the functions that it names.
+    """One family. Light: the functions that it names import torch or vLLM when they run.
 
     Shape suffixes: F frames, P visual tokens of a frame, D hidden size.
 
     Attributes:
         name: `model_type` in `config.json`.
         example: a hub id, for messages.
-        text_config: key of `config.json` under which the text model's sizes are.
+        text_config: key of `config.json` that holds the text model's sizes.
         text_model: the decoder stack (embeddings, layers, norm), as an attribute of the transformers model without its
             language-model head.
         peft_prefix: of a text layer's names in PEFT files, before the layer's number.
         embed_frames: visual tokens [F, P, D] of one batch of frames, as the family's video processor makes it.
         frames_at_once: how many frames the vision tower takes, from the model's configuration.
         architecture: the class's name in transformers and in vLLM's registry of models.
-        vllm_class: `module:class` that vLLM serves it by, with a `video` modality.
-        video_processors: classes of transformers by whose sampling vLLM decodes this family's videos.
+        vllm_class: `module:class` with which vLLM serves it, with a `video` modality.
+        video_processors: transformers classes whose sampling vLLM uses to decode this family's videos.
         hypernetworks: hub id of the released hypernetworks for this family; empty if there are none.
-        released_for: hub ids of the base models that they were trained for.
-        known_sizes: what `recognised` reads of a configuration -> hub id.
+        released_for: hub ids of the base models that those hypernetworks were trained for.
+        known_sizes: the sizes that `recognised` reads from a configuration -> hub id.
         module_paths: target linear -> its path inside a text layer.
         module_sizes: target linear -> (d_in, d_out), from the text model's configuration.
     """
@@ -72,8 +72,8 @@ class BaseModelSpec:
     module_sizes: Callable[[Mapping[str, Any]], dict[str, tuple[int, int]]] = llama_sizes
 
     def recognised(self, config: Mapping[str, Any]) -> str | None:
-        """The model of the hub that a `config.json` is a copy of, by its sizes: layers, hidden and intermediate size
-        and heads of the text model, layers and width of the vision model."""
+        """The hub's model that a `config.json` is a copy of, recognised by its sizes: layers, hidden and intermediate
+        size and heads of the text model, layers and width of the vision model."""
         text, vision = config[self.text_config], config["vision_config"]
         found = (
             *(text[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")),

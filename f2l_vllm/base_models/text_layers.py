@@ -13,7 +13,7 @@ def text_model_of(model: nn.Module) -> nn.Module:
     """The decoder stack (embeddings, layers, norm), with or without the model's language-model head.
 
     Raises:
-        ValueError: a model of no known family, or not a whole one.
+        ValueError: the model is of no known family, or incomplete.
     """
     family = family_of(model)
     inner = getattr(model, "model", model)
@@ -41,7 +41,7 @@ def target_linear(model: nn.Module, layer: nn.Module, name: str) -> nn.Linear:
 
 
 def name_of(model: nn.Module) -> str:
-    """Name or path the model was loaded from, for messages."""
+    """Name or path that the model was loaded from, for messages."""
     return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
 
 
@@ -49,7 +49,7 @@ def module_sizes(model: nn.Module, names: tuple[str, ...] | list[str]) -> dict[s
     """`HypernetworkConfig.modules` for the given target linears of a model: name -> (d_in, d_out).
 
     Raises:
-        ValueError: a name that is none of a target linear; the message lists those there are.
+        ValueError: a name is not that of a target linear; the message lists the names.
     """
     for name in names:
         check_module(name)
@@ -59,10 +59,10 @@ def module_sizes(model: nn.Module, names: tuple[str, ...] | list[str]) -> dict[s
 
 
 def check_length(model: nn.Module, prompt_tokens: int, max_tokens: int = 0) -> None:
-    """Whether a prompt and the longest answer to it are within what the model reads.
+    """Check that a prompt and the longest answer to it fit into the model's context.
 
     Raises:
-        ValueError: they are not; beyond it a model answers nonsense without an error.
+        ValueError: they do not; beyond its context a model answers nonsense without an error.
     """
     config: Any = text_model_of(model).config
     most = getattr(config, "max_position_embeddings", None)

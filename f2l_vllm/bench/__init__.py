@@ -1,1 +1,1 @@
-"""`f2l-vllm bench` and `plan`: what answering costs, by suites, in several arms, on real servers."""
+"""`f2l-vllm bench` and `plan`: suites that measure what answering costs, in several arms, on real servers."""

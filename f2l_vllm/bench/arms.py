@@ -1,4 +1,4 @@
-"""The ways to answer that are compared: what each asks of a server, and how that server is started."""
+"""The compared ways to answer: what each asks of a server, and how that server is started."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-# Frames that were seen before cost a server less; where that is not what an arm is about, nothing is kept.
+# Frames that a server has seen before cost it less; it keeps nothing unless the arm measures exactly that.
 _NOTHING_KEPT = ("--no-enable-prefix-caching", "--mm-processor-cache-gb", "0")
-# Prefixes are cached by whole blocks, so a question reads the end of the video's last block anew, and for that vLLM
-# encodes the whole video again unless its encoder cache holds it, whose size in tokens is that of a step.
+# vLLM caches prefixes by whole blocks, so every question reads the end of the video anew. For that, vLLM encodes the
+# whole video again unless its encoder cache holds it; that cache holds as many tokens as a step.
 _KEPT = "{kept_tokens}"
 _ALL_KEPT = ("--enable-prefix-caching", "--max-num-batched-tokens", _KEPT)
 _MERGE = "{merge_rate}"
@@ -18,14 +18,14 @@ _MERGE = "{merge_rate}"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way.
+    """One way to answer.
 
     Attributes:
         reads: what a question is answered from.
-        cold: its question is the first about the video, whose upload and internalization it waits for.
+        cold: its question is the first about the video and waits for the upload and the internalization.
         warmed: another question about the video is answered before, so that the server has the video's KV.
-        flags, env: of its server, in which `{merge_rate}` stands for the suite's and `{kept_tokens}` for those of all
-            videos that are to stay known.
+        flags, env: of its server; `{merge_rate}` stands for the suite's, `{kept_tokens}` for the tokens of all videos
+            whose KV the server is to keep.
         workers: its server internalizes.
     """
 
@@ -43,7 +43,7 @@ class Arm:
         return any(_MERGE in word for word in (*self.flags, *dict(self.env).values()))
 
     def server(self, merge_rate: float, kept_tokens: int) -> ServerKind:
-        """The server it needs."""
+        """The server that the arm needs."""
 
         def filled(word: str) -> str:
             return word.replace(_MERGE, f"{merge_rate:g}").replace(_KEPT, str(kept_tokens))
@@ -54,7 +54,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class ServerKind:
-    """What tells servers apart; arms of one kind share a server."""
+    """How a server is started; arms of one kind share a server."""
 
     flags: tuple[str, ...]
     env: tuple[tuple[str, str], ...] = ()
@@ -75,12 +75,12 @@ ARMS = {
 
 
 def about_adapter(file_id: str) -> dict[str, Any]:
-    """Where a question names its video: an uploaded file, answered from its adapter."""
+    """The part of a question that names its video: an uploaded file, answered from its adapter."""
     return {"model": file_id, "parts": []}
 
 
 def about_frames(model: str, video: Path) -> dict[str, Any]:
-    """Where a question names its video: the bytes inline, as vLLM's own multimodal API takes them."""
+    """The part of a question that names its video: the bytes inline, as vLLM's own multimodal API takes them."""
     url = "data:video/mp4;base64," + base64.b64encode(video.read_bytes()).decode()
     part = {"type": "video_url", "video_url": {"url": url}}
     return {"model": model, "parts": [part], "extra_body": {"f2l": {"mode": "frames"}}}

@@ -1,4 +1,4 @@
-"""The arms at work: each asks its own server about a video, as a user of that way would."""
+"""The arms at work: each asks its own server about a video, as a user would."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from f2l_vllm.server_process import ServerProcess
 
 _WAIT_SECONDS = 3600
 _WARM_FRAMES, _WARM_EDGE = 2, 128
-UPLOADS = 2  # at a time: one is internalized while the next is sent
+UPLOADS = 2  # at a time: the server internalizes one while the next is sent
 
 
 class Askers:
-    """All arms of a suite. A context manager, which stops their servers.
+    """All arms of a suite. A context manager that stops their servers.
 
     Args:
         folder: for films, servers' data and logs.
@@ -37,7 +37,7 @@ class Askers:
 
     def __init__(self, suite: OfVideos, subject: Subject, costs: Costs, folder: Path, room: Room) -> None:
         self.films = Films(folder / "films")
-        self.adapter_bytes: int | None = None  # of the adapters made here, as the server says
+        self.adapter_bytes: int | None = None  # size of the adapters made here, as the server reports it
         self._suite = suite
         self._arms = [ARMS[name] for name in suite.arms]
         self._flags = room.flags(subject, costs)
@@ -45,7 +45,7 @@ class Askers:
         start = video_server(subject, folder, self._flags, suite.serve_flags)
         self._servers = Servers(start, suite.servers_at_once, self._warm)
         self._files: dict[tuple[ServerKind, Path], str] = {}
-        self._clients: dict[str, tuple[Client, str]] = {}  # by the server's address, with its model's name
+        self._clients: dict[str, tuple[Client, str]] = {}  # server's URL -> client, name of the model
         self._open = AsyncExitStack()
 
     async def __aenter__(self) -> Askers:
@@ -60,7 +60,7 @@ class Askers:
             self._servers.close()
 
     def turn(self, number: int) -> list[Arm]:
-        """The arms in the order of a round: another one begins each time, and those of one server stay together."""
+        """The arms in the order of a round: each round begins with another arm; arms of one server stay together."""
         start = number % len(self._arms)
         rotated = self._arms[start:] + self._arms[:start]
         kinds = list(dict.fromkeys(self._kind(arm) for arm in rotated))
@@ -68,7 +68,7 @@ class Askers:
 
     @property
     def run_together(self) -> bool:
-        """Whether all servers run at the same time, so that going from arm to arm starts none."""
+        """Whether all servers run at the same time, so that a change of arm starts no server."""
         return len({self._kind(arm) for arm in self._arms}) <= self._suite.servers_at_once
 
     def described(self) -> dict[str, Any]:
@@ -80,11 +80,11 @@ class Askers:
         }
 
     async def prepare(self) -> None:
-        """Start as many of the servers as may run, and warm them up."""
+        """Start as many of the servers as may run at once, and warm them up."""
         await self._servers.prepare(self._kind(arm) for arm in self._arms)
 
     async def upload(self, arm: Arm, videos: Sequence[Path]) -> None:
-        """Have the arm's server internalize these, and load their adapters: each is asked about once."""
+        """Make the arm's server internalize these videos and load their adapters, by one question about each."""
         client, _ = await self._client(arm)
         gate = asyncio.Semaphore(UPLOADS)
 
@@ -95,13 +95,13 @@ class Askers:
         await asyncio.gather(*(one(video) for video in videos if (self._kind(arm), video) not in self._files))
 
     async def ask(self, arm: Arm, video: Path, question: str, arrived: float | None = None) -> Answer:
-        """One question about one video, which an arm that answers from adapters has uploaded before.
+        """Ask one question about one video; an arm that answers from adapters has uploaded the video before.
 
         Args:
-            arrived: when the question was there to be asked; now when None.
+            arrived: when the question arrived; now when None.
 
         Raises:
-            WrongAnswer: the answer is from something else than the arm says.
+            WrongAnswer: the server answered from something else than the arm says.
         """
         client, base = await self._client(arm)
         if arm.reads == "adapter":
@@ -113,7 +113,7 @@ class Askers:
         return answer
 
     async def ask_cold(self, arm: Arm, video: Path, question: str, keep: bool) -> Answer:
-        """The first question about a video that the server does not know: its time begins with the upload.
+        """Ask the first question about a video that the server does not know; its time begins with the upload.
 
         Raises:
             WrongAnswer: the server knew the video, or answered from something else.
@@ -161,7 +161,7 @@ class Askers:
         self.adapter_bytes = details.get("adapter_bytes", self.adapter_bytes)
 
     async def _warm(self, kind: ServerKind, server: ServerProcess) -> None:
-        """What a server does for the first time takes longer: everything that its arms do is done once."""
+        """Do everything that a server's arms do once: the first time takes longer."""
         client, base = await self._client_of(server)
         for reads in dict.fromkeys(arm.reads for arm in self._arms if self._kind(arm) == kind):
             video = self.fresh(_WARM_FRAMES, _WARM_EDGE)

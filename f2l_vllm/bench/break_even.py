@@ -1,4 +1,4 @@
-"""From how many questions on a way that starts dearer has cost no more than another."""
+"""After how many questions a way with a higher start cost has cost no more than another."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 
 
 def questions(first: float, later: float, other_first: float, other_later: float) -> int | None:
-    """The least number of questions, or None where there is none.
+    """The least number of questions, or None if there is none.
 
     Args:
-        first, later: what the first question about a video, and each later one, cost.
-        other_first, other_later: the same of the other way, in the same unit.
+        first, later: the cost of the first question about a video, and of each later one.
+        other_first, other_later: the same for the other way, in the same unit.
     """
     if first <= other_first:
         return 1

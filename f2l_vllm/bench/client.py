@@ -1,4 +1,4 @@
-"""Who asks: videos uploaded and questions streamed over HTTP with the stock openai client, every token's time noted."""
+"""The client: uploads videos and streams answers over HTTP with the stock openai client, and times every token."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _TIMEOUT_SECONDS = 3600.0
 
 
 class WrongAnswer(RuntimeError):
-    """A server answered, and not as was asked: what would be measured is something else."""
+    """A server did not answer as asked, so the measurement would be of something else."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one answer took, seconds.
+    """The times of one answer, in seconds.
 
     Attributes:
         started: by a clock that all answers share.
-        ttft: from sending to the first token; after that the gap in front of every further chunk, `itl`.
+        ttft: from sending to the first token; `itl` holds the gap before every further chunk.
         latency: from sending to the last token.
-        details: the response's `f2l` object; empty where the server has none.
+        details: the response's `f2l` object; empty if the server sends none.
     """
 
     started: float
@@ -47,11 +47,11 @@ class Answer:
 
 
 class Client:
-    """Of one server. A context manager.
+    """Asks one server. A context manager.
 
     Args:
         url: without `/v1`.
-        output_tokens: of every answer, neither more nor fewer.
+        output_tokens: exact length of every answer.
     """
 
     def __init__(self, url: str, output_tokens: int) -> None:
@@ -72,7 +72,7 @@ class Client:
         return next(model.id for model in served.data if not (model.model_extra or {}).get("parent"))
 
     async def upload(self, video: Path, wait: bool = True) -> FileObject:
-        """A video, internalized where `wait` says so.
+        """Upload a video; with `wait`, return when it is internalized.
 
         Raises:
             WrongAnswer: it could not be internalized.
@@ -87,11 +87,11 @@ class Client:
         return file
 
     async def file(self, file_id: str) -> FileObject:
-        """What the server says of a file."""
+        """The server's description of a file."""
         return await self._openai.files.retrieve(file_id)
 
     async def delete(self, file_id: str) -> None:
-        """A file, and its adapter."""
+        """Delete a file and its adapter."""
         await self._openai.files.delete(file_id)
 
     async def ask(
@@ -102,12 +102,12 @@ class Client:
         extra_body: dict[str, Any] | None = None,
         started: float | None = None,
     ) -> Answer:
-        """One question, greedy.
+        """Ask one question, with greedy decoding.
 
         Args:
             parts: of the message, in front of the question.
             extra_body: of the request.
-            started: when the first byte of what belongs to the question was sent; now when None.
+            started: when the question's time begins, e.g. with its video's upload; now when None.
 
         Raises:
             WrongAnswer: the answer is not as long as asked, or has no token.

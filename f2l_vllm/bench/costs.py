@@ -1,7 +1,7 @@
-"""What a question costs that need not be measured: its prompt's tokens, and the bytes a video keeps answerable with.
+"""The costs of a question that need no measurement: its prompt's tokens, and the bytes that keep a video answerable.
 
-Both are exact: the prompt is written by the model's own processor, the adapter as it is published, and the KV cache has
-the size that the configuration says.
+Both are exact: the model's own processor writes the prompt, the adapter is written as it is published, and the
+configuration gives the size of the KV cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from f2l_vllm.hypernetwork.config_file import read_config
 
 
 class Costs:
-    """Of one model and its hypernetwork."""
+    """Costs for one model and its hypernetwork."""
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
@@ -38,30 +38,30 @@ class Costs:
 
     @cached_property
     def processor(self) -> Any:
-        """The model's."""
+        """The model's processor."""
         from transformers import AutoProcessor
 
         return AutoProcessor.from_pretrained(self._subject.directory)
 
     @cached_property
     def adapter_bytes(self) -> int:
-        """Of one video's adapter file."""
+        """Size of one video's adapter file."""
         with tempfile.TemporaryDirectory(prefix="f2l-bench-") as folder:
             write_adapter(self._subject, Path(folder) / "adapter", self.rank, seed=None)
             return (Path(folder) / "adapter" / WEIGHTS_FILE).stat().st_size
 
     def visual_tokens(self, frames: int, merge_rate: float = 0.0) -> int:
-        """Of a video in the prompt, the words around its frames left out."""
+        """Tokens of a video in the prompt, without the words around its frames."""
         if not frames:
             return 0
         return int(sum(tokens_of_frames(frames, self.processor.image_seq_len, merge_rate)))
 
     def kv_bytes(self, frames: int) -> int:
-        """KV cache of a video's visual tokens."""
+        """Bytes of the KV cache of a video's visual tokens."""
         return self.visual_tokens(frames) * self.kv_bytes_per_token
 
     def prompt_tokens(self, question: str, frames: int = 0) -> int:
-        """Of a question, with a video of as many seconds in front of it where `frames` are given."""
+        """Tokens of a question's prompt; with `frames`, including a video of as many seconds."""
         content: list[dict[str, str]] = [{"type": "text", "text": question}]
         if frames:
             content.insert(0, {"type": "video"})
@@ -91,7 +91,7 @@ class Costs:
 
 
 def write_adapter(subject: Subject, directory: Path, rank: int, seed: int | None) -> None:
-    """Write an adapter of the published format that fits the subject: random and small, or zeros without a seed."""
+    """Write an adapter in the published format that fits the subject: small random values, or zeros without a seed."""
     shapes, modules = BaseShapes.read(subject.directory), read_config(subject.hypernetwork).modules
     generator = None if seed is None else torch.Generator().manual_seed(seed)
 

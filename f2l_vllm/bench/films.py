@@ -1,7 +1,7 @@
 """Videos to ask about: scenes of moving shapes filmed at one frame a second, so that a video of n seconds is n frames.
 
-Nothing is decoded that is not read: of a film of more frames a second the arms that read frames would pay for them at
-every question, the others once.
+Every decoded frame is read. With more frames a second, the arms that read frames would pay for unread ones at every
+question, the others only once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from f2l_vllm.synthetic.world import sample_scenes  # noqa: E402
 
 
 class Films:
-    """In a folder, each made once."""
+    """Films in a folder, each made once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -29,9 +29,9 @@ class Films:
         """A film, 4:3.
 
         Args:
-            frames: and seconds.
-            edge: the longer one, pixels.
-            name: another name is another scene.
+            frames: number of frames, and of seconds.
+            edge: the longer edge, pixels.
+            name: a different name gives a different scene.
         """
         label = "-".join(str(part) for part in name)
         path = self._folder / f"{frames}-frames-{edge}px-{label}.mp4"

@@ -1,7 +1,8 @@
 """Random models and hypernetworks in the shapes and file formats of the released ones, for benchmarks.
 
 Sizes are those of SmolVLM2-500M-Video-Instruct and SmolVLM2-2.2B-Instruct and of the Frames2LoRA checkpoints for them.
-Tokenizer and template are the default model's: the number of tokens per frame is theirs plus the words around it.
+Tokenizer and template are the default model's: a frame has the released models' number of tokens plus the words around
+it.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ SHAPES = {
 
 
 def random_hypernetwork(config: HypernetworkConfig, dtype: torch.dtype = torch.float32) -> Hypernetwork:
-    """A hypernetwork whose every part matters to the outcome."""
+    """A hypernetwork in which every part affects the outcome."""
     torch.manual_seed(0)
     hyper = Hypernetwork(config)
     with torch.no_grad():
@@ -139,7 +140,7 @@ def save_released(hyper: Hypernetwork, path: Path) -> Path:
 
     config = hyper.config
     sizes = config.modules
-    scale: Any = hyper.scale  # as the publisher writes it; peft says int and takes it
+    scale: Any = hyper.scale  # a float, as the publisher writes it; peft declares int and accepts it
     lora = LoraConfig(r=config.rank, lora_alpha=scale, target_modules=list(sizes), task_type="CAUSAL_LM")
     with _publishers_classes() as make:
         aggregator = make(
@@ -192,7 +193,7 @@ _PUBLISHERS = {
 
 @contextmanager
 def _publishers_classes() -> Iterator[Any]:
-    """Stand-ins under the publisher's names, which is all that a pickle keeps of a class."""
+    """Stand-ins for the publisher's classes, under their names: a pickle keeps no more of a class than its name."""
     classes: dict[str, type] = {}
     before = set(sys.modules)
     try:

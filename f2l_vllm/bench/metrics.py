@@ -1,4 +1,4 @@
-"""Figures of many answers, under the names that `vllm bench serve` gives them and computed as it computes them."""
+"""Figures of many answers, with the names and formulas of `vllm bench serve`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ PERCENTILES = (50, 90, 95, 99)
 
 
 def summary(answers: Sequence[Answer], seconds: float, slo: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Throughput, goodput and percentiles, of which those are left out that so few answers do not carry.
+    """Throughput, goodput and percentiles, except percentiles for which there are too few answers.
 
     Args:
         seconds: from the first question to the last answer.
-        slo: most milliseconds of a good answer, of `ttft`, `tpot` and `e2el`; None or empty: no goodput.
+        slo: limits of a good answer for `ttft`, `tpot` and `e2el`, milliseconds; None or empty: no goodput.
 
     Raises:
         ValueError: no answers.

@@ -1,4 +1,4 @@
-"""Adapter, KV cache or frames: what each would cost by measured times, for so many questions about so many videos."""
+"""Adapter, KV cache or frames: the cost of each, from measured times, for given numbers of questions and videos."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from f2l_vllm.bench.break_even import questions as break_even
 
 RESULTS = Path(__file__).parent / "results"
 ADAPTER, KV, FRAMES = "adapter", "kv", "frames"
-# The arms whose first tokens are those of a way's first question about a video, and of each later one.
+# The arms that measured the first token of a way's first question about a video, and of each later question.
 _ARMS = {ADAPTER: ("adapter-cold", "adapter"), KV: ("frames", "frames-cached"), FRAMES: ("frames", "frames")}
 _USUAL_RESOLUTION = 384
 
 
 @dataclass(frozen=True)
 class Need:
-    """What is to be answered: `questions` about each of `videos` of `frames`, with `memory` bytes to keep them in."""
+    """The task: `questions` about each of `videos` of `frames` each, with `memory` bytes to keep the videos in."""
 
     frames: int
     questions: int
@@ -34,10 +34,10 @@ class Way:
     """One way and what it costs.
 
     Attributes:
-        first_s, later_s: first token of the first question about a video, and of one whose video is kept.
+        first_s, later_s: time to the first token of the first question about a video, and of one whose video is kept.
         total_s: of all questions.
         state_bytes: of all videos; `kept`: the part of them that the memory holds.
-        arithmetic: how the total comes about, and the state.
+        arithmetic: how the total and the state are computed.
     """
 
     way: str
@@ -53,10 +53,10 @@ class Measured:
     """The tables of the suite `latency` for one model.
 
     Args:
-        files: result files; of each resolution the one nearest to `resolution` is read.
+        files: result files; only the resolution nearest to `resolution` is read.
 
     Raises:
-        ValueError: a file that is no such result, or nothing measured in them.
+        ValueError: a file is not such a result, or there is nothing measured in the files.
     """
 
     def __init__(self, files: Sequence[Path], resolution: int | None = None) -> None:
@@ -89,8 +89,8 @@ class Measured:
         return sorted({row["frames"] for row in self._rows})
 
     def seconds(self, arm: str, frames: int) -> float:
-        """First token: measured, or on the straight line between the two nearest measured numbers of frames, and
-        beyond them on the line through the last two; in proportion where there is one."""
+        """Time to the first token: measured, or interpolated between the two nearest measured numbers of frames;
+        beyond them on the line through the last two, or in proportion if only one was measured."""
         points = sorted((row["frames"], row["ttft_ms"]["median"] / 1e3) for row in self._rows if row["arm"] == arm)
         if len(points) == 1:
             (count, value) = points[0]
@@ -101,7 +101,7 @@ class Measured:
         return float(max(y0 + (y1 - y0) * (frames - x0) / (x1 - x0), min(values)))
 
     def state_bytes(self, arm: str, frames: int) -> float:
-        """Of one video: an adapter has one size, a KV cache grows with the frames."""
+        """State of one video: an adapter has one size, a KV cache grows with the frames."""
         row = next(row for row in self._rows if row["arm"] == arm)
         return float(row["state_bytes"] if arm == "adapter" else row["state_bytes"] * frames / row["frames"])
 
@@ -126,11 +126,11 @@ def plan(measured: Measured, need: Need) -> dict[str, Any]:
     """Compare the ways that were measured.
 
     Returns:
-        as JSON: `ways`, the cheapest first; `best`; `break_even`, questions per video from which on the adapter costs
-        no more than another way with as much memory; `assumptions`.
+        as JSON: `ways`, the cheapest first; `best`; `break_even`, the number of questions per video after which the
+        adapter has cost no more than another way with the same memory; `assumptions`.
 
     Raises:
-        ValueError: the tables have no two ways to compare.
+        ValueError: the tables hold fewer than two ways.
     """
     ways = [_way(name, measured, need) for name, arms in _ARMS.items() if all(measured.has(arm) for arm in arms)]
     if len(ways) < 2:

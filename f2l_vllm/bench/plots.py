@@ -12,9 +12,9 @@ from matplotlib.colors import LogNorm
 from f2l_vllm.evaluation.plots import style
 
 Result = dict[str, Any]
-# One look for an arm in every picture: colour and marker.
+# An arm has the same colour and marker in every picture.
 _ARMS = ("adapter", "frames", "frames-cached", "adapter-cold", "frames-merged", "adapter-merged")
-_ARMS_THAT_DIFFER = ("adapter", "frames", "frames-merged")  # in what is counted
+_ARMS_THAT_DIFFER = ("adapter", "frames", "frames-merged")  # in counted quantities
 _NAMES = {
     "adapter": "adapter, ready",
     "adapter-cold": "adapter, first question",
@@ -41,7 +41,7 @@ def plot(result: Result, folder: Path) -> list[Path]:
 
 
 def _heat_maps(result: Result, path: Path) -> Path:
-    """First token of every arm, and how many times the adapter's each rival's is."""
+    """First token of every arm, and the ratio of each rival's to the adapter's."""
     timed = [row for row in result["rows"] if row["ttft_ms"] is not None] or result["rows"]
     frames, edges = (sorted({row[name] for row in timed}) for name in ("frames", "resolution"))
     arms = [arm for arm in _ARMS if any(row["arm"] == arm for row in timed)]
@@ -134,7 +134,7 @@ def _amortise(result: Result, path: Path) -> Path:
 
 
 def _throughput(result: Result, path: Path) -> Path:
-    """Requests a second over concurrency, or bars where there is one concurrency."""
+    """Requests a second over concurrency, or bars if there is only one concurrency."""
     rows = result["rows"]
     popularities = list(dict.fromkeys(row["popularity"] for row in rows))
     counts = sorted({row["concurrency"] for row in rows})
@@ -172,7 +172,7 @@ def _throughput(result: Result, path: Path) -> Path:
 
 
 def _tax(result: Result, path: Path) -> Path:
-    """What is left of the speed without LoRA."""
+    """Speed with LoRA, relative to the speed without it."""
     ratios = [ratio for ratio in result["ratios"] if ratio["over"] == "no LoRA"]
     of = style.figure(8, 4.4)
     at = of.subplots()

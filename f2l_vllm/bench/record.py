@@ -1,4 +1,4 @@
-"""What stands beside every number: the command, the machine and the versions."""
+"""What is recorded with every number: the command, the machine and the versions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write(path: Path, configuration: dict[str, Any], results: dict[str, Any]) ->
 
 
 def header(configuration: dict[str, Any]) -> dict[str, Any]:
-    """What every result begins with."""
+    """The fields that every result begins with."""
     module = sys.modules["__main__"].__spec__
     started = [Path(sys.argv[0]).name] if module is None else ["python", "-m", module.name]
     return {

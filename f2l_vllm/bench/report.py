@@ -1,4 +1,4 @@
-"""Results for people: one table a suite, in the terminal and as markdown, and what follows from it in sentences."""
+"""Results for people: one table per suite, in the terminal and as markdown, and sentences on what follows from it."""
 
 from __future__ import annotations
 

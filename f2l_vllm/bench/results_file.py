@@ -1,4 +1,4 @@
-"""A result that is written while it grows: whole after every row, so that a run that ends early has lost one cell."""
+"""A result file that grows: it is rewritten whole after every row, so a run that ends early loses only one cell."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Say = Callable[[str], None]  # told of every measurement as it is made
 
 
 class ResultsFile:
-    """Rows with what they were measured under.
+    """Rows and the conditions of their measurement.
 
     Args:
         path: of the JSON file.
         suite: name of the suite.
         configuration: everything that was asked for.
-        derive: what else is said of the rows there are.
+        derive: computes further results from the rows.
         resume: keep the rows of a file with the same suite and configuration.
 
     Raises:
-        ValueError: the file is to be resumed and holds something else.
+        ValueError: `resume` is set and the file holds something else.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class ResultsFile:
 
     @property
     def rows(self) -> list[Row]:
-        """Those there are."""
+        """The rows so far."""
         rows: list[Row] = self.content["rows"]
         return rows
 
     def note(self, **facts: Any) -> None:
-        """What else is to stand in the file, from its next row on."""
+        """Add facts to the file; they are written with its next row."""
         self.content |= facts
 
     def has(self, **key: Any) -> bool:

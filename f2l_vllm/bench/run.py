@@ -29,8 +29,8 @@ async def measure(
         say: told of every measurement as it is made.
 
     Raises:
-        ValueError: the suite cannot be measured of this model, or there is another result to resume.
-        ServerFailed, APIError, WrongAnswer, TrafficFailed: a server did not start, or not answer as asked.
+        ValueError: the suite cannot be measured with this model, or the file to resume holds another result.
+        ServerFailed, APIError, WrongAnswer, TrafficFailed: a server did not start, or did not answer as asked.
     """
     configuration = {**suite.model_dump(mode="json"), "model": subject.name, "dtype": subject.dtype}
 

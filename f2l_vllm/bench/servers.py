@@ -1,4 +1,4 @@
-"""The servers that arms ask: started once each, kept over rounds, as many at a time as there may be."""
+"""The servers that arms ask: each is started once and kept over rounds; a limited number runs at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Start = Callable[[ServerKind], ServerProcess]
 Warm = Callable[[ServerKind, ServerProcess], Awaitable[None]]
 
 _LEAST_KV = 256 << 20
-_MOST_BATCHED = 8192  # tokens of one step: activations of the text layers grow with it
+_MOST_BATCHED = 8192  # tokens of one step: the text layers' activations grow with their number
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Room:
         sequences: in work at a time.
         frames: of the longest video.
         videos: whose adapters stay in host memory.
-        kv_gib: None: enough for all sequences at their longest, and for the videos whose KV is to stay.
-        kept: how many those are.
+        kv_gib: size of the KV cache; None: enough for all sequences at their longest, and for the `kept` videos.
+        kept: number of videos whose KV the server is to keep.
     """
 
     tokens: int
@@ -57,11 +57,11 @@ class Room:
 
     @property
     def kept_tokens(self) -> int:
-        """Tokens of all videos whose KV is to stay; at least a step's."""
+        """Tokens of all kept videos; at least those of a step."""
         return max(self.step, self.kept * self.length)
 
     def flags(self, subject: Subject, costs: Costs) -> list[str]:
-        """For `f2l-vllm serve`, the same for all arms."""
+        """Flags for `f2l-vllm serve`, the same for all arms."""
         kv = max(_LEAST_KV, int(self.length * (self.sequences + self.kept + 1) * costs.kv_bytes_per_token))
         if self.kv_gib is not None:
             kv = int(self.kv_gib * 2**30)
@@ -85,7 +85,7 @@ class Room:
 
 
 class EngineProcess(ServerProcess):
-    """`vllm serve MODEL` with this package's engine and no videos: what LoRA costs is measured without them."""
+    """`vllm serve MODEL` with this package's engine and without videos, to measure what LoRA alone costs."""
 
     ready_path = "/health"
 
@@ -97,23 +97,23 @@ ENGINE_ENV = {"VLLM_PLUGINS": "f2l,f2l_cpu", **openmp_defaults({})}
 
 
 class Servers:
-    """Servers by what tells them apart.
+    """Running servers by their kind.
 
     Args:
         start: starts one.
-        at_once: most that run; another one stops the one that was longest without a question.
-        warm: asked of a server that has become ready, before it is measured.
+        at_once: most that run at a time; starting another one stops the least recently asked one.
+        warm: warms up a server that has become ready, before it is measured.
     """
 
     def __init__(self, start: Start, at_once: int, warm: Warm) -> None:
         self._start = start
         self._at_once = at_once
         self._warm = warm
-        self._running: dict[ServerKind, ServerProcess] = {}  # the last asked last
+        self._running: dict[ServerKind, ServerProcess] = {}  # most recently asked last
         self.starts = 0
 
     async def prepare(self, kinds: Iterable[ServerKind]) -> None:
-        """Start together as many of them as may run."""
+        """Start as many of these servers together as may run at once."""
         chosen = [kind for kind in dict.fromkeys(kinds) if kind not in self._running]
         await self._start_all(chosen[: self._at_once - len(self._running)])
 
@@ -137,7 +137,7 @@ class Servers:
             self._running.popitem()[1].end()
 
     async def _start_all(self, kinds: list[ServerKind]) -> None:
-        # Started in this thread: Linux ends a process with the thread that started it.
+        # Start them in this thread: Linux stops a server when the thread that started it ends.
         for kind in kinds:
             self._running[kind] = self._start(kind)
             self.starts += 1
@@ -148,10 +148,10 @@ class Servers:
 
 
 def video_server(subject: Subject, folder: Path, flags: list[str], serve_flags: Iterable[str]) -> Start:
-    """Starts of `f2l-vllm serve`, each kind with a data folder of its own in `folder`, which it finds again.
+    """A function that starts `f2l-vllm serve`; each kind has its own data folder in `folder`, and finds it again.
 
     Args:
-        flags: for all kinds; a kind's own come after them, and `serve_flags` last.
+        flags: for all kinds; a kind's own flags follow them, and `serve_flags` come last.
     """
     more = [word for flag in serve_flags for word in shlex.split(flag)]
 

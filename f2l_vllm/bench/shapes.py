@@ -1,7 +1,7 @@
-"""Models to measure: random weights in the architectures of the released ones, made once and kept; or any other.
+"""Models to measure: random weights in the architectures of the released ones, made once and kept; or any other model.
 
-Latency and memory depend on shapes, not on what weights hold. Each is a model directory as a downloaded one, with a
-hypernetwork in this project's format in it.
+Latency and memory depend on shapes, not on the weights' values. Each random model is a directory like a downloaded
+model's, and holds a hypernetwork in this project's format.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ torch_shims.install()
 RELEASED = {"500m": "500M", "2.2b": "2.2B"}  # names in `hypernetwork_shapes`
 TINY = "tiny"
 NAMES = (TINY, *RELEASED)
-_FORMAT = 1  # of what is kept: another one is made anew
-_LONGEST = 131072  # tokens: 1,024 frames; random weights know no longest sequence
+_FORMAT = 1  # of the kept models: after a change they are made anew
+_LONGEST = 131072  # tokens: 1,024 frames; random weights have no longest sequence
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Subject:
         model: as `f2l-vllm serve` takes it.
         directory: the model's.
         hypernetwork: file or directory.
-        dtype: the engine computes in.
+        dtype: in which the engine computes.
     """
 
     name: str
@@ -48,7 +48,7 @@ def cache_folder() -> Path:
 
 
 def of_shape(name: str, folder: Path, dtype: str | None = None) -> Subject:
-    """The shipped model, or a random one of a released shape, which is made in `folder` if it is not there.
+    """The shipped model, or a random one of a released shape, which is made in `folder` if it is missing.
 
     Raises:
         ValueError: no such shape.

@@ -1,4 +1,4 @@
-"""What a suite measures, as data: a YAML file of `bench/suites/`, its keys checked and replaceable one by one."""
+"""What a suite measures, as data: a YAML file of `bench/suites/`; keys are checked and can be replaced one by one."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], _OneOrMore]
 
 
 class Base(BaseModel):
-    """What every suite says.
+    """The keys of every suite.
 
     Attributes:
         rounds: times that all arms are measured, in turn.
-        seed: of videos' scenes, which question is asked, and what is asked when.
-        serve_flags: more flags for every server, as `f2l-vllm serve` takes them; they win over those of the suite.
-        servers_at_once: servers in memory at a time; where the arms need more, they are stopped and started in turn.
-        kv_gib: KV cache of each server; None: room for what is in work at a time.
+        seed: of the videos' scenes, the choice of questions, and the time of each question.
+        serve_flags: more flags for every server, as `f2l-vllm serve` takes them; they override those of the suite.
+        servers_at_once: servers in memory at a time; if the arms need more, servers are stopped and started in turn.
+        kv_gib: KV cache of each server; None: room for the sequences in work at a time.
         dtype: None: fp32 for the shipped model on a CPU, else bfloat16.
     """
 
@@ -55,12 +55,12 @@ class Base(BaseModel):
 
 
 class OfVideos(Base):
-    """What suites say that ask about videos.
+    """The keys of suites that ask about videos.
 
     Attributes:
         arms: names of `f2l_vllm.bench.arms.ARMS`.
-        questions: each arm is asked the same ones.
-        output_tokens: of every answer, neither more nor fewer.
+        questions: the same for each arm.
+        output_tokens: exact length of every answer.
         merge_rate: part of the visual tokens that the merging arms leave out.
     """
 
@@ -82,7 +82,7 @@ class Latency(OfVideos):
 
     Attributes:
         resolution: longest edges of the video files, pixels.
-        count_above: cells of more frames than this are counted from processor and configuration, not run.
+        count_above: cells of more frames are not run; their tokens and bytes come from processor and configuration.
     """
 
     suite: Literal["latency"]
@@ -95,8 +95,8 @@ class Amortise(OfVideos):
     """Time to the first token of many questions about one video, internalization included.
 
     Attributes:
-        questions_per_video: up to how many.
-        frames_asked: questions that the arm `frames` is really asked; the rest is taken to cost their median.
+        questions_per_video: the largest number of questions.
+        frames_asked: questions that are really sent for the arm `frames`; the others are assumed to cost their median.
     """
 
     suite: Literal["amortise"]
@@ -113,7 +113,7 @@ class Amortise(OfVideos):
 
 
 class Slo(BaseModel):
-    """Limits that a good answer keeps, milliseconds; as `vllm bench serve --goodput`."""
+    """Limits of a good answer, milliseconds, as in `vllm bench serve --goodput`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -126,10 +126,10 @@ class Throughput(OfVideos):
     """Many videos asked at once.
 
     Attributes:
-        requests, frames_requests: asked in each round, of arms that know the videos, as adapters or by their KV, and of
-            those that read the frames at every question; the latter are the first of the former.
-        popularity: how often each video is asked; `zipf`: the n-th as often as 1 / n ** zipf_alpha.
-        arrivals: `closed`: `concurrency` askers, each with its next question when the last is answered; `poisson`:
+        requests, frames_requests: questions in each round, for arms that know the videos (as adapters or by their KV),
+            and for arms that read the frames at every question; the latter get the first of the former's questions.
+        popularity: how often each video is asked about; `zipf`: the n-th in proportion to 1 / n ** zipf_alpha.
+        arrivals: `closed`: `concurrency` askers, each asks its next question when the last is answered; `poisson`:
             `request_rate` questions a second whatever the server does, at most `concurrency` of them in work.
     """
 
@@ -160,10 +160,10 @@ class Tax(Base):
 
     Attributes:
         streams: questions in work at a time, each with an output of `output_tokens`.
-        adapters: numbers of different adapters, in turn over the streams; 0: a server without LoRA. Where there are
-            fewer streams than adapters, the cell is left out.
-        prefill_tokens: length of the prompts whose first token is timed, one at a time, `prefill_requests` of them.
-        rank: of the adapters; None: that of a video's.
+        adapters: numbers of different adapters, which the streams use in turn; 0: a server without LoRA. Cells with
+            fewer streams than adapters are left out.
+        prefill_tokens: length of the `prefill_requests` prompts whose first token is timed, one at a time.
+        rank: of the adapters; None: that of a video's adapter.
     """
 
     suite: Literal["tax"]
@@ -196,7 +196,7 @@ _ANY: TypeAdapter[Suite] = TypeAdapter(Annotated[Suite, Field(discriminator="sui
 
 
 def names() -> list[str]:
-    """Suites that come with the package."""
+    """The suites that come with the package."""
     return sorted(path.stem for path in SUITES.glob("*.yaml"))
 
 
@@ -208,7 +208,7 @@ def load(reference: str, changes: Mapping[str, Any] | None = None) -> Suite:
         changes: keys to replace.
 
     Raises:
-        ValueError: no such suite, no YAML, or keys and values that it cannot have; the message names each.
+        ValueError: no such suite, not YAML, or invalid keys or values; the message names each.
     """
     path = SUITES / f"{reference}.yaml" if reference in names() else Path(reference)
     if not path.is_file():
@@ -226,7 +226,7 @@ def load(reference: str, changes: Mapping[str, Any] | None = None) -> Suite:
 
 
 def parse_changes(pairs: Sequence[str], lists: Mapping[str, str | None], values: Mapping[str, Any]) -> dict[str, Any]:
-    """What is replaced of a suite.
+    """The keys of a suite to replace, with their new values.
 
     Args:
         pairs: `key=value`, the values as YAML.
@@ -234,7 +234,7 @@ def parse_changes(pairs: Sequence[str], lists: Mapping[str, str | None], values:
         values: as they are; None for those not given.
 
     Raises:
-        ValueError: a pair that is none.
+        ValueError: a pair is not `key=value`.
     """
     changes = {key: value for key, value in values.items() if value is not None}
     for key, text in lists.items():

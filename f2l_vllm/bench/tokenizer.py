@@ -1,8 +1,8 @@
 """A tokenizer of the released models' kind and size, made without them.
 
-SmolVLM2's splits text as GPT-2's does, digits one by one, and common words are single tokens. Here the words of the
-prompts that are measured are, and the rest of the vocabulary is filled up to its size with words that no prompt has, so
-that any id a random model answers with is text. Prompts have the lengths they have there but for a few rare words.
+SmolVLM2's tokenizer splits text like GPT-2's, with single digits, and common words are single tokens. Here the words of
+the measured prompts are single tokens, and words that no prompt has fill the vocabulary up to its size, so that any id
+a random model answers with is text. Apart from a few rare words, prompts have the same length as with SmolVLM2's.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _PROCESSORS_WORDS = (
 
 
 def build(size: int, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """The tokenizer, always the same for the same texts.
+    """The tokenizer; the same texts give the same one.
 
     Args:
         size: of the vocabulary, special tokens included.
-        texts: whose words are to be single tokens.
+        texts: their words become single tokens.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

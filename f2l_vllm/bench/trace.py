@@ -1,4 +1,4 @@
-"""What is asked when: video-question pairs whose popularity and arrivals are data, the same for every arm."""
+"""Which question is asked when: video-question pairs with given popularity and arrivals, the same for every arm."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Popularity = Literal["uniform", "zipf"]
 
 @dataclass(frozen=True)
 class Request:
-    """Question `question` about video `video`, counted from 0, `at` seconds after the beginning or, where askers wait
-    for answers, when one is free."""
+    """Question `question` about video `video`, both counted from 0, `at` seconds after the beginning or, if askers wait
+    for answers, when an asker is free."""
 
     at: float
     video: int
@@ -34,10 +34,10 @@ def make(
     request_rate: float | None,
     seed: int,
 ) -> list[Request]:
-    """A trace, the same for the same arguments; a longer one begins with the shorter.
+    """A trace; the same arguments give the same trace, and a longer trace begins with the shorter one.
 
     Args:
-        popularity: `zipf`: video n, counted from 0, is asked as often as 1 / (n + 1) ** zipf_alpha says.
+        popularity: `zipf`: video n, counted from 0, is asked about in proportion to 1 / (n + 1) ** zipf_alpha.
         request_rate: questions a second, at exponential distances; None: all at once, for askers that wait.
     """
     weights = [1.0 if popularity == "uniform" else (place + 1) ** -zipf_alpha for place in range(videos)]
@@ -54,11 +54,11 @@ def make(
 async def replay(
     trace: Sequence[Request], ask: Callable[[Request, float | None], Awaitable[Answer]], concurrency: int
 ) -> tuple[list[Answer], float]:
-    """Ask everything in order, each not before its time, at most `concurrency` at a time.
+    """Ask everything in order, no question before its time, at most `concurrency` at a time.
 
     Args:
-        ask: given a request and when it arrived, which is earlier than it is asked where all askers were busy: its
-            wait belongs to its time. None where askers wait for answers.
+        ask: takes a request and its time of arrival. If all askers were busy, that is before the request is sent: the
+            wait counts as part of the answer's time. None if askers wait for answers.
 
     Returns:
         the answers in the order of the trace, and the seconds from the first question to the last answer.

@@ -1,4 +1,4 @@
-"""`vllm bench serve`, run in this process: vLLM's own client for what it can say, random text under LoRA adapters."""
+"""`vllm bench serve`, run in this process: vLLM's own client, for what it can send: random text with adapters."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class TrafficFailed(RuntimeError):
 
 
 async def random_text(url: str, model: str, tokenizer: Path, *, log: Path, **traffic: Any) -> dict[str, Any]:
-    """Ask a server for random text, closed loop, greedy, every answer of the same length.
+    """Send random text to a server in a closed loop; greedy answers, all of the same length.
 
     Args:
         url, model, tokenizer, traffic: as `arguments` takes them.
-        log: what the client prints is added to it.
+        log: the client's output is appended to this file.
 
     Returns:
-        vLLM's result, without texts and the values of single requests.
+        vLLM's result, without texts and without the values of single requests.
 
     Raises:
-        TrafficFailed: not every request was answered at full length.
+        TrafficFailed: a request was not answered at full length.
     """
     from vllm.benchmarks.serve import main_async
 
@@ -43,7 +43,7 @@ async def random_text(url: str, model: str, tokenizer: Path, *, log: Path, **tra
         with log.open("a") as output, contextlib.redirect_stdout(output):
             result: dict[str, Any] = await main_async(args)
     finally:
-        gc.unfreeze()  # it freezes what is there, and a library complains of that at exit
+        gc.unfreeze()  # vLLM's client freezes all objects, and a library complains about that at exit
     wanted = args.num_prompts * args.random_output_len
     if result["completed"] != args.num_prompts or result["total_output_tokens"] != wanted:
         errors = sorted({error for error in result["errors"] if error})
@@ -66,13 +66,13 @@ def arguments(
     adapters: Sequence[str] = (),
     seed: int = 0,
 ) -> argparse.Namespace:
-    """What `vllm bench serve` is asked.
+    """The arguments of `vllm bench serve`.
 
     Args:
         url: without `/v1`.
         model: name of the base model on the server.
         tokenizer: the model's directory.
-        adapters: names that take turns; the base model without.
+        adapters: names that take turns; without any, the base model answers.
     """
     from vllm.benchmarks.serve import add_cli_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser

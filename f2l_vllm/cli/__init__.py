@@ -1,1 +1,1 @@
-"""The command line, `f2l-vllm`: one module for each command that is more than a call."""
+"""The command line, `f2l-vllm`: one module for each command that is more than one call."""

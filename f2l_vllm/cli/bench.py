@@ -1,4 +1,4 @@
-"""`f2l-vllm bench`: a suite of measurements against real servers, its result as JSON, tables and pictures."""
+"""`f2l-vllm bench`: a suite of measurements against real servers, with results as JSON, tables and pictures."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def bench(
     plots_to: Path | None,
     markdown_to: Path | None,
 ) -> None:
-    """Measure, write what was measured after every cell, and show it; exit with 1 when it cannot be done.
+    """Measure, write the results after every cell, and show them; exit with 1 when it cannot be done.
 
     Args:
-        chosen: the suite, with what is replaced of it.
-        work: keeps random models, videos and servers' data for the next run; the models alone are kept without.
+        chosen: the suite, with its replaced keys.
+        work: keeps random models, videos and servers' data for the next run; without it only the models are kept.
     """
     try:
         with _folder(work) as folder, stoppable():

@@ -1,6 +1,6 @@
-"""What can be known of a server before anything is loaded: resources, paths, ports, who has the data folder.
+"""Checks before a server loads anything: resources, paths, ports, which server holds the data folder.
 
-Each raises a `ValueError` whose message is one sentence that says what to do.
+Each check raises a `ValueError` whose message is one sentence that says what to do.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from f2l_vllm.catalog.database import check_reachable
 from f2l_vllm.cpu.plugin import MODE_VARIABLE
 from f2l_vllm.settings import SERVER_LOCK, Settings
 
-_LEAST_SHARE = 0.0001  # of a GPU or CPU: finer ones Ray does not know
-_ELSEWHERE = ("ray", "external_launcher")  # executors whose GPUs are not all this machine's
+_LEAST_SHARE = 0.0001  # of a GPU or CPU: Ray knows no smaller share
+_ELSEWHERE = ("ray", "external_launcher")  # executors that may use GPUs of other machines
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 
 
 def gpus() -> int:
-    """How many GPUs Ray and vLLM find here, without CUDA being initialised: by the driver, and what hides some of them
-    (CUDA_VISIBLE_DEVICES); none where this package's CPU platform is asked for."""
+    """How many GPUs Ray and vLLM find here: the driver's, minus those that CUDA_VISIBLE_DEVICES hides; none if this
+    package's CPU platform is asked for. Does not initialise CUDA."""
     if os.environ.get(MODE_VARIABLE) == "1":
         return 0
     from ray._private.accelerators import get_accelerator_manager_for_resource
@@ -36,16 +36,16 @@ def gpus() -> int:
     visible = manager.get_current_process_visible_accelerator_ids()
     if visible is not None:
         hidden = next((i for i, name in enumerate(visible) if name.strip().startswith("-")), len(visible))
-        visible = visible[:hidden]  # as CUDA reads the list: it ends at the first that is none
+        visible = visible[:hidden]  # CUDA reads the list up to the first invalid entry
     found = manager.get_current_node_num_accelerators()
     return int(found if visible is None else min(found, len(visible)))
 
 
 def check_workers(settings: Settings, found: int) -> None:
-    """Refuse workers that Ray could never place, or whose reservation it does not take.
+    """Refuse workers that Ray could never place, or whose reservation it does not accept.
 
     Args:
-        found: GPUs of this machine. In a cluster that is joined others count, which come and go: `/ready` says there
+        found: GPUs of this machine. They do not matter for a joined cluster: its GPUs come and go, and `/ready` says
             what is missing.
     """
     for name, share in (("--worker-gpus", settings.worker_gpus), ("--worker-cpus", settings.worker_cpus)):
@@ -65,7 +65,7 @@ def check_workers(settings: Settings, found: int) -> None:
 
 
 def check_engine(flags: Namespace, model: Path, found: int) -> None:
-    """Refuse what vLLM would refuse once it has read the model's config, or when it starts processes.
+    """Refuse what vLLM would refuse after reading the model's config, or when starting processes.
 
     Args:
         found: GPUs of this machine.
@@ -94,7 +94,7 @@ def check_engine(flags: Namespace, model: Path, found: int) -> None:
 
 
 def check_paths(flags: Namespace) -> None:
-    """Refuse files that are named by flags of vLLM's and are not there."""
+    """Refuse files that vLLM's flags name and that do not exist."""
     for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
         path = getattr(flags, name, None)
         if path and not Path(path).is_file():
@@ -108,7 +108,7 @@ def check_paths(flags: Namespace) -> None:
 
 
 def check_now(settings: Settings, flags: Namespace) -> None:
-    """Whether a server could start here at this moment."""
+    """Check that a server could start here at this moment."""
     if not getattr(flags, "uds", None):
         check_listening(getattr(flags, "host", None) or DEFAULT_HOST, getattr(flags, "port", DEFAULT_PORT))
     check_folder(settings.data_folder)
@@ -116,7 +116,7 @@ def check_now(settings: Settings, flags: Namespace) -> None:
 
 
 def check_listening(host: str, port: int) -> None:
-    """Whether this address can be listened at, tried as vLLM does it."""
+    """Check that a server can listen at this address, in the way in which vLLM tries it."""
     if not 0 <= port <= 65535:
         raise ValueError(f"--port {port} is no port: give one from 1 to 65535")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
@@ -140,7 +140,7 @@ def _why_not(error: OSError, host: str, port: int) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Whether the data folder can be written, and no other server has it."""
+    """Check that the data folder can be written and that no other server holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -149,7 +149,7 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"the data folder {folder} is no folder, or lies in none: set F2L_HOME or --home") from error
     except OSError as error:
         if error.errno == errno.ENOSPC and folder.is_dir():
-            return  # a server on a full disk is how its users make room
+            return  # users make room on a full disk through the server
         raise ValueError(
             f"the data folder {folder} cannot be written ({error.strerror}): set F2L_HOME or --home to one that can"
         ) from error

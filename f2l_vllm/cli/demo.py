@@ -1,4 +1,4 @@
-"""`f2l-vllm demo`: the whole way once, with the stock openai client, and the numbers that matter beside each other."""
+"""`f2l-vllm demo`: goes the whole way once, with the stock openai client, and compares the numbers that matter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Answer:
 
 
 def demo(video: Path | None, model: str, hypernetwork: str | None, port: int | None) -> None:
-    """Run it; exit with 1 when any step fails."""
+    """Run the demo; exit with 1 when any step fails."""
     with tempfile.TemporaryDirectory(prefix="f2l-demo-") as folder:
         truth = None
         if video is None:
@@ -65,7 +65,7 @@ def demo(video: Path | None, model: str, hypernetwork: str | None, port: int | N
 
 
 def make_video(path: Path) -> str:
-    """Write an mp4 of a scene the default model has never seen; what happens in it."""
+    """Write an mp4 of a scene that the default model has never seen; returns what happens in it."""
     from f2l_vllm import torch_shims
 
     torch_shims.install()
@@ -79,7 +79,7 @@ def make_video(path: Path) -> str:
 
 
 def ask(client: OpenAI, file_id: str, question: str, *, frames: bool) -> Answer:
-    """One streamed question about a file, greedy; from its adapter, or from its frames in context."""
+    """Ask one question about a file, streamed and greedy; answered from its adapter or from its frames in context."""
     started = time.perf_counter()
     stream = client.chat.completions.create(
         model=file_id,

@@ -1,4 +1,4 @@
-"""`f2l-vllm eval`: questions with known answers, answered in every way there is, and how good the answers are."""
+"""`f2l-vllm eval`: how good answers to questions with known answers are, in every arm."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Source:
     """Where questions come from: the synthetic world's `world` split, or a manifest.
 
     Raises:
-        ValueError: both, or an option of the other one.
+        ValueError: both are given, or an option of the other one.
     """
 
     world: str | None = None
@@ -55,7 +55,7 @@ class Source:
             raise ValueError("--split chooses from a manifest: give --manifest, or name the world's split with --world")
 
     def questions(self, work: Path, bars: Tell) -> QuestionSet:
-        """Write or find the videos, and the questions about them."""
+        """Write or find the videos; returns the questions about them."""
         if self.manifest is not None:
             return manifest_questions(
                 self.manifest, work, split=self.split, on_progress=lambda n, of: bars("reading videos", n, of)
@@ -86,7 +86,7 @@ def run(
     with _working_folder(work) as folder, stoppable():
         try:
             if setup.base_url is None:
-                models.resolve_hypernetwork(setup.model, setup.hypernetwork)  # said before any video is made
+                models.resolve_hypernetwork(setup.model, setup.hypernetwork)  # fails before any video is made
             with progress(console) as bars:
                 questions = source.questions(folder, bars)
                 result = evaluate(questions, setup, folder, bars)
@@ -137,7 +137,7 @@ def _working_folder(work: Path | None) -> Iterator[Path]:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """A termination signal ends the block as an error would, so that the server it started is stopped."""
+    """Let a termination signal end the block like an error, so that the server started in it is stopped."""
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         raise SystemExit(_TERMINATED)

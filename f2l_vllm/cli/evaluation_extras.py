@@ -21,11 +21,11 @@ _FILMS_FOLDER = "videos"
 
 @dataclass(frozen=True)
 class Extras:
-    """What is wanted; None or False: not that.
+    """The wanted extras; None or False for those not wanted.
 
     Attributes:
         plots: folder for pictures of everything that was measured.
-        browse: folder for the page; must not exist, or be empty.
+        browse: folder for the page; must be new or empty.
 
     Raises:
         ValueError: a folder that cannot be written to.
@@ -54,7 +54,7 @@ class Extras:
         browse: Path | None,
         setup: Setup,
     ) -> Extras:
-        """From the options of the command line; what could not be done later is refused here.
+        """From the options of the command line; refuses at once what could not be done later.
 
         Raises:
             ValueError: a sweep through a running server, or options that make no sense.
@@ -67,7 +67,7 @@ class Extras:
     def measure(
         self, questions: QuestionSet, scenes: list[Scene] | None, setup: Setup, work: Path, progress: Progress
     ) -> dict[str, Any]:
-        """`sweep` and `diagnostics`, as JSON, where wanted.
+        """`sweep` and `diagnostics`, if wanted, as JSON.
 
         Args:
             scenes: of the world, in the order of the clips; None for the files of a manifest.
@@ -92,10 +92,10 @@ class Extras:
         return found
 
     def show(self, result: dict[str, Any], work: Path, metric: str) -> list[Path]:
-        """Draw the plots and write the page, where wanted; what was written.
+        """Draw the plots and write the page, if wanted; returns the written files.
 
         Args:
-            metric: by which the page calls an answer right.
+            metric: decides which answers the page marks as right.
         """
         written: list[Path] = []
         if self.plots is not None:
@@ -140,7 +140,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _frames_per_second(model: str) -> float:
-    """How many frames the model's processor takes of a second: scenes last long enough for the largest number."""
+    """Frames per second that the model's processor samples: scenes must last long enough for the largest number."""
     from transformers import AutoVideoProcessor
 
     return float(AutoVideoProcessor.from_pretrained(models.resolve(model)).fps)

@@ -1,4 +1,4 @@
-"""Files that commands write: over a result only when that is asked for."""
+"""Files that commands write; a result is only replaced on request."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results th
 
 
 def keep(*results: Path | None, overwrite: bool, ways: str = "") -> None:
-    """Refuse to write where there is something already: a file, or a folder that holds anything.
+    """Refuse to replace a file, or a folder that is not empty.
 
     Args:
-        ways: what else than --overwrite may be asked for, with a comma behind.
+        ways: alternatives to --overwrite for the message, ending with a comma.
 
     Raises:
-        typer.BadParameter: there is, and `overwrite` is False.
+        typer.BadParameter: a result exists, and `overwrite` is False.
     """
     for path in results:
         if path is None or overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):

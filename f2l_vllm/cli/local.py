@@ -23,7 +23,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Reading:
-    """How a video is read; None: as the hypernetwork was trained, in one pass."""
+    """How a video is read; None means as the hypernetwork was trained, in one pass."""
 
     max_frames: int | None = None
     fps: float | None = None
@@ -87,7 +87,7 @@ def internalize(video: Path, output: Path, model: str, hypernetwork: str | None,
 
 
 def ask(video: Path, question: str, model: str, hypernetwork: str | None, max_tokens: int) -> None:
-    """Answer from the adapter with transformers, here and now: a plain text prompt, no visual token."""
+    """Answer from the adapter with transformers, in this process: a plain text prompt, no visual token."""
     _check_question(question)
     internalizer, _ = _internalizer(model, hypernetwork)
     from f2l_vllm.base_models.text_layers import check_length
@@ -111,7 +111,7 @@ def ask(video: Path, question: str, model: str, hypernetwork: str | None, max_to
 
 
 def ask_server(video: Path, question: str, url: str, api_key: str, max_tokens: int) -> None:
-    """Upload to a running server and ask there; the same bytes are internalized once."""
+    """Upload to a running server and ask there; it internalizes the same bytes only once."""
     from openai import APIError, OpenAI
 
     _check_question(question)
@@ -139,7 +139,7 @@ def _check_question(question: str) -> None:
 
 
 def _api(url: str) -> str:
-    """The address of a server's API, whether or not its version was given with it."""
+    """The URL of a server's API; adds the version if the given URL lacks it."""
     from urllib.parse import urlsplit
 
     return url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"

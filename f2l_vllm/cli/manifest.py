@@ -1,4 +1,4 @@
-"""`f2l-vllm manifest`: make manifests, and tell which of their videos can be used."""
+"""`f2l-vllm manifest`: make manifests, and check which of their videos can be used."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def check(
 
 @contextmanager
 def as_usage_errors() -> Iterator[None]:
-    """What a user can get wrong is told in a sentence, not in a traceback."""
+    """Report a user's mistake in a sentence, not in a traceback."""
     try:
         yield
     except ValueError as error:
@@ -128,13 +128,13 @@ def as_usage_errors() -> Iterator[None]:
 
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress of one stage; the function takes how many are done and how many there are."""
+    """Show the progress of one stage; yields a function that takes how many are done and how many there are."""
     with progress(console) as tell:
         yield lambda done, total: tell(what, done, total)
 
 
 def tell_rejections(rejections: Sequence[Rejection], report: Path | None) -> None:
-    """Print how many were left out for which reasons, and write all of them to the report."""
+    """Print how many examples were left out for which reasons, and write all of them to the report."""
     from f2l_vllm.train.data.manifest import write_jsonl
 
     reasons: dict[str, list[Rejection]] = {}

@@ -1,4 +1,4 @@
-"""What `f2l-vllm bench` and `f2l-vllm plan` take; heavy libraries are imported when one of them runs."""
+"""The options of `f2l-vllm bench` and `f2l-vllm plan`; heavy libraries are imported when one of them runs."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def bench(
     ways = "--resume keeps its cells, "
     keep(json_to, overwrite=overwrite or resume, ways=ways)
     keep(markdown_to, plots, overwrite=overwrite or resume)
-    from f2l_vllm.cli.bench import bench as run  # what measures is loaded when it is known what to measure
+    from f2l_vllm.cli.bench import bench as run  # loaded after the options have been checked
 
     run(chosen, shape, model, hypernetwork, work, resume, json_to, plots, markdown_to)
 

@@ -1,4 +1,4 @@
-"""What a user gets wrong is said in one line, `f2l-vllm COMMAND: what and what to do`, for people and logs alike."""
+"""A user's mistake is reported in one line, `f2l-vllm COMMAND: what and what to do`, for people and logs alike."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-_UsageError: Any = typer.BadParameter.__base__  # typer brings a click of its own, or takes the one installed
-_HELP = "NoArgsIsHelpError"  # no error: the help is its message
+_UsageError: Any = typer.BadParameter.__base__  # typer has its own copy of click, or uses the installed one
+_HELP = "NoArgsIsHelpError"  # not an error: its message is the help
 
 
 class PlainGroup(TyperGroup):
-    """The group of all commands; exit code 2 for what the command line or environment got wrong, as click has it."""
+    """The group of all commands; exits with 2, like click, for mistakes in the command line or the environment."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command, or say why not."""

@@ -1,6 +1,6 @@
-"""How commands tell where they are: a bar on a terminal, elsewhere a line now and then, for a log.
+"""How commands show their progress: a bar on a terminal, elsewhere a line now and then, for a log.
 
-Lines go to stderr: what a command answers is all that another one reads from it.
+Lines go to stderr, because another program may read a command's answer from stdout.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from rich.progress import (
 
 EVERY_SECONDS = 10.0
 _log = Console(stderr=True)
-Tell = Callable[[str, float, float | None], None]  # a stage, how much of it is done, of how much (None: not known yet)
+Tell = Callable[[str, float, float | None], None]  # stage, amount done, total (None: not known yet)
 
 
 @contextmanager
 def progress(console: Console, every: float = EVERY_SECONDS) -> Iterator[Tell]:
-    """Stages that follow each other or go on together. A total of 1 is told in per cent, any other as a count.
+    """Show stages that run one after another or together. A total of 1 is shown in per cent, any other as a count.
 
-    Without a terminal a stage has a line when it begins, when it is done, and every so many seconds between.
+    Without a terminal, a stage prints a line when it begins, when it is done, and about every `every` seconds between.
     """
     if console.is_terminal:
         with _bars(console) as tell:
@@ -40,7 +40,7 @@ def progress(console: Console, every: float = EVERY_SECONDS) -> Iterator[Tell]:
 
 @contextmanager
 def status(console: Console, what: str) -> Iterator[None]:
-    """Something that takes a while and cannot say how long."""
+    """Show that something takes a while, for an unknown time."""
     if console.is_terminal:
         with console.status(what):
             yield

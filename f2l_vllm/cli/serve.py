@@ -1,9 +1,9 @@
 """`f2l-vllm serve`: vLLM's own server with the flags and environment that videos need.
 
-It replaces this process by `vllm serve`, so that the environment is in place before any library reads it and signals
-go to vLLM directly. The pool is started here, to load beside the engine, or by the endpoint plugin, which stops it.
-What can be known without loading a model is checked before: `plan` by what is asked for, `checks.check_now` by what the
-machine is doing at the moment.
+`vllm serve` replaces this process, so that the environment is in place before any library reads it and signals go to
+vLLM directly. The pool is started here, to load while the engine loads, or by the endpoint plugin, which also stops it.
+Everything that can be checked without loading a model is checked first: `plan` checks the request,
+`checks.check_now` the state of the machine.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ PLUGINS = ("f2l", "f2l_files", "f2l_cpu")
 
 @dataclass(frozen=True)
 class Launch:
-    """A command line and the environment variables to add, with what they were made from.
+    """A command line and the environment variables to add, with the inputs they were made from.
 
     Attributes:
-        flags: of vLLM's, those that the user gave.
-        workers: those that load while the engine does; None: they wait until it has loaded.
+        flags: vLLM's flags that the user gave.
+        workers: workers that load while the engine loads; None: workers wait until the engine has loaded.
     """
 
     argv: list[str]
@@ -54,15 +54,15 @@ class Launch:
 
 
 def plan(model: str, hypernetwork: str | None, settings: dict[str, str], words: list[str]) -> Launch:
-    """The `vllm serve` command for a model. Flags given by the user win over the defaults here.
+    """The `vllm serve` command for a model. Flags given by the user override the defaults here.
 
     Args:
-        settings: what our own flags say, as variables of the environment.
+        settings: the values of our own flags, as environment variables.
         words: the rest of the command line, which goes to vLLM.
 
     Raises:
-        ValueError: a setting or flag that cannot work, no such model or hypernetwork, two that do not fit together,
-            adapters that no server could take, or workers that could never run here.
+        ValueError: a setting or flag cannot work, there is no such model or hypernetwork, the two do not fit together,
+            no server could take the adapters, or the workers could never run here.
     """
     refuse_environment(os.environ)
     check_mode()
@@ -75,7 +75,7 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], words: 
     if chosen.store is not None:
         check_store(chosen.store)
     directory = models.resolve(model)
-    shapes = BaseShapes.read(directory)  # refuses what is no base model
+    shapes = BaseShapes.read(directory)  # refuses a directory that is not a base model
     weights = models.resolve_hypernetwork(model, hypernetwork or chosen.hypernetwork)
     config = read_config(weights)
     check_shapes(shapes, config)
@@ -98,7 +98,7 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], words: 
         ),
     }
     server_keys = [os.environ.get("VLLM_API_KEY", ""), *(["given"] if "--api-key" in given else [])]
-    Keys([key for key in server_keys if key], chosen.tenants)  # stops here if they cannot work
+    Keys([key for key in server_keys if key], chosen.tenants)  # raises if the keys cannot work
     argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory), *words]
     for flag, values in usual.items():
         if flag not in given:
@@ -116,7 +116,7 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], words: 
         **openmp_defaults(os.environ),
     }
     workers = None
-    # On a GPU the engine measures what is free, and takes its share of it, before anybody else may.
+    # On a GPU the workers wait: the engine first measures the free memory and takes its share.
     if chosen.hypernetwork_workers and not gpus and chosen.ray_address is None:
         max_rank = int(getattr(chosen_flags, "max_lora_rank", None) or rank)
         workers = WorkerSpec.of(chosen, model=directory, hypernetwork=weights, rank=config.rank, max_rank=max_rank)
@@ -124,10 +124,10 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], words: 
 
 
 def serve(launch: Launch) -> None:
-    """Become the server.
+    """Replace this process by the server.
 
     Raises:
-        ValueError: something on this machine is in its way.
+        ValueError: something on this machine prevents it.
     """
     checks.check_now(launch.settings, launch.flags)
     logs.configure("server")
@@ -139,8 +139,8 @@ def serve(launch: Launch) -> None:
 
 
 def _rank(settings: Settings, config: HypernetworkConfig, flags: Namespace) -> int:
-    """The engine's rank: room for the chunks of one long video, or for several videos in one question. What nobody
-    asked for is no reason to ask vLLM for more than it has."""
+    """The engine's rank: room for the chunks of one long video, or for several videos in one question. A default number
+    of chunks is lowered to what vLLM's largest rank allows; a given number that is too large is refused."""
     most = most_chunks(config.rank)
     if most < 1:
         limit = f"vLLM's largest is {RANKS[-1]}, which is two of rank {RANKS[-1] // 2}: the video's and the bias"

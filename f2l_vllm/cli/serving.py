@@ -1,4 +1,4 @@
-"""What `f2l-vllm serve` and `f2l-vllm doctor` take: the same, as the one says whether the other would work."""
+"""The options of `f2l-vllm serve` and `f2l-vllm doctor`: the same, because `doctor` says whether `serve` would work."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _launch(
         float | None, typer.Option(min=0, help="How long open answers may go on when the server is told to stop.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the vllm command and stop.")] = False,
-) -> Any:  # a Launch, by a name that is imported when it is needed
+) -> Any:  # a Launch; its module is only imported when needed
     from f2l_vllm.cli.serve import plan
     from f2l_vllm.engine import flags
 
@@ -143,7 +143,7 @@ def _launch(
         "F2L_WARM_ADAPTERS": warm_adapters,
         "F2L_TENANTS": tenants.absolute() if tenants is not None else None,
     }
-    # What click took for the model may be a flag of vLLM's, or its value, which it does not know.
+    # What click took for the model may be one of vLLM's flags, or its value: click does not know them.
     words = [*([model] if model is not None else []), *context.args]
     own = [name for param in context.command.params for name in param.opts if name.startswith("--")]
     found = flags.read(words, own)
@@ -151,7 +151,7 @@ def _launch(
     if named is not None:
         words = flags.without_model(words, named)
     elif model_option is None and hasattr(found, "model"):
-        named = found.model  # of the file that --config names
+        named = found.model  # from the file that --config names
     words += [f"--host={host}"] * (host is not None) + [f"--port={port}"] * (port is not None)
     words += ["--api-key", *api_key] if api_key else []
     chosen = {name: str(value) for name, value in given.items() if value is not None}

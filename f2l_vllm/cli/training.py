@@ -68,7 +68,7 @@ def train(
     if given and (extend or hypernetwork is not None):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise typer.BadParameter(f"{flags}: only a new hypernetwork takes its shape from flags; this one has its own")
-    try:  # what needs no torch, which takes seconds to load
+    try:  # first the checks without torch, which takes seconds to load
         folder.check(output, _FINISHED, overwrite=overwrite, extend=extend)
         examples = [example for path in manifest for example in read_manifest(path, split)]
         held_out = [] if validation is None else read_manifest(validation)
@@ -174,7 +174,7 @@ def make_model(
             )
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    if "bytes" in report:  # the process that wrote them
+    if "bytes" in report:  # only in the process that wrote the files
         plot_training(output / LOG_FILE, output)
         console.print(json.dumps(report, indent=2))
 

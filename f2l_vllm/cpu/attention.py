@@ -2,13 +2,12 @@
 
 The cache of a layer is a sequence of pages, each token-major: `[block_size, kv_heads, 2 * head_size]`, keys before
 values. Slot `block * block_size + offset` is therefore one row of the cache seen as `[slots, kv_heads, 2 * head_size]`,
-and blocks that follow each other physically are one slice of it. Seen as `[slots * kv_heads * 2, head_size]`, a row is
-one key or one value of one head.
+and physically consecutive blocks are one slice of it. Seen as `[slots * kv_heads * 2, head_size]`, a row is one key or
+one value of one head.
 
-Requests that decode are attended together. PyTorch's attention pays for every head of every request what calling a
-matrix product costs, which for a single query is more than the product. Here all scores are one batched product, of
-keys gathered for it, and all outputs one `embedding_bag`: it sums the values where they lie, weighted by the
-probabilities.
+Requests that decode are computed together. PyTorch's attention calls a matrix product for every head of every request,
+and for a single query the call costs more than the product. Here one batched product of gathered keys gives all scores,
+and one `embedding_bag` all outputs: it sums the values in place, weighted by the probabilities.
 
 T query tokens of the batch, H query heads, K kv heads, G = H / K, D head size, S slots, L keys of a request, B requests
 that decode together, b = B * K, N query tokens of one request.
@@ -37,9 +36,9 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 MAX_KEYS_PER_CALL = 4096
-"""Keys of several requests that one call gathers: they stay within the processor's cache."""
+"""Keys of several requests that one call gathers: so many stay within the processor's cache."""
 KEYS_WORTH_A_CALL = 256
-"""As many keys are read in the time that another call costs."""
+"""One more call costs as much time as reading this many keys."""
 
 
 @dataclass(frozen=True)
@@ -50,25 +49,25 @@ class Prompt:
     end: int
     """Its rows of the batch."""
     slots_L: slice | torch.Tensor
-    """A slice where the blocks are physically consecutive, which needs no copy."""
+    """A slice if the blocks are physically consecutive: a slice needs no copy."""
     mask_NL: torch.Tensor | None
-    """True where a query sees a key; None where `causal` says it all."""
+    """True where a query sees a key; None if `causal` suffices."""
     causal: bool
 
 
 @dataclass(frozen=True)
 class DecodeGroup:
-    """Requests with one query each, attended in one call."""
+    """Requests with one query each, computed in one call."""
 
     rows_B: slice | torch.Tensor
     slots_BL: torch.Tensor
     """Rows shorter than L repeat their last slot."""
     mask_B1L: torch.Tensor | None
-    """What is added to the scores, fp32: 0 for a key and -inf beyond a request's last; None where all have L keys."""
+    """Added to the scores, fp32: 0 for a key, -inf beyond a request's last key; None if all requests have L keys."""
     _rows: dict[tuple[int, int], DecodeRows] = field(default_factory=dict)
 
     def cache_rows(self, kv_heads: int, group: int) -> DecodeRows:
-        """Where keys and values lie; the same for every layer of a step with so many heads."""
+        """Where keys and values lie; the same for every layer of a step with these numbers of heads."""
         rows = self._rows.get((kv_heads, group))
         if rows is None:
             keys_BKL = 2 * (self.slots_BL[:, None] * kv_heads + torch.arange(kv_heads)[:, None])
@@ -95,14 +94,14 @@ class DecodeRows:
 
 @dataclass(frozen=True)
 class TorchAttentionMetadata(AttentionMetadata):
-    """What every layer of a step shares."""
+    """The metadata that all layers of a step share."""
 
     prompts: list[Prompt]
     decodes: list[DecodeGroup]
 
 
 class TorchAttentionBackend(AttentionBackend):
-    """Causal decoder attention; everything else is refused by `validate_configuration`."""
+    """Causal decoder attention; `validate_configuration` refuses everything else."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
@@ -173,7 +172,7 @@ def plan(starts: list[int], num_keys: list[int], block_table: torch.Tensor, bloc
 
 
 def _groups(requests: list[int], num_keys: list[int]) -> list[list[int]]:
-    """Divide requests, so that padding to the longest of a group costs less than calls would."""
+    """Divide requests so that padding to the longest of a group costs less than more calls would."""
     groups: list[list[int]] = []
     longest = 0
     left = sorted(requests, key=lambda request: -num_keys[request])
@@ -222,7 +221,7 @@ class TorchAttentionImpl(AttentionImpl[TorchAttentionMetadata]):
     """Attention of one layer.
 
     Raises:
-        NotImplementedError: the layer asks for anything but plain causal attention, naming what.
+        NotImplementedError: the layer asks for anything but plain causal attention; the message names it.
     """
 
     def __init__(
@@ -263,7 +262,7 @@ class TorchAttentionImpl(AttentionImpl[TorchAttentionMetadata]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Write the new tokens' keys and values, each `[>= T, K, D]`, to the slots `slot_mapping` `[T]` names."""
+        """Write the new tokens' keys and values, each `[>= T, K, D]`, to the slots in `slot_mapping` `[T]`."""
         size = self.head_size
         cache_SKC = _as_slots(kv_cache)
         key, value = key[: len(slot_mapping)], value[: len(slot_mapping)]
@@ -316,8 +315,8 @@ class TorchAttentionImpl(AttentionImpl[TorchAttentionMetadata]):
         heads, kv_heads, size = self.num_heads, self.num_kv_heads, self.head_size
         cache_rows = cache_SKC.view(-1, size)
         rows = decode.cache_rows(kv_heads, heads // kv_heads)
-        # The query heads of a kv head are the rows of a product, so that keys are not repeated. Scores are fp32, as in
-        # PyTorch's attention.
+        # The query heads of a kv head are the rows of one product, so that keys need no repetition. Scores are fp32, as
+        # in PyTorch's attention.
         q_bGD = query_THD[decode.rows_B].reshape(-1, heads // kv_heads, size).float() * self.scale
         k_bDL = cache_rows.index_select(0, rows.keys).view(len(q_bGD), -1, size).float().transpose(1, 2)
         scores_bGL = torch.bmm(q_bGD, k_bDL) if rows.mask_b1L is None else torch.baddbmm(rows.mask_b1L, q_bGD, k_bDL)

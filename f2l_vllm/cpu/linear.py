@@ -1,10 +1,10 @@
-"""Linear layers whose weights lie as oneDNN reads them.
+"""Linear layers whose weights are stored in the layout that oneDNN reads.
 
 `F.linear` rearranges a plain weight, or reads it across its rows, at every call; in a decoding step, which reads every
-weight once for a few rows, that is most of the time. vLLM's compiled CPU build packs its weights when they are loaded;
-here the same library is reached through the operators that PyTorch's compiler uses. On a processor with AVX-512 bf16
-a packed weight of `[5120, 960]` takes 0.28 ms instead of 0.58 for one row of bf16, 0.37 instead of 0.63 for 8, and
-0.6 instead of 2.4 for two rows of fp32; with a thousand rows bf16 takes as long as before, fp32 a third.
+weight once for a few rows, that takes most of the time. vLLM's compiled CPU build packs its weights at load; here the
+operators of PyTorch's compiler reach the same library. On a processor with AVX-512 bf16, a packed weight of
+`[5120, 960]` takes 0.28 ms instead of 0.58 for one row of bf16, 0.37 instead of 0.63 for 8, and 0.6 instead of 2.4 for
+two rows of fp32; with a thousand rows bf16 takes as long as unpacked, fp32 a third.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
 MIN_ELEMENTS = 1 << 16
-"""A call of a packed weight has a fixed cost of some 15 microseconds, which smaller weights do not earn."""
-_ROWS = 64  # what oneDNN lays a weight out for: enough rows to be efficient, and as good for one
+"""A call with a packed weight has a fixed cost of some 15 microseconds; smaller weights do not save that much."""
+_ROWS = 64  # oneDNN chooses the layout for this many rows: enough to be efficient, and as good for one
 
 
 def pack_linears(model: torch.nn.Module) -> int:
     """Pack the plain linear layers of `model`, and its LM head, one after the other; return how many.
 
-    A linear layer's own weight is freed, as vLLM frees it on a CPU. An LM head's stays: it may be the embedding, too.
+    A linear layer's own weight is freed, as vLLM does on a CPU. An LM head's stays: it may also be the embedding.
     """
     if not torch.backends.mkldnn.is_available():
         return 0
@@ -45,9 +45,9 @@ def pack_linears(model: torch.nn.Module) -> int:
 
 @contextmanager
 def plainly_loaded() -> Iterator[None]:
-    """Weights that are loaded meanwhile stay plain.
+    """Keep weights that are loaded within the block plain.
 
-    On a processor with AMX vLLM packs small ones of bf16 by an operator of its compiled CPU build, which is not there.
+    On a processor with AMX, vLLM packs small bf16 weights with an operator that only its compiled CPU build has.
     """
     stock = layer_utils.check_cpu_sgl_kernel
     layer_utils.check_cpu_sgl_kernel = lambda *_: False
@@ -66,7 +66,7 @@ def _is_packable(weight: torch.Tensor) -> bool:
 
 
 def _packed(weight: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """A function of input, (unused) weight and bias, which is what vLLM calls."""
+    """A function of input, (unused) weight and bias: the signature that vLLM calls."""
     weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
     product = torch.ops.mkldnn._linear_pointwise.default
     no_scalars: list[Any] = []

@@ -1,13 +1,13 @@
 """How the adapters of a batch lie in memory on a CPU.
 
 vLLM gives every linear layer M slots of the largest rank R that it serves, and pads smaller adapters with zeros. Here
-a slot holds its adapter's own rank: a step reads every factor of every adapter in it, and padding is as slow to read as
-weights are.
+a slot holds its adapter at the adapter's own rank: a step reads every factor of its adapters, and padding takes as long
+to read as weights.
 
-A slot of A is a table of I rows, one for each input feature, w wide and back to back from the slot's start, where w is
-the least divisor of R that the adapter's rank fits in; what is left of the slot is not read. A slot of B is a table of
-R rows of O, of which w are read. So either product is a sum of a table's rows, weighted by the input or by the hidden
-values.
+A slot of A is a table of I rows, one for each input feature, w wide and back to back from the slot's start; w is the
+least divisor of R into which the adapter's rank fits. The rest of the slot is not read. A slot of B is a table of R
+rows of O, of which w are read. Both products are therefore sums of a table's rows, weighted by the input or by the
+hidden values.
 
 M slots, R largest rank, I input features, O output features, w width.
 """
@@ -24,12 +24,12 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 
 
 class CompactLoRAModelManager(LRUCacheLoRAModelManager):
-    """vLLM's manager of slots, which packs an adapter to its rank when it takes one."""
+    """vLLM's manager of slots; packs an adapter to its rank when it puts it into a slot."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Classification heads, and layers sharded over workers, compute through other operations of the Punica wrapper,
-        # which read a slot as vLLM lays it out.
+        # Classification heads, and layers sharded over workers, use other operations of the Punica wrapper, which read
+        # a slot in vLLM's own layout.
         linears = [m for m in self.modules.values() if isinstance(m, BaseLinearLayerWithLoRA)]
         if self.lora_config.fully_sharded_loras:
             linears = []
@@ -63,12 +63,12 @@ def is_table(slots: torch.Tensor) -> bool:
 
 
 def row_width(rank: int, max_rank: int) -> int:
-    """The least divisor of `max_rank` that `rank` fits in."""
+    """The least divisor of `max_rank` into which `rank` fits."""
     return next(width for width in range(max(rank, 1), max_rank + 1) if max_rank % width == 0)
 
 
 def pack_slot(a_RI: torch.Tensor, width: int) -> None:
-    """Move the first `width` of R ranks of one slot of A together, to rows `width` wide. Nothing else reads the slot's
+    """Move the first `width` of R ranks of one slot of A together, into rows of `width`. Nothing reads the slot by its
     shape afterwards."""
     table_IR = a_RI.T
     if width < table_IR.shape[1]:

@@ -1,4 +1,4 @@
-"""Plain PyTorch for the compiled operators that vLLM's CPU worker, sampler and block table call by name.
+"""Plain PyTorch replacements of the compiled operators that vLLM's CPU worker, sampler and block table call by name.
 
 B requests, V vocabulary, T tokens.
 """
@@ -30,7 +30,7 @@ def install() -> None:
 
 
 def init_cpu_memory_env(nodes: Sequence[int]) -> None:
-    """Do nothing: the compiled operator binds memory to NUMA nodes, which the operating system does well enough."""
+    """Do nothing: the compiled operator binds memory to NUMA nodes; the operating system places it well enough."""
 
 
 def greedy_argmax(logits_BV: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ def compute_slot_mapping(
         slot_mapping: int64, `[>= T]`, written in place.
         block_size: tokens per block.
     """
-    # In numpy, which counts a few numbers in a fraction of the time that PyTorch needs to share them among threads.
+    # numpy handles a few numbers in a fraction of the time that PyTorch needs to distribute them among threads.
     bounds, table = query_start_loc.numpy(), block_table.numpy()
     num_tokens = int(bounds[-1])
     request_T = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
@@ -74,10 +74,10 @@ def compute_slot_mapping(
 
 
 class SlotMappingOverride:
-    """`compute_slot_mapping` behind the launch arguments of vLLM's Triton kernel, bound by name.
+    """`compute_slot_mapping` with the launch arguments of vLLM's Triton kernel, bound by name.
 
     Raises:
-        RuntimeError: the kernel lacks an argument that this needs, so this vLLM is not the one supported.
+        RuntimeError: the kernel lacks an argument that is needed here, so this version of vLLM is not supported.
     """
 
     _NEEDED = ("query_start_loc_ptr", "positions_ptr", "block_table_ptr", "slot_mapping_ptr", "KV_CACHE_BLOCK_SIZE")
@@ -89,7 +89,7 @@ class SlotMappingOverride:
                 f"vLLM's slot-mapping kernel has no argument {', '.join(missing)} (it has {', '.join(names)}): "
                 "install the vLLM version that f2l-vllm asks for."
             )
-        # vLLM's dispatcher passes arguments by name only to a callable whose parameters are the kernel's.
+        # vLLM's dispatcher passes arguments by name only to a callable with the kernel's parameters.
         self.__signature__ = inspect.Signature(
             [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
         )

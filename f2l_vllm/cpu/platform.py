@@ -21,14 +21,15 @@ _DEFAULT_BLOCK_SIZE = 32  # tokens; prefix caching shares whole blocks, and ques
 class TorchCpuPlatform(CpuPlatform):
     """vLLM's CPU platform, with kernels in PyTorch. It stays `PlatformEnum.CPU`, so vLLM's CPU worker is reused.
 
-    Environment: `F2L_CPU_KV_BYTES`, size of the KV cache in bytes where `--kv-cache-memory-bytes` is not given.
+    Environment: `F2L_CPU_KV_BYTES`, size of the KV cache in bytes if `--kv-cache-memory-bytes` is not given.
     """
 
     def __init__(self) -> None:
         plugin.check_mode()
         super().__init__()
 
-    # What vLLM compiles at its first use, as the first question for logprobs, every other question would wait for.
+    # vLLM compiles some functions at their first use, e.g. at the first request for logprobs, and every other request
+    # would wait for that.
     simple_compile_backend = "eager"
 
     @classmethod
@@ -37,8 +38,8 @@ class TorchCpuPlatform(CpuPlatform):
 
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:
-        # Only the kernel that serving needs. The inherited fallback for it calls the compiled operator with arguments
-        # of another version, and the others stand for speculative decoding and Mamba.
+        # Only the kernel that serving needs. The inherited fallback calls the compiled operator with another version's
+        # arguments, and the other overrides are for speculative decoding and Mamba.
         from vllm.triton_utils.dispatcher import register_kernels
         from vllm.v1.worker.block_table import ComputeSlotMappingKernel
 
@@ -52,7 +53,7 @@ class TorchCpuPlatform(CpuPlatform):
         """Path of the attention backend.
 
         Raises:
-            NotImplementedError: the layer needs more than causal attention of a decoder, naming what.
+            NotImplementedError: the layer needs more than causal decoder attention; the message names it.
         """
         from f2l_vllm.cpu.attention import TorchAttentionBackend
 
@@ -73,8 +74,8 @@ class TorchCpuPlatform(CpuPlatform):
         """Apply the CPU settings to `vllm_config`.
 
         Raises:
-            ValueError: `F2L_CPU_KV_BYTES` is no positive number of bytes, or the V2 model runner is asked for.
-            RuntimeError: `lscpu`, by which vLLM reads the CPU's layout, is not installed.
+            ValueError: `F2L_CPU_KV_BYTES` is not a positive number of bytes, or the V2 model runner is asked for.
+            RuntimeError: `lscpu`, with which vLLM reads the CPU's layout, is not installed.
         """
         from vllm.config import CompilationMode
 
@@ -89,16 +90,16 @@ class TorchCpuPlatform(CpuPlatform):
 
         if not cache.user_specified_block_size:
             cache.block_size = _DEFAULT_BLOCK_SIZE
-        # The inherited method binds OpenMP threads: for that it wants a worker process per engine and its own libgomp
-        # preloaded. Nothing is bound here, so the engine keeps the worker inside and the environment is left alone.
+        # The inherited method binds OpenMP threads, and for that wants a worker process per engine and its own libgomp
+        # preloaded. Here nothing is bound, so the worker runs inside the engine and the environment stays as it is.
         if parallel.world_size == 1 and executor in (None, "uni"):
             parallel.distributed_executor_backend = "uni"
         if preload is None:
             os.environ.pop("LD_PRELOAD", None)
         else:
             os.environ["LD_PRELOAD"] = preload
-        # Fused layers call the compiled extension; "none" selects their PyTorch form. torch.compile gains nothing that
-        # is worth its minutes and gigabytes at every start, and vLLM itself turns it off for LoRA on a CPU.
+        # Fused layers call the compiled extension; "none" selects their PyTorch form. torch.compile's gain is not worth
+        # its minutes and gigabytes at every start, and vLLM itself turns it off for LoRA on a CPU.
         vllm_config.compilation_config.custom_ops = ["none"]
         vllm_config.compilation_config.mode = CompilationMode.NONE
         if cache.kv_cache_memory_bytes is None:

@@ -1,4 +1,4 @@
-"""Entry point `vllm.platform_plugins`: whether this process runs vLLM on the CPU platform of this package."""
+"""Entry point `vllm.platform_plugins`: decides whether this process runs vLLM on this package's CPU platform."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MODES = ("auto", "0", "1")
 def register() -> str | None:
     """Return the platform's class path, or None to leave vLLM alone.
 
-    `F2L_CPU_PLATFORM` decides: `auto` (the default) takes over only where no other platform recognises the machine,
+    `F2L_CPU_PLATFORM` decides: `auto` (the default) takes over only if no other platform recognises the machine,
     `1` always, `0` never. vLLM calls this more than once per process and hides exceptions raised here, so a bad value
     selects the platform, whose constructor raises the error.
     """
@@ -36,11 +36,11 @@ def check_mode() -> None:
 
 
 def openmp_defaults(environment: Mapping[str, str]) -> dict[str, str]:
-    """How OpenMP's threads wait for work, unless the environment says `OMP_WAIT_POLICY`.
+    """How OpenMP's threads wait for work, unless the environment sets `OMP_WAIT_POLICY`.
 
     Threads that spin until there is work take the cores from the API server and the engine's loop; threads that sleep
-    at once have to be woken for every operation, which is a quarter of a decoding step. So they spin for some 50
-    microseconds: longer than from one operation to the next, and too short to be in the way.
+    at once have to be woken for every operation, which costs a quarter of a decoding step. So they spin for some 50
+    microseconds: longer than the gap between two operations, and too short to be in the way.
     """
     if "OMP_WAIT_POLICY" in environment:
         return {}
@@ -56,7 +56,7 @@ def _other_platform() -> str | None:
     for probe in (*builtin_platform_plugins.values(), *others):
         try:
             found = probe()
-        except Exception:  # a probe that fails has not found its device; vLLM reads it the same way
+        except Exception:  # vLLM, too, treats a failing probe as a device that is absent
             continue
         if found is not None:
             return found
@@ -64,12 +64,12 @@ def _other_platform() -> str | None:
 
 
 def _prepare_process() -> None:
-    """Set what must hold in this process and, through the environment, in the engine processes it spawns."""
-    # Read when libgomp loads, so it reaches spawned processes; a launcher sets it for its own.
+    """Prepare this process and, through the environment, the engine processes that it spawns."""
+    # libgomp reads these when it loads, so they only affect spawned processes; a launcher sets them for its own.
     os.environ.update(openmp_defaults(os.environ))
     # vLLM turns Triton off when no GPU driver is active, but skips that check when this variable is empty, as Ray
     # leaves it in actors without a GPU. "-1" hides every GPU and keeps the check.
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    # A library of GPU kernels that vLLM imports builds them at once, in processes that take 8 CPU seconds to fail here.
+    # vLLM imports a library that builds GPU kernels at once, in processes that take 8 CPU seconds to fail here.
     os.environ["HUMMING_DISABLE_PARALLEL_BUILD"] = "1"
     torch_shims.install()

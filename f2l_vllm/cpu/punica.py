@@ -3,11 +3,10 @@
 vLLM's own CPU wrapper copies an adapter's weights for every token, and gives rows without an adapter (slot -1) the
 weights of the last slot. Here weights are read in place, and slot -1 is left alone.
 
-Rows of a linear layer are computed in one of two ways. Rows that follow each other and share an adapter, as in a
-prompt, are two matrix products. All others, as in a step that decodes many sequences with an adapter each, are two
-calls for all of them together: each row's output is a sum of rows of its own slot's tables (see `lora_slots`),
-weighted by the row's input, which is what `embedding_bag` computes. It reads the weights once, from whichever slots,
-and no padding of ranks.
+Rows of a linear layer are computed in one of two ways. Consecutive rows that share an adapter, as in a prompt, take two
+matrix products. All other rows, as in a step that decodes many sequences with an adapter each, take two calls together:
+each row's output is a sum of rows of its own slot's tables (see `lora_slots`), weighted by the row's input, which is
+what `embedding_bag` computes. It reads the weights once, from any slots, and reads no padding of ranks.
 
 T rows, N rows of a bag, I input features, O output features, R largest rank, w width of a slot's rows, M slots.
 """
@@ -31,12 +30,12 @@ Rows = slice | torch.Tensor
 Groups = list[tuple[int, Rows]]
 
 MIN_ROWS_OF_A_PRODUCT = 16
-"""From so many rows that follow each other, two matrix products take less time than sums of the tables' rows."""
+"""For this many consecutive rows or more, two matrix products take less time than sums of the tables' rows."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Rows that follow each other and share an adapter."""
+    """Consecutive rows that share an adapter."""
 
     slot: int
     width: int
@@ -53,15 +52,15 @@ class Bag:
     _tables: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def table_rows(self, count: int, slot_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which rows of a table each of the N rows sums, `[N * count]`, and where each begins in that, `[N]`.
+        """The table rows that each of the N rows sums, `[N * count]`, and where each row's part begins, `[N]`.
 
         Args:
-            count: rows summed, the first of the slot.
+            count: how many of the slot's rows, from its first, are summed.
             slot_size: rows from one slot to the next.
         """
         key = (count, slot_size)
         if key not in self._tables:  # the same for every layer of the step
-            # int32: an index names a row of 64 bytes or so, and is read with it.
+            # int32 halves the indices: each is read together with a row of only some 64 bytes.
             rows_NC = self.slots_N.int()[:, None] * slot_size + torch.arange(count, dtype=torch.int32)
             self._tables[key] = (rows_NC.view(-1), torch.arange(0, rows_NC.numel(), count, dtype=torch.int32))
         return self._tables[key]
@@ -69,14 +68,14 @@ class Bag:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the rows of a step are computed; those without an adapter are in no part of it."""
+    """How the rows of a step are computed; rows without an adapter are in none of its parts."""
 
     runs: list[Run]
     bags: list[Bag]
 
 
 def plan(slots_T: torch.Tensor, widths: dict[int, int], max_rank: int) -> Plan:
-    """Divide the rows of a step, of which each has a slot or -1; slots absent from `widths` are `max_rank` wide."""
+    """Divide the rows of a step; each has a slot or -1, and slots absent from `widths` are `max_rank` wide."""
     ids, lengths = torch.unique_consecutive(slots_T, return_counts=True)
     runs: list[Run] = []
     few: dict[int, list[slice]] = {}
@@ -131,7 +130,7 @@ def _bag(table: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor], weights: 
 
 
 def group_rows(slots_T: torch.Tensor) -> Groups:
-    """`[(slot, its rows)]` of every slot in `slots_T` but -1; rows are a slice where they follow each other."""
+    """`[(slot, its rows)]` of every slot in `slots_T` except -1; consecutive rows are a slice."""
     ids, lengths = torch.unique_consecutive(slots_T, return_counts=True)
     runs: dict[int, list[slice]] = {}
     start = 0
@@ -161,7 +160,7 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         self._forget_rows()
 
     def set_width(self, slot: int, width: int) -> None:
-        """Say how wide the rows of a slot of A are; slots of which nothing is said are as wide as the largest rank."""
+        """Set the width of the rows of a slot of A; without it, they are as wide as the largest rank."""
         self._widths[slot] = width
         self._forget_rows()
 
@@ -173,7 +172,7 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         vocab_size: int,
         **kwargs: Any,
     ) -> None:
-        # Not the inherited method, which also prepares what the kernels of a GPU read.
+        # Not the inherited method, which also prepares data for GPU kernels.
         self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
         self._forget_rows()
 
@@ -226,7 +225,7 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         groups: Groups,
         scale: float,
     ) -> None:
-        """As `add_low_rank`, from slots as vLLM lays them out."""
+        """As `add_low_rank`, from slots in vLLM's own layout."""
         for slot, rows in groups:
             _add(out_TO, rows, x_TI[rows].to(a_M1RI.dtype) @ a_M1RI[slot, 0].T, b_M1OR[slot, 0], scale)
 
@@ -293,7 +292,7 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         bias_stacked: torch.Tensor,
         module_enabled: torch.Tensor,
     ) -> None:
-        """Replace the rows of `y` whose adapter brings a whole classification head by that head's output."""
+        """Replace the rows of `y` whose adapter has a whole classification head by that head's output."""
         own = torch.zeros(x.shape[0], weight_stacked.shape[-2], dtype=torch.float32)
         for slot, rows in self._sampler_groups:
             _add(own, rows, x[rows], weight_stacked[slot].flatten(0, -2))

@@ -1,5 +1,5 @@
 """Worker and model runner: vLLM's own for the CPU, with packed weights, compact adapters, and per-request random
-generators that a CPU has."""
+generators that work on a CPU."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from f2l_vllm.cpu.lora_slots import CompactLoRAModelManager
 
 
 class TorchCPUModelRunner(CPUModelRunner):
-    """Packs linear layers and adapters, and keeps the generator of a seeded request where it was while only a part of
-    its prompt has been read.
+    """Packs linear layers and adapters, and does not advance the generator of a seeded request while only a part of its
+    prompt has been read.
 
-    The runner samples for every row and drops the draw of such a request, then rewinds its generator by
-    `set_offset`, which generators of a CPU do not have. Hidden from both steps, the generator is never advanced.
+    vLLM's runner samples for every row, drops the draw of such a request, and rewinds its generator by `set_offset`,
+    which CPU generators do not have. Here the generator is hidden from both steps and never advanced.
     """
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
@@ -31,7 +31,7 @@ class TorchCPUModelRunner(CPUModelRunner):
         pack_linears(self.model)
 
     def load_lora_model(self, *args: Any, **kwargs: Any) -> Any:
-        # The mixin names the class of its manager, and that the class of the slots' manager.
+        # vLLM's mixin names its manager's class, which names the class of the slots' manager: replace the latter.
         holder = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
         original = holder._manager_cls
         holder._manager_cls = CompactLoRAModelManager
@@ -63,13 +63,13 @@ class TorchCPUWorker(cpu_worker.CPUWorker):
     """vLLM's CPU worker with `TorchCPUModelRunner`."""
 
     def init_device(self) -> None:
-        # The worker names its runner's class in its module and offers no other way to choose it.
+        # The worker takes its runner's class from its module and offers no other way to choose it.
         original = cpu_worker.CPUModelRunner
         cpu_worker.CPUModelRunner = TorchCPUModelRunner
         try:
             super().init_device()
         finally:
             cpu_worker.CPUModelRunner = original
-            # The name of this engine's shared memory, read while its process groups are made. Left there, a process
-            # that holds an engine would hand it to every server that it starts, whose vLLM warns of it.
+            # The name of this engine's shared memory is only read while its process groups are made. If it stayed, a
+            # process that holds an engine would pass it to every server it starts, and their vLLM would warn of it.
             os.environ.pop("VLLM_DIST_IDENT", None)

@@ -1,1 +1,1 @@
-"""What runs in vLLM's own processes: the plugin, the patches, who holds adapters, the flags."""
+"""The code that runs in vLLM's own processes: the plugin, the patches, the manager of adapters, the flags."""

@@ -1,6 +1,6 @@
-"""The flags of `vllm serve`, read as vLLM reads them, without loading it: what is wrong is said at once.
+"""Reads the flags of `vllm serve` like vLLM, but without loading it, so that mistakes are reported at once.
 
-`flags.json` holds them for the version that this package is for (`flags_table` writes it).
+`flags.json` holds the flags of the vLLM version that this package supports (`flags_table` writes it).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import yaml
 TABLE = Path(__file__).with_name("flags.json")
 _AMOUNT = re.compile(r"(\d+)([kmgtKMGT])?|(\d+\.\d+)([kmgt])")
 _UNITS = "kmgt"
-_VALUE = "\0"  # before a value in an error, which argparse puts behind the flag's name and a colon
+_VALUE = "\0"  # marks a value in an error message: argparse puts the flag's name and a colon before it
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,16 +29,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def read(words: Sequence[str], own: Collection[str] = ()) -> Namespace:
-    """What a command line gives: the flags that are there, by vLLM's names of their values, and nothing else.
+    """The flags given in a command line, under vLLM's names for their values, and nothing else.
 
-    `model_tag` is the model, where one is named. The entries of `--config` count as flags, as they do for vLLM.
+    `model_tag` is the model, if one is named. The entries of `--config` count as flags, as they do for vLLM.
 
     Args:
         words: of the command line, after `vllm serve`.
-        own: flags that are no flags of vLLM's, but may have been meant.
+        own: flags that are not vLLM's, but that the user may have meant.
 
     Raises:
-        ValueError: an unknown flag or a value that vLLM does not take; the message says which, in one sentence.
+        ValueError: a flag is unknown or vLLM does not accept its value; the message says which, in one sentence.
     """
     parser = _parser()
     words = [*_config(words, parser), *words]
@@ -58,7 +58,7 @@ def _unknown(word: str, known: Collection[str]) -> str:
 
 
 def without_model(words: Sequence[str], model: str) -> list[str]:
-    """The words of a command line that names this model, without it."""
+    """The words of a command line without the model that it names."""
     for index, word in enumerate(words):
         if word == model:
             rest = [*words[:index], *words[index + 1 :]]
@@ -140,7 +140,7 @@ def _number(text: str) -> float:
 
 
 def _amount(text: str) -> int:
-    """As vLLM: 1k is 1,000, 1K is 1,024, and only the former may have decimals; `auto` is -1."""
+    """Like vLLM: 1k is 1,000, 1K is 1,024, and only the former may have decimals; `auto` is -1."""
     if text in ("auto", "-1"):
         return -1
     if (match := _AMOUNT.fullmatch(text.strip())) is None:
@@ -156,7 +156,7 @@ _NUMBERS: dict[str, Callable[[str], float]] = {"integer": _integer, "number": _n
 
 
 def _plain(words: Sequence[str], parser: _Parser) -> list[str]:
-    """Words as `argparse` takes them: dashes in names, and fields of JSON flags (`--flag.field 1`) taken out."""
+    """Words as `argparse` takes them: with dashes in names, and without fields of JSON flags (`--flag.field 1`)."""
     plain: list[str] = []
     rest = iter(words)
     for word in rest:

@@ -1,4 +1,4 @@
-"""What `vllm serve` of vLLM 0.32 takes, written down: building vLLM's own parser takes 17 seconds of CPU time.
+"""Writes the flags of vLLM 0.32's `vllm serve` to a file, because building vLLM's own parser takes 17 CPU seconds.
 
 `python -m f2l_vllm.engine.flags_table` writes `flags.json`, which `engine/flags.py` reads;
 `tests/unit/engine/test_flags.py` compares the two, so that another vLLM version fails there first.
@@ -15,7 +15,7 @@ from typing import Any
 from f2l_vllm import torch_shims
 from f2l_vllm.engine.flags import TABLE
 
-# What a flag's values are, by which of these vLLM's own function takes; anything else is left to vLLM.
+# The kind of a flag's values follows from which of these vLLM's own function accepts; other kinds are left to vLLM.
 _PROBES = ("7", "0.5", "1k", "word", '{"a": 1}')
 _KINDS: dict[tuple[bool, ...], str] = {
     (True, False, False, False, False): "integer",
@@ -27,7 +27,7 @@ _BOUNDS = {"ge": "least", "gt": "above", "le": "most", "lt": "below"}
 
 
 def describe() -> list[dict[str, Any]]:
-    """Every flag of vLLM's parser: its names, where its value goes, how many values and of which kind."""
+    """Every flag of vLLM's parser: its names, its destination, the number and the kind of its values."""
     torch_shims.install()
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -60,7 +60,7 @@ def _takes(convert: Callable[[str], Any] | Any, text: str) -> bool:
 
 
 def _bounds() -> dict[str, dict[str, float]]:
-    """Limits that the fields of vLLM's configurations state, where all fields of that name state the same."""
+    """Limits stated by the fields of vLLM's configurations, if all fields of the same name state the same limits."""
     import vllm.config
 
     found: dict[str, list[dict[str, float]]] = {}

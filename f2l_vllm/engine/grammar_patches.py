@@ -1,6 +1,6 @@
-"""Where this package changes how vLLM 0.32's engine follows constraints: beside its steps, and not for ever.
+"""Changes how vLLM 0.32's engine follows constraints: it compiles them beside its steps and gives up slow ones.
 
-`tests/unit/server/test_vllm_grammars.py` holds a contract test for each touch.
+`tests/unit/server/test_vllm_grammars.py` holds a contract test for each patched place.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from f2l_vllm.grammar_limits import matching_seconds
 logger = logging.getLogger(__name__)
 
 _COMPILERS = 2  # threads in the engine, so that one constraint does not wait for another
-_PATIENCE = 2.0  # the engine's clock counts what other processes take of its core, a trial's does not
+_PATIENCE = 2.0  # the engine's clock includes time that other processes take of its core, a trial's does not
 
 
 def install() -> None:
-    """In the engine: compile beside its steps and at lower priority, and give up answers that are slow to match.
+    """Make the engine compile beside its steps, at lower priority, and give up answers that are slow to match.
 
-    Does nothing the second time.
+    Idempotent.
     """
     from vllm.v1 import structured_output
     from vllm.v1.structured_output import backend_xgrammar
@@ -68,11 +68,11 @@ def install() -> None:
         self._f2l_seconds = getattr(self, "_f2l_seconds", 0.0) + time.perf_counter() - started
 
     manager.grammar_init, grammar.accept_tokens, grammar.fill_bitmask = grammar_init, accept_tokens, fill_bitmask
-    # The names above are what marks them as ours.
+    # The check at the top recognises our methods by this name.
     for method in (grammar_init, accept_tokens, fill_bitmask):
         method.__module__ = __name__
 
 
 def _be_nice() -> None:
-    """The thread, and those that xgrammar starts from it, give way to the engine's steps."""
+    """Let this thread, and those that xgrammar starts from it, give way to the engine's steps."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

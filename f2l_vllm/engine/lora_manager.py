@@ -1,8 +1,8 @@
-"""What holds adapters in vLLM's workers, on the internals of vLLM 0.32's `LRUCacheWorkerLoRAManager` and in its place.
+"""Holds adapters in vLLM's workers: replaces vLLM 0.32's `LRUCacheWorkerLoRAManager`, and builds on its internals.
 
-Three differences. A step looks each of its adapters up directly, where the stock manager copies its whole registry
-for each. The host tier drops nothing by itself: `residency`, which knows the requests, decides. And a load reads the
-file once into one block of memory of its own (pinned where there is an accelerator), of which the factors are views.
+There are three differences. A step looks up each of its adapters directly; the stock manager copies its whole registry
+for each. The host tier drops nothing by itself: `residency`, which knows the requests, decides. A load reads the file
+once into one block of memory of its own (pinned if there is an accelerator), and the factors are views of that block.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
 
 @dataclass(frozen=True)
 class _Factor:
-    """One of a linear's two factors: `start` counts elements into the file's block."""
+    """One of a linear's two factors; `start` is its first element in the file's block."""
 
     module: str
     is_a: bool
@@ -42,7 +42,7 @@ class _Factor:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the factors lie in every file with the same header."""
+    """Where the factors lie, in all files with the same header."""
 
     dtype: torch.dtype
     bytes: int
@@ -52,12 +52,12 @@ class _Layout:
 
 
 class HostTierLoRAManager(LRUCacheWorkerLoRAManager):
-    """vLLM's manager of adapters in a worker, with a host tier that obeys and steps that cost what they use."""
+    """vLLM's manager of adapters in a worker, with the three differences of this module."""
 
     def __init__(self, vllm_config: Any, device: torch.device, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, device, *args, **kwargs)
         self._is_whole_model = vllm_config.parallel_config.pipeline_parallel_size == 1
-        # Adapters of one model and rank share their config and header, so these are read and checked once.
+        # Adapters of one model and rank share their config and header, so these are parsed and checked once.
         self._layout = lru_cache(maxsize=32)(self._read_layout)
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: Any) -> Any:
@@ -68,7 +68,7 @@ class HostTierLoRAManager(LRUCacheWorkerLoRAManager):
         return wrapped
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
-        """Load into host memory; a step that uses it takes a slot. Raises as `_load_adapter`."""
+        """Load an adapter into host memory; a step that uses it takes a slot. Raises like `_load_adapter`."""
         manager = self._adapter_manager
         if lora_request.lora_int_id not in manager._registered_adapters or lora_request.load_inplace:
             with gpu_sync_allowed():
@@ -84,7 +84,7 @@ class HostTierLoRAManager(LRUCacheWorkerLoRAManager):
         active, absent = manager._active_adapters, []
         for request in lora_requests:
             if request.lora_int_id in active:
-                active.touch(request.lora_int_id)  # so that none of the absent takes its slot
+                active.touch(request.lora_int_id)  # so that no absent adapter takes its slot
             else:
                 absent.append(request)
         for request in absent:
@@ -97,8 +97,8 @@ class HostTierLoRAManager(LRUCacheWorkerLoRAManager):
         """Read an adapter's files.
 
         Raises:
-            ValueError: they are damaged, do not fit this engine, or would attach to nothing: an adapter that changes
-                nothing answers as the base model does, and nobody is told.
+            ValueError: they are damaged, do not fit this engine, or would attach to nothing, which would silently give
+                the base model's answers.
             LoRAAdapterNotFoundError: there are none.
         """
         lora = self._load_packed(lora_request) or super()._load_adapter(lora_request)
@@ -148,7 +148,7 @@ class HostTierLoRAManager(LRUCacheWorkerLoRAManager):
         return LoRAModel(lora_request.lora_int_id, layout.rank, loras)
 
     def _read_layout(self, config: bytes, header: bytes) -> _Layout | None:
-        """None for what only the stock loader reads, or words an error for."""
+        """None for files that only the stock loader can read, or has an error message for."""
         manager = self._adapter_manager
         try:
             tensors = json.loads(header)

@@ -1,6 +1,6 @@
-"""Where this package changes vLLM 0.32 in the engine's processes: who decides which adapters are in host memory.
+"""Changes vLLM 0.32 in the engine's processes: `Residency` decides which adapters are in host memory.
 
-`tests/unit/engine/test_patches.py` holds a contract test for each touch.
+`tests/unit/engine/test_patches.py` holds a contract test for each patched place.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 def install_residency() -> None:
-    """Put a `Residency` between vLLM's engine core and its workers. Does nothing the second time.
+    """Put a `Residency` between vLLM's engine core and its workers. Idempotent.
 
-    Every request enters through `EngineCore.add_request`; adapters are added, removed and pinned, and whatever drops
-    them in the workers comes, through the other methods replaced here.
+    Every request enters through `EngineCore.add_request`. The other methods replaced here add, remove and pin adapters,
+    or may drop them in the workers.
     """
     from vllm.v1.engine import core
 
@@ -37,12 +37,12 @@ def install_residency() -> None:
                 name = request.lora_request.lora_name
                 logger.error("request %s failed: adapter %s cannot be loaded: %s", request.request_id, name, error)
                 if not isinstance(self, core.EngineCoreProc):
-                    raise  # an engine in its caller's process: the caller gets it
+                    raise  # the engine runs in its caller's process: the caller gets the error
                 self._send_error_outputs_to_client([request.request_id], request.client_index)
                 return
         stock_add_request(self, request, request_wave)
 
-    # Arguments of the three below arrive as plain lists and are made into what the stock methods' annotations say.
+    # vLLM converts the arguments of the three methods below from plain lists, by the stock methods' annotations.
     @functools.wraps(EngineCore.add_lora)
     def add_lora(self: Any, lora_request: Any) -> bool:
         return _residency(self).add(lora_request)
@@ -74,8 +74,8 @@ def _residency(engine: Any) -> Residency:
 
 
 def install_worker_manager() -> None:
-    """Have vLLM's model runners use `HostTierLoRAManager`. Put in place when a worker is made, because the modules it
-    needs would cost the API server's start seconds. Does nothing the second time."""
+    """Make vLLM's model runners use `HostTierLoRAManager`. The replacement waits until a worker is made, because
+    importing its modules would delay the API server's start by seconds. Idempotent."""
     from vllm.v1.worker import worker_base
 
     wrapper: Any = worker_base.WorkerWrapperBase

@@ -1,4 +1,4 @@
-"""Entry point `vllm.general_plugins`: what every vLLM process needs, API server, engine core and workers alike."""
+"""Entry point `vllm.general_plugins`: what every vLLM process needs (API server, engine core and workers)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Register what this package adds to vLLM. Light and idempotent: vLLM calls it in every process, some twice."""
+    """Register what this package adds to vLLM. Light and idempotent: vLLM calls it in every process, in some twice."""
     register_lifeline()
     logs.adopt("transformers")
     register_models()
@@ -26,7 +26,7 @@ def register() -> None:
 
 
 def register_models() -> None:
-    """Put the base models with native video in the place of vLLM's own; a class is imported when a server needs it."""
+    """Replace vLLM's own base models by those with native video; a class is imported when a server needs it."""
     from vllm import ModelRegistry
 
     for family in FAMILIES.values():
@@ -34,7 +34,7 @@ def register_models() -> None:
 
 
 def register_adapter_tiers() -> None:
-    """Adapters stay in host memory while somebody needs them, and no step loads one."""
+    """Keep adapters in host memory while they are needed, so that no step loads one; install the grammar patches."""
     from f2l_vllm.engine import grammar_patches, patches
 
     patches.install_residency()
@@ -43,8 +43,8 @@ def register_adapter_tiers() -> None:
 
 
 def register_lifeline() -> None:
-    """The engine and its workers end with the process that started them, and in a server not before it: a terminal's
-    Ctrl-C and a supervisor's SIGTERM may reach all of them at once, and answers are still being written then."""
+    """Make the engine and its workers end with the process that started them and, in a server, not before it: Ctrl-C in
+    a terminal and a supervisor's SIGTERM may reach all processes at once, while answers are still being written."""
     end_with_spawner()
     if (
         "f2l_files" not in os.environ.get("VLLM_PLUGINS", "")
@@ -59,7 +59,7 @@ def register_lifeline() -> None:
 
 
 def _quiet_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """vLLM is interrupted by an exception when it is told to stop before it has started."""
+    """Log one line instead of a traceback: a stop before vLLM has started arrives as an exception."""
     if issubclass(kind, KeyboardInterrupt):
         logger.info("stopped before it was ready")
     else:

@@ -1,9 +1,9 @@
-"""Which adapters an engine keeps in host memory, decided between its steps; `patches` puts it in front of vLLM's core.
+"""Decides between an engine's steps which adapters it keeps in host memory; `patches` puts it into vLLM's core.
 
-Stock vLLM loads an adapter that a step lacks inside the step, where a failure ends the engine, and drops the least
-recently used one even if a request waits for it. Here a request reaches the scheduler with its adapter loaded already:
-one that cannot be loaded fails its request and nothing else. An adapter that a request in the scheduler uses stays, and
-so does one of ours (an id from `FIRST_ADAPTER_ID` up) until the API server, which knows who uses it, takes it out.
+Stock vLLM loads a missing adapter inside the step that needs it, where a failure ends the engine, and drops the least
+recently used adapter even if a request waits for it. Here an adapter is loaded before its request reaches the
+scheduler, so a failure to load fails only that request. An adapter stays while a request in the scheduler uses it. One
+of our own (an id from `FIRST_ADAPTER_ID` up) stays until the API server, which knows who uses it, removes it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-# Adapters that an operator names with `--lora-modules` count from 1; ours begin far above them. int32 in the engine.
+# Ids of adapters that an operator names with `--lora-modules` count from 1; ours begin far above. int32 in the engine.
 FIRST_ADAPTER_ID = 1 << 20
 
 
@@ -26,15 +26,15 @@ class Residency:
         self._executor = executor
         self._requests = requests
         self._capacity = capacity
-        self._names: dict[int, str] = {}  # by adapter id, least recently asked for first
+        self._names: dict[int, str] = {}  # adapter id -> name, least recently requested first
         self._pinned: set[int] = set()
         self._in_doubt = False
 
     def admit(self, request: LoRARequest) -> None:
-        """Before a request of this adapter is scheduled: load it if it is not there.
+        """Load the adapter of a request that is about to be scheduled, if it is not in host memory.
 
         Raises:
-            Exception: what the workers say when they cannot; nothing has changed then.
+            Exception: the workers' error if they cannot load it; then nothing has changed.
         """
         self._look_again()
         if self._names.get(request.lora_int_id) == request.lora_name and not request.load_inplace:
@@ -44,13 +44,13 @@ class Residency:
             self.add(request)
 
     def add(self, request: LoRARequest) -> bool:
-        """Load an adapter into host memory. Raises as `admit`."""
+        """Load an adapter into host memory. Raises like `admit`."""
         self._look_again()
         adapter_id, name = request.lora_int_id, request.lora_name
         if self._names.get(adapter_id) == name and not request.load_inplace:
             return True
-        # Workers go by id and a batch by name: one id with two names would answer from the wrong adapter, and one name
-        # with two ids would end the engine.
+        # Workers identify adapters by id, a batch by name: one id with two names would answer from the wrong adapter,
+        # and one name with two ids would end the engine.
         for other in [i for i, n in self._names.items() if (i == adapter_id) != (n == name)]:
             if not self.remove(other):
                 raise ValueError(f"adapter {name!r} has the name or the id of another one in use: ask again later")
@@ -58,14 +58,14 @@ class Residency:
             self._executor.add_lora(request)
         except BaseException:
             if adapter_id not in self._names:
-                self._executor.remove_lora(adapter_id)  # of several workers some may have succeeded
+                self._executor.remove_lora(adapter_id)  # some of several workers may have succeeded
             raise
         self._names[adapter_id] = name
         self._trim(adapter_id)
         return True
 
     def remove(self, adapter_id: int) -> bool:
-        """Drop an adapter; False if a request still uses it, and then it stays."""
+        """Drop an adapter; False, and the adapter stays, if a request still uses it."""
         if adapter_id in self._used():
             return False
         self._executor.remove_lora(adapter_id)
@@ -80,7 +80,7 @@ class Residency:
         return pinned
 
     def doubt(self) -> None:
-        """Something may have dropped adapters in the workers (new base weights, a debugging call): ask them again."""
+        """Ask the workers again later: something (new base weights, a debugging call) may have dropped adapters."""
         self._in_doubt = True
 
     def _look_again(self) -> None:
@@ -94,7 +94,7 @@ class Residency:
         return {request.lora_request.lora_int_id for request in requests if request.lora_request is not None}
 
     def _trim(self, asked: int) -> None:
-        """Down to the capacity by dropping the operator's idle adapters, which a later request loads again."""
+        """Drop the operator's idle adapters down to the capacity; a later request loads them again."""
         if len(self._names) <= self._capacity:
             return
         kept = self._used() | self._pinned | {asked}

@@ -1,4 +1,4 @@
-"""How good answers are: questions with known answers, asked in every way there is, scored, compared and reported."""
+"""How good answers are: questions with known answers, asked in every arm, scored, compared and reported."""
 
 from __future__ import annotations
 

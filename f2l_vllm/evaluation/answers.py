@@ -1,6 +1,6 @@
-"""Answers on disk: one JSON line each, appended as it arrives, so that a run that was killed goes on where it was.
+"""Answers on disk: one JSON line each, appended when it arrives, so that a killed run goes on where it was.
 
-A working folder holds `answers.jsonl` and `configuration.json`, what the answers depend on. Answers of another
+A working folder holds `answers.jsonl` and, in `configuration.json`, what the answers depend on. Answers of another
 configuration are never mixed in.
 """
 
@@ -81,7 +81,7 @@ class Answer:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What is answered once only."""
+        """(arm, question id): answered only once."""
         return self.arm, self.id
 
 
@@ -89,12 +89,12 @@ _FIELDS = {field.name for field in fields(Answer)}
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """The answers of a file; an unfinished last line, as a kill leaves it, is passed over.
+    """The answers of a file; an unfinished last line, left by a kill, is ignored.
 
-    A line without `source` is of a whole video.
+    A line without `source` is about a whole video.
 
     Raises:
-        ValueError: a line that is no answer; names file and line.
+        ValueError: a line is not an answer; the message names file and line.
     """
     if not path.is_file():
         return []
@@ -121,7 +121,7 @@ class AnswerLog:
         configuration: what the answers depend on, as JSON.
 
     Raises:
-        ValueError: the folder's answers have another configuration, or another process is at work in it.
+        ValueError: the folder's answers have another configuration, or another process holds the folder.
     """
 
     def __init__(self, folder: Path, configuration: dict[str, Any]) -> None:
@@ -155,7 +155,7 @@ class AnswerLog:
         self._file.flush()
 
     def replace(self, answers: Iterable[Answer]) -> None:
-        """Put these in the place of the answers with the same keys; the file changes at once."""
+        """Replace the answers with the same keys by these; the file changes in one step."""
         self.answers |= {answer.key: answer for answer in answers}
         self._file.close()
         write_jsonl(self._path, (asdict(answer) for answer in self.answers.values()))

@@ -1,4 +1,4 @@
-"""A static page of videos, questions and answers side by side: a folder that opens in any browser, without a server."""
+"""A static page with videos, questions and answers side by side; it opens in any browser, without a server."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def write_page(answers: Sequence[Answer], videos: Path, output: Path, *, metric:
     Args:
         answers: of any arms; one row per question, one column per arm.
         videos: the folder that relative video paths start from.
-        output: must not exist, or be empty.
+        output: a folder that does not exist, or is empty.
         metric: what makes an answer right: `exact_match`, or `f1` of at least `RIGHT_F1`.
 
     Returns:
@@ -74,17 +74,17 @@ def write_page(answers: Sequence[Answer], videos: Path, output: Path, *, metric:
 
     Raises:
         ValueError: there are no answers, or a video is not where the answers say.
-        FileExistsError: the folder holds something.
+        FileExistsError: the output folder is not empty.
     """
     if not answers:
         raise ValueError("there are no answers to show: run the evaluation first")
-    answers = sorted(answers, key=lambda one: (one.video, one.type, one.id, one.arm))  # not as they arrived
+    answers = sorted(answers, key=lambda one: (one.video, one.type, one.id, one.arm))  # they arrive in any order
     files = {answer.video: videos / answer.video for answer in answers}
     missing = [str(path) for path in files.values() if not path.is_file()]
     if missing:
         raise ValueError(f"{len(missing)} of {len(files)} videos are not there, e.g. {missing[0]}: restore them first")
     sources = {video: f"{VIDEO_FOLDER}/{_file_name(index, path)}" for index, (video, path) in enumerate(files.items())}
-    # Files that spans were cut from are not in the folder; a number tells them apart without saying where they lie.
+    # Files that spans were cut from are not in the folder; a number tells them apart without showing their paths.
     others = sorted({answer.source for answer in answers} - sources.keys())
     cut_from = sources | {source: f"source-{index:04d}" for index, source in enumerate(others)}
     with atomic_directory(output) as staging:
@@ -113,7 +113,7 @@ def _render(answers: Sequence[Answer], sources: dict[str, str], metric: str, tit
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
-    # The page allows no other style and script than these two, so a text that slipped through could not run.
+    # The page allows only this style and this script, so an unescaped text could not run.
     style, script = (_TEMPLATES.joinpath(f"browse.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return environment.get_template("browse.html.jinja").render(
         title=title,
@@ -149,12 +149,12 @@ def _notes(answer: Answer) -> list[str]:
 
 
 def _file_name(index: int, path: Path) -> str:
-    """A name that is safe in any address and on any disk, unique by its number."""
+    """A name that is safe in any URL and on any disk; its number makes it unique."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem).strip("-")[:60]
     suffix = re.sub(r"[^a-z0-9.]", "", path.suffix.lower())
     return f"{index:04d}-{stem}{suffix}" if stem else f"{index:04d}{suffix}"
 
 
 def _hash(text: str) -> str:
-    """As a content security policy names an inline style or script."""
+    """The hash by which a content security policy names an inline style or script."""
     return "sha256-" + b64encode(sha256(text.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""What stands beside every number: the machine and the versions."""
+"""The machine and the versions that are reported with every number."""
 
 from __future__ import annotations
 

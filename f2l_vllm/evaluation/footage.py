@@ -25,7 +25,7 @@ _FPS = 10
 
 
 def of_scenes(scenes: list[Scene], seconds: float) -> Film:
-    """Draw the scenes of the world anew, each `seconds` long, in the shapes of frame that they are asked about in."""
+    """Draw the world's scenes anew, each `seconds` long, in the frame shapes that the evaluation uses."""
 
     def film(index: int, edge: int, path: Path) -> None:
         size = fit(FRAME_SIZES[index % len(FRAME_SIZES)], edge)
@@ -59,7 +59,7 @@ def at_resolutions(
     """One set that asks every question at every resolution.
 
     Args:
-        film: makes the files, which are kept in `folder` and made once.
+        film: makes the files; each is made once and kept in `folder`.
         identity: what the files depend on besides the questions.
 
     Returns:

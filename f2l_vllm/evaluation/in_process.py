@@ -36,15 +36,15 @@ _AT_ONCE = 12  # questions of one video answered together
 
 
 class TransformersAnswers:
-    """Greedy answers, the questions about a video together.
+    """Gives greedy answers, to all questions about a video together.
 
     Args:
         max_frames: frames read of a video or chunk; as the hypernetwork was trained when None.
-        max_tokens: of an answer.
+        max_tokens: limit of an answer.
         merge_rate: part of the visual tokens to save, in context and in internalization.
 
     Raises:
-        ValueError: no such model or hypernetwork, or two that do not fit together; a rate outside [0, 1).
+        ValueError: no such model or hypernetwork, the two do not fit together, or the rate is outside [0, 1).
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class TransformersAnswers:
         merge_rate: float = 0.0,
     ) -> None:
         directory, weights = models.resolve(model), models.resolve_hypernetwork(model, hypernetwork)
-        in_fp32 = model in models.shipped() and not torch.cuda.is_available()  # as it is served
+        in_fp32 = model in models.shipped() and not torch.cuda.is_available()  # as the server runs it
         dtype = torch.float32 if in_fp32 else None
         self.internalizer = Internalizer.load(directory, weights, dtype=dtype, merge_rate=merge_rate)
         self.internalizer.sampling = Sampling(max_frames).or_else(self.internalizer.sampling)
@@ -98,7 +98,7 @@ class TransformersAnswers:
     def replies(
         self, asks: Sequence[Ask], adapter: Adapter | None = None, video: SampledVideo | None = None
     ) -> list[Reply]:
-        """Answer questions alike: under an adapter, with a video's frames in context, or neither."""
+        """Answer all questions in one way: with an adapter, with a video's frames in context, or with neither."""
         found: list[Reply] = []
         for first in range(0, len(asks), _AT_ONCE):
             found += self._together(asks[first : first + _AT_ONCE], adapter, video)
@@ -109,7 +109,7 @@ class TransformersAnswers:
         return sample_video(clip.path, self._processor, self.internalizer.limits, sampling)
 
     def _compose(self, clip: Clip, chunks: int) -> Adapter:
-        """The adapter of a video cut into so many chunks of equal length."""
+        """The adapter of a video cut into `chunks` chunks of equal length."""
         info = open_source(clip.path, self.internalizer.limits).info
         chunking = Chunking(seconds=info.frame_count / info.fps / chunks, max_chunks=chunks)
         return self.internalizer.internalize(clip.path, chunking=chunking)

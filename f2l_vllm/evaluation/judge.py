@@ -1,8 +1,8 @@
 """A language model as judge of answers, behind any OpenAI-compatible endpoint.
 
-Scores are whole numbers from 0 to 5; `judge_prompt.txt` is all the judge is told. Judgements are kept on disk by the
-hash of everything that shapes them, so that nothing is judged twice. A reply that holds no score is asked for again,
-then reported: it never becomes a number.
+Scores are whole numbers from 0 to 5; `judge_prompt.txt` is all the judge is told. Judgements are kept on disk under a
+hash of everything that shapes them, so that nothing is judged twice. A reply without a score is asked for again, then
+reported: it never becomes a number.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MAX_TOKENS = 512  # room for a judge that thinks aloud
 
 @dataclass(frozen=True)
 class Judgement:
-    """A judge's score of one answer; `score` is None when no reply held one, and `reply` is the last of them."""
+    """A judge's score of one answer; `score` is None when no reply held one, and `reply` is the last reply."""
 
     score: int | None
     reply: str
@@ -56,17 +56,17 @@ class Judge:
         self._prompt = Template(PROMPT_FILE.read_text(encoding="utf-8"))
 
     def configuration(self) -> dict[str, Any]:
-        """What its scores depend on, and their scale."""
+        """What the judge's scores depend on, and their scale."""
         digest = hashlib.sha256(self._prompt.template.encode()).hexdigest()
         return {"model": self._model, "base_url": self._url, "prompt_sha256": digest, "scale": list(SCALE)}
 
     def score(
         self, answers: Sequence[Answer], on_progress: Callable[[int, int], None] | None = None
     ) -> dict[tuple[str, str], Judgement]:
-        """Judge answers: their keys -> judgements. Equal answers to equal questions are judged once.
+        """Judge answers; returns their keys -> judgements. Equal answers to equal questions are judged once.
 
         Raises:
-            openai.APIError: the endpoint cannot be reached, or refuses; what was judged until then is kept.
+            openai.APIError: the endpoint cannot be reached, or refuses; the judgements so far are kept.
         """
         prompts = {answer.key: self._text(answer) for answer in answers}
         distinct = list(dict.fromkeys(prompts.values()))
@@ -115,7 +115,7 @@ class Judge:
 
 
 def parse_score(reply: str) -> int | None:
-    """The last score that a reply gives as JSON; None without one, or for one off the scale."""
+    """The last score that a reply gives as JSON; None if it gives none, or one that is off the scale."""
     found = _SCORE.findall(reply)
     score = float(found[-1]) if found else -1.0
     return int(score) if score.is_integer() and SCALE[0] <= score <= SCALE[1] else None

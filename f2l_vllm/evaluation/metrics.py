@@ -11,7 +11,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def exact_match(answer: str, truth: str) -> bool:
-    """Equal but for white space around them."""
+    """Whether the texts are equal, apart from white space around them."""
     return answer.strip() == truth.strip()
 
 

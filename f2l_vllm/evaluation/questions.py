@@ -1,4 +1,4 @@
-"""What is asked: videos, the questions about each with their true answers, and the ways (arms) of answering them."""
+"""Videos, the questions about each with their true answers, and the ways (arms) of answering them."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Clip:
     """A video file and what is asked about it.
 
     Attributes:
-        id: how answers name the video: its path, relative to the working folder where it lies inside.
+        id: how answers name the video: its path, relative to the working folder if it lies inside.
         path: the file to watch.
-        source: the file it was cut from, or the file itself, named as `id` is. Clips of one file are not independent.
+        source: the file it was cut from, or the file itself, named like `id`. Clips of one file are not independent.
     """
 
     id: str
@@ -48,7 +48,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something that was left out of the scores, and why. `arm`: None when nothing about the video was asked."""
+    """Something that was left out of the scores, and why. `arm` is None when nothing was asked about the video."""
 
     video: str
     reason: str
@@ -60,8 +60,8 @@ class QuestionSet:
     """Clips with their questions.
 
     Attributes:
-        identity: what determines the questions and videos, as JSON; equal identities ask the same.
-        metric: by which answers are scored first of all: `exact_match` or `f1`.
+        identity: what determines the questions and videos, as JSON; equal identities mean equal questions.
+        metric: the main metric of the scores: `exact_match` or `f1`.
         apart: types that are left out of the overall score and reported on their own.
         skipped: examples that could not be used.
     """
@@ -75,7 +75,7 @@ class QuestionSet:
 
 @dataclass(frozen=True)
 class Ask:
-    """One question in one arm. `reads`: the clip whose adapter or frames it is answered from; None for neither."""
+    """One question in one arm. `reads`: the clip whose adapter or frames the answer comes from; None for neither."""
 
     clip: Clip
     question: Question
@@ -85,11 +85,11 @@ class Ask:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back, and what it cost.
+    """An answer, and what it cost.
 
     Attributes:
-        visual_tokens: of the prompt; None where they cannot be counted.
-        ttft_ms: from sending the question to its first token; None where answers are not streamed.
+        visual_tokens: of the prompt; None if they cannot be counted.
+        ttft_ms: from sending the question to the answer's first token; None if answers are not streamed.
         seconds: from sending the question to the end of the answer.
     """
 
@@ -101,7 +101,7 @@ class Reply:
 
 
 def chunks_of(arm: str) -> int:
-    """In how many chunks the video is internalized for one of `COMPOSITION_ARMS`."""
+    """The number of chunks in which one of `COMPOSITION_ARMS` internalizes the video."""
     return _CHUNKED[arm]
 
 
@@ -124,7 +124,7 @@ def plan(clips: Sequence[Clip], arms: Sequence[str]) -> list[Ask]:
 
 
 def by_video_read(asks: Sequence[Ask]) -> list[tuple[Clip, list[Ask]]]:
-    """The asks grouped by the clip that has to be watched for them, so that each is watched once."""
+    """The asks grouped by the clip to watch for them, so that each clip is watched once."""
     groups: dict[str, tuple[Clip, list[Ask]]] = {}
     for ask in asks:
         clip = ask.reads or ask.clip
@@ -133,7 +133,7 @@ def by_video_read(asks: Sequence[Ask]) -> list[tuple[Clip, list[Ask]]]:
 
 
 def _other(clips: Sequence[Clip], index: int) -> Clip:
-    """The next clip, around the end, of another video."""
+    """The next clip of another video; after the last clip comes the first."""
     for step in range(1, len(clips)):
         other = clips[(index + step) % len(clips)]
         if other.source != clips[index].source:

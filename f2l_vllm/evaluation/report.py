@@ -1,4 +1,4 @@
-"""Results for people: markdown tables in the layout of the paper's, and a short one for the terminal."""
+"""Results for people: markdown tables in the paper's layout, and a short table for the terminal."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def summary(result: dict[str, Any]) -> Table:
-    """One row per arm: score, token F1, captions where they are apart, and what an answer costs."""
+    """One row per arm: score, token F1, captions if they are scored apart, and what an answer costs."""
     configuration = result["configuration"]
     apart = configuration["types_apart"]
     metric = configuration["metric"]
@@ -89,7 +89,7 @@ def comparison_lines(result: dict[str, Any]) -> list[str]:
 
 
 def with_interval(estimate: dict[str, Any], name: str) -> str:
-    """E.g. `0.947 [0.930, 0.961]`; a dash for what was not scored."""
+    """E.g. `0.947 [0.930, 0.961]`; a dash if there is no score."""
     if estimate[name] is None:
         return "–"
     interval = _interval(estimate["ci95"])
@@ -120,7 +120,7 @@ def _figure(value: float | None, digits: int = 3) -> str:
 
 
 def _interval(ci95: Sequence[float] | None) -> str:
-    """Nothing without spread: an interval of no width would claim a certainty that equal values do not give."""
+    """Empty for values without spread: a zero-width interval would claim a certainty that equal values do not give."""
     return "" if ci95 is None or ci95[0] == ci95[1] else f"[{ci95[0]:.3f}, {ci95[1]:.3f}]"
 
 

@@ -1,4 +1,4 @@
-"""An evaluation from questions to figures: answer what is not answered yet, judge, score."""
+"""An evaluation from questions to figures: answer the questions without an answer, judge, score."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ JUDGEMENTS_FOLDER = "judgements"
 def evaluate(questions: QuestionSet, setup: Setup, work: Path, on_progress: Progress | None = None) -> dict[str, Any]:
     """Ask every question in every arm and score the answers.
 
-    What `work` holds of an earlier evaluation of the same configuration is not asked again.
+    Answers in `work` from an earlier evaluation of the same configuration are used again.
 
     Returns:
         as JSON: `arms`, `comparisons`, `table`, `composition`, `skipped`, `configuration`, `machine`, `versions`; see
@@ -34,7 +34,7 @@ def evaluate(questions: QuestionSet, setup: Setup, work: Path, on_progress: Prog
     Raises:
         ValueError: something cannot be asked, or `work` holds answers of another configuration.
         ServerFailed: the server did not start.
-        openai.APIError: the server or the judge stopped answering; what was answered is kept.
+        openai.APIError: the server or the judge stopped answering; the answers so far are kept.
     """
     report = on_progress or (lambda stage, done, total: None)
     asks = plan(questions.clips, (*setup.arms, *(COMPOSITION_ARMS if setup.composition else ())))
@@ -100,7 +100,7 @@ def _identity(questions: QuestionSet, setup: Setup) -> dict[str, Any]:
 
 
 def _name_sources(asks: list[Ask], log: AnswerLog) -> None:
-    """Lines that do not say of which file a clip is are read as of a whole video; the clips know better."""
+    """Correct the answers' sources: a line without `source` is read as about a whole video, but may be about a span."""
     kept = [(log.answers[ask.arm, ask.question.id], ask) for ask in asks if (ask.arm, ask.question.id) in log.answers]
     wrong = [replace(answer, source=ask.clip.source) for answer, ask in kept if answer.source != ask.clip.source]
     if wrong:
@@ -108,7 +108,7 @@ def _name_sources(asks: list[Ask], log: AnswerLog) -> None:
 
 
 def _answer(asks: list[Ask], setup: Setup, log: AnswerLog, skipped: list[Skipped], report: Progress) -> None:
-    """Ask what the log does not hold."""
+    """Ask the questions whose answers the log does not hold."""
     left = [ask for ask in asks if (ask.arm, ask.question.id) not in log.answers]
     in_process = [ask for ask in left if setup.through == TRANSFORMERS or ask.arm in COMPOSITION_ARMS]
     of_server = [ask for ask in left if setup.through != TRANSFORMERS and ask.arm not in COMPOSITION_ARMS]
@@ -155,7 +155,7 @@ def _server_answers(setup: Setup, base_url: str) -> ServerAnswers:
 def _judge(
     log: AnswerLog, keys: list[tuple[str, str]], setup: Setup, work: Path, report: Progress
 ) -> dict[str, Any] | None:
-    """Judge these answers and put the scores into the log; by whom."""
+    """Judge these answers and put the scores into the log; returns the judge's configuration."""
     if setup.judge is None:
         return None
     judge = Judge(

@@ -1,6 +1,6 @@
 """From answers to figures: each arm's scores, the arms compared, and how pieces of a video compose.
 
-A score is the macro mean over question types: every type weighs the same. It is written as the mean of one value per
+A score is the macro mean over question types: every type weighs the same. It is computed as the mean of one value per
 video, so that intervals and tests take the video as their unit. Spans of one file are one video.
 """
 
@@ -18,14 +18,14 @@ from f2l_vllm.evaluation.questions import ADAPTER, COMPOSITION_ARMS, FRAMES
 from f2l_vllm.evaluation.statistics import Estimate, Values
 
 EXACT_MATCH, F1, JUDGE = METRICS = ("exact_match", "f1", "judge")
-# A loss that would not matter. The judge's, on its scale of 0 to 5, is the margin of Frames2LoRA (arXiv 2606.04351).
+# A loss up to the margin would not matter. The judge's, on its scale of 0 to 5, is from Frames2LoRA (arXiv 2606.04351).
 NON_INFERIORITY_MARGINS = {EXACT_MATCH: 0.05, F1: 0.05, JUDGE: 0.15}
 EQUIVALENCE_MARGIN = 0.05
 _DIGITS = 4
 
 
 def measure(answer: Answer, metric: str) -> float | None:
-    """An answer's score by a metric; None where the judge gave none."""
+    """An answer's score by a metric; None if the judge gave none."""
     value: float | None = getattr(answer, metric)
     return None if value is None else float(value)
 
@@ -33,8 +33,8 @@ def measure(answer: Answer, metric: str) -> float | None:
 def macro_values(scores: Iterable[tuple[str, str, float]]) -> Values:
     """One value per video, in the order of the videos' names, whose mean is the macro mean over types.
 
-    With the same number of questions of every type about each video it is the mean over the video's questions;
-    otherwise a video's part in the ratio of sums that each type's mean is, to first order.
+    If every video has the same number of questions of every type, a video's value is the mean over its questions.
+    Otherwise each type's mean is a ratio of sums, and the value is the video's part in these ratios, to first order.
 
     Args:
         scores: (video, type, score) of every question.
@@ -58,7 +58,7 @@ class Scores:
 
     Args:
         answers: of all arms.
-        metric: by which arms are scored and compared first of all.
+        metric: the main metric of scores and comparisons.
         apart: types left out of the overall scores.
         margins: metric -> non-inferiority margin.
         equivalence_margin: of every metric.
@@ -121,7 +121,7 @@ class Scores:
         return table
 
     def rows(self, arms: Sequence[str]) -> list[dict[str, Any]]:
-        """The table: all types together, each type, the types apart. A row has every arm's score and, where both are
+        """The table: all types together, each type, the types apart. A row has every arm's score and, if both arms are
         there, the comparison of the adapter with the frames.
         """
         rows = [self._row("mean over types", {arm: self._scored.get(arm, []) for arm in arms})]
@@ -186,7 +186,7 @@ class Scores:
         }
 
     def _ratio(self, arm: str, other: str, metric: str) -> dict[str, Any] | None:
-        """The ratio of two arms' scores on the questions that both answered; None where the other scores nothing."""
+        """The ratio of two arms' scores on the questions that both answered; None if the other scores nothing."""
         ours, theirs = self._scored.get(arm, []), self._scored.get(other, [])
         common = {answer.id for answer in ours} & {answer.id for answer in theirs}
         values = self._values((answer for answer in ours if answer.id in common), metric)

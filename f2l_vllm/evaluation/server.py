@@ -1,4 +1,4 @@
-"""Answers from a server, asked as anyone would: files uploaded, questions streamed, with the stock openai client."""
+"""Answers from a server, asked like any user: upload files and stream answers with the stock openai client."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from f2l_vllm.server_process import ServerProcess
 OnReply = Callable[[Ask, Reply], None]
 OnSkip = Callable[[Skipped], None]
 
-_REFUSED = (BadRequestError, UnprocessableEntityError)  # what is asked cannot be answered; others may work
+_REFUSED = (BadRequestError, UnprocessableEntityError)  # this question cannot be answered; others may work
 _POLL_SECONDS = 0.05
 
 
@@ -33,7 +33,7 @@ class ServerAnswers:
     Args:
         base_url: ends in `/v1`.
         concurrency: questions, and videos, in work at a time.
-        max_tokens: of an answer.
+        max_tokens: limit of an answer.
     """
 
     def __init__(self, base_url: str, api_key: str, *, concurrency: int, max_tokens: int) -> None:
@@ -56,7 +56,7 @@ class ServerAnswers:
             on_skip: called for every video or question that the server refuses, with its reason.
 
         Raises:
-            openai.APIError: the server cannot be reached, or refuses to work for this client at all.
+            openai.APIError: the server cannot be reached, or refuses this client altogether.
         """
         asyncio.run(self._with_client(lambda client: self._answer(client, asks, on_reply, on_skip)))
 
@@ -115,9 +115,9 @@ class ServerAnswers:
 
 @contextmanager
 def started_server(model: str, hypernetwork: str | None, max_frames: int | None, flags: str) -> Iterator[str]:
-    """A server of our own for as long as the block lasts: its base URL.
+    """Run a server of our own for as long as the block lasts; yields its base URL.
 
-    The frames in context are those that are internalized.
+    The frames in context are the same as those that are internalized.
 
     Args:
         max_frames: frames read of a video; as the hypernetwork was trained when None.
@@ -125,7 +125,7 @@ def started_server(model: str, hypernetwork: str | None, max_frames: int | None,
 
     Raises:
         ValueError: no such model or hypernetwork.
-        ServerFailed: it did not start.
+        ServerFailed: the server did not start.
     """
     frames = max_frames or read_config(models.resolve_hypernetwork(model, hypernetwork)).max_frames
     given = shlex.split(flags)
@@ -145,7 +145,7 @@ def started_server(model: str, hypernetwork: str | None, max_frames: int | None,
 
 
 async def together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Await all; the first failure is raised, after the others were cancelled and have cleaned up."""
+    """Await all; the first failure is raised after the others were cancelled and have cleaned up."""
     tasks = [asyncio.create_task(one) for one in work]
     try:
         await asyncio.gather(*tasks)
@@ -157,7 +157,7 @@ async def together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
 
 
 class _NotInternalizedError(Exception):
-    """The server accepted a video and could not internalize it."""
+    """The server accepted a video but could not internalize it."""
 
 
 async def _base_model(client: AsyncOpenAI) -> str:

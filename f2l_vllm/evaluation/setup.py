@@ -31,17 +31,17 @@ class Setup:
         arms: some of `questions.ARMS`.
         composition: also ask under adapters of the video in 1, 2 and 4 chunks, in process.
         through: `server` or `transformers`.
-        base_url: a running server (ending in `/v1`) in place of one started for the evaluation.
+        base_url: a running server (ending in `/v1`) instead of one started for the evaluation.
         serve_flags: more flags for the server that is started.
         max_frames: frames read of a video, in every arm; as the hypernetwork was trained when None.
         merge_rate: part of the visual tokens to save, in context and in internalization.
-        max_tokens: of an answer.
+        max_tokens: limit of an answer.
         concurrency: questions in work at a time.
         metric: the metric of the headline; the question set's own when None.
         margin: non-inferiority margin of that metric; the metric's own when None.
 
     Raises:
-        ValueError: values that make no sense together; says which.
+        ValueError: the values make no sense together; the message says which.
     """
 
     model: str = models.DEFAULT_MODEL

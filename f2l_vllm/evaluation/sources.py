@@ -32,7 +32,7 @@ def world_questions(
 ) -> QuestionSet:
     """One question of each type, and a request for a caption, about each of `videos` fresh scenes of a split.
 
-    Files of several sizes, frame rates and lengths are written to `work/videos`, those of an earlier call kept.
+    Files of several sizes, frame rates and lengths are written to `work/videos`; files of an earlier call are kept.
     Captions are scored apart.
 
     Raises:
@@ -104,6 +104,6 @@ def manifest_questions(
 
 
 def _name(path: Path, work: Path) -> str:
-    """How answers name a file: relative to the working folder where it lies inside."""
+    """How answers name a file: relative to the working folder if it lies inside."""
     path, work = Path(os.path.abspath(path)), Path(os.path.abspath(work))
     return str(path.relative_to(work) if path.is_relative_to(work) else path)

@@ -1,6 +1,6 @@
-"""What a set of numbers, one per video, allows to say: intervals, differences, non-inferiority, equivalence.
+"""What a set of numbers, one per video, shows: intervals, differences, non-inferiority, equivalence.
 
-The video is the unit: questions about one video are not independent of each other. Everything is scipy's.
+The video is the unit: questions about one video are not independent of each other. The methods are scipy's.
 
 Sources: Efron (1987) for the BCa bootstrap; Schuirmann (1987) for the two one-sided tests (TOST).
 """
@@ -21,12 +21,12 @@ RESAMPLES = 9999
 ALPHA = 0.05
 _ONE_VIDEO = "one video only"
 _NO_SPREAD = "every video has the same value"
-_AT_ONCE = 4_000_000  # numbers of the resamples held at a time
+_AT_ONCE = 4_000_000  # resampled numbers held at a time
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean (or ratio) and its 95 % interval; `ci95` is None, and `note` says why, where there can be none."""
+    """A mean (or ratio) and its 95 % interval; if there can be no interval, `ci95` is None and `note` says why."""
 
     value: float
     ci95: tuple[float, float] | None
@@ -35,12 +35,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A test's outcome at the 5 % level; `shown` is None, and `note` says why, where the test cannot be made.
+    """A test's outcome at the 5 % level; if the test cannot be made, `shown` is None and `note` says why.
 
     Attributes:
-        shown: True when the claim is shown. False says that it is not shown, not that its opposite is.
+        shown: True when the claim is shown. False means that it is not shown, not that its opposite is.
         margin: the largest difference that counts as none.
-        bounds: what is compared with the margin: (low, inf) of the one-sided 95 % interval, or the 90 % interval.
+        bounds: compared with the margin: (low, inf) of the one-sided 95 % interval, or the 90 % interval.
     """
 
     shown: bool | None
@@ -96,7 +96,7 @@ def equivalence(differences: Values, margin: float) -> Verdict:
 
 
 def _no_test(values: Values) -> str | None:
-    """Why no t test can be made, if so."""
+    """Why no t test can be made, or None if one can."""
     if len(values) < 2:
         return _ONE_VIDEO
     return _NO_SPREAD if _constant(values) else None
@@ -115,7 +115,7 @@ def _bootstrap(samples: tuple[Values, ...], statistic: Any, seed: int) -> Estima
         return Estimate(value, (value, value), _NO_SPREAD)
 
     def interval(method: str) -> tuple[float, float]:
-        # A degenerate BCa gives NaN, and a resample without any point has no ratio: both are looked at below.
+        # A degenerate BCa gives NaN, and a resample that scores zero has no ratio; the check below sees both.
         with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
             warnings.simplefilter("ignore", stats.DegenerateDataWarning)
             found = stats.bootstrap(

@@ -1,8 +1,8 @@
-"""A sweep over frames and resolution: what adapter and frames in context score and cost at each.
+"""A sweep over frames and resolution: the scores and costs of the adapter and of the frames in context at each.
 
-Every figure comes from the way the setup names. Through the server, one is started for each number of frames, which it
-reads in both arms, and asked one question at a time, so that a time to the first token is no other question's wait.
-Through transformers no such time is measured.
+Answers come from the server or from transformers, as the setup says. For each number of frames a server is started that
+reads that number in both arms. It is asked one question at a time, so that no time to the first token includes waiting
+for another question. With transformers that time is not measured.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ ARMS_SWEPT = (ADAPTER, FRAMES)
 
 @dataclass(frozen=True)
 class Grid:
-    """What is swept. `frames`: read of a video at most; `resolutions`: the longest edge of its file, pixels.
+    """The axes of a sweep. `frames`: most frames read of a video; `resolutions`: longest edges of its file, in pixels.
 
     Raises:
-        ValueError: an empty axis, a repeated value, or one that is no count.
+        ValueError: an empty axis, a repeated value, or a value that is too small.
     """
 
     frames: tuple[int, ...] = (4, 8, 16, 32, 64)
@@ -54,16 +54,16 @@ def sweep(
 
     Args:
         questions: at every resolution, as `footage.at_resolutions` makes them, with `edge_of`.
-        work: keeps the answers of every number of frames in a folder of its own, to resume from.
+        work: folder with a subfolder of answers for each number of frames, to resume from.
 
     Returns:
         as JSON: `metric`, `rows`, one per number of frames, resolution and arm, and `skipped`, what could not be asked.
         A row has `frames, resolution, arm, score, ci95, n, videos, ttft_ms, prompt_tokens, visual_tokens, through`.
-        `ttft_ms` (None without a server) has `first`, the first question about a video in an arm, and `later`, those
-        for which the server has the prompt's beginning cached; each with `median`, `n` and, of ten or more, `p90`.
+        `ttft_ms` (None without a server) has `first`, for first questions about a video in an arm, and `later`, for
+        those whose prompt's beginning the server has cached; each with `median`, `n` and, of ten or more, `p90`.
 
     Raises:
-        ValueError: a running server, whose number of frames is fixed; else as `evaluate`.
+        ValueError: the setup names a running server, whose number of frames is fixed; else as `evaluate`.
     """
     if setup.base_url is not None:
         raise ValueError("a sweep starts a server for each number of frames: leave out the running server's address")
@@ -99,7 +99,7 @@ def _figures(summary: dict[str, Any], answers: Iterable[Answer], arm: str) -> di
 
 
 def _first_token(answers: Iterable[Answer]) -> dict[str, Any] | None:
-    """Times of an arm's answers in the order they were given."""
+    """Times to the first token of an arm's answers, which are given in the order of their arrival."""
     first: list[float] = []
     later: list[float] = []
     seen: set[str] = set()

@@ -34,11 +34,11 @@ class Adapter:
     """LoRA factors for every text layer.
 
     Attributes:
-        factors: module -> (A [L, R, I], B [L, R, O]), in the dtype they were generated in.
+        factors: module -> (A [L, R, I], B [L, R, O]), in the dtype in which they were generated.
         scale: factor s on the adapter's output, not folded into the factors.
         spans: (start, end) in seconds of the video for each chunk, in the order of their rank blocks; the last block,
             which holds the bias, has none. Empty when the whole video is one chunk.
-        info: how the adapter came to be (frames, durations ...); not saved.
+        info: how the adapter was made (frames, durations ...); not saved.
 
     Raises:
         ValueError: factors whose shapes contradict each other.
@@ -79,7 +79,7 @@ class Adapter:
         return Adapter(factors, self.scale, self.spans, dict(self.info))
 
     def tensors(self, dtype: torch.dtype = torch.bfloat16, family: BaseModelSpec = DEFAULT) -> dict[str, Tensor]:
-        """PEFT's tensors: `lora_A` [R, I] and `lora_B` [O, R] per layer, the scale folded into B.
+        """PEFT's tensors: `lora_A` [R, I] and `lora_B` [O, R] per layer, with the scale folded into B.
 
         Raises:
             ValueError: a factor is not finite, or not in `dtype`.
@@ -111,33 +111,33 @@ class Adapter:
         """Write a PEFT adapter that vLLM and `peft` load as it is, both files or neither.
 
         Args:
-            directory: must not exist, or be empty.
+            directory: must be new or empty.
             base_model: name recorded for whoever loads the adapter.
             dtype: dtype of the tensors.
-            family: of the base model; it says what the tensors are called.
+            family: of the base model; it determines the tensors' names.
 
         Raises:
-            FileExistsError: the directory holds something.
+            FileExistsError: the directory is not empty.
             ValueError: a factor is not finite.
         """
         save_tensors(self.tensors(dtype, family), directory, base_model)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], directory: str | Path, base_model: str) -> None:
-    """Write PEFT tensors, the scale folded in, as `Adapter.save` does. Raises FileExistsError as it does."""
+    """Write PEFT tensors, with the scale folded in, like `Adapter.save`. Raises FileExistsError like it."""
     rank = next(tensor.shape[0] for key, tensor in tensors.items() if _is_a(key))
     modules = sorted({key.split(".")[-3] for key in tensors})
     config = peft_config(rank, modules, base_model)
     with atomic_directory(directory) as staging:
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        # safetensors' own writer tells of a full disk in words only; this raises the system's error.
+        # safetensors' own writer reports a full disk only in its message; this raises the system's error.
         (staging / WEIGHTS_FILE).write_bytes(save(dict(tensors), metadata={"format": "pt"}))
 
 
 def compose_tensors(parts: Sequence[tuple[Mapping[str, Tensor], Sequence[int]]], chunk_rank: int) -> dict[str, Tensor]:
     """Compose saved adapters in rank space: the chosen chunks in the order named, then the bias once.
 
-    Bit for bit what `Adapter.tensors` gives of the adapter that the hypernetwork composes from the same chunks.
+    Equal, bit for bit, to `Adapter.tensors` of the adapter that the hypernetwork composes from the same chunks.
 
     Args:
         parts: PEFT tensors of an adapter of rank (K + 1) R, and which of its K chunks to take.
@@ -178,7 +178,7 @@ def _is_a(key: str) -> bool:
 
 
 def peft_config(rank: int, modules: list[str], base_model: str) -> dict[str, Any]:
-    """`adapter_config.json`. lora_alpha equals r, so that a loader's alpha / r is 1 and it need not touch B."""
+    """`adapter_config.json`. lora_alpha equals r, so that alpha / r is 1 and a loader need not scale B."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -207,7 +207,7 @@ def named_for(config: str, base_model: str) -> str:
 
 @contextmanager
 def apply_adapter(model: nn.Module, adapter: Adapter) -> Iterator[None]:
-    """Within the block, a model of transformers computes with the adapter. Raises as `apply_factors` does."""
+    """Within the block, a transformers model computes with the adapter. Raises like `apply_factors`."""
     with apply_factors(model, adapter.factors, adapter.scale):
         yield
 
@@ -222,7 +222,7 @@ def apply_factors(model: nn.Module, factors: Factors, scale: float) -> Iterator[
         scale: factor s.
 
     Raises:
-        ValueError: the factors have other sizes than the model.
+        ValueError: the factors do not have the model's sizes.
     """
     layers = text_layers_of(model)
     with ExitStack() as hooks:

@@ -1,4 +1,4 @@
-"""Whether an adapter does something, and nothing wild: checked before it answers for a video.
+"""Checks that an adapter has an effect, and not an excessive one, before it answers for a video.
 
 Shape suffixes: L text layers, R rank, T tokens of the probe, V vocabulary.
 """
@@ -15,7 +15,7 @@ from f2l_vllm.base_models.text_layers import target_linear, text_layers_of
 from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter
 
 PROBE = "What is shown in the video?"
-# The default model's adapters: an effect of 0.3 to 0.5, norms of 1.0 to 1.7. A zero adapter's effect is 0 exactly.
+# The default model's adapters have an effect of 0.3 to 0.5 and norms of 1.0 to 1.7. A zero adapter's effect is 0.
 LEAST_EFFECT = 1e-3
 LARGEST_NORM = 50.0
 
@@ -25,8 +25,8 @@ class Finding:
     """What the check measured.
 
     Attributes:
-        effect: change of the probe's logits relative to the logits without adapter, at the position it changes most;
-            both without their mean, which no answer depends on.
+        effect: change of the probe's logits relative to the logits without adapter, at the position of the largest
+            change; both without their mean, on which no answer depends.
         norm: the largest ||s B A|| over layers and modules, relative to the wrapped weight's norm.
     """
 
@@ -35,10 +35,10 @@ class Finding:
 
 
 class AdapterCheck:
-    """Checks the adapters of one model; asks the model without adapter once.
+    """Checks the adapters of one model; runs the model without adapter once.
 
     Args:
-        model: the transformers model that adapters are made for, with its vision tower or without.
+        model: the transformers model that adapters are made for, with or without its vision tower.
         tokenizer: of the model.
     """
 
@@ -53,7 +53,7 @@ class AdapterCheck:
         """Measure an adapter.
 
         Raises:
-            ValueError: it is not finite, too large, or changes nothing; the message says which and by how much.
+            ValueError: it is not finite, too large, or has no effect; the message says which and by how much.
         """
         norm = self._norm(adapter)
         if not norm <= LARGEST_NORM:

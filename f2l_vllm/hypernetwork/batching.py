@@ -1,4 +1,4 @@
-"""Which videos share a pass, and what happens when a pass needs more memory than there is."""
+"""Which videos share a pass, and what happens when a pass runs out of memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Result = TypeVar("Result")
 def group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices in groups whose padded size, longest length times members, is at most `max_tokens`.
 
-    Videos of similar length come together; one that alone is above the budget is a group of its own.
+    Videos of similar length share a group; a video that alone exceeds the budget has its own group.
 
     Raises:
-        ValueError: a budget that is not positive.
+        ValueError: the budget is not positive.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be positive, got {max_tokens}.")
@@ -33,10 +33,10 @@ def group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 def run_groups(
     groups: Sequence[Sequence[int]], run: Callable[[Sequence[int]], Sequence[Result]]
 ) -> tuple[dict[int, Result], dict[int, BaseException]]:
-    """Run every group; one that runs out of memory is halved and tried again until it fits or is a single member.
+    """Run every group; a group that runs out of memory is halved and tried again until it fits or has one member.
 
     Returns:
-        results by index, and the errors of those that ran out of memory alone.
+        results by index, and the errors of members that ran out of memory alone.
 
     Raises:
         BaseException: whatever else `run` raises.
@@ -54,7 +54,7 @@ def run_groups(
                 raise
             if len(group) == 1:
                 failures[group[0]] = error.with_traceback(None)
-        # Only here, where the error and with it the failed pass's tensors are gone, can memory be given back.
+        # Free memory only here: before, the error still held the failed pass's tensors.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

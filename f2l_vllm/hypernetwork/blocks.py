@@ -1,4 +1,4 @@
-"""Work on many tokens: a block at a time, so that intermediate results do not grow with their number, and fast."""
+"""Fast work on many tokens, a block at a time, so that intermediate results do not grow with the number of tokens."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-MIN_PACKED = 2**16  # numbers in a weight from which a packed copy is worth its making
+MIN_PACKED = 2**16  # numbers in a weight; smaller weights are not worth a packed copy
 HIDDEN_AT_ONCE = 2**22  # hidden activations of an MLP per block: 16 MiB in fp32, large enough for full matmul speed
 
 
 def mlp_in_blocks(mlp: Callable[[Tensor], Tensor], x: Tensor, hidden_size: int) -> Tensor:
-    """`mlp(x)` for an MLP that treats every token on its own, holding few tokens' hidden activations at once.
+    """`mlp(x)` for an MLP that treats every token separately, holding the hidden activations of few tokens at a time.
 
-    With gradients enabled the MLP runs in one go: autograd keeps the hidden activations whatever the blocks.
+    With gradients enabled the MLP runs in one go: autograd keeps all hidden activations anyway.
 
     Args:
         mlp: maps [..., X] to [..., Y], each token independently of the others.
         x: [..., X].
-        hidden_size: numbers the MLP holds per token in between.
+        hidden_size: hidden activations of the MLP per token.
 
     Returns:
         [..., Y], equal to `mlp(x)`.
@@ -41,9 +41,9 @@ def mlp_in_blocks(mlp: Callable[[Tensor], Tensor], x: Tensor, hidden_size: int) 
 def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """`down(silu(gate x) * up x)` without gradients.
 
-    On a CPU oneDNN computes it, the activation and the product while they are in the cache. torch itself asks MKL in
-    fp32, which on AMD processors leaves a sixth of the speed unused. The operators are those that torch's compiler
-    emits and are no public interface: a torch without them loses the speed, nothing else.
+    On a CPU, oneDNN computes it, with the activation and the product while their inputs are in the cache. torch itself
+    uses MKL for fp32, which on AMD processors leaves a sixth of the speed unused. torch's compiler emits these
+    operators; they are not a public interface, and a torch without them only loses the speed.
 
     Args:
         x: [..., X].
@@ -53,7 +53,7 @@ def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         [..., Y].
     """
     if not _suits_onednn(gate) or x.dtype != gate.dtype:
-        # In place: fresh memory for the widest tensors costs as much time as what is computed there.
+        # In place: allocating the widest tensors takes as much time as computing them.
         return F.linear(F.silu(F.linear(x, gate), inplace=True).mul_(F.linear(x, up)), down)
     product = torch.ops.mkldnn._linear_pointwise
     no_scalars: list[float] = []
@@ -62,9 +62,9 @@ def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def packed(weight: Tensor, rows: int) -> Tensor:
-    """A copy of a linear's weight as oneDNN reads it for `rows` rows at a time; where that is no use, the weight.
+    """A copy of a linear's weight in oneDNN's layout for `rows` rows at a time; the weight itself if that is no use.
 
-    oneDNN rearranges a plain weight at every call: a tenth of the time of 512 rows.
+    oneDNN rearranges a plain weight at every call, which takes a tenth of the time of 512 rows.
     """
     if not _suits_onednn(weight) or weight.numel() < MIN_PACKED:
         return weight

@@ -1,7 +1,7 @@
 """Reads the hypernetwork checkpoints released with Frames2LoRA (arXiv 2606.04351).
 
 Such a file is `torch.save` of a flat dict: named tensors and three pickled objects of the publisher's package, which is
-not needed. The tensors say what shape the hypernetwork has; everything else the file says must agree with them.
+not needed. The tensors determine the hypernetwork's shape; everything else in the file must agree with them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.pickled import Record
 
 HEAD_DIM = 128  # of the Perceiver's attention in every released checkpoint; the tensors give only heads * head_dim
-RELEASED_MAX_FRAMES = 12  # the setting the released checkpoints were trained with
+RELEASED_MAX_FRAMES = 12  # with which the released checkpoints were trained
 RELEASED_LONGEST_EDGE = 384
 
 _RECORDS = (
@@ -27,7 +27,7 @@ _RECORDS = (
     ("peft.tuners.lora.config", "LoraRuntimeConfig"),
 )
 _ENUMS = (("peft.utils.peft_types", "PeftType"), ("peft.utils.peft_types", "TaskType"))
-# What the forward pass of this package computes; another value means another architecture.
+# The values that this package's forward pass computes; another value means another architecture.
 _SUPPORTED: dict[str, dict[str, Any]] = {
     "hypernet_config": {
         "use_light_weight_lora": False,
@@ -56,14 +56,14 @@ def read_checkpoint(path: str | Path) -> tuple[HypernetworkConfig, dict[str, Ten
         the shape of the hypernetwork, and its tensors by released name.
 
     Raises:
-        ValueError: not such a file, damaged, holding anything unexpected, or of an architecture not computed here.
+        ValueError: not a checkpoint, damaged, holding anything unexpected, or of an unsupported architecture.
         FileNotFoundError: no such file.
     """
     return _read(path, weights=True)
 
 
 def read_checkpoint_config(path: str | Path) -> HypernetworkConfig:
-    """The shape of the hypernetwork in a released `.pt` file, its weights unread. Raises as `read_checkpoint` does."""
+    """The shape of the hypernetwork in a released `.pt` file, without its weights. Raises like `read_checkpoint`."""
     return _read(path, weights=False)[0]
 
 
@@ -85,7 +85,7 @@ def _read(path: str | Path, weights: bool) -> tuple[HypernetworkConfig, dict[str
 
 
 def _derive_config(base_model: str, hypernet: Record, encoder: Any, tensors: dict[str, Tensor]) -> HypernetworkConfig:
-    """Shape of the hypernetwork from its tensors; every number the file states besides must agree."""
+    """Shape of the hypernetwork from its tensors; every other number in the file must agree."""
     aggregator, lora = hypernet["aggregator_config"], hypernet["lora_config"]
     parts = {
         "hypernet_config": hypernet,

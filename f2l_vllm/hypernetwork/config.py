@@ -9,11 +9,11 @@ from typing import Any
 
 from f2l_vllm.base_models.registry import check_module
 
-# What a video is read with, a user's turn: the frames, then this.
+# A video is read in a user's turn that holds the frames, then this text.
 INSTRUCTION = "Internalize this video for later captioning."
 
 
-_MOST = 1 << 24  # what no real size reaches; a file that says more would have its reader build it first
+_MOST = 1 << 24  # larger than any real size; a reader would build what a file states before it reads weights
 _MOST_LAYERS = 4096
 
 
@@ -34,11 +34,11 @@ class HypernetworkConfig:
         num_pre_head_layers: residual MLPs between the Perceiver and the head.
         num_heads, num_kv_heads, head_dim: attention shape inside the Perceiver.
         scale: factor s on the adapter's output; 2 * rank ** 1.5 when None.
-        max_frames, longest_edge: how videos were sampled in training, the default when one is internalized; None
-            leaves it to the base model's processor.
+        max_frames, longest_edge: how videos were sampled in training, and are by default when internalized; None leaves
+            it to the base model's processor.
 
     Raises:
-        ValueError: a size that cannot be built.
+        ValueError: a size cannot be built.
 
     Source: Frames2LoRA (arXiv 2606.04351), section 3.
     """
@@ -86,7 +86,7 @@ class HypernetworkConfig:
 
     @property
     def head_size(self) -> int:
-        """Entries the head writes per rank and module: the largest d_in + d_out."""
+        """Entries that the head writes per rank and module: the largest d_in + d_out."""
         return max(d_in + d_out for d_in, d_out in self.modules.values())
 
     def to_dict(self) -> dict[str, Any]:

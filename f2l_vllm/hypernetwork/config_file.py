@@ -1,4 +1,4 @@
-"""Reading a hypernetwork's shape from its files, without its weights."""
+"""Reads a hypernetwork's shape from its files, without its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FORMAT = "f2l-hypernetwork-1"
 
 
 def read_config(ref: str | Path, base_model: str | None = None) -> HypernetworkConfig:
-    """The shape of what `Hypernetwork.load` would read at `ref`, without reading its weights. Raises as it does."""
+    """The shape of what `Hypernetwork.load` would read at `ref`, without reading its weights. Raises like it."""
     path = locate(ref, base_model)
     if path.is_dir():
         return read_directory_config(path)
@@ -26,7 +26,7 @@ def read_directory_config(directory: Path) -> HypernetworkConfig:
     """The shape of a hypernetwork in this project's own format.
 
     Raises:
-        ValueError: a damaged file, or one of another format.
+        ValueError: a file is damaged, or has another format.
     """
     try:
         values = read_json(directory / CONFIG_FILE)
@@ -39,7 +39,7 @@ def read_directory_config(directory: Path) -> HypernetworkConfig:
 
 
 def damaged(path: Path, error: Exception) -> ValueError:
-    """What to say of a file that cannot be read, and what to do."""
+    """The error for a file that cannot be read; its message says what to do."""
     return ValueError(
         f"{path} cannot be read ({error}): it is damaged or was not copied to its end. Copy or download it again."
     )

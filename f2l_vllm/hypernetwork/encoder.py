@@ -1,8 +1,8 @@
-"""The frozen vision-language model reads videos once; what enters each of its text layers is the hypernetwork's input.
+"""The frozen vision-language model reads videos once; the inputs of its text layers are the hypernetwork's input.
 
-Nothing here grows with the number of frames or layers but what must: one embedding per visual token, and a few hidden
-vectors per token of one text layer. Frames are prepared and pass the vision tower a few at a time, the text layers'
-MLPs take a block of tokens at a time, and a layer's features are handed on and forgotten.
+Only what must grow with the number of frames does: one embedding per visual token, and a few hidden vectors per token
+of one text layer. Frames are prepared and pass the vision tower a few at a time, the text layers' MLPs take a block of
+tokens at a time, and a layer's features are passed on and not kept.
 
 Shape suffixes: B batch (videos), L text layers, T tokens of the internalization message, D hidden size, F frames,
 S pixels of a square frame, P visual tokens of a frame, V of all videos.
@@ -34,7 +34,7 @@ from f2l_vllm.hypernetwork.blocks import mlp_in_blocks  # noqa: E402
 from f2l_vllm.hypernetwork.config import INSTRUCTION  # noqa: E402
 from f2l_vllm.video.sample import SampledVideo  # noqa: E402
 
-FRAMES_AT_ONCE = 16  # prepared at once: at their own size, which a large video makes large
+FRAMES_AT_ONCE = 16  # prepared at once, in the video's own size, which may be large
 
 OnLayer = Callable[[int, Tensor], None]
 
@@ -44,16 +44,16 @@ class _AllLayersSeen(Exception):
 
 
 class VideoEncoder:
-    """A base model of transformers and its processor, used only to read videos. Not thread-safe: it hooks the model.
+    """A transformers base model and its processor, used only to read videos. Not thread-safe: it hooks the model.
 
     Args:
-        model: with its language-model head or without; frozen, its dtype and device are kept.
+        model: with or without its language-model head; it is frozen, and keeps its dtype and device.
         processor: the model's processor.
-        merge_rate: part of the visual tokens to save before the text layers; `tokens` and `see` leave them out, what
-            `prepare` gives is read whole.
+        merge_rate: part of the visual tokens to save before the text layers; `tokens` and `see` leave these out,
+            `prepare` does not.
 
     Raises:
-        ValueError: a rate outside [0, 1).
+        ValueError: the rate is outside [0, 1).
     """
 
     def __init__(self, model: nn.Module, processor: Any, merge_rate: float = 0.0) -> None:
@@ -78,7 +78,7 @@ class VideoEncoder:
         """Token ids and all pixels of the internalization message, as `visit` and `features` take them.
 
         Returns:
-            input_ids, attention_mask [1, T], pixel_values [1, F, 3, S, S] and what else the processor adds,
+            input_ids, attention_mask [1, T], pixel_values [1, F, 3, S, S] and whatever else the processor adds,
             on the CPU.
         """
         inputs = self._process(sampled, sampled.frames, _size_option(sampled))
@@ -86,7 +86,7 @@ class VideoEncoder:
 
     @torch.no_grad()
     def see(self, sampled: SampledVideo) -> Tensor:
-        """The video's visual tokens [V, D] as they enter the text model; in memory that grows with V only."""
+        """The video's visual tokens [V, D] as they enter the text model; the memory grows only with V."""
 
         def batches() -> Iterator[BatchFeature]:
             count = min(FRAMES_AT_ONCE, self._frames_at_once)
@@ -103,30 +103,30 @@ class VideoEncoder:
 
     @torch.no_grad()
     def read(self, ids: Sequence[Tensor], visual: Sequence[Tensor], on_layer: OnLayer) -> None:
-        """Read several videos' messages in one pass, shorter ones padded at their end.
+        """Read several videos' messages in one pass; shorter ones are padded at their end.
 
         Args:
             ids: `tokens` of every video.
             visual: `see` of every video.
-            on_layer: called with the index of a text layer and what enters it, [B, T, D], as it is entered. Positions
-                that are padding, False in `pad_mask`, hold nothing of use.
+            on_layer: called with the index of each text layer and its input [B, T, D]. Padded positions, False in
+                `pad_mask`, hold nothing of use.
         """
         device = next(self.model.parameters()).device
         mask_BT = pad_mask([len(one) for one in ids]).to(device)
         ids_BT = torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True).to(device)
-        # Tokens look back only and padding comes last, so no real token sees any, and attention needs no mask:
-        # one would take T * T numbers per video.
+        # Tokens only look back and padding comes last, so no real token sees padding. Attention therefore needs no
+        # mask, which would take T * T numbers per video.
         self._run_text(ids_BT, mask_BT, torch.cat(list(visual)), on_layer, attention_mask=None)
 
     @torch.no_grad()
     def visit(self, inputs: BatchFeature, on_layer: OnLayer) -> None:
-        """Call `on_layer(index, features [B, T, D])` as each text layer is entered, holding none of them afterwards.
+        """Call `on_layer(index, features [B, T, D])` with the input of each text layer, and keep none of them.
 
-        The last layer's own work, the final norm and the language-model head do not run, and no key or value is kept.
+        The last layer itself, the final norm and the language-model head do not run, and no key or value is kept.
 
         Args:
             inputs: input_ids, attention_mask [B, T] and pixel_values [B, F, 3, S, S], where frames of zeros are
-                padding; on any device. Padded positions hold what transformers computes for them.
+                padding; on any device. The features of padded positions are those that transformers computes.
             on_layer: takes the index and the features.
         """
         pixels_F3SS = inputs["pixel_values"].flatten(0, 1)
@@ -145,7 +145,7 @@ class VideoEncoder:
         self._run_text(inputs["input_ids"].to(device), mask_BT, visual_VD, on_layer, mask_BT)
 
     def features(self, inputs: BatchFeature) -> tuple[Tensor, Tensor]:
-        """What enters each text layer.
+        """The inputs of all text layers.
 
         Args:
             inputs: as `visit` takes them.
@@ -222,7 +222,7 @@ class VideoEncoder:
 
 
 def pad_mask(lengths: Sequence[int]) -> Tensor:
-    """[B, T], True in the first `lengths[b]` places of row b."""
+    """[B, T], True in the first `lengths[b]` positions of row b."""
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
@@ -233,7 +233,7 @@ def _size_option(sampled: SampledVideo) -> dict[str, Any]:
 
 @contextmanager
 def _in_blocks(layer: nn.Module, hidden_size: int) -> Iterator[None]:
-    """Within the context, the layer's MLP takes a block of tokens at a time."""
+    """Within the block, the layer's MLP takes a block of tokens at a time."""
     mlp: Any = layer.mlp
     forward = mlp.forward
     before = vars(mlp).get("forward")

@@ -1,4 +1,4 @@
-"""Whether a hypernetwork and a base model belong together."""
+"""Checks that a hypernetwork and a base model fit together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check_shapes(shapes: BaseShapes, config: HypernetworkConfig) -> None:
-    """Whether the adapters of this hypernetwork fit the model, by its configuration.
+    """Check, by the model's configuration, that the adapters of this hypernetwork fit the model.
 
     Raises:
         ValueError: they do not; the message says for which model the hypernetwork was made.

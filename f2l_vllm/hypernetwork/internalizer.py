@@ -35,7 +35,7 @@ Progress = Callable[[str, float], None]
 
 
 class NotEnoughMemoryError(MemoryError):
-    """Some videos need more memory than there is, even alone.
+    """Some videos need more memory than is available, even alone.
 
     Attributes:
         adapters: the adapters of all videos, in order; None for those that failed.
@@ -52,7 +52,7 @@ class NotEnoughMemoryError(MemoryError):
 
 @dataclass
 class _Generated:
-    """One video's factors, before the learned bias is appended, and what `Adapter.info` says of it."""
+    """One video's factors, before the learned bias is appended, and its part of `Adapter.info`."""
 
     factors: Factors
     info: dict[str, Any]
@@ -62,18 +62,18 @@ class Internalizer:
     """A frozen vision-language model, its processor and a hypernetwork that fits it. Not thread-safe.
 
     Args:
-        model: of transformers, of a known family; its device and dtype are kept.
+        model: a transformers model of a known family; its device and dtype are kept.
         hyper: hypernetwork made for this model; moved to the model's device, its dtype is kept.
-        processor: the model's processor; loaded from where the model came from when None.
+        processor: the model's processor; when None, loaded from where the model came from.
         sampling: which frames are read; as in the hypernetwork's training when None.
         limits: which videos are accepted; the defaults of `Limits` when None.
         merge_rate: part of a video's visual tokens to save before the text layers read them, in [0, 1).
 
     Attributes:
-        decoder: reads video files in the place of this process; may be set.
+        decoder: reads video files instead of this process; may be set.
 
     Raises:
-        ValueError: the hypernetwork does not fit the model, and the message names both; or a rate outside [0, 1).
+        ValueError: the hypernetwork does not fit the model (the message names both), or the rate is outside [0, 1).
     """
 
     def __init__(
@@ -114,9 +114,9 @@ class Internalizer:
         Args:
             model_ref: directory or Hugging Face id of a base model.
             hypernetwork_ref: what `Hypernetwork.load` reads.
-            device: a GPU when there is one, else the CPU, when None.
-            dtype: of the model; its checkpoint's own when None. The hypernetwork computes in fp32 always: it is a small
-                part of the work, and its output is what is published.
+            device: when None, a GPU if there is one, else the CPU.
+            dtype: of the model; its checkpoint's own when None. The hypernetwork always computes in fp32: it is a small
+                part of the work, and its output is published.
 
         Raises:
             ValueError: something cannot be read, or the parts do not fit together.
@@ -145,15 +145,15 @@ class Internalizer:
 
         Args:
             path: a local video file.
-            chunking: cut the video and compose the chunks' adapters in rank space, the bias once; one pass over the
-                whole video when None.
-            on_progress: called with a stage ("decode", "encode", "generate", "compose") and the fraction of it that
-                is done, at the start and the end of every stage and after each text layer.
+            chunking: cut the video and compose the chunks' adapters in rank space, with the bias once; one pass over
+                the whole video when None.
+            on_progress: called with a stage ("decode", "encode", "generate", "compose") and the part of it that is
+                done, at the start and the end of every stage and after each text layer.
 
         Returns:
             the adapter, on the model's device; `info` holds frames, timestamps, duration_s, width, height,
-            visual_tokens and prompt_tokens (that the text layers read), merge_rate, rank, and `seconds` spent in
-            "decode", "vision" (frames to visual tokens, merged), "text" (the text layers), "perceiver" and "head"
+            visual_tokens and prompt_tokens (as the text layers read them), merge_rate, rank, and the `seconds` of
+            "decode", "vision" (frames to merged visual tokens), "text" (the text layers), "perceiver" and "head"
             (latents to factors).
 
         Raises:
@@ -190,11 +190,11 @@ class Internalizer:
 
         Args:
             videos: sampled videos of any lengths.
-            max_tokens: of all videos in one pass, padding included; `TOKENS_PER_PASS` when None. A longer video takes
+            max_tokens: of all videos in one pass, padding included; `TOKENS_PER_PASS` when None. A longer video gets
                 a pass of its own.
 
         Returns:
-            the adapters in the order of the videos, as `internalize_frames` gives them one at a time. In `info`,
+            the adapters in the order of the videos, as `internalize_frames` returns them one at a time. In `info`,
             `seconds` is the video's share of its pass.
 
         Raises:
@@ -204,14 +204,14 @@ class Internalizer:
         return [self._compose([generated]) for generated in self._generate(videos, max_tokens)]
 
     def internalize_chunks(self, chunks: Sequence[SampledVideo], max_tokens: int | None = None) -> Adapter:
-        """One adapter of rank (K + 1) R from K chunks of a video, or from K videos, passing together.
+        """One adapter of rank (K + 1) R from K chunks of a video, or from K videos, in joint passes.
 
         Args, raises: as `internalize_many`. In `info`, counts and seconds are sums and `chunks` is K.
         """
         return self._compose(self._generate(chunks, max_tokens))
 
     def _internalize_chunks(self, chunked: ChunkedVideo, report: Progress) -> Adapter:
-        """Decode and read one chunk after the other, so that one chunk's frames are held at a time; then compose."""
+        """Decode and read one chunk after the other, so that only one chunk's frames are held; then compose."""
         generated: list[_Generated] = []
 
         def part(stage: str, fraction: float) -> None:
@@ -322,7 +322,7 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     def lap(self, stage: str) -> None:
-        """What passed since the last lap was spent on `stage`."""
+        """Charge the time since the last lap to `stage`."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = perf_counter()

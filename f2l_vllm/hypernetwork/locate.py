@@ -13,7 +13,7 @@ def locate(ref: str | Path, base_model: str | None = None) -> Path:
     """Path of a `.pt` file, or of a directory with `config.json` and `model.safetensors`; downloads when it must.
 
     Raises:
-        ValueError: nothing there, or several files to choose from.
+        ValueError: nothing was found, or there are several files to choose from.
     """
     path = Path(ref).expanduser()
     if path.is_file():

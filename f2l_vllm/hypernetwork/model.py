@@ -65,10 +65,10 @@ class Head(nn.Module):
 
 
 class Hypernetwork(nn.Module):
-    """Perceiver, head and the learned video-independent bias factors of one base model."""
+    """Perceiver, head and learned video-independent bias factors for one base model."""
 
     def __init__(self, config: HypernetworkConfig) -> None:
-        """Initialised as in the paper: scaler_B is zero, so that an untrained hypernetwork changes nothing."""
+        """Initialise as in the paper: scaler_B is zero, so that an untrained hypernetwork changes nothing."""
         super().__init__()
         self.config = config
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
@@ -125,7 +125,7 @@ class Hypernetwork(nn.Module):
 
     @property
     def revision(self) -> str:
-        """16 hex digits that change with any weight or size, and neither with the device nor the base model's name."""
+        """16 hex digits that change with any weight or size, but not with the device or the base model's name."""
         key = tuple((tensor.data_ptr(), tensor._version) for tensor in self.parameters())
         if self._revision is None or self._revision[0] != key:
             self._revision = (key, _digest(self.config, self.state_dict()))
@@ -135,14 +135,14 @@ class Hypernetwork(nn.Module):
         """Factors of B chunks before the bias, differentiable.
 
         Args:
-            features_BLTD: what enters each text layer while the base model reads the video.
+            features_BLTD: the inputs of each text layer while the base model reads the video.
             mask_BT: True (or 1) where a token is real; None when all are.
 
         Returns:
             module -> (A [B, L, R, I], B [B, L, R, O]); the scale s is not folded in.
 
         Raises:
-            ValueError: shapes that do not belong to this hypernetwork.
+            ValueError: the shapes do not fit this hypernetwork.
         """
         self._check(features_BLTD, mask_BT)
         mask_NT = None if mask_BT is None else mask_BT.bool().repeat_interleave(self.config.num_layers, dim=0)
@@ -154,7 +154,7 @@ class Hypernetwork(nn.Module):
         return self.perceiver(features_NTD, mask_NT)
 
     def reader(self, mask_BT: Tensor | None = None) -> LayerReader:
-        """Takes what enters the text layers, a layer at a time; its `latents` are what `project` takes."""
+        """A reader that takes the text layers' inputs, a layer at a time; its `latents` are the input of `project`."""
         return LayerReader(self.perceiver, mask_BT)
 
     def project(self, latents_BLQd: Tensor) -> Factors:
@@ -189,7 +189,7 @@ class Hypernetwork(nn.Module):
             module -> (A, B) of rank (K + 1) R, with a batch axis if the chunks have one.
 
         Raises:
-            ValueError: no chunk, or chunks of another hypernetwork.
+            ValueError: there is no chunk, or chunks are of another hypernetwork.
         """
         if not factors_list:
             raise ValueError("There is nothing to compose: pass the factors of at least one chunk.")
@@ -208,18 +208,18 @@ class Hypernetwork(nn.Module):
 
     @torch.no_grad()
     def compose(self, factors_list: Sequence[Factors]) -> Adapter:
-        """One adapter from K chunks of factors without a batch axis; rank (K + 1) R. Raises as `combine` does."""
+        """One adapter of rank (K + 1) R from K chunks of factors without a batch axis. Raises like `combine`."""
         return Adapter(factors=self.combine(factors_list), scale=self.scale)
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
         """Write `config.json` and `model.safetensors`, both or neither.
 
         Args:
-            dtype: what the weights are rounded to; None writes them as they are.
-            overwrite: replace a hypernetwork that is there.
+            dtype: the weights are rounded to it; None writes them as they are.
+            overwrite: replace an existing hypernetwork.
 
         Raises:
-            FileExistsError: the directory holds something and `overwrite` is False.
+            FileExistsError: the directory is not empty and `overwrite` is False.
             ValueError: a weight is not finite.
         """
         tensors = {
@@ -241,12 +241,12 @@ class Hypernetwork(nn.Module):
 
         Args:
             ref: path, `owner/repository`, or `owner/repository/file.pt`.
-            base_model: the model it is wanted for; chooses among several `.pt` files of a repository by the model
-                size in their names.
+            base_model: the model to use it with; chooses among several `.pt` files of a repository by the model size in
+                their names.
             dtype: dtype to compute in; the file's own may be narrower. None keeps the file's own.
 
         Raises:
-            ValueError: nothing readable at `ref`, or a file that is not a hypernetwork; the message says what is wrong.
+            ValueError: nothing readable at `ref`, or not a hypernetwork; the message says what is wrong.
         """
         from f2l_vllm.hypernetwork.locate import locate
 

@@ -1,7 +1,7 @@
-"""Reading PEFT adapter directories and checking them against the base model they claim to fit.
+"""Reads PEFT adapter directories and checks them against the base model that they claim to fit.
 
-vLLM loads an adapter whose keys miss one `model.` without an error and attaches it to nothing: every answer then
-comes silently from the base model. So keys, shapes, rank and scale are checked here, before an adapter is published.
+vLLM loads an adapter whose keys lack one `model.` without an error and attaches it to nothing: every answer then
+silently comes from the base model. Keys, shapes, rank and scale are therefore checked before an adapter is published.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What a checked adapter directory holds; `sha256` of the files as they were read for the check."""
+    """The content of a checked adapter directory; `sha256` is of the files as the check read them."""
 
     rank: int
     modules: tuple[str, ...]
@@ -40,7 +40,7 @@ def validate_adapter(directory: Path, shapes: BaseShapes, *, max_rank: int | Non
 
     Raises:
         AdapterError: a missing or unreadable file, a key that would attach to nothing, a wrong shape or dtype, a rank
-            or scale that the tensors contradict, a rank above `max_rank`, or a value that is not finite.
+            or scale that contradicts the tensors, a rank above `max_rank`, or a value that is not finite.
     """
     try:
         config = read_json(directory / CONFIG_FILE)

@@ -1,12 +1,12 @@
 """The Perceiver: any number of tokens of one text layer in, one latent per LoRA rank row out.
 
-The context is long and the latents are few, so nothing but the projection to the latent width is computed per token.
+The context is long and the latents are few, so only the projection to the latent width is computed per token.
 With x the token scaled to unit root mean square and w the weight of the context's norm, a key enters only as
-q . W_k (w * x) = (w * W_k^T q) . x and a value only as W_v (w * sum of p x). So W_k and w move into the queries and W_v
-behind the sum; x is the same for every block and computed once. Attention runs over blocks of tokens, merged by the
-log-sum-exp of their scores.
+q . W_k (w * x) = (w * W_k^T q) . x and a value only as W_v (w * sum of p x). W_k and w therefore move into the queries,
+and W_v is applied after the sum; x is the same for every block and computed once. Attention runs over blocks of tokens,
+merged by the log-sum-exp of their scores.
 
-Shape suffixes: N rows (a video's text layer each; nothing crosses rows), T tokens, D hidden size, d latent size,
+Shape suffixes: N rows (each is a video's text layer; rows are independent), T tokens, D hidden size, d latent size,
 Q latent queries, H query heads, G key/value heads, P query heads per key/value head, E head size, Z = G * Q * P.
 Masks are True where a token is real.
 
@@ -23,7 +23,7 @@ from f2l_vllm.hypernetwork.blocks import HIDDEN_AT_ONCE, gated_mlp, mlp_in_block
 
 EXPANSION = 4  # hidden width of every MLP, in multiples of its reference width
 NORM_EPS = 1e-6
-SCORES_AT_ONCE = 2**20  # attention scores per block of tokens: 4 MiB in fp32, which stay in the cache
+SCORES_AT_ONCE = 2**20  # attention scores per block of tokens: 4 MiB in fp32 stay in the cache
 CONTEXT_AT_ONCE = 2**23  # numbers of several layers' contexts that are read together: 32 MiB in fp32
 
 
@@ -34,7 +34,7 @@ def unit_rms(x: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In fp32; fp64 stays."""
+    """The tensor in fp32, or in fp64 if it has that."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -64,12 +64,12 @@ class GatedMLP(nn.Module):
         return gated_mlp(x, *self.weights())
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of gate, up and down."""
+        """The weights of gate, up and down."""
         return self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
 
 
 class GroupedAttention(nn.Module):
-    """Latents attend, without a causal order, to a context and to themselves; key/value heads are shared by groups."""
+    """Latents attend to a context and to themselves, without causal order; groups of heads share key/value heads."""
 
     def __init__(self, size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class GroupedAttention(nn.Module):
         """Attention output [N, Q, d].
 
         Args:
-            latents_NQd: normed latents: the queries, and always keys and values too.
+            latents_NQd: normed latents: they are the queries, and always also keys and values.
             context_NTd: tokens of unit root mean square, or None.
             norm_d: weight of the context's norm.
             mask_NT: the context's real tokens; None when all are.
@@ -109,7 +109,7 @@ class GroupedAttention(nn.Module):
         return self.o_proj(self._values(read_NZd, latents_NQd.shape[1]))
 
     def _queries(self, latents_NQd: Tensor) -> Tensor:
-        """Scaled queries of all heads, taken through W_k to the latent width: [N, Z, d]."""
+        """Scaled queries of all heads, mapped through W_k to the latent width: [N, Z, d]."""
         rows, _, size = latents_NQd.shape
         q_NQGPE = self.q_proj(latents_NQd).unflatten(-1, (self.num_kv_heads, -1, self.head_dim))
         q_GXE = q_NQGPE.permute(2, 0, 1, 3, 4).reshape(self.num_kv_heads, -1, self.head_dim) * self.head_dim**-0.5
@@ -117,7 +117,7 @@ class GroupedAttention(nn.Module):
         return (q_GXE @ k_GEd).unflatten(1, (rows, -1)).transpose(0, 1).flatten(1, 2)
 
     def _values(self, read_NZd: Tensor, count: int) -> Tensor:
-        """What every head has read, taken through W_v: [N, Q, H * E]."""
+        """What every head has read, mapped through W_v: [N, Q, H * E]."""
         rows, _, size = read_NZd.shape
         read_GXd = read_NZd.unflatten(1, (self.num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
         v_GEd = self.v_proj.weight.view(self.num_kv_heads, self.head_dim, size)
@@ -133,14 +133,14 @@ def _read(queries_NZd: Tensor, context_NTd: Tensor, mask_NT: Tensor | None) -> t
     """
     rows, count, _ = queries_NZd.shape
     num_tokens = context_NTd.shape[1]
-    # With gradients autograd keeps every block's scores, so blocks would save nothing.
+    # With gradients enabled, autograd keeps every block's scores, so blocks would save nothing.
     length = num_tokens if torch.is_grad_enabled() else max(1, SCORES_AT_ONCE // (rows * count))
     parts: tuple[Tensor, Tensor] | None = None
     for start in range(0, num_tokens, length):
         block_NTd = context_NTd[:, start : start + length]
         scores_NZT = _wide(queries_NZd @ block_NTd.mT)
         if mask_NT is not None:
-            # Not minus infinity: a block of nothing but padding has to have a softmax, to weigh nothing in the end.
+            # Not minus infinity: a block of padding only still needs a softmax; its weight in the merge is zero.
             padding_N1T = ~mask_NT[:, None, start : start + length]
             scores_NZT = scores_NZT.masked_fill(padding_N1T, torch.finfo(scores_NZT.dtype).min)
         shares_NZT, lse_NZ1 = _softmax(scores_NZT)
@@ -156,7 +156,7 @@ def _read(queries_NZd: Tensor, context_NTd: Tensor, mask_NT: Tensor | None) -> t
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the last axis and the log-sum-exp that belongs to it, without a second exponential."""
+    """Softmax over the last axis and its log-sum-exp, without a second exponential."""
     shares = torch.softmax(scores, dim=-1)
     return shares, scores.amax(-1, keepdim=True) - shares.amax(-1, keepdim=True).log()
 
@@ -229,9 +229,9 @@ class Perceiver(nn.Module):
         return self.read(self.context(features_NTD), mask_NT)
 
     def context(self, features_NTD: Tensor, weights: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-        """Features of any dtype -> what `read` takes: projected, of unit root mean square, [N, T, d].
+        """Features of any dtype -> the input of `read`: projected, of unit root mean square, [N, T, d].
 
-        `weights` are `packed_projection`'s, for inference; None takes the parameters.
+        `weights` are those of `packed_projection`, for inference; None means the parameters.
         """
         projection = self.modality_projection
 
@@ -242,7 +242,7 @@ class Perceiver(nn.Module):
         return mlp_in_blocks(project, features_NTD, projection.gate_proj.out_features)
 
     def packed_projection(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A copy of the projection's weights that is faster to multiply by, where there is one."""
+        """Copies of the projection's weights in a layout for faster products, if there is one."""
         gate, up, down = self.modality_projection.weights()
         rows = max(1, HIDDEN_AT_ONCE // len(gate))
         return packed(gate, rows), packed(up, rows), packed(down, rows)
@@ -253,7 +253,7 @@ class Perceiver(nn.Module):
 
 
 class LayerReader:
-    """Takes the features of one text layer after the other, keeping of each only its context, and that not for long.
+    """Takes the features of one text layer after the other; keeps only each layer's context, until it is read.
 
     Short contexts of several layers are read together: the weights that act on a row's few latents are far larger than
     the latents, so more rows at a time cost hardly more.
@@ -267,7 +267,7 @@ class LayerReader:
         self._latents: list[Tensor] = []
 
     def add(self, features_BTD: Tensor) -> None:
-        """The next layer's features."""
+        """Take the next layer's features."""
         self._contexts.append(self._perceiver.context(features_BTD, self._weights))
         if (len(self._contexts) + 1) * self._contexts[0].numel() > CONTEXT_AT_ONCE:
             self._read()

@@ -1,15 +1,15 @@
 """Reads torch's zip format without executing anything the file contains.
 
-A pickle is a program. Here it runs only after its opcodes were read and found harmless, and it can only build numbers,
-containers, tensors whose bytes we read ourselves, and inert records for a handful of known class names; no class of
-the file's is imported. Any other name is refused before it is looked up. Every object a pickle can get hold of refuses
-to be changed by it, except the records, which take a plain dict of attributes.
+A pickle is a program. Here it runs only after its opcodes were read and found harmless. It can only build numbers,
+containers, tensors whose bytes we read ourselves, and inert records for a handful of known class names; no class that
+the file names is imported. Any other name is refused before it is looked up. A pickle cannot change any object that it
+can reach, except the records, which take a plain dict of attributes.
 
-The unpickler is the one in Python, whose recursion and memory the interpreter watches; keys of dicts are texts and
-numbers, because hashing a tuple follows all it holds, in C, as deep and as often as it is nested.
+The unpickler is Python's own, not the one in C, because the interpreter watches its recursion and memory. Keys of dicts
+must be texts or numbers, because hashing a tuple follows everything in it, in C, as deep and as often as it is nested.
 
-As a program this module examines a file: it reads it without its tensors, with little memory and time, and needs
-nothing but the standard library.
+Run as a program, this module examines a file: it reads the file without its tensors, with little memory and time, and
+needs only the standard library.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 MAX_PICKLE_BYTES = 16 * 1024**2
 MAX_OPCODES = 1_000_000  # the released checkpoints have some 20,000
-MAX_VALUES = 1_000_000  # objects that share parts can unfold to far more than the pickle holds
+MAX_VALUES = 1_000_000  # objects that share parts can unfold to far more values than the pickle holds
 MAX_DEPTH = 64
 MAX_PARTS = 100_000
 EXAMINED_BYTES, EXAMINED_SECONDS = 1 << 30, 60  # address space and CPU time of the process that examines a file
 REFUSED = 3
 
-# What torch calls them, and the bytes of a number.
+# torch's name of a storage type -> dtype, bytes per number.
 _DTYPES = {
     "DoubleStorage": ("float64", 8),
     "FloatStorage": ("float32", 4),
@@ -53,7 +53,7 @@ _DTYPES = {
     "ByteStorage": ("uint8", 1),
     "BoolStorage": ("bool", 1),
 }
-# Protocol 2, as torch.save writes it. Left out: everything that names objects otherwise than GLOBAL does.
+# Protocol 2, as torch.save writes it, without the opcodes other than GLOBAL that name objects.
 _OPCODES = """
     PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_LIST EMPTY_DICT
     EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT
@@ -62,7 +62,7 @@ _OPCODES = """
 
 
 class Record(dict[str, Any]):
-    """Stands for an object of a class that is never imported: only the attributes it was pickled with."""
+    """Stands for an object of a class that is never imported; holds only the pickled attributes."""
 
     def __init__(self) -> None:  # a dict would take pairs, and hash their keys
         super().__init__()
@@ -102,7 +102,7 @@ class _StorageType(_Inert):
 
 
 class _Storage(_Inert):
-    """Bytes of tensors, read from the file when a tensor's numbers are wanted."""
+    """Bytes of tensors, read from the file when a tensor's numbers are needed."""
 
     def __init__(self, read: Callable[[], bytes], size: int, type_: _StorageType) -> None:
         self._read = read
@@ -131,7 +131,7 @@ class PickledTensor(_Inert):
 
     @cached_property
     def tensor(self) -> Tensor:
-        """One, however often the file names it."""
+        """Always the same tensor, however often the file names it."""
         import torch
 
         type_, count = self._storage.type, self.numbers
@@ -153,7 +153,7 @@ class _MakeDict(_Inert):
 
 
 class _MakeSet(_Inert):
-    """Sets come back as lists, because hashing calls into what is hashed."""
+    """Sets become lists, because hashing would call methods of the members."""
 
     def __call__(self, items: Any = ()) -> list[Any]:
         if not isinstance(items, (list, tuple)):
@@ -162,7 +162,7 @@ class _MakeSet(_Inert):
 
 
 class _MakeText(_Inert):
-    """Enum members come back as their value."""
+    """Enum members become their values."""
 
     def __call__(self, value: Any) -> str:
         if not isinstance(value, str):
@@ -171,7 +171,7 @@ class _MakeText(_Inert):
 
 
 class _MakeTensor(_Inert):
-    """Builds contiguous tensors, all together no larger than the file."""
+    """Builds contiguous tensors, which together are no larger than the file."""
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget_bytes = budget_bytes
@@ -202,7 +202,7 @@ class _MakeParameter(_Inert):
         return data
 
 
-_PythonUnpickler: Any = pickle._Unpickler  # the one in C has no instructions to replace
+_PythonUnpickler: Any = pickle._Unpickler  # the unpickler in C does not let its instructions be replaced
 
 
 class _Unpickler(_PythonUnpickler):
@@ -272,7 +272,7 @@ class _Unpickler(_PythonUnpickler):
         return storage
 
     def _check(self, name: str, limit: int) -> int:
-        """Size of a part of the archive that may be read."""
+        """Check that a part of the archive may be read; returns its size."""
         info = self._archive.getinfo(self._prefix + name)
         if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
             raise pickle.UnpicklingError(f"its part {name} is compressed or has another size than it claims")
@@ -324,10 +324,10 @@ def read(
     enums: Iterable[tuple[str, str]],
     unfold: Callable[[PickledTensor], Any],
 ) -> dict[str, Any]:
-    """A file that this process may read; `unpickle.load` says what it returns and raises.
+    """Read a file in this process; returns and raises like `unpickle.load`.
 
     Args:
-        unfold: what becomes of the dict's own tensors.
+        unfold: converts the dict's own tensors.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -357,14 +357,14 @@ def _main() -> int:
 
 
 class _Values:
-    """Turns what a pickle built into plain values, of which there may be so many."""
+    """Turns what a pickle built into plain values, at most `MAX_VALUES`."""
 
     def __init__(self, unfold: Callable[[PickledTensor], Any]) -> None:
         self._unfold = unfold
         self._left = MAX_VALUES
 
     def top(self, value: Any) -> Any:
-        """A value of the dict itself, whose tensors are what is wanted."""
+        """A value of the top-level dict; only its tensors are kept as tensors."""
         return self._unfold(value) if isinstance(value, PickledTensor) else self._plain(value, MAX_DEPTH)
 
     def _plain(self, value: Any, depth: int) -> Any:

@@ -1,7 +1,7 @@
-"""Loads what `torch.save` wrote without executing anything the file contains (`pickled`).
+"""Loads files of `torch.save` without executing anything that they contain (`pickled`).
 
-A file is first read without its tensors in a process with little memory and time: whatever it may still break is broken
-there, and becomes an error message.
+A file is first read without its tensors in a process with little memory and time, so that whatever it may still break
+only breaks that process and becomes an error message.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def load(
         name -> tensor, number, text, container or Record; inside containers and records tensors become lists.
 
     Raises:
-        ValueError: not such a file, damaged, or asking for anything else; nothing in it was executed.
+        ValueError: the file is not of this kind, damaged, or asks for anything else; nothing in it was executed.
         FileNotFoundError: no such file.
     """
     records, enums = list(records), list(enums)
@@ -39,7 +39,7 @@ def load(
 
 
 def _examine(path: Path, records: list[tuple[str, str]], enums: list[tuple[str, str]]) -> None:
-    """Read the file without its tensors in a process of its own; raises as `load` does."""
+    """Read the file without its tensors in a process of its own; raises like `load`."""
     with path.open("rb"):
         pass
     known = json.dumps({"records": records, "enums": enums})

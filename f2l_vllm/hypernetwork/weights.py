@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors. The library's own writer makes files for their owner alone; this follows the umask."""
+    """Write safetensors. The library's own writer makes files that only the owner can read; this follows the umask."""
     path.touch()
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata={"format": "pt"})

@@ -42,7 +42,7 @@ def resolve(reference: str) -> Path:
 
 
 def loadable_name(model: Path) -> str:
-    """What names a model directory to `from_pretrained` elsewhere: the hub id it was downloaded from, or its path."""
+    """The name by which `from_pretrained` finds a model directory elsewhere: its hub id if downloaded, or its path."""
     model = model.absolute()
     repository = _HUB_SNAPSHOT.search(model.as_posix())
     return repository["owner"] + "/" + repository["name"] if repository else str(model)
@@ -52,7 +52,7 @@ def resolve_hypernetwork(model_reference: str, reference: str | None) -> Path:
     """The hypernetwork to use with a model: the one asked for, the model directory's own, or the released one.
 
     Raises:
-        ValueError: there is none to be found; the message says how to name one.
+        ValueError: none was found; the message says how to name one.
     """
     if reference is None:
         own = resolve(model_reference) / HYPERNETWORK_FOLDER
@@ -75,7 +75,7 @@ def recognised(model_reference: str) -> str | None:
 
 
 def _none_known(model_reference: str) -> str:
-    """What to do about a model that has no hypernetwork of its own; nothing is downloaded unless its name is given."""
+    """The message for a model without a hypernetwork of its own; nothing is downloaded unless the user names it."""
     original = recognised(model_reference)
     released = f"the released ones, {RELEASED_HYPERNETWORKS}, are for {' and '.join(RELEASED_FOR)}"
     if original in RELEASED_FOR:

@@ -1,1 +1,1 @@
-"""How shipped models are made, a folder for each."""
+"""How shipped models are made, one folder per model."""

@@ -1,1 +1,1 @@
-"""The synthetic world: scenes of moving shapes, what is said of them, and real videos of them."""
+"""The synthetic world: scenes of moving shapes, questions about them, and real videos of them."""

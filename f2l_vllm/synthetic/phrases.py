@@ -1,8 +1,7 @@
-"""What is asked about a scene, in which words, and the true answer.
+"""Questions about a scene, in several phrasings, and their true answers.
 
-Every question type has several phrasings, now and then with a mention of the video before or after them; some are kept
-out of training (`UNSEEN`), to see whether the model learned the question or the sentence. Both spellings, colour and
-color, occur.
+Some questions mention the video before or after the phrasing. Some phrasings are kept out of training (`UNSEEN`), to
+see whether the model learned the question or the sentence. Both spellings, colour and color, occur.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from f2l_vllm.synthetic.world import MovingShape, Scene
 
 CAPTION = "caption"
 
-# {it} is a reference to one shape of the scene, {x} the thing whose presence is asked.
+# {it} refers to one shape of the scene, {x} is the thing whose presence is asked about.
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "colour": (
         "What colour is {it}?",
@@ -151,7 +150,7 @@ QUESTION_TYPES = tuple(kind for kind in PHRASINGS if kind != CAPTION)
 DOES_NOT_MOVE = "It does not move."
 _BY_COLOUR = ("the {0} object", "the {0} shape", "the {0} one")
 _NUMBERS = ("Zero", "One", "Two")
-_FRAMED = 0.2  # share of questions with a mention of the video put in front or behind
+_FRAMED = 0.2  # share of questions that mention the video at their start or end
 _IN_FRONT = ("In the video, ", "In this video, ", "Looking at the video, ")
 _BEHIND = (" in the video", " in this video")
 
@@ -182,14 +181,14 @@ def ask(scene: Scene, kind: str, rng: random.Random, *, unseen: bool = False) ->
         thing, present = _thing(scene, kind, rng)
         return template.format(x=thing), "Yes." if present else "No.", kind
     target = rng.choice(scene.shapes)
-    if kind == "direction":  # a shape that moves is the more interesting one to ask about
+    if kind == "direction":  # a moving shape is more interesting to ask about
         moving = [shape for shape in scene.shapes if shape.action.startswith("moves ")]
         target = rng.choice(moving) if moving and rng.random() < 0.7 else target
     return template.format(it=_reference(target, kind, rng)), _answer(target, kind), kind
 
 
 def _frame(template: str, kind: str, rng: random.Random) -> str:
-    """Now and then, the phrasing with a mention of the video around it; never one that is kept out of training."""
+    """The phrasing, sometimes with a mention of the video added; never to one that is kept out of training."""
     if "video" in template or kind == CAPTION or rng.random() >= _FRAMED:
         return template
     framed = rng.choice([*_in_front(template), *_behind(template)])
@@ -211,7 +210,7 @@ def caption(scene: Scene) -> str:
 
 
 def roughen(question: str, rng: random.Random) -> str:
-    """The question as people also type it: in lower case, without its last mark, or both."""
+    """The question as people also type it: in lower case, without its final mark, or both."""
     style = rng.randrange(3)
     question = question.lower() if style != 1 else question
     return question.rstrip("?.") if style != 0 else question
@@ -263,14 +262,14 @@ def _answer(target: MovingShape, kind: str) -> str:
         if not target.action.startswith("moves "):
             return DOES_NOT_MOVE
         return f"{target.action.removeprefix('moves ').capitalize()}."
-    # A whole sentence: writing the name out first, the model finds the action where a caption has it, behind its shape.
+    # A whole sentence: the model writes the name first and then finds the action after its shape, as in a caption.
     return f"The {target.phrase}."
 
 
 def _thing(scene: Scene, kind: str, rng: random.Random) -> tuple[str, bool]:
-    """Something to ask for, present in half of the questions, and whether it is there.
+    """A thing to ask about, present in half of the questions, and whether it is present.
 
-    An absent object shares its colour or its shape with one that is there, so that half an answer is not enough.
+    An absent thing shares its colour or its shape with a present one, so that recognising one of the two is not enough.
     """
     present = rng.random() < 0.5
     colours = [shape.colour for shape in scene.shapes]

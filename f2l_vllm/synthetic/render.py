@@ -17,7 +17,7 @@ from torch import Tensor
 from f2l_vllm.synthetic.world import BACKGROUNDS, COLOURS, SHAPES, MovingShape, Scene
 
 MAX_SHAPES = 2
-# (width, height): what cameras, phones and screens make
+# (width, height) as cameras, phones and screens make them
 FRAME_SIZES = ((320, 240), (640, 360), (240, 240), (270, 480), (240, 320))
 
 
@@ -119,7 +119,7 @@ def _distance(shape: str, dx: Tensor, dy: Tensor, r: Tensor) -> Tensor:
 
 
 def blend(masks_BKTHW: Tensor, colours_BKC: Tensor, backgrounds_BC: Tensor) -> Tensor:
-    """The image [B, T, C, H, W], 0 to 255, of what `coverage` gives, in these colours."""
+    """The image [B, T, C, H, W], 0 to 255, of the masks that `coverage` returns, in these colours."""
     offsets_BKC = colours_BKC - backgrounds_BC[:, None]
     image_BTCHW = torch.einsum("bkthw,bkc->btchw", masks_BKTHW, offsets_BKC)
     return image_BTCHW + backgrounds_BC[:, None, :, None, None]

@@ -2,7 +2,7 @@
 
 A scene is complete on its own: it can be drawn at any size, frame rate and duration, and every question about it has
 one true answer. A fixed part of the world never occurs in training: some (colour, shape, action) triples, and some
-whole scenes built of known triples. Which ones is decided by a hash of their names, so it needs no stored list and
+whole scenes built of known triples. A hash of their names decides which ones, so the choice needs no stored list and
 is the same on every machine.
 
 Coordinates are fractions of the frame's width and height; radii are fractions of sqrt(width * height).
@@ -85,7 +85,7 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """What is to be seen, without where exactly: equal keys have equal answers."""
+        """What the scene shows, without exact places: equal keys have equal answers."""
         return " & ".join(shape.phrase for shape in self.shapes) + " @ " + self.background
 
     @property
@@ -109,7 +109,7 @@ def is_unseen_triple(colour: str, shape: str, action: str) -> bool:
 
 
 def sample_scenes(n: int, seed: int, split: str = "train") -> list[Scene]:
-    """`n` independent scenes of one split, the same for the same arguments.
+    """`n` independent scenes of one split; the same arguments give the same scenes.
 
     Raises:
         ValueError: for a split that is not one of `SPLITS`.
@@ -172,7 +172,7 @@ def _path(triple: tuple[str, str, str], rng: random.Random) -> MovingShape:
 
 
 def _gap(shapes: tuple[MovingShape, ...]) -> float:
-    """The smallest distance of two shapes' centres over the clip; 1 for a single shape."""
+    """The smallest distance between two shapes' centres over the clip; 1 for a single shape."""
     if len(shapes) < 2:
         return 1.0
     gap = 1.0

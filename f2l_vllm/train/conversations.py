@@ -1,7 +1,7 @@
 """Token ids of a question and its answer as a model's chat template writes them, cut where questions differ.
 
-A tokenizer may join letters across the pieces a prompt is made of, so every prompt is encoded whole; what the prompts
-of a batch have in common at their start is their prefix, and the rest is the turn.
+A tokenizer may join letters across the pieces of a prompt, so every prompt is encoded whole. The start that all prompts
+of a batch share is their prefix; the rest of a prompt is its turn.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Conversations:
         processor: a processor with a chat template.
 
     Raises:
-        ValueError: the template does not write an answer behind its own generation prompt, so it cannot be taught.
+        ValueError: the template does not write an answer after its own generation prompt, so it cannot be taught.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -32,7 +32,7 @@ class Conversations:
         self._write("a question", "an answer", [])
 
     def turns(self, asked: Sequence[Sequence[Asked]]) -> tuple[list[int], list[list[Turn]]]:
-        """Questions without a video, a row of them per video.
+        """Questions without frames, one row per video.
 
         Returns:
             the prefix that all prompts share, and per row the turns that follow it.
@@ -41,7 +41,7 @@ class Conversations:
         return self._cut(written, asked, with_video=False)
 
     def turns_about(self, sampled: SampledVideo, asked: Sequence[Asked]) -> tuple[list[int], list[Turn]]:
-        """Questions about one video, its frames in front: their common prefix and the turns that follow it."""
+        """Questions about one video, with its frames in front: their common prefix and the turns that follow it."""
         written = []
         for question, answer, _ in asked:
             prompt, reply = self._write(question, answer, [{"type": "video"}])
@@ -50,7 +50,7 @@ class Conversations:
         return prefix, turns
 
     def _write(self, question: str, answer: str, video: list[dict[str, str]]) -> tuple[str, str]:
-        """The prompt, and what follows it when the answer is given."""
+        """The prompt, and the text that follows it when the answer is given."""
         user = {"role": "user", "content": [*video, {"type": "text", "text": question}]}
         assistant = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
         template = partial(
@@ -86,7 +86,7 @@ class Conversations:
         written: list[list[tuple[list[int], int]]], asked: Sequence[Sequence[Asked]], *, with_video: bool
     ) -> tuple[list[int], list[list[Turn]]]:
         everything = [(ids, start) for row in written for ids, start in row]
-        # At least one token of the question stays in the turn: from the prefix's last token nothing is predicted.
+        # At least one token of the question stays in the turn: nothing is predicted from the prefix's last token.
         columns = zip(*(ids for ids, _ in everything), strict=False)
         common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
         length = min(common, min(start for _, start in everything) - 1)

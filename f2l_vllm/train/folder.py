@@ -1,4 +1,4 @@
-"""The output folder of a training run: new, with an unfinished run, or a finished one that nothing replaces unasked."""
+"""The output folder of a training run: new, with an unfinished run, or with a result, replaced only on request."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 LOG_FILE = "log.jsonl"
 REPORT_FILE = "training.json"
 RUN_FOLDER = ".run"  # checkpoints and log of a run that is not finished
-START_FOLDER = "start"  # in it, what an extension goes on from
+START_FOLDER = "start"  # inside it: the result that an extension goes on from
 _ENDED_FOLDER = ".run.ended"
 
 
 def check(output: Path, finished: Sequence[str], *, run: str = RUN_FOLDER, overwrite: bool, extend: bool) -> None:
-    """Whether a run may write to a folder. Goes on with an unfinished one of its kind.
+    """Check that a run may write to a folder. An unfinished run of the same kind may go on.
 
     Args:
-        finished: names of what a finished run leaves, any of which is a result.
-        run: name of the folder with what an unfinished run keeps.
+        finished: file names that a finished run leaves; any of them is a result.
+        run: name of the folder in which an unfinished run keeps its files.
         overwrite: the run starts anew, whatever is there.
-        extend: it goes on from the result.
+        extend: the run goes on from the result.
 
     Raises:
-        ValueError: it may not; the message says what may be asked for.
+        ValueError: the run may not write there; the message names the flags that would let it.
     """
     if overwrite and extend:
         raise ValueError("--extend goes on from what the folder holds and --overwrite replaces it: give one of them")
@@ -44,9 +44,9 @@ def check(output: Path, finished: Sequence[str], *, run: str = RUN_FOLDER, overw
 
 
 def prepare(output: Path, *, run: str = RUN_FOLDER, overwrite: bool, extend: bool) -> None:
-    """Forget an unfinished run, or keep what an extension goes on from; one process does it, after `check`.
+    """Delete an unfinished run, or copy the result that an extension goes on from; one process does it, after `check`.
 
-    A result stays until another one takes its place.
+    A result stays until a new one replaces it.
     """
     shutil.rmtree(output / _ENDED_FOLDER, ignore_errors=True)
     start = output / run / START_FOLDER
@@ -66,7 +66,7 @@ def prepare(output: Path, *, run: str = RUN_FOLDER, overwrite: bool, extend: boo
 
 
 def end(output: Path, run: str = RUN_FOLDER) -> None:
-    """Put the log beside the result and remove what was kept; a run that is killed here ends when it is repeated."""
+    """Put the log beside the result and remove the run's folder; repeating a run that was killed here finishes it."""
     log = output / run / LOG_FILE
     if log.exists():
         log.replace(output / LOG_FILE)
@@ -75,7 +75,7 @@ def end(output: Path, run: str = RUN_FOLDER) -> None:
 
 
 def earlier(output: Path) -> list[dict[str, Any]]:
-    """The reports of the runs that the one in the folder extends, the first one first."""
+    """The reports of the runs that the run in the folder extends, oldest first."""
     path = output / RUN_FOLDER / START_FOLDER / REPORT_FILE
     if not path.exists():
         return []

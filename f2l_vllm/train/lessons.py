@@ -1,7 +1,7 @@
 """What one training step teaches, drawn from manifests: videos, cut into chunks, and the questions about them.
 
-Examples about one video (or one span of it) are asked together. Epochs are shuffled by the seed, each process takes its
-own videos, and a video that cannot be used is left out and reported, another one taking its place.
+Examples about one video (or one span of it) are asked together. The seed shuffles each epoch, and each process takes
+its own videos. A video that cannot be used is reported, and another one takes its place.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Lessons:
     Args:
         examples: with answers.
         processor: samples the frames.
-        sampling: as the hypernetwork reads videos; its number of frames is replaced by those of `frames`.
+        sampling: how the hypernetwork reads videos; `frames` replaces its number of frames.
         frames: numbers of frames to choose from, per step; empty keeps the sampling's.
         chunks: numbers of chunks to choose from, per step.
-        questions: of one video in a step, at most.
-        seed: of the order and of all choices.
+        questions: limit of questions about one video in a step.
+        seed: determines the order and all choices.
 
     Raises:
         ValueError: no example, or one without an answer.
@@ -83,13 +83,13 @@ class Lessons:
         self.unusable: dict[str, str] = {}
 
     def __len__(self) -> int:
-        """Videos (and spans) of an epoch."""
+        """Number of videos (and spans) in an epoch."""
         return len(self._keys)
 
     def digest(self) -> str:
         """16 hex digits that change with any video's name, span, question or answer, and with their order.
 
-        They stay when the folder that holds all the videos moves.
+        They stay the same when the folder that holds all the videos moves.
         """
         folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path, _ in self._videos])
         taught = [
@@ -137,7 +137,7 @@ class Lessons:
         raise ValueError(f"None of the {len(self)} videos can be used; the first: {next(iter(self.unusable.values()))}")
 
     def _from(self, number: int) -> Iterator[tuple[str, tuple[float, float] | None]]:
-        """The video at this place of the endless sequence, then, should it be unusable, all others of its epoch."""
+        """The video at this place of the endless sequence, then all others of its epoch in case it is unusable."""
         epoch, place = divmod(number, len(self))
         order = list(self._keys)
         random.Random(f"epoch:{self._seed}:{epoch}").shuffle(order)

@@ -1,7 +1,7 @@
 """Training steps that survive a kill, on one process or several; every stage runs through `Loop.run`.
 
-What a step draws depends on the seed, the stage, the step and the process alone, and the state is kept every minute. So
-a run that is started again goes on from its last checkpoint and takes the steps it would have taken. Several processes,
+A step's random draws depend only on the seed, the stage, the step and the process, and the state is saved every minute.
+A restarted run therefore goes on from its last checkpoint and takes the steps it would have taken. Several processes,
 started by `torchrun` or `accelerate launch`, each draw their own part of a step's videos and share their gradients.
 """
 
@@ -31,13 +31,13 @@ LOG_EVERY = 10  # steps
 
 @dataclass(frozen=True)
 class Loss:
-    """Of the videos that a process computes at once.
+    """The loss of the videos that a process computes at once.
 
     Attributes:
-        mean: what is learned from.
+        mean: the loss to learn from.
         figures: for the log.
-        weight: of this mean among those of the step's other parts: the number of tokens it is taken over, where a step
-            is to learn the same however it is cut; 1 where parts count alike.
+        weight: of this mean among the step's parts: its number of tokens if a step should learn the same however it is
+            cut into parts, 1 if parts count alike.
     """
 
     mean: Tensor
@@ -54,7 +54,7 @@ class Loop:
 
     Args:
         folder: keeps one checkpoint per stage and `log.jsonl`; None keeps nothing.
-        seed: of everything that is drawn.
+        seed: of all random draws.
         device: where the loss is computed; None for this process's GPU, or the CPU.
         save_seconds: time between checkpoints.
         on_progress: called with a stage's name and how much of it is done, from 0 to 1.
@@ -86,12 +86,12 @@ class Loop:
 
     @property
     def process(self) -> int:
-        """Which of them this is, from 0."""
+        """This process's number, from 0."""
         return self._processes.process_index
 
     @property
     def is_main(self) -> bool:
-        """True in the process that writes files and talks."""
+        """True in the process that writes files and reports progress."""
         return bool(self._processes.is_main_process)
 
     def share(self, count: int) -> int:
@@ -99,7 +99,7 @@ class Loop:
         return max(1, round(count / self.processes))
 
     def wait(self) -> None:
-        """Return when every process is here."""
+        """Return when every process has called this."""
         self._processes.wait_for_everyone()
 
     def run(
@@ -119,15 +119,15 @@ class Loop:
 
         Args:
             module: holds everything that is trained.
-            step_loss: given a step's random sources and its number, the loss of this process's videos.
-            schedule: factor on the learning rates, of a step and the number of steps.
-            accumulate: losses per step and process; with those of the other processes they are averaged by weight.
-            identity: what the steps depend on besides, by name, in plain types; another one is another run.
-            notes: what a process adds to it on the way goes into the checkpoint and comes back from it; in the end it
-                holds the notes of all processes.
+            step_loss: returns the loss of this process's videos, given a step's random sources and its number.
+            schedule: returns the factor on the learning rates, given a step and the number of steps.
+            accumulate: losses per step and process; they and those of the other processes are averaged by weight.
+            identity: what else the steps depend on, by name, in plain types; a different identity is a different run.
+            notes: entries that a process adds are saved in the checkpoint and restored from it; in the end it holds the
+                notes of all processes.
 
         Returns:
-            The first and the last, smoothed loss, and the CPU seconds of this process.
+            The first loss, the last smoothed loss, and the CPU seconds of this process.
 
         Raises:
             ValueError: the folder holds the checkpoint of another run; the message names what is different.
@@ -157,7 +157,7 @@ class Loop:
             losses, first, cpu_seconds = Losses(*kept["losses"]), kept["step"], kept["cpu_seconds"]
             notes |= kept.get("notes", {})
         self._cut_log(stage, first)
-        self.wait()  # a process that is late must not find the checkpoint that another one writes from here on
+        self.wait()  # a late process must not find a checkpoint that another one writes from here on
         module.train()
         started, saved = time.process_time() - cpu_seconds, time.monotonic()
         for step in range(first, steps):
@@ -168,7 +168,7 @@ class Loop:
                 name = f"{stage}:{step}" if accumulate == 1 else f"{stage}:{step}:{part}"
                 randomness = Randomness.of(name, self.seed, self._processes.process_index)
                 loss = step_loss(randomness, step)
-                share = loss.weight if accumulate * self.processes > 1 else 1.0  # a mean that is alone stays as it is
+                share = loss.weight if accumulate * self.processes > 1 else 1.0  # a single mean needs no weight
                 (loss.mean * share).backward()
                 total, weight, figures = total + loss.mean.item() * share, weight + share, loss.figures
             late = path is not None and self.is_main and time.monotonic() - saved > self._save_seconds
@@ -202,7 +202,7 @@ class Loop:
         return result
 
     def _average(self, optimizer: MuonAdamW, total: float, weight: float, late: bool) -> tuple[float, bool]:
-        """Turn the sums of all processes' parts into means by weight: the gradients in place, the loss returned.
+        """Turn the sums over all processes into weighted means: the gradients in place, the loss returned.
 
         Args:
             total, weight: this process's sums of weighted losses, and of weights.
@@ -228,7 +228,7 @@ class Loop:
         return total / weight, bool(late)
 
     def _gather(self, notes: dict[str, str]) -> None:
-        """Give every process the notes of all; all have to call it."""
+        """Give every process the notes of all; every process has to call it."""
         if self.processes > 1:
             for others in gather_object([notes]):
                 notes |= others
@@ -263,7 +263,7 @@ def _save(kept: dict[str, Any], path: Path) -> None:
 
 
 def _digest(module: nn.Module) -> str:
-    """Of the weights a stage starts from."""
+    """Digest of the weights that a stage starts from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())

@@ -21,7 +21,7 @@ class MuonAdamW:
 
     Args:
         muon_lr, adamw_lr: learning rates before the schedule's factor. Without a `muon_lr` AdamW takes everything.
-        slow: factor on the learning rates of the parameters whose name has this prefix: (prefix, factor).
+        slow: (prefix, factor on the learning rates of the parameters whose name has this prefix).
         weight_decay: of the matrices; the rest has none.
         clip: limit of the gradient's norm, over all parameters.
     """
@@ -87,7 +87,7 @@ class MuonAdamW:
         return {"optimizers": [optimizer.state_dict() for optimizer in self._optimizers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the optimizer of `state` was; its parameters have to be set by their module."""
+        """Go on where the optimizer of `state` was; the module restores the parameters themselves."""
         for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
 

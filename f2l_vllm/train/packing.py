@@ -1,8 +1,8 @@
 """Many questions about one video in one row: the video's tokens are computed once, the questions do not see each other.
 
 A row is `[prefix][turn 1][turn 2] …`. Every turn attends to the prefix and to itself, and its positions go on from the
-prefix, so its logits are those of the prompt made of the prefix and this turn alone. A turn marked as text-only sees
-of the prefix only what a text-only prompt has too, the `<|im_start|>User:` in front.
+prefix, so its logits are those of the prompt made of the prefix and this turn alone. A text-only turn sees only the
+part of the prefix that a text-only prompt has too: the `<|im_start|>User:` in front.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def pack(
 
 
 def answer_loss(hidden: Tensor, batch: PackedBatch, lm_head: nn.Module) -> Tensor:
-    """Mean cross-entropy over the answers' tokens, an answer of n tokens weighing as much as the root of n.
+    """Mean cross-entropy over the answers' tokens; an answer of n tokens has weight sqrt(n).
 
-    Weighed by token, captions drown out "Yes."; weighed alike, too little is learned from captions, in which the model
-    first tells two shapes apart. Logits are computed where there is a label, nowhere else.
+    With equal weight per token, captions drown out "Yes.". With equal weight per answer, the model learns too little
+    from captions, where it first tells two shapes apart. Logits are computed only where there is a label.
 
     Args:
         hidden: the text model's output [B, S, D].

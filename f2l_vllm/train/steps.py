@@ -23,7 +23,7 @@ class Randomness:
 
     Attributes:
         rng, torch_rng: this process's own.
-        shared: draws the same in every process: what decides how long a step takes.
+        shared: draws the same in every process; for choices that decide how long a step takes.
     """
 
     rng: random.Random
@@ -38,7 +38,7 @@ class Randomness:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Two threads are no faster at this model's size, and far slower on a busy machine."""
+    """Use one thread: two are no faster at this model's size, and far slower on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -48,7 +48,7 @@ def one_thread() -> Iterator[None]:
 
 
 def report(on_progress: Progress | None, stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
-    """Say that step `step` (from 0) is done; every now and then log the figures too."""
+    """Report that step `step` (from 0) is done; now and then log the figures too."""
     if on_progress:
         on_progress(stage, (step + 1) / steps)
     if step % _LOG_EVERY == 0 or step == steps - 1:

@@ -1,7 +1,7 @@
 """Trains a hypernetwork for any base model from manifests of videos, questions and answers.
 
-The student is the frozen model under the adapter, which sees the question and no visual token; its loss is the
-cross-entropy of the answer's tokens and, if wanted, the divergence from the teacher, the same model with the frames in
+The student is the frozen model with the adapter; it sees the question and no visual token. Its loss is the
+cross-entropy of the answer's tokens plus, if wanted, the divergence from the teacher: the same model with the frames in
 its context. Only the hypernetwork learns, in fp32.
 
 Shape suffixes: B videos, L text layers, T tokens of the internalization message, D hidden size, N answer tokens.
@@ -46,18 +46,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How long and on what a hypernetwork is trained; the defaults are the paper's.
+    """How long a hypernetwork is trained, and on what; the defaults are the paper's.
 
     Attributes:
         epochs: passes over the manifest's videos; ignored when `steps` is given.
         steps: optimizer steps.
-        videos: per step, all processes and accumulated parts together: a multiple of their product.
+        videos: per step, over all processes and accumulated parts; a multiple of their product.
         accumulate: parts a process computes one after the other in a step.
-        questions: asked about a video in one step, at most.
-        learning_rate: of AdamW, or of everything that is no matrix when `muon_rate` is given.
+        questions: limit of questions about a video in one step.
+        learning_rate: of AdamW; with `muon_rate` it trains only what is not a matrix.
         muon_rate: learning rate of Muon for the matrices; None for AdamW alone.
         kl: weight of the divergence from the teacher with the frames in its context.
-        frames: numbers of frames to mix, the largest of which becomes the hypernetwork's own; empty for its own alone.
+        frames: numbers of frames to mix; the largest becomes the hypernetwork's own. Empty: its own alone.
         chunks: numbers of chunks to mix.
         precision: of the computation; weights and optimizer stay in fp32.
 
@@ -97,7 +97,7 @@ class Trainer:
     """A frozen model, its processor, and the hypernetwork that learns.
 
     Args:
-        model: of transformers, of a known family; moved to the loop's device.
+        model: a transformers model of a known family; moved to the loop's device.
         processor: the model's.
         hyper: hypernetwork for this model; trained in place, in fp32.
         loop: takes the steps.
@@ -122,14 +122,14 @@ class Trainer:
         validation: Sequence[Example] = (),
         earlier: Sequence[dict[str, Any]] = (),
     ) -> dict[str, Any]:
-        """Train to the end, going on where a killed run of the same folder was.
+        """Train to the end, going on where a killed run in the same folder stopped.
 
         Args:
-            earlier: reports of the runs that made the hypernetwork which this one goes on from. Its videos go on where
-                theirs ended; its steps warm up and decay as those of any run, with a fresh optimizer.
+            earlier: reports of the runs that this run extends. Its videos go on where theirs ended; its steps warm up
+                and decay like those of any run, with a fresh optimizer.
 
         Returns:
-            what `Loop.run` says, the videos left out with their reasons, and the loss on the validation examples
+            the result of `Loop.run`, the videos left out with their reasons, and the loss on the validation examples
             before and after.
 
         Raises:
@@ -177,7 +177,7 @@ class Trainer:
             identity=self._identity(lessons, options, sampling),
             notes=lessons.unusable,
         )
-        if options.frames:  # what it has learned to read is what it reads wherever it is used
+        if options.frames:  # wherever it is used, it reads as many frames as it has learned to read
             self.hyper.config = replace(config, max_frames=max(options.frames))
         result |= {"videos": len(lessons), "left_out": lessons.unusable}
         if held_out is not None:
@@ -185,7 +185,7 @@ class Trainer:
         return result
 
     def _identity(self, lessons: Lessons, options: TrainingOptions, sampling: Sampling) -> dict[str, Any]:
-        """What the steps depend on besides what the loop knows; epochs count by the steps they make."""
+        """What the steps depend on besides what the loop knows; epochs are given as the steps they make."""
         known = {"epochs", "steps", "accumulate"}
         return {
             **{name: value for name, value in asdict(options).items() if name not in known},
@@ -195,7 +195,7 @@ class Trainer:
         }
 
     def loss(self, lessons: Sequence[Lesson], options: TrainingOptions) -> Loss:
-        """The loss of B videos, each with its own adapter: the mean over their answers' N tokens, N its weight."""
+        """The loss of B videos, each with its own adapter: the mean over their answers' N tokens, with weight N."""
         dtype = PRECISIONS[options.precision]
         device = self.loop.device
         context: Any = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
@@ -221,7 +221,7 @@ class Trainer:
 
     @torch.no_grad()
     def features(self, videos: Sequence[SampledVideo]) -> tuple[Tensor, Tensor]:
-        """What enters each text layer for videos read together: [B, L, T, D], and the mask of real tokens [B, T]."""
+        """The inputs of each text layer for videos read together: [B, L, T, D], and the mask of real tokens [B, T]."""
         ids = [self.encoder.tokens(sampled) for sampled in videos]
         collected: list[Tensor] = []
         visual = [self.encoder.see(sampled) for sampled in videos]
@@ -230,7 +230,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, lessons: Lessons, options: TrainingOptions, videos: int = 64) -> float:
-        """Mean loss over the answers' tokens of up to `videos` videos, the same ones whenever it is asked."""
+        """Mean loss over the answers' tokens of up to `videos` videos, always the same ones."""
         count = min(videos, len(lessons))
         total = weight = 0.0
         for first in range(0, count, options.videos):
@@ -271,9 +271,9 @@ def train_to(
     options: TrainingOptions,
     validation: Sequence[Example] = (),
 ) -> dict[str, Any]:
-    """Train and write the hypernetwork's directory: weights as they were trained, `training.json`, `log.jsonl`.
+    """Train and write the hypernetwork's directory: weights as trained, `training.json`, `log.jsonl`.
 
-    The trainer's loop keeps its checkpoint in the folder's `RUN_FOLDER`, which goes when all is written.
+    The trainer's loop keeps its checkpoint in the folder's `RUN_FOLDER`, which is removed when all is written.
     """
     earlier = folder.earlier(output)
     result = trainer.train(examples, options, validation, earlier)

@@ -1,4 +1,4 @@
-"""A long video as consecutive chunks, each sampled on its own, so that each can have an adapter of its own."""
+"""Cuts a long video into consecutive chunks; each is sampled separately, so that each can have its own adapter."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _by_seconds(
     source: Source, processor: Any, seconds: float, max_chunks: int, sampling: Sampling
 ) -> tuple[list[list[int]], list[int]]:
     fps, count = source.info.fps, source.info.frame_count
-    # A rest too short for a sampled frame of its own belongs to the chunk before it.
+    # A remainder too short for its own sampled frame belongs to the chunk before it.
     rate = sampling.fps or processor.video_processor.fps
     whole = math.floor(count / fps / seconds + 1e-6)
     rest = count / fps - whole * seconds

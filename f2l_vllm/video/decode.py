@@ -1,7 +1,7 @@
 """Selected frames of a video, decoding as little as possible.
 
-An index counts frames in presentation order, as a decoder puts them out. The packets' timestamps say which one that is
-and from which keyframe to decode; where they do not, everything up to the last index is decoded and counted.
+An index counts frames in presentation order, the order of a decoder's output. The packets' timestamps identify the
+frame and the keyframe from which to decode; if they do not, everything up to the last index is decoded and counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Timeline:
     Attributes:
         times: presentation time of every shown frame, ascending, in the stream's time base.
         keyframes: presentation times that decoding can start from, ascending.
-        hidden: frames that are in the file but that an edit list leaves out.
+        hidden: number of frames in the file that an edit list leaves out.
     """
 
     times: list[int]
@@ -48,14 +48,14 @@ def decode_frames(
 ) -> np.ndarray:
     """Decode the frames at ascending `indices` of a video that claims to show `frame_count` frames.
 
-    A frame missing at the very end (at most `TOLERATED_MISSING`) is replaced by the last one there is.
+    Frames missing at the very end (at most `TOLERATED_MISSING`) are replaced by the last existing one.
 
     Args:
         timeline: from `read_timeline`; without it everything up to the last index is decoded.
-        max_bytes: of the result; None for any.
+        max_bytes: limit of the result; None for no limit.
 
     Returns:
-        uint8 [len(indices), H, W, 3], upright RGB, all in the size of the first.
+        uint8 [len(indices), H, W, 3], upright RGB, all in the size of the first frame.
 
     Raises:
         VideoError: truncated_video, no_frames, video_too_large_to_decode, and those of `open_video`.
@@ -80,7 +80,7 @@ def decode_frames(
 
 
 def read_timeline(path: str | Path) -> Timeline | None:
-    """Read the timestamps of all packets without decoding; None where they do not identify the frames.
+    """Read the timestamps of all packets without decoding; None if they do not identify the frames.
 
     Raises:
         VideoError: those of `open_video`.
@@ -110,14 +110,14 @@ def read_timeline(path: str | Path) -> Timeline | None:
 
 
 class _Canvas:
-    """The frames of a result, in one array from the start: videos are large, and held once."""
+    """The frames of a result, in one array from the start, so that a large video is held only once."""
 
     def __init__(self, count: int, max_bytes: int | None) -> None:
         self._count, self._max_bytes = count, max_bytes
         self._frames_NHW3: np.ndarray | None = None
 
     def put(self, positions: Sequence[int], frame: av.VideoFrame) -> None:
-        """Write a frame to its places; where a stream changes its size on the way, it is scaled to the first's."""
+        """Write a frame to its places; if the stream changes its size, scale the frame to the first one's size."""
         pixels = _upright_rgb(frame)
         if self._frames_NHW3 is None:
             size = self._count * pixels.nbytes
@@ -136,13 +136,13 @@ class _Canvas:
             self._frames_NHW3[position] = pixels
 
     def frames(self) -> np.ndarray:
-        """uint8 [N, H, W, 3], when every place is filled."""
+        """uint8 [N, H, W, 3]; only valid when every place is filled."""
         assert self._frames_NHW3 is not None
         return self._frames_NHW3
 
 
 def _positions(keys: Iterable[int]) -> dict[int, list[int]]:
-    """Each key, and where in the result it stands."""
+    """Each key -> its places in the result."""
     found: dict[int, list[int]] = {}
     for position, key in enumerate(keys):
         found.setdefault(key, []).append(position)
@@ -156,7 +156,7 @@ def _decode_by_seeking(
     keyframes: list[int],
     canvas: _Canvas,
 ) -> bool:
-    """Put the frames at these presentation times; False when the decoder's times do not agree with the packets'."""
+    """Put the frames with these presentation times; False if the decoder's times do not agree with the packets'."""
     stream.thread_type = "AUTO"
     frames: Iterator[av.VideoFrame] = iter(())
     position: int | None = None
@@ -189,7 +189,7 @@ def _decode_by_counting(
     wanted: Mapping[int, Sequence[int]],
     canvas: _Canvas,
 ) -> int:
-    """Put the frames at these indices, the last there is where the video ends early; how many could be decoded."""
+    """Put the frames with these indices, or the last one if the video ends early; returns how many were decoded."""
     stream.thread_type = "AUTO"
     last, count, end = None, 0, max(wanted)
     try:
@@ -209,7 +209,7 @@ def _decode_by_counting(
 
 
 def _raise_if_memory(error: av.FFmpegError) -> None:
-    """What is missing then is memory, not frames."""
+    """Raise MemoryError if memory ran out: then no frames are missing."""
     if error.errno == errno.ENOMEM:
         raise MemoryError from error
 
@@ -232,7 +232,7 @@ def _check_complete(available: int, claimed: int) -> None:
 
 
 def _upright_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """RGB with the rotation that phones record as metadata applied."""
+    """RGB, after applying the rotation that phones record as metadata."""
     pixels = frame.to_ndarray(format="rgb24")
     quarter_turns = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(pixels, quarter_turns)) if quarter_turns else pixels

@@ -1,7 +1,7 @@
-"""Decoding in a process of its own: a file of unknown origin can crash, hang or exhaust a decoder, and no more.
+"""Decoding in a process of its own: a file of unknown origin can crash, hang or exhaust that process, but no other.
 
 The process is started once and reads many videos; it limits its own memory and CPU time, and is replaced when it fails.
-Requests are lines of JSON on its standard input; an answer is a line of JSON, with the frames' bytes behind it.
+Requests are lines of JSON on its standard input; an answer is a line of JSON, followed by the frames' bytes.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from f2l_vllm.video.probe import Limits, VideoInfo
 _START_SECONDS = 60.0
 _LONGEST_LINE = 1 << 16
 Shrink = Callable[[np.ndarray], np.ndarray]
-_ATTEMPTS = 2  # a process that something else kills is replaced once
+_ATTEMPTS = 2  # a process that is killed from outside is replaced once
 
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """What one video may cost.
+    """Limits of one video.
 
     Attributes:
         memory_bytes: address space of the decoding process.
-        seconds: CPU seconds of one request; by the clock it may take twice as long, for machines that are busy.
+        seconds: CPU seconds of one request; its wall time may be twice as long, for busy machines.
         output_bytes: of all decoded frames, as RGB.
-        nice: by how much the process gives way to others, 0 to 19.
+        nice: how much the process gives way to others, 0 to 19.
     """
 
     memory_bytes: int = 4 << 30
@@ -55,13 +55,13 @@ class DecodeLimits:
 
 
 class Decoder(Protocol):
-    """Reads headers and frames of video files, somewhere."""
+    """Reads headers and frames of video files, in any process."""
 
     def open(self, path: str | Path, limits: Limits) -> VideoInfo:
-        """The header, checked, its frames and duration as they are shown."""
+        """The checked header, with frames and duration as they are shown."""
 
     def frames(self, path: str | Path, indices: Sequence[int], frame_count: int) -> np.ndarray:
-        """uint8 [len(indices), H, W, 3], as `decode_frames` gives them."""
+        """uint8 [len(indices), H, W, 3], as `decode_frames` returns them."""
 
 
 class DecoderStopped(Exception):
@@ -82,7 +82,7 @@ class IsolatedDecoder:
         self._busy = self._stopped = False
 
     def probe(self, path: str | Path, limits: Limits) -> VideoInfo:
-        """The header, checked; reads no more of the file than it must.
+        """The checked header; reads no more of the file than necessary.
 
         Raises:
             VideoError: as `open`.
@@ -90,7 +90,7 @@ class IsolatedDecoder:
         return VideoInfo(**self._ask("probe", path, limits=asdict(limits)))
 
     def open(self, path: str | Path, limits: Limits) -> VideoInfo:
-        """The header, checked, its frames and duration as they are shown.
+        """The checked header, with frames and duration as they are shown.
 
         Raises:
             VideoError: what `open_source` raises, `decode_failed` or `video_too_large_to_decode`.
@@ -106,8 +106,8 @@ class IsolatedDecoder:
 
         Args:
             path, indices, frame_count: as for `decode_frames`.
-            shrink: what is kept of each frame, given and returned as [1, H, W, 3], so that this process never holds
-                them all as they are.
+            shrink: makes each frame smaller, [1, H, W, 3] to [1, H, W, 3], so that this process never holds all frames
+                in their full size.
 
         Raises:
             VideoError: what `decode_frames` raises, `decode_failed` or `video_too_large_to_decode`.
@@ -119,7 +119,7 @@ class IsolatedDecoder:
         return frames
 
     def picture(self, path: str | Path, max_pixels: int, background: Sequence[int]) -> np.ndarray:
-        """Decode a picture: uint8 [H, W, 3], as `decode_picture` gives it.
+        """Decode a picture: uint8 [H, W, 3], as `decode_picture` returns it.
 
         Raises:
             VideoError: what `decode_picture` raises, `decode_failed` or `video_too_large_to_decode`.
@@ -131,7 +131,7 @@ class IsolatedDecoder:
         return picture[0]
 
     def stop(self) -> None:
-        """End the request that is in work, if any; it raises `DecoderStopped`."""
+        """End the current request, if any; it raises `DecoderStopped`."""
         if self._busy:
             self._stopped = True
             self._kill()
@@ -147,7 +147,7 @@ class IsolatedDecoder:
         try:
             return self._ask_process({"what": what, "path": os.fspath(path), **arguments}, shrink)
         except VideoError as error:
-            if not Path(path).exists():  # deleted before the process opened it: no fault of the video's
+            if not Path(path).exists():  # deleted before the process opened it: the video is not at fault
                 raise FileNotFoundError(path) from error
             raise
         finally:
@@ -168,7 +168,7 @@ class IsolatedDecoder:
                 if self._stopped:
                     raise DecoderStopped from error
                 if code == -signal.SIGKILL and attempt + 1 < _ATTEMPTS:
-                    continue  # by another's hand: the next process may be luckier
+                    continue  # killed from outside: a new process may succeed
                 if code == -signal.SIGXCPU:
                     raise self._took_too_long() from error
                 raise VideoError(
@@ -177,7 +177,7 @@ class IsolatedDecoder:
                 ) from error
             except BaseException as error:
                 if not isinstance(error, VideoError) or error.code == "video_too_large_to_decode":
-                    self._end()  # in the middle of an answer, or with all its memory in pieces
+                    self._end()  # it is in the middle of an answer, or its memory is fragmented
                 raise
         raise AssertionError("unreachable")
 
@@ -234,7 +234,7 @@ class IsolatedDecoder:
         except TimeoutError as error:
             raise self._took_too_long() from error
         except (ValueError, KeyError, TypeError, AssertionError) as error:
-            # Only a decoder that a video has taken over answers so.
+            # Only a decoder that a video has taken over gives such an answer.
             self._end()
             message = "The decoder did not answer in its own language: convert the video to H.264 in an mp4 file."
             raise VideoError("decode_failed", message) from error
@@ -251,7 +251,7 @@ class IsolatedDecoder:
                 self._process.kill()
 
     def _end(self) -> int:
-        """The exit code of the process, which is killed unless it has ended already."""
+        """Kill the process unless it has ended already; returns its exit code."""
         with self._lock:
             process, self._process = self._process, None
         if process is None:
@@ -263,7 +263,7 @@ class IsolatedDecoder:
             except BrokenPipeError:
                 continue
         try:
-            return process.wait(0.5)  # one that died needs a moment to be gone
+            return process.wait(0.5)  # a process that died needs a moment until it can be reaped
         except subprocess.TimeoutExpired:
             process.kill()
             return process.wait()
@@ -272,7 +272,7 @@ class IsolatedDecoder:
 
 
 class Decoders:
-    """A few decoders, lent to one user at a time each; the one used last is lent first."""
+    """A few decoders, each lent to one user at a time; the most recently used one is lent first."""
 
     def __init__(self, count: int, limits: DecodeLimits) -> None:
         self._idle: queue.LifoQueue[IsolatedDecoder] = queue.LifoQueue()
@@ -281,7 +281,7 @@ class Decoders:
 
     @contextmanager
     def lend(self) -> Iterator[IsolatedDecoder]:
-        """Wait for a decoder and have it to oneself."""
+        """Wait for a free decoder; the caller has it alone."""
         decoder = self._idle.get()
         try:
             yield decoder
@@ -296,7 +296,7 @@ def _write(process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
 
 
 def _read_line(process: subprocess.Popen[bytes], deadline: float) -> bytes:
-    """A line of an answer, byte by byte: what follows it is not JSON."""
+    """A line of an answer, read byte by byte because the bytes after it are not JSON."""
     line = bytearray(1)
     view, length = memoryview(bytearray(_LONGEST_LINE)), 0
     while not length or view[length - 1] != ord("\n"):

@@ -1,7 +1,7 @@
 """`python -m f2l_vllm.video.decoder_child LIMITS LIFELINE`: the process behind `IsolatedDecoder`.
 
 It ends with its parent, and limits its own memory, CPU time and files before it opens the first video. The answer to a
-request is a JSON object on a line: a header, a `shape` with that many bytes behind it, or `code` and `message`.
+request is a JSON object on a line: a header, a `shape` followed by that many bytes, or `code` and `message`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from f2l_vllm.video.probe import Limits, check_file
 
 
 class _Videos:
-    """Answers requests; remembers the timeline of the last video, for its frames are asked for next."""
+    """Answers requests; remembers the timeline of the last video, because its frames are requested next."""
 
     def __init__(self, output_bytes: int) -> None:
         self._output_bytes = output_bytes
@@ -53,12 +53,12 @@ class _Videos:
 
 
 def main(limits_json: str, lifeline: int) -> None:
-    """Answer requests until standard input closes, or the other end of the pipe `lifeline` does."""
+    """Answer requests until standard input or the other end of the pipe `lifeline` closes."""
     end_with_writer(lifeline)
     limits = json.loads(limits_json)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent, which closes our input
     answers = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints cannot disturb an answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that nothing printed can disturb an answer
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     os.nice(limits["nice"])
@@ -85,14 +85,14 @@ def main(limits_json: str, lifeline: int) -> None:
 
 
 def _listen(requests: queue.SimpleQueue[dict[str, Any]]) -> None:
-    """Hand on requests; when the parent is gone, so is this process, even in the middle of a video."""
+    """Pass requests on; when the parent is gone, end this process, even in the middle of a video."""
     for line in sys.stdin.buffer:
         requests.put(json.loads(line))
     os._exit(0)
 
 
 def _allow_cpu(seconds: float) -> None:
-    """So many CPU seconds from here on; SIGXCPU ends the process after that."""
+    """Allow this many CPU seconds from here on; after that SIGXCPU ends the process."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     end = math.ceil(usage.ru_utime + usage.ru_stime + seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (end, resource.getrlimit(resource.RLIMIT_CPU)[1]))

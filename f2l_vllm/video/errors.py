@@ -1,4 +1,4 @@
-"""What can be wrong with a video, each with a code a program can act on."""
+"""What can be wrong with a video, each with a code that a program can act on."""
 
 from __future__ import annotations
 

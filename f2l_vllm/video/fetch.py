@@ -1,7 +1,8 @@
-"""A video named by its address: a `data:` URI, or http(s) from where the operator allows, to a local file.
+"""Fetches a video by its URL into a local file: a `data:` URI, or http(s) from hosts that the operator allows.
 
-What a client names, this machine connects to: the address is looked up once, checked, and connected to as checked, so
-that a name cannot point elsewhere between the two. Redirects are not followed, proxies of the environment not used.
+This machine connects to whatever a client names. It therefore looks the name up once, checks the IP address, and
+connects to that address, so that the name cannot point elsewhere after the check. Redirects are not followed, and
+proxies of the environment are not used.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class FetchPolicy:
     """What may be fetched.
 
     Attributes:
-        allowed: host names, exactly as addresses name them, and IP addresses or networks. An address that is not public
-            (private, loopback, link-local …) is connected to only if it is among these.
+        allowed: host names, exactly as in URLs, and IP addresses or networks. An IP address that is not public
+            (private, loopback, link-local …) must be listed here.
         max_bytes: of a video, fetched or in a `data:` URI.
         seconds: for everything, from the look-up of the name to the last byte.
     """
@@ -55,16 +56,16 @@ class FetchPolicy:
         return frozenset(_normal(entry) for entry in self.allowed if _network(entry) is None)
 
     def allows_address(self, address: _Address) -> bool:
-        """Whether this machine may connect there for a client: public, or listed."""
+        """Whether this machine may connect to the address for a client: it is public, or listed."""
         return _is_public(address) or any(address in network for network in self.networks)
 
 
 async def fetch(
     url: str, target: Path, policy: FetchPolicy, check_room: Callable[[int], None] = lambda _more: None
 ) -> None:
-    """Write the video at `url` to `target`; after an error there is no such file.
+    """Write the video at `url` to `target`; after an error the file does not exist.
 
-    `check_room` is called with a number of bytes before they are written, and raises where there is no room for them.
+    `check_room` is called with a number of bytes before they are written, and raises if there is no room for them.
 
     Raises:
         VideoError: `invalid_url`, `url_not_allowed`, `url_unreachable`, `file_too_large`.
@@ -89,7 +90,7 @@ async def fetch(
 
 
 def decode_data_uri(uri: str, max_bytes: int) -> bytes:
-    """The bytes of a `data:` URI; one that holds too many is refused before it is decoded.
+    """The bytes of a `data:` URI; a URI with too many bytes is refused before it is decoded.
 
     Raises:
         VideoError: `invalid_url`, `file_too_large`.
@@ -119,7 +120,7 @@ async def _download(url: str, target: Path, policy: FetchPolicy, check_room: Cal
     headers = {"Host": parsed.netloc.decode("ascii"), "Accept-Encoding": "identity", "User-Agent": "f2l-vllm"}
     async with httpx.AsyncClient(verify=_certificates(), trust_env=False, timeout=policy.seconds) as client:
         for index, address in enumerate(addresses):
-            # The certificate is checked against the name; the connection goes to the address that was checked.
+            # The certificate is checked against the name; the connection goes to the checked address.
             request = client.build_request(
                 "GET", parsed.copy_with(host=address), headers=headers, extensions={"sni_hostname": host}
             )
@@ -156,7 +157,7 @@ def _parse(url: str) -> tuple[httpx.URL, str]:
 
 
 async def _resolve(host: str, port: int, policy: FetchPolicy) -> Sequence[str]:
-    """The addresses of an allowed host, each of them checked."""
+    """The IP addresses of an allowed host, all of them checked."""
     literal = _network(host)
     if literal is not None:
         if not any(literal.network_address in network for network in policy.networks):
@@ -202,7 +203,7 @@ async def _save(response: httpx.Response, target: Path, max_bytes: int, check_ro
 
 @cache
 def _certificates() -> ssl.SSLContext:
-    """The machine's authorities (or SSL_CERT_FILE's) and those that come with httpx; read once, for it takes long."""
+    """The machine's authorities (or SSL_CERT_FILE's) and those of httpx; read once, because reading takes long."""
     context = ssl.create_default_context()
     context.load_verify_locations(certifi.where())
     return context

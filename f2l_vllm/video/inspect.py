@@ -1,7 +1,7 @@
 """`python -m f2l_vllm.video.inspect PATH LIMITS`: probe and check a file of unknown origin in a process of its own.
 
-A damaged file can crash or hang a demuxer; here it takes only this short-lived process with it, which limits its own
-memory and CPU time before it touches the file. Prints one JSON object: the probed header, or `code` and `message`.
+A damaged file can crash or hang a demuxer; here it only harms this short-lived process, which limits its own memory and
+CPU time before it touches the file. Prints one JSON object: the probed header, or `code` and `message`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A still picture as RGB, as vLLM would load it; what is too large is refused before it is decoded."""
+"""A still picture as RGB, as vLLM would load it; a picture that is too large is refused before it is decoded."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of the many that Pillow opens
 
 
 def decode_picture(path: str | Path, max_pixels: int, background: Sequence[int]) -> np.ndarray:
-    """uint8 [H, W, 3], upright; of an animation the first frame.
+    """Decode a picture, or the first frame of an animation: uint8 [H, W, 3], upright.
 
     Args:
         path: of the file.
-        max_pixels: that it may have.
-        background: RGB, behind what is transparent.
+        max_pixels: limit of the picture.
+        background: RGB behind transparent parts.
 
     Raises:
         VideoError: `invalid_image`, `image_too_large`.
     """
-    Image.MAX_IMAGE_PIXELS = None  # checked below, against what the operator allows
+    Image.MAX_IMAGE_PIXELS = None  # the operator's limit is checked below
     try:
         image: Image.Image = Image.open(path, formats=FORMATS)
         width, height = image.size
@@ -35,7 +35,7 @@ def decode_picture(path: str | Path, max_pixels: int, background: Sequence[int])
                 f"The picture has {width}x{height} pixels, and a question's pictures together may have "
                 f"{max_pixels / 1e6:.4g} million more: scale it down.",
             )
-        with contextlib.suppress(Exception):  # a damaged EXIF block turns nothing
+        with contextlib.suppress(Exception):  # a damaged EXIF block means no rotation
             image = ImageOps.exif_transpose(image)
         image.load()
         return np.asarray(_as_rgb(image, tuple(background)))

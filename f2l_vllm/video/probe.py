@@ -1,4 +1,4 @@
-"""What a file claims to be, read from its header, and whether that is acceptable."""
+"""Reads what a file claims to be from its header, and checks whether that is acceptable."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import av.video.stream
 from f2l_vllm.video.errors import VideoError
 
 # Demuxers that read nothing but the file itself. Playlists (hls, concat, dash) could name other files or addresses, and
-# image readers would take a still picture for a one-frame video. The audio formats are here to be named in the error.
+# image readers would take a still picture for a one-frame video. Audio formats are listed so that the error names them.
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,mxf,h264,hevc,ivf,mp3,wav,flac,aac"
-_MAGIC = (  # (offset, bytes) with which the containers that fail to open when cut short begin
+_MAGIC = (  # (offset, bytes) at the start of the containers that fail to open when cut short
     (4, b"ftyp"),
     (4, b"moov"),
     (4, b"mdat"),
@@ -26,7 +26,7 @@ _MAGIC = (  # (offset, bytes) with which the containers that fail to open when c
     (0, b"OggS"),
 )
 _IMAGES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
-_DEFAULT_FPS = 24.0  # what transformers assumes for a video that does not say
+_DEFAULT_FPS = 24.0  # what transformers assumes for a video without a rate
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class VideoInfo:
     """Header of the first video stream. Width and height are as stored; rotation is applied when decoding.
 
     Attributes:
-        duration_s: the longest duration any part of the header claims, in seconds.
+        duration_s: the longest duration that any part of the header claims, in seconds.
         fps: average frames per second.
         frame_count: frames the header claims, or packets counted when it claims none.
     """
@@ -49,7 +49,7 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class Limits:
-    """What is accepted. Sizes in bytes, seconds and pixels; a side is width or height."""
+    """Which videos are accepted. Sizes in bytes, seconds and pixels; a side is width or height."""
 
     max_bytes: int = 2 * 1024**3
     max_duration_s: float = 4 * 3600.0
@@ -120,7 +120,7 @@ def probe(path: str | Path) -> VideoInfo:
 
 
 def check_file(path: str | Path, limits: Limits) -> VideoInfo:
-    """Probe a file and refuse what lies outside the limits.
+    """Probe a file and refuse one outside the limits.
 
     Raises:
         VideoError: as `probe`, `check_size` and `check`.
@@ -133,7 +133,7 @@ def check_file(path: str | Path, limits: Limits) -> VideoInfo:
 
 
 def check_size(size_bytes: int, limits: Limits) -> None:
-    """Refuse a file before anything of it is read.
+    """Refuse a file that is too large before reading any of it.
 
     Raises:
         VideoError: file_too_large.
@@ -147,7 +147,7 @@ def check_size(size_bytes: int, limits: Limits) -> None:
 
 
 def check(info: VideoInfo, limits: Limits) -> None:
-    """Refuse what lies outside the limits.
+    """Refuse a video outside the limits.
 
     Raises:
         VideoError: video_too_small, video_too_large, video_too_long.
@@ -185,7 +185,7 @@ def _cannot_open(head: bytes) -> VideoError:
 
 
 def _count_packets(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> int:
-    """Frames of a container that does not count them: one packet is one shown frame."""
+    """Number of frames in a container that does not state it: one packet is one shown frame."""
     try:
         return sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
     except av.FFmpegError as error:

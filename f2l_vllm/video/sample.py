@@ -30,7 +30,7 @@ class Sampling:
     Attributes:
         max_frames: at most this many frames.
         fps: frames taken per second of video, until max_frames is reached.
-        longest_edge: pixels the longer side is scaled to before the model's own square size.
+        longest_edge: pixels to which the longer side is scaled, before the scaling to the model's own square size.
 
     Raises:
         ValueError: a value that is not positive.
@@ -46,7 +46,7 @@ class Sampling:
                 raise ValueError(f"Sampling.{name} must be positive, got {value!r}.")
 
     def or_else(self, default: Sampling) -> Sampling:
-        """These values, and the default's where they are None."""
+        """These values, with the default's in place of None."""
         return replace(default, **{name: value for name, value in vars(self).items() if value is not None})
 
 
@@ -86,7 +86,7 @@ def sample_video(
         processor: a transformers processor with a `video_processor`.
         limits: what is accepted; the defaults of `Limits` when None.
         sampling: replaces the processor's number of frames and rate.
-        decoder: reads the file in the place of this process.
+        decoder: reads the file instead of this process.
 
     Raises:
         VideoError: the video cannot be used; its message says why and what to do.
@@ -102,9 +102,9 @@ class Source:
     """A checked video file, and how frames are taken from it.
 
     Attributes:
-        info: the header, its frames and duration as they are shown.
-        timeline: when each frame is shown, or None where the packets do not say or `decoder` keeps it.
-        decoder: reads the file in the place of this process.
+        info: the header, with frames and duration as they are shown.
+        timeline: when each frame is shown, or None if the packets do not say or `decoder` keeps it.
+        decoder: reads the file instead of this process.
     """
 
     path: Path
@@ -123,7 +123,7 @@ class Source:
         return [first + int(index) for index in chosen]
 
     def take(self, indices: list[int], sampling: Sampling) -> SampledVideo:
-        """Decode these frames; their timestamps are those of the whole video."""
+        """Decode these frames; their timestamps count from the start of the whole video."""
         metadata = self._metadata(self.info.frame_count)
         metadata.frames_indices = list(indices)
         return SampledVideo(self._decode(indices), metadata, self.info, sampling)

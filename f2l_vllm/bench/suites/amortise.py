@@ -1,4 +1,4 @@
-"""Many questions about one video: the sum of first tokens, internalization included, and from when an adapter pays."""
+"""Many questions about one video: the sum of times to the first token, internalization included, and the break-even."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _SEQUENCES = 2
 
 
 async def run(suite: suites.Amortise, subject: Subject, folder: Path, results: ResultsFile, say: Say) -> None:
-    """Ask about a fresh video in each round, all arms the same questions.
+    """Ask about a fresh video in each round, the same questions in all arms.
 
     A row per arm: `ttft_ms` of each question (medians over rounds), of which `asked` were really asked, and their
     running sum, `cumulative_ttft_ms`.
 
     Raises:
-        ServerFailed, APIError, WrongAnswer: a server did not start, or not answer as asked.
+        ServerFailed, APIError, WrongAnswer: a server did not start, or did not answer as asked.
     """
     if results.rows:
         return
@@ -56,10 +56,10 @@ async def run(suite: suites.Amortise, subject: Subject, folder: Path, results: R
 
 
 def derive(rows: list[Row]) -> dict[str, Any]:
-    """`break_even`: the number of questions from which on an arm that reads adapters has cost no more than another.
+    """`break_even`: the number of questions after which an arm that reads adapters has cost no more than another.
 
-    `questions` is None where it has cost more up to the last; `projected` goes on with each arm's later questions, and
-    is None where they never meet.
+    `questions` is None if the arm has cost more up to the last question. `projected` extends both arms by the median
+    of their later questions, and is None if they never meet.
     """
     found = []
     for ours in rows:
@@ -79,8 +79,8 @@ def _projected(ours: Row, other: Row) -> int | None:
 
 
 def _order(askers: Askers, suite: suites.Amortise, number: int) -> list[tuple[Arm, int]]:
-    """Which arm is asked which question, one after the other: in turn at every question, unless each turn would start
-    a server, and with it forget what it has cached."""
+    """The order of (arm, question): the arms take turns at every question, unless each turn would start a server, whose
+    caches would be empty."""
     counts = range(suite.questions_per_video)
     if askers.run_together:
         order = [(arm, count) for count in counts for arm in askers.turn(number + count)]
@@ -90,7 +90,7 @@ def _order(askers: Askers, suite: suites.Amortise, number: int) -> list[tuple[Ar
 
 
 def _asked(arm: Arm, suite: suites.Amortise) -> int:
-    """How many of the questions are really asked: what reads all frames every time takes the same every time."""
+    """How many of the questions are really asked: an arm that reads all frames takes the same time for each."""
     endless = arm.reads == "frames" and not arm.warmed
     return min(suite.frames_asked if endless else suite.questions_per_video, suite.questions_per_video)
 

@@ -1,4 +1,4 @@
-"""How many videos a memory keeps answerable without reading them again: as adapters, and as KV caches. Counted."""
+"""How many videos a memory keeps answerable without a second reading: as adapters, and as KV caches. Counted."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from f2l_vllm.bench.shapes import Subject
 
 
 async def run(suite: suites.Capacity, subject: Subject, folder: Path, results: ResultsFile, say: Say) -> None:
-    """A row per number of frames; bytes are those of a file, which is what an engine holds of an adapter in host
-    memory too, and of the visual tokens' keys and values."""
+    """A row per number of frames: the bytes of an adapter's file, which an engine also holds in host memory, and of the
+    visual tokens' keys and values."""
     costs = Costs(subject)
     room = suite.gb * 1e9
     for frames in suite.frames:

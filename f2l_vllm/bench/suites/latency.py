@@ -21,13 +21,13 @@ _SEQUENCES = 2
 
 
 async def run(suite: suites.Latency, subject: Subject, folder: Path, results: ResultsFile, say: Say) -> None:
-    """Measure every cell; in every round of one the arms take turns, each with the same question.
+    """Measure every cell; in each round of a cell the arms take turns, each with the same question.
 
     Cells above `suite.count_above` frames are counted: `ttft_ms` is None and `counted` true.
 
     Raises:
-        ServerFailed, APIError, WrongAnswer: a server did not start, or not answer as asked.
-        ValueError: the model reads no prompt that long.
+        ServerFailed, APIError, WrongAnswer: a server did not start, or did not answer as asked.
+        ValueError: the prompts are too long for the model.
     """
     costs = Costs(subject)
     todo = [
@@ -58,7 +58,7 @@ async def run(suite: suites.Latency, subject: Subject, folder: Path, results: Re
 
 
 def derive(rows: list[Row]) -> dict[str, Any]:
-    """`ratios`: every arm over the arm `adapter` in each cell; `geometric_means` of those over cells."""
+    """`ratios`: every arm over the arm `adapter` in each cell; `geometric_means` of the ratios over cells."""
     ratios = []
     for adapter in (row for row in rows if row["arm"] == "adapter"):
         for row in rows:
@@ -120,7 +120,7 @@ def _row(
 
 
 def _counted(arm: Arm, suite: suites.Latency, costs: Costs, frames: int, edge: int) -> Row:
-    """What is known of a cell without running it."""
+    """The row of a cell that is not run."""
     asked = [suite.questions[number % len(suite.questions)] for number in range(suite.rounds)]
     in_prompt = frames if arm.reads == "frames" else 0
     whole = statistics.median_low(costs.prompt_tokens(question, in_prompt) for question in asked)

@@ -26,11 +26,11 @@ FIGURES = ("output_throughput", "request_throughput", "total_input_tokens", "tot
 async def run(suite: suites.Tax, subject: Subject, folder: Path, results: ResultsFile, say: Say) -> None:
     """Measure all cells; in every round of a cell the numbers of adapters take turns.
 
-    Rows hold vLLM's keys, medians over rounds, and `rounds` with each; `traffic` is `decode` or `prefill`.
+    Rows hold vLLM's keys with medians over rounds, and each round in `rounds`; `traffic` is `decode` or `prefill`.
 
     Raises:
         TrafficFailed: a server did not answer as asked.
-        ServerFailed: one did not start.
+        ServerFailed: a server did not start.
     """
     costs = Costs(subject)
     rank = suite.rank or costs.rank
@@ -83,18 +83,18 @@ async def run(suite: suites.Tax, subject: Subject, folder: Path, results: Result
 
 
 def cells(suite: suites.Tax) -> list[dict[str, Any]]:
-    """What is measured with every number of adapters."""
+    """The cells, each measured with every number of adapters."""
     decode = [{"traffic": "decode", "streams": streams} for streams in suite.streams]
     return [{"traffic": "prefill", "streams": 1}, *decode]
 
 
 def adapters_of(suite: suites.Tax, cell: dict[str, Any]) -> list[int]:
-    """Numbers of adapters that a cell's streams can use; a prompt alone has one at the most."""
+    """Numbers of adapters that a cell's streams can use; a single prompt has at most one."""
     return [count for count in suite.adapters if count <= cell["streams"]]
 
 
 def derive(rows: list[Row]) -> dict[str, Any]:
-    """`ratios`: what is left under LoRA of the speed without, higher is better; and of many streams over one."""
+    """`ratios`: speed with LoRA over speed without it, higher is better; and many streams over one."""
     base = {(row["traffic"], row["streams"]): row for row in rows if row["adapters"] == 0}
     single = {bool(row["adapters"]): row for row in rows if row["traffic"] == "decode" and row["streams"] == 1}
     ratios = []
@@ -134,7 +134,7 @@ def _traffic(suite: suites.Tax, cell: dict[str, Any]) -> dict[str, int]:
 
 
 def _flags(suite: suites.Tax, costs: Costs) -> tuple[str, ...]:
-    """Of both servers."""
+    """Flags of both servers."""
     longest = max(suite.prefill_tokens + 1, suite.input_tokens + suite.output_tokens)
     length = -(-(longest + 1) // 256) * 256
     streams = max(suite.streams)
@@ -162,7 +162,7 @@ def _lora_flags(subject: Subject, names: dict[str, Path], rank: int) -> tuple[st
 
 
 def _adapters(subject: Subject, folder: Path, count: int, rank: int) -> dict[str, Path]:
-    """Random adapters by name, written where they are not there yet."""
+    """Random adapters by name, written if they do not exist yet."""
     found = {f"adapter-{number}": folder / str(number) for number in range(count)}
     for number, path in enumerate(found.values()):
         if not path.is_dir():

@@ -18,12 +18,12 @@ from f2l_vllm.bench.shapes import Subject
 
 
 async def run(suite: suites.Throughput, subject: Subject, folder: Path, results: ResultsFile, say: Say) -> None:
-    """Measure every popularity and concurrency; in every round of one the arms take turns over the same trace.
+    """Measure every popularity and concurrency; in each round the arms take turns over the same trace.
 
-    Rows hold the keys of `vllm bench serve` over all rounds, and `rounds` with each round's throughput.
+    Rows hold the keys of `vllm bench serve` over all rounds, and each round's throughput in `rounds`.
 
     Raises:
-        ServerFailed, APIError, WrongAnswer: a server did not start, or not answer as asked.
+        ServerFailed, APIError, WrongAnswer: a server did not start, or did not answer as asked.
     """
     costs = Costs(subject)
     arms = [ARMS[name] for name in suite.arms]
@@ -62,7 +62,7 @@ async def run(suite: suites.Throughput, subject: Subject, folder: Path, results:
 
 
 def derive(rows: list[Row]) -> dict[str, Any]:
-    """`ratios`: requests per second of the adapter arm over every other, and the other's first token over its."""
+    """`ratios`: requests per second of the adapter arm over every other arm's, and their first token over its."""
     ratios = []
     for adapter in (row for row in rows if row["arm"] == "adapter"):
         cell = {name: adapter[name] for name in ("videos", "frames", "popularity", "concurrency")}
@@ -75,7 +75,7 @@ def derive(rows: list[Row]) -> dict[str, Any]:
 
 
 async def _know(arm: Arm, askers: Askers, videos: list[Path], suite: suites.Throughput, say: Say) -> None:
-    """Before anything is timed: adapters made and loaded, and each video's KV in the cache as far as it goes."""
+    """Before anything is timed: make and load adapters, and put each video's KV into the cache as far as it fits."""
     if arm.reads == "adapter":
         for first in range(0, len(videos), 8):
             await askers.upload(arm, videos[first : first + 8])

@@ -1,1 +1,1 @@
-"""vLLM's side of the base models: the class that serves each family, and the loader by which all decode videos."""
+"""vLLM's side of the base models: the class that serves each family, and the loader that decodes videos for all."""

@@ -1,15 +1,16 @@
 """SmolVLM for vLLM with a native `video` modality, as in transformers; vLLM's own class takes images only.
 
 A video is N frames, each resized to the model's square and never split, in a prompt that states their number, the
-video's length and each frame's time. The prompt and the pixels are made by transformers' own processor, so that they
-equal what transformers, and with it internalization, computes from the same frames.
+video's length and each frame's time. transformers' own processor makes the prompt and the pixels, so that they equal
+those that transformers, and with it internalization, computes from the same frames.
 
-Under vLLM's `--video-pruning-rate` a video's tokens are merged from frame to frame (`hypernetwork/merging.py`). How
-many each frame keeps does not depend on what is seen: the text about the video, and each frame's time before its
-tokens, stay where they are, and the prompt is known before the vision tower has run. Where the number depends on what
-is seen (Nemotron, Qwen3-VL), the prompt counts all tokens towards the first frame, and the model moves the text between
-frames into place as embeddings: the token ids are then not what is read. SmolVLM counts positions along the prompt, so
-vLLM's interface `SupportsMultiModalPruning`, for positions that depend on which tokens are left, is not needed.
+Under vLLM's `--video-pruning-rate` a video's tokens are merged from frame to frame (`base_models/merging.py`). The
+number that each frame keeps does not depend on the content: the text about the video, and each frame's time before its
+tokens, stay where they are, and the prompt is known before the vision tower has run. In models where the number depends
+on the content (Nemotron, Qwen3-VL), the prompt counts all tokens towards the first frame, and the model moves the text
+between frames into place as embeddings, so that it reads something else than the token ids. SmolVLM counts positions
+along the prompt, so it does not need vLLM's interface `SupportsMultiModalPruning`, for positions that depend on which
+tokens are left.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ from f2l_vllm.engine.base_models import video_loader
 
 video_loader.decode_videos_of(SPEC.video_processors)
 
-_FRAMES_PER_CALL = 32  # of the vision tower, whose memory grows with the frames it sees at once
+_FRAMES_PER_CALL = 32  # of the vision tower, whose memory grows with the number of frames per call
 _METADATA_FIELDS = {field.name for field in fields(VideoMetadata)}
 
 
 class SmolVLMVideoProcessingInfo(SmolVLMProcessingInfo):
-    """What vLLM asks about the model's inputs before it has any."""
+    """Answers vLLM's questions about the model's inputs before there are any."""
 
     @property
     def merge_rate(self) -> float:
@@ -67,7 +68,8 @@ class SmolVLMVideoProcessingInfo(SmolVLMProcessingInfo):
         )
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        """Embeddings of the largest image and video; a video may fill the context, whatever the sampler's default."""
+        """Number of embeddings of the largest image and video; a video may fill the context, whatever the sampler's
+        default."""
         processor = self.get_hf_processor()
         side = processor.image_processor.size["longest_edge"]
         largest = {
@@ -78,7 +80,7 @@ class SmolVLMVideoProcessingInfo(SmolVLMProcessingInfo):
 
 
 class SmolVLMVideoDummyInputsBuilder(SmolVLMDummyInputsBuilder):
-    """Inputs of the largest usual size, with which vLLM measures memory and warms up."""
+    """Inputs of the largest usual size; vLLM measures memory and warms up with them."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         return super().get_dummy_text(mm_counts) + "<video>" * mm_counts.get("video", 0)
@@ -91,7 +93,7 @@ class SmolVLMVideoDummyInputsBuilder(SmolVLMDummyInputsBuilder):
         sampler = processor.video_processor
         side = sampler.max_image_size["longest_edge"]
         num_videos = mm_counts.get("video", 0)
-        # The text around a frame is about as long as the frame of the smallest model.
+        # The text around a frame has about as many tokens as a frame of the smallest model.
         fitting = seq_len // max(1, num_videos) // (2 * processor.image_seq_len)
         videos = self._get_dummy_videos(
             width=side,
@@ -105,7 +107,7 @@ class SmolVLMVideoDummyInputsBuilder(SmolVLMDummyInputsBuilder):
 
 
 class SmolVLMVideoMultiModalProcessor(SmolVLMMultiModalProcessor):
-    """Turns images and sampled videos into pixels, and their marks in the prompt into tokens."""
+    """Turns images and sampled videos into pixels, and their placeholders in the prompt into tokens."""
 
     def __init__(
         self, info: SmolVLMVideoProcessingInfo, dummy_inputs: BaseDummyInputsBuilder[SmolVLMVideoProcessingInfo]
@@ -127,7 +129,7 @@ class SmolVLMVideoMultiModalProcessor(SmolVLMMultiModalProcessor):
         return {**scopes.get("videos_kwargs", {}), "do_sample_frames": False, "return_tensors": "pt"}
 
     def _resize(self, frames_NHW3: np.ndarray) -> np.ndarray:
-        """Frames as the video processor resizes them, before all else that it does to them."""
+        """Frames as the video processor resizes them, before its other steps."""
         processor = self.info.get_hf_processor().video_processor
         alone = {"do_rescale": False, "do_normalize": False, "do_pad": False}
         pixels_N3HW: torch.Tensor = processor(videos=[frames_NHW3], **{**self._video_options({}), **alone})[
@@ -138,13 +140,13 @@ class SmolVLMVideoMultiModalProcessor(SmolVLMMultiModalProcessor):
     def _process_videos(
         self, videos: Sequence[tuple[Any, Mapping[str, Any]]], hf_kwargs: Mapping[str, object]
     ) -> dict[str, torch.Tensor]:
-        """Pixels `[all frames, 3, side, side]`, their masks `[all frames, side, side]` and each video's frames."""
+        """Pixels `[all frames, 3, side, side]`, their masks `[all frames, side, side]` and each video's frame count."""
         processor = self.info.get_hf_processor(**hf_kwargs).video_processor
         options = self._video_options(hf_kwargs)
         resized = [bool(metadata.get("resized")) for _, metadata in videos]
         if any(resized) and options != self._video_options({}):
             raise ValueError("The video is large, and was resized as the server is set: leave out mm_processor_kwargs.")
-        # One at a time: together they would be padded to the longest.
+        # One video at a time: together they would be padded to the longest.
         outputs = [
             processor(videos=[frames], **{**options, **({"do_resize": False} if small else {})})
             for (frames, _), small in zip(videos, resized, strict=True)
@@ -201,11 +203,11 @@ class SmolVLMVideoMultiModalProcessor(SmolVLMMultiModalProcessor):
     def _apply_prompt_updates(
         self, token_ids: list[int], mm_prompt_updates: MultiModalPromptUpdates
     ) -> tuple[list[int], Mapping[str, list[PlaceholderFeaturesInfo]]]:
-        """Write videos into the prompt as text and tokenize the whole again, as transformers does.
+        """Write videos into the prompt as text and tokenize the whole prompt again, as transformers does.
 
-        Words before and after a video join its introduction and its end in tokens ("User:" and " You"), so neither
-        the mark nor the written-out video is a token sequence of its own. From the first frame's opening mark to the
-        last one's closing mark it is, for these are special tokens; that part is the placeholder.
+        Words before and after a video share tokens with its introduction and its end ("User:" and " You"), so neither
+        the mark nor the written-out video is a separate token sequence. The part from the first frame's opening mark to
+        the last frame's closing mark is one, because these are special tokens; that part is the placeholder.
         """
         if not mm_prompt_updates.get("video"):
             return super()._apply_prompt_updates(token_ids, mm_prompt_updates)
@@ -224,7 +226,7 @@ class SmolVLMVideoMultiModalProcessor(SmolVLMMultiModalProcessor):
 class SmolVLMVideoForConditionalGeneration(SmolVLMForConditionalGeneration):
     """vLLM's SmolVLM, whose vision tower also reads the frames of videos."""
 
-    # Merging goes by the name of vLLM's default method, whose number of tokens it keeps; others are refused by vLLM.
+    # Merging takes the name of vLLM's default method, because it keeps the same number of tokens; vLLM refuses others.
     supported_video_pruning_methods = ("evs",)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -238,7 +240,7 @@ class SmolVLMVideoForConditionalGeneration(SmolVLMForConditionalGeneration):
     def _mark_tower_model(
         self, vllm_config: VllmConfig, modalities: set[str] | str, *, targets: Any = None
     ) -> AbstractContextManager[None]:
-        # The tower serves both: it may be left out only where neither is allowed.
+        # The tower serves both modalities, so it may be left out only if neither is allowed.
         return super()._mark_tower_model(vllm_config, {"image", "video"}, targets=targets)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
@@ -260,7 +262,7 @@ class SmolVLMVideoForConditionalGeneration(SmolVLMForConditionalGeneration):
 
 
 def _between(update: ResolvedPromptUpdate, fence: int) -> ResolvedPromptUpdate:
-    """`update` with its content cut to what lies between the first and the last `fence` token, both included."""
+    """`update` with its content cut to the part from the first to the last `fence` token, both included."""
     ids = update.content.full
     first, last = ids.index(fence), len(ids) - 1 - ids[::-1].index(fence)
     return replace(update, content=replace(update.content, full=ids[first : last + 1]))

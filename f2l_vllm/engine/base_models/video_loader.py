@@ -1,7 +1,7 @@
-"""vLLM's video loader that decodes as internalization does, so both read the very same frames.
+"""A video loader for vLLM that decodes like internalization, so that both read the very same frames.
 
-vLLM picks this loader for every model whose video processor was named to `decode_videos_of`; nothing is configured.
-`--media-io-kwargs '{"video": {"max_frames": 32, "fps": 1}}'` samples differently from the model's own configuration.
+vLLM picks this loader for every model whose video processor was given to `decode_videos_of`; no setting is needed.
+`--media-io-kwargs '{"video": {"max_frames": 32, "fps": 1}}'` overrides the sampling of the model's own configuration.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from f2l_vllm.video.probe import Limits, VideoInfo
 from f2l_vllm.video.sample import Sampling, sample_video
 
 NAME = "f2l"
-WHOLE_BYTES = 64 << 20  # of a video's frames that are held as they were decoded
+WHOLE_BYTES = 64 << 20  # limit of a video's frames that are held in their decoded size
 
 
 class SampledVideoLoader(VideoLoader):
     """Frames that the served model's own sampler chooses.
 
-    The sampler is the model's processor, which vLLM does not hand to loaders: the model's multi-modal processor, which
-    exists in the API server before any request, leaves it here through `use_processor`.
+    The sampler is the model's processor, which vLLM does not pass to loaders. The model's multi-modal processor, which
+    exists in the API server before any request, sets it here with `use_processor`.
     """
 
     _processor: ClassVar[Callable[[], Any] | None] = None
@@ -38,8 +38,8 @@ class SampledVideoLoader(VideoLoader):
 
     @classmethod
     def use_processor(cls, get_processor: Callable[[], Any], resize: Shrink) -> None:
-        """Sample as the processor that `get_processor` returns, and make frames as small as it does by `resize`; the
-        last call in a process holds."""
+        """Sample like the processor that `get_processor` returns, and resize frames like it with `resize`. The last
+        call in a process counts."""
         cls._processor, cls._resize = get_processor, resize
 
     @classmethod
@@ -52,11 +52,11 @@ class SampledVideoLoader(VideoLoader):
             data: the file's bytes.
             max_frames: at most this many frames; the model's own number when None.
             fps: frames per second of video; the model's own rate when None.
-            kwargs: what vLLM passes to every loader, such as `num_frames`, whose default is not the model's.
+            kwargs: what vLLM passes to every loader, such as `num_frames`; unused, as its default is not the model's.
 
         Returns:
-            uint8 frames `[N, H, W, 3]` and the fields of transformers' VideoMetadata; `resized` beside them where the
-            frames are too large to be held as they are, and have been resized one by one.
+            uint8 frames `[N, H, W, 3]` and the fields of transformers' VideoMetadata; also `resized`, true if frames
+            were too large to be held in their own size and have been resized one by one.
 
         Raises:
             ValueError: the video cannot be used, or the served model takes no video; the message says what to do.
@@ -70,7 +70,7 @@ class SampledVideoLoader(VideoLoader):
     def load_path(
         cls, path: Path, *, max_frames: int | None = None, fps: float | None = None, **kwargs: Any
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """As `load_bytes`, of a file where it lies. Raises FileNotFoundError too."""
+        """As `load_bytes`, but reads the file in place. Also raises FileNotFoundError."""
         if cls._processor is None:
             raise ValueError("This server's model does not take videos: serve one that does.")
         sampling = Sampling(max_frames=max_frames, fps=fps)
@@ -86,12 +86,12 @@ class SampledVideoLoader(VideoLoader):
 
 
 def decode_videos_of(video_processors: tuple[str, ...]) -> None:
-    """Have vLLM decode by this loader for the models with one of these processors."""
+    """Make vLLM use this loader for the models with one of these processors."""
     VIDEO_LOADER_REGISTRY.register(NAME, video_processor=video_processors)(SampledVideoLoader)
 
 
 class _Shrinking:
-    """A decoder whose frames are resized as they come if together they are larger than `WHOLE_BYTES`."""
+    """A decoder that resizes frames one by one if together they are larger than `WHOLE_BYTES`."""
 
     def __init__(self, decoder: IsolatedDecoder, resize: Shrink | None) -> None:
         self._decoder = decoder

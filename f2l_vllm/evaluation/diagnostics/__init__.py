@@ -1,1 +1,1 @@
-"""Why answers are as they are: an adapter taken apart, and what of it answers depend on."""
+"""Why answers are as they are: takes an adapter apart to find which of its parts answers depend on."""

@@ -1,4 +1,4 @@
-"""What an adapter loses with parts of it: the ways of taking directions or layers away, each computed once.
+"""Ablation of an adapter: the ways of removing directions or layers from it, each computed once.
 
 Shape suffixes: K directions.
 """
@@ -31,7 +31,7 @@ INTACT, NONE = "intact", "none"
 @dataclass(frozen=True)
 class Cut:
     """A part of an adapter. `kind`: `INTACT`, `NONE`, one of `RANK_CURVES` with `count` directions, or `layers`, which
-    are left out."""
+    leaves out those in `layers`."""
 
     kind: str
     count: int = 0
@@ -69,7 +69,7 @@ def layer_curves(layers: int) -> dict[str, Curve]:
 def cut_all(
     adapter: Adapter, directions: dict[str, Directions], cuts: set[Cut], seed: int
 ) -> Iterator[tuple[Cut, Adapter | None]]:
-    """What is left of an adapter by each cut, on its device; None for nothing.
+    """The part of an adapter that each cut leaves, on the adapter's device; None if it leaves nothing.
 
     Args:
         directions: of the adapter, as `decompose` gives them.

@@ -1,9 +1,9 @@
 """Direct logit attribution: what each part of the model adds to the right answer's lead over wrong ones.
 
 The residual stream at a position is the token's embedding plus what attention and MLP of every layer write into it.
-The final norm divides by the stream's size and the unembedding is linear; so with that size held at its own value, the
-lead of one token's logit is a sum over what was written. The adapter's part of a layer is what its attention and MLP
-write minus what they would write to the same input without the adapter: for down_proj, exactly s B^T A x.
+The final norm divides by the stream's size, and the unembedding is linear. With that size held fixed at its value, the
+lead of one token's logit is therefore a sum over these parts. The adapter's part of a layer is what its attention and
+MLP write, minus what they would write for the same input without the adapter: for down_proj, exactly s B^T A x.
 
 Shape suffixes: L text layers, T tokens of a prompt, D hidden size, W wrong tokens.
 """
@@ -24,12 +24,12 @@ from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter
 
 @dataclass(frozen=True)
 class Contest:
-    """A position at which the right answer parts from wrong ones.
+    """A position at which the right answer starts to differ from wrong ones.
 
     Attributes:
         ids_T: the prompt up to that position, with the words that all candidate answers begin with.
-        right: the token the right answer goes on with.
-        wrong: the tokens wrong candidates go on with; empty: the whole vocabulary stands for them.
+        right: the right answer's next token.
+        wrong: the wrong candidates' next tokens; empty: the whole vocabulary stands for them.
     """
 
     ids_T: Tensor
@@ -43,7 +43,7 @@ class Attribution:
 
     Attributes:
         embedding: from the last prompt token itself.
-        base_L: from the frozen weights of every layer, under the inputs that the adapter brings about.
+        base_L: from the frozen weights of every layer, for the inputs that arise with the adapter.
         lora_L: from the adapter's update of every layer.
         lead: as the model computed it.
     """
@@ -55,10 +55,10 @@ class Attribution:
 
 
 def contest(processor: Any, question: str, truth: str, others: Sequence[str]) -> Contest:
-    """Where the answer to a question is decided, among the true answer and other candidates.
+    """The position where the true answer to a question starts to differ from the other candidates.
 
     Raises:
-        ValueError: the chat template writes an answer so that it does not go on from the prompt of the question.
+        ValueError: the chat template writes an answered question so that it does not start with the question's prompt.
     """
     asked = {"role": "user", "content": [{"type": "text", "text": question}]}
     prompt = _ids(processor, [asked], add_generation_prompt=True)
@@ -80,7 +80,7 @@ def contest(processor: Any, question: str, truth: str, others: Sequence[str]) ->
 
 @torch.no_grad()
 def attribute(model: nn.Module, adapter: Adapter, contest: Contest) -> Attribution:
-    """Run the model under the adapter and take the lead apart. Exact in fp32; in bf16 to bf16's precision."""
+    """Run the model with the adapter and split the lead into parts. Exact in fp32; in bf16 to bf16's precision."""
     text_model: Any = text_model_of(model)
     layers = text_layers_of(model)
     stream: dict[str, Tensor] = {}
@@ -119,7 +119,7 @@ def attribute(model: nn.Module, adapter: Adapter, contest: Contest) -> Attributi
 
 
 def _direction(model: Any, contest: Contest, end_D: Tensor) -> Tensor:
-    """What a vector of the residual stream is multiplied with to give its part of the lead, [D] in fp64."""
+    """The vector [D], in fp64, whose product with a vector of the residual stream is that vector's part of the lead."""
     rows_VD: Tensor = model.lm_head.weight
     wrong_D = rows_VD[list(contest.wrong)].double().mean(0) if contest.wrong else rows_VD.mean(0, dtype=torch.float64)
     norm: Any = text_model_of(model).norm
@@ -128,7 +128,7 @@ def _direction(model: Any, contest: Contest, end_D: Tensor) -> Tensor:
 
 
 def _written(output: Any) -> Tensor:
-    """What a layer's attention, which also returns its weights, or MLP writes at the last position."""
+    """What a layer's MLP, or its attention (which also returns its weights), writes at the last position."""
     return _last(output[0] if isinstance(output, tuple) else output)
 
 

@@ -1,6 +1,6 @@
-"""An adapter's update of each layer as directions in order of strength, and its size; never as a full matrix.
+"""An adapter's update of each layer as directions in order of strength, and its size, without building full matrices.
 
-The update s B^T A of a target linear is O x I, but has rank R at most: with A^T = Q_A R_A and B^T = Q_B R_B, its
+The update s B^T A of a target linear is O x I, but its rank is at most R: with A^T = Q_A R_A and B^T = Q_B R_B, its
 singular values are those of the R x R core s R_B R_A^T.
 
 Shape suffixes: L text layers, R rank, I/O in/out features of a target linear, K directions.
@@ -34,7 +34,8 @@ class Directions:
 
 
 def decompose(adapter: Adapter) -> dict[str, Directions]:
-    """Singular directions of every module's update, the scale s included: computed in fp64, fp32 on the CPU."""
+    """Singular directions of every module's update, including the scale s: computed in fp64, returned in fp32 on the
+    CPU."""
     found = {}
     for name, (a_LRI, b_LRO) in adapter.factors.items():
         q_in_LIK, r_in_LKR = torch.linalg.qr(a_LRI.cpu().double().mT)
@@ -45,10 +46,10 @@ def decompose(adapter: Adapter) -> dict[str, Directions]:
 
 
 def rebuild(directions: dict[str, Directions], keep: Callable[[Tensor], Tensor]) -> Adapter:
-    """The adapter of the directions that are kept.
+    """The adapter that is left with the kept directions.
 
     Args:
-        keep: from a module's strengths [L, K] to a bool mask [L, K], True for what stays.
+        keep: maps a module's strengths [L, K] to a bool mask [L, K], True for directions to keep.
     """
     factors = {}
     for name, found in directions.items():

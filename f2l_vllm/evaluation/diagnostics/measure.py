@@ -1,7 +1,7 @@
-"""Where in an adapter the answers are: the diagnostics of the paper's appendix, for any model, hypernetwork and videos.
+"""Which parts of an adapter hold the answers: the paper's diagnostics for any model, hypernetwork and videos.
 
 - rank ablation: the score with only the strongest singular directions of every layer's update, without them, and
-  without as many random ones;
+  without the same number of random ones;
 - layer removal: the score without one layer's update, without the first ones, without the last ones;
 - update norm: the size of every layer's update, and relative to the frozen weight it is added to;
 - logit attribution: what every layer's update adds to the right answer's lead over wrong ones.
@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]  # videos done, of how many
 _MOST_RIVALS = 64  # wrong answers that the right one is compared with
 _DIGITS = 5
 
-Row = tuple[str, str, float]  # the file a clip is of, type, value
+Row = tuple[str, str, float]  # the clip's source file, type, value
 
 
 def diagnose(
@@ -46,7 +46,7 @@ def diagnose(
     Args:
         answers: the model and its hypernetwork; in fp32 attribution is exact.
         questions: what is asked; types that are scored apart are left out.
-        seed: of the random directions, and of the wrong answers drawn where there are very many.
+        seed: of the random directions, and of the draw of wrong answers where there are very many.
 
     Raises:
         ValueError: no video can be used, or there is nothing to ask.
@@ -67,7 +67,7 @@ def diagnose(
 
 
 class _Diagnosis:
-    """What is found, video by video."""
+    """Collects the measurements, video by video."""
 
     def __init__(self, answers: TransformersAnswers, questions: QuestionSet, seed: int) -> None:
         self.scores: dict[Cut, list[Row]] = defaultdict(list)
@@ -133,7 +133,7 @@ class _Diagnosis:
         }
 
     def _score(self, clip: Clip, asked: list[Question], parts: Iterable[tuple[Cut, Adapter | None]]) -> None:
-        """Ask everything under every part of the adapter."""
+        """Ask every question with every part of the adapter."""
         asks = [Ask(clip, question, ADAPTER, clip) for question in asked]
         for cut, part in parts:
             for ask, reply in zip(asks, self._answers.replies(asks, part), strict=True):
@@ -156,7 +156,7 @@ class _Diagnosis:
 
 
 def _rivals(questions: QuestionSet, seed: int) -> dict[str, list[str]]:
-    """Type -> the answers that are true of some question of it."""
+    """Type -> true answers to questions of that type, at most `_MOST_RIVALS`."""
     truths: dict[str, set[str]] = defaultdict(set)
     for clip in questions.clips:
         for question in clip.questions:

@@ -1,4 +1,4 @@
-"""Pictures of the diagnostics: directions and layers taken away, updates' sizes, and what they add to the answer."""
+"""Pictures of the diagnostics: directions and layers removed, the updates' sizes, and what they add to the answer."""
 
 from __future__ import annotations
 

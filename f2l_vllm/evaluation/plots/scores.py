@@ -11,7 +11,7 @@ from f2l_vllm.evaluation.plots import style
 
 
 def plot_scores(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw what `evaluate` returned: `scores.png`, and `composition.png` where chunks were composed."""
+    """Draw what `evaluate` returned: `scores.png`, and `composition.png` if chunks were composed."""
     drawn = [_by_type(result, folder / "scores.png")]
     if result.get("composition"):
         drawn.append(_composition(result, folder / "composition.png"))

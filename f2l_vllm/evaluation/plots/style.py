@@ -1,4 +1,4 @@
-"""What all plots share: colours that everyone tells apart, error bars, titles, legends outside of the data, files."""
+"""What all plots share: colours that everyone can tell apart, error bars, titles, legends beside the data, files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from f2l_vllm.evaluation.questions import ADAPTER, FRAMES, NONE, WRONG_VIDEO
 from f2l_vllm.files import atomic_path
 
-# Okabe and Ito's palette, told apart with any colour vision; markers and hatches say the same without colour.
+# Okabe and Ito's palette works for any colour vision; markers and hatches say the same without colour.
 BLUE, ORANGE, GREEN, PINK, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, VERMILION)
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -37,12 +37,12 @@ _DPI = 150
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure, inches, laid out so that nothing overlaps."""
+    """An empty figure, sizes in inches, laid out so that nothing overlaps."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def title(of: Figure, subject: str, details: str) -> None:
-    """What the picture is about above it, and how it was measured below."""
+    """Write what the picture shows above it, and how it was measured below it."""
     of.suptitle(subject, x=0.01, ha="left", fontsize=13, fontweight="bold")
     of.supxlabel(details, x=0.01, ha="left", fontsize=9, color=GREY)
 

@@ -15,7 +15,7 @@ _LINES = ("-", "--", ":", "-.")
 
 
 class _Quantity(NamedTuple):
-    """A column of pictures. `range`: of a linear scale, all there could be; None: the scale is logarithmic."""
+    """A column of pictures. `range`: all possible values, for a linear scale; None for a logarithmic scale."""
 
     name: str
     of: Callable[[dict[str, Any]], float | None]
@@ -43,7 +43,7 @@ def plot_sweep(found: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _ttft(row: dict[str, Any], which: str) -> float | None:
-    """The median over first, or over later, questions about a video; None where none was measured."""
+    """The median over first, or over later, questions about a video; None if nothing was measured."""
     times: dict[str, Any] = (row["ttft_ms"] or {}).get(which, {})
     return times.get("median")
 
@@ -138,8 +138,8 @@ def _values(rows: list[dict[str, Any]], name: str) -> list[Any]:
 
 
 def _norm(low: float, high: float, full: tuple[float, float] | None) -> Normalize:
-    """Colours over the values there are; on a linear scale over a quarter of all at least, so that small differences
-    look small."""
+    """Colours over the range of the values; on a linear scale over at least a quarter of the full range, so that small
+    differences look small."""
     if full is not None:
         return Normalize(min(low, high - (full[1] - full[0]) / 4), high)
     return LogNorm(low, high) if low < high else LogNorm(low / 2, high * 2)

@@ -13,11 +13,11 @@ _SMOOTHED = "smoothed"
 
 
 def plot_training(log: Path, folder: Path) -> list[Path]:
-    """Draw `training.png` from a log of JSON lines with `stage`, `step`, `loss` and whichever of `smoothed`, `norm`,
-    `factor` and `lr` are there.
+    """Draw `training.png` from a log of JSON lines with `stage`, `step`, `loss` and any of `smoothed`, `norm`, `factor`
+    and `lr`.
 
     Raises:
-        ValueError: not such a log; names file and line.
+        ValueError: the file is not such a log; the message names file and line.
     """
     lines = _read(log)
     stages = list(dict.fromkeys(line["stage"] for line in lines))

@@ -1,7 +1,7 @@
 """Auxiliary targets that are known for a drawn scene: what each patch shows, and how it moves.
 
-They stand in for a pretrained vision tower: a model trained from nothing on answers alone stays at chance for long,
-and directions never form.
+They stand in for a pretrained vision tower: a model trained from nothing on answers alone stays at chance for a long
+time, and never learns directions.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _per_token(patches: Tensor) -> Tensor:
 
 
 class PatchHead(nn.Module):
-    """Reads colour, shape and geometry off the vision tower's output; used in training only."""
+    """Reads colour, shape and geometry from the vision tower's output; used in training only."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class PatchHead(nn.Module):
 
 
 class VelocityHead(nn.Module):
-    """Reads movement off what enters a text layer at the visual tokens; used in training only."""
+    """Reads movement from a text layer's input at the visual tokens; used in training only."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

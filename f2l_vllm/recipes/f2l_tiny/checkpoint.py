@@ -1,7 +1,7 @@
 """The default model's directory: a tiny but ordinary SmolVLM checkpoint.
 
-The directory loads with `AutoProcessor` and `AutoModelForImageTextToText`, and vLLM serves it as it would serve
-SmolVLM2: same architecture, same processor classes, same prompt layout, smaller numbers.
+The directory loads with `AutoProcessor` and `AutoModelForImageTextToText`, and vLLM serves it like SmolVLM2: same
+architecture, same processor classes, same prompt layout, smaller numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TOKENS_PER_FRAME = (IMAGE_SIZE // PATCH_SIZE // SCALE_FACTOR) ** 2
 NUM_FRAMES = 8
 SAMPLE_FPS = 4.0  # eight frames of anything that lasts two seconds or more
 
-# SmolVLM2's template, which also takes plain string contents, no content at all, and `input_*`-less parts in any order.
+# SmolVLM2's template, extended to plain string contents, no content at all, and `input_*`-less parts in any order.
 CHAT_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
     "{% set content = message['content'] %}"
@@ -56,7 +56,7 @@ def build_processor() -> SmolVLMProcessor:
 
 
 def build_model(processor: SmolVLMProcessor, *, seed: int = 0) -> SmolVLMForConditionalGeneration:
-    """A randomly initialised model for the processor's vocabulary, fp32, with an initialisation fit for its width."""
+    """A model for the processor's vocabulary, in fp32, with a random initialisation that suits its width."""
     tokenizer = processor.tokenizer
     config = SmolVLMConfig(
         vision_config={
@@ -101,7 +101,7 @@ def build_model(processor: SmolVLMProcessor, *, seed: int = 0) -> SmolVLMForCond
 
 
 def _initialise(model: SmolVLMForConditionalGeneration) -> None:
-    """Scale the weights to their fan-in: the usual standard deviation of 0.02 is made for widths near a thousand."""
+    """Scale the weights to their fan-in: the usual standard deviation of 0.02 suits widths near a thousand."""
     for name, parameter in model.named_parameters():
         if "patch_embedding.weight" in name:
             torch.nn.init.normal_(parameter, std=(3 * PATCH_SIZE**2) ** -0.5)
@@ -133,7 +133,7 @@ def save_checkpoint(directory: str | Path, processor: SmolVLMProcessor, model: S
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     processor.save_pretrained(directory)
-    # Loaders that know nothing of a combined processor file look for these two.
+    # Loaders that do not know the combined processor file look for these two.
     processor.image_processor.save_pretrained(directory)
     processor.video_processor.save_pretrained(directory)
     weights = {name: tensor.bfloat16().contiguous() for name, tensor in model.state_dict().items()}

@@ -1,7 +1,7 @@
-"""Batches of filmed scenes, as tensors: what SmolVLM's processor would make of files of them.
+"""Batches of filmed scenes, as the tensors that SmolVLM's processor would make from video files of them.
 
-A scene is drawn at twice the size the processor first shrinks a frame to, and the processor's own resampling, which is
-linear, is applied as two small matrices; so a batch costs milliseconds and agrees with writing, decoding and
+A scene is drawn at twice the size to which the processor first shrinks a frame. The processor's resampling is linear
+and is applied as two small matrices. A batch therefore costs milliseconds and agrees with writing, decoding and
 processing a file.
 
 Shape suffixes: B scenes, K shapes of a scene, T frames, H and W pixels, Y and X pixels of the model's square image.
@@ -48,11 +48,11 @@ def pixel_values(
     processor: SmolVLMVideoProcessor,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """What the processor gives for these scenes filmed at `size` (width, height): [B, T, 3, Y, X] in [-1, 1].
+    """The processor's output for these scenes filmed at `size` (width, height): [B, T, 3, Y, X] in [-1, 1].
 
     Args:
         times_BT: the sampled frames' times in [0, 1].
-        generator: when given, colours, brightness and pixels vary a little, as codecs and cameras make them.
+        generator: when given, colours, brightness and pixels vary a little, as with codecs and cameras.
     """
     width, height = size
     inner_height, inner_width = get_resize_output_image_size(torch.empty(1, height, width), IMAGE_SIZE)
@@ -77,7 +77,7 @@ _matrices: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 def _resampling(height: int, width: int, processor: SmolVLMVideoProcessor) -> tuple[Tensor, Tensor]:
     """The processor's two resizes as matrices over rows [Y, H] and columns [X, W] of an oversampled drawing.
 
-    Read off by resizing the unit vectors: whatever filter the installed torchvision offers is the one used.
+    The matrices come from resizing the unit vectors, so they have the filter of the installed torchvision.
     """
     if (height, width) not in _matrices:
         tall, wide = height * _OVERSAMPLING, width * _OVERSAMPLING

@@ -1,8 +1,8 @@
-"""Stage 4: the hypernetwork learns to write, from what the frozen model saw, the adapter that answers without seeing.
+"""Stage 4: the hypernetwork learns to turn what the frozen model saw into an adapter that answers without seeing.
 
-Besides one video in one piece it learns the two ways in which adapters are composed: one video cut into several
-pieces in time, and two videos, each with one of the shapes that are asked about. Without that, concatenated adapters
-count everything twice.
+Besides whole videos it learns the two ways in which adapters are composed: one video cut into several pieces in time,
+and two videos, each with one of the shapes that are asked about. Without these lessons, concatenated adapters count
+everything twice.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def train_hypernetwork(
             with precision.mixed():
                 features = encode(model, prompts, clips, pixels)
             chunks.append(hypernetwork(features))
-        # Every kind in every row: the yes/no questions click late, and in some seeds not at all when they are rarer.
+        # Every kind in every row: yes/no questions are learned late, and with some seeds never when they are rarer.
         kinds = len(phrases.QUESTION_TYPES)
         turns = [draw_turns(scene, prompts, randomness.rng, questions=kinds, with_video=False) for scene in scenes]
         batch = text_only_batch(prompts, turns, model)
@@ -104,7 +104,7 @@ def train_hypernetwork(
 def encode(
     model: SmolVLMForConditionalGeneration, prompts: Prompts, clips: Sequence[Clip], pixel_values: Tensor
 ) -> Tensor:
-    """What enters each text layer while the model reads the internalization message: [B, L, T, D]."""
+    """The inputs of each text layer while the model reads the internalization message: [B, L, T, D]."""
     ids = torch.tensor([prompts.internalization(clip, INSTRUCTION) for clip in clips])
     inputs = BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixel_values})
     return VideoEncoder(model, prompts.processor).features(inputs)[0]
@@ -138,7 +138,7 @@ Pieces = list[tuple[list[Scene], list[Clip]]]
 
 
 def _lesson(prompts: Prompts, randomness: Randomness, loop: Loop, *, mixed: bool) -> tuple[list[Scene], Pieces]:
-    """The scenes asked about, and the videos (chunks of each adapter) in which they are seen."""
+    """The scenes that questions are about, and the videos (chunks of each adapter) that show them."""
     shared, rng = randomness.shared, randomness.rng
     kind = shared.random()
     if mixed and kind < _CUT_SHARE:

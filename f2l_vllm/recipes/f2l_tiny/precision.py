@@ -1,7 +1,7 @@
 """bf16 matrix products for the default model's training, where the CPU computes them faster than fp32 ones.
 
-Weights, norms, the residual stream and attention stay in fp32: torch's CPU attention is slower in bf16, three times so
-backwards.
+Weights, norms, the residual stream and attention stay in fp32: torch's CPU attention is slower in bf16, and its
+backward pass three times slower.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _ATTENTION = "sdpa_fp32"
 
 
 def mixed() -> AbstractContextManager[Any]:
-    """Autocast to bf16 on a CPU with bf16 instructions; elsewhere fp32, for emulated bf16 is slower."""
+    """Autocast to bf16 on a CPU with bf16 instructions; elsewhere fp32, because emulated bf16 is slower."""
     return torch.autocast("cpu", torch.bfloat16) if _has_fast_bf16() else nullcontext()
 
 
 @contextmanager
 def attention_in_fp32(model: nn.Module) -> Iterator[None]:
-    """Have a transformers model attend in fp32 under `mixed`, and as before when the block ends."""
+    """Make a transformers model attend in fp32 under `mixed` for as long as the block lasts."""
     owner: Any = model
     owner.set_attn_implementation(_ATTENTION)
     try:

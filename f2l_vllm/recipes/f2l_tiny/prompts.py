@@ -1,8 +1,9 @@
 """Token ids of prompts, as SmolVLM's processor and the chat template make them, in the pieces that packing joins.
 
 A question about a video in the context reads
-`<|im_start|>User: {frames}{question}<end_of_utterance>\\nAssistant: {answer}<end_of_utterance>`,
-without a video `<|im_start|>User: {question}<end_of_utterance>\\nAssistant: {answer}<end_of_utterance>`.
+`<|im_start|>User: {frames}{question}<end_of_utterance>\\nAssistant: {answer}<end_of_utterance>`;
+a question without a video reads
+`<|im_start|>User: {question}<end_of_utterance>\\nAssistant: {answer}<end_of_utterance>`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Clip:
 
     @property
     def times(self) -> list[float]:
-        """Where in the scene, from 0 to 1, the sampled frames lie."""
+        """Times of the sampled frames in the scene, from 0 to 1."""
         return [(index + 0.5) / self.total for index in self.indices]
 
     @property
@@ -57,7 +58,7 @@ class Prompts:
         return self.processor.tokenizer.encode(text, add_special_tokens=False)
 
     def draw_clip(self, num_frames: int, rng: random.Random) -> Clip:
-        """A clip of a random frame rate and duration of which the processor samples exactly `num_frames` frames."""
+        """A clip of random frame rate and duration from which the processor samples exactly `num_frames` frames."""
         video_processor = self.processor.video_processor
         while True:
             fps = rng.choice(_FRAME_RATES)
@@ -82,7 +83,7 @@ class Prompts:
         return self._turn(question, answer, kind, with_video)
 
     def internalization(self, clip: Clip, message: str) -> list[int]:
-        """The whole prompt by which a video is read to be internalized; no generation prompt."""
+        """The whole prompt with which the model reads a video to internalize it, without a generation prompt."""
         return self.video_prefix(clip) + self.encode(f"{message}{END_OF_UTTERANCE}\n")
 
     def _encode_turn(self, question: str, answer: str, kind: str, with_video: bool) -> Turn:
@@ -92,5 +93,5 @@ class Prompts:
 
 
 def times_of(clips: list[Clip]) -> Tensor:
-    """[B, T] times of the sampled frames; the clips have equally many."""
+    """Times [B, T] of the sampled frames; all clips have the same number."""
     return torch.tensor([clip.times for clip in clips])

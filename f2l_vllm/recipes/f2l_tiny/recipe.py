@@ -1,7 +1,7 @@
-"""From nothing to the default model: `make_model` runs the stages, and scores the whole.
+"""From nothing to the default model: `make_model` runs the stages and scores the result.
 
-A run that is stopped goes on where it was (`Loop`). The same seed and number of processes on the same machine and
-versions give the same model.
+A stopped run goes on where it was (`Loop`). The same seed and number of processes on the same machine and versions
+give the same model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def make_model(
     overwrite: bool = False,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train the default model and its hypernetwork from nothing, one CPU thread a process, and write them.
+    """Train the default model and its hypernetwork from nothing, with one CPU thread per process, and write them.
 
     Under `torchrun` the processes share every step.
 
@@ -47,18 +47,17 @@ def make_model(
         output_dir: becomes a model directory with a `hypernetwork` folder; an unfinished run in it is continued.
         minutes: about how long training may take on one quiet core; None for the full recipe. Replaces `scale`.
         scale: factor on every stage's steps.
-        score_scenes: held-out scenes asked about in the end; 0 leaves the scores out.
-        base: a model directory written by this function: only a hypernetwork for its model is trained.
-        overwrite: start anew in a folder that holds a model or a run; otherwise such a model is refused.
+        score_scenes: number of held-out scenes for the scores; 0 leaves the scores out.
+        base: a model directory written by this function; then only a hypernetwork for its model is trained.
+        overwrite: start anew in a folder that holds a model or a run; without it, a folder with a model is refused.
         on_progress: called with a stage's name and how much of it is done, from 0 to 1.
 
     Returns:
-        Steps, CPU seconds and last loss of every stage, sizes in bytes, and the scores of `score_model`; the same is
-        written to `training.json`, and the course of every stage to `log.jsonl`.
+        Steps, CPU seconds and last loss of every stage, sizes in bytes, and the scores of `score_model`.
+        `training.json` holds the same, `log.jsonl` the course of every stage.
 
     Raises:
-        ValueError: a budget that leaves no step to train, or an output directory that holds another run, or a
-            finished one.
+        ValueError: the budget leaves no step to train, or the output directory holds another run or a finished one.
     """
     scale = scale if minutes is None else minutes / FULL_MINUTES
     if not scale > 0:

@@ -1,8 +1,8 @@
-"""How well a trained model answers, beside the controls that give the figure its meaning.
+"""How well a trained model answers, next to controls that give the score its meaning.
 
-Arms: `adapter` (the question alone, under the video's adapter), `in context` (the frames in the prompt), `neither`
-(the question alone: what guessing gives), `wrong video` (under the adapter of another video). Every scene is asked one
-question of each type, so the mean over questions is the macro mean over types. Exact match, greedy.
+Arms: `adapter` (the question alone, with the video's adapter), `in context` (the frames in the prompt), `neither`
+(the question alone: the score of guessing), `wrong video` (with the adapter of another video). There is one question
+of each type about every scene, so the mean over questions is the macro mean over types. Exact match, greedy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from f2l_vllm.train.steps import Randomness, one_thread
 ADAPTER, IN_CONTEXT, NEITHER, WRONG_VIDEO = ARMS = ("adapter", "in context", "neither", "wrong video")
 Question = tuple[str, str, str]  # text, true answer, type
 _BATCH = 32
-_FRAME_COUNTS = (4, 16, 32, 64)  # beside the processor's own 8
+_FRAME_COUNTS = (4, 16, 32, 64)  # besides the processor's own 8
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Tally:
     answers: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
 
     def summary(self) -> dict[str, Any]:
-        """Macro exact match over question types with a 95 % interval over videos, by type, and of the captions."""
+        """Macro exact match over question types with a 95 % interval over videos, the score by type, and captions'."""
         kinds = [kind for kind in self.answers if kind != phrases.CAPTION]
         per_video = torch.tensor([self.answers[kind] for kind in kinds]).float().mean(0)
         half = 1.96 * per_video.std().item() / len(per_video) ** 0.5 if len(per_video) > 1 else 1.0
@@ -68,7 +68,7 @@ class Scorer:
         self.prompts = Prompts(self.processor)
 
     def questions(self, scenes: Sequence[Scene], seed: int, *, unseen: bool = False) -> list[list[Question]]:
-        """Per scene one question of each type and the request for a caption: (question, answer, type)."""
+        """One question of each type and a request for a caption per scene: (question, answer, type)."""
         rng = random.Random(f"questions:{seed}")
         kinds = (*phrases.QUESTION_TYPES, phrases.CAPTION)
         return [[phrases.ask(scene, kind, rng, unseen=unseen) for kind in kinds] for scene in scenes]
@@ -83,7 +83,7 @@ class Scorer:
         unseen_phrasing: bool = False,
         arms: Sequence[str] = ARMS,
     ) -> dict[str, Tally]:
-        """Every arm on frames drawn as the processor would give them, without a file in between."""
+        """Score every arm on frames drawn as the processor would return them, without a file in between."""
         tallies = {arm: Tally() for arm in arms}
         rng = random.Random(f"clips:{seed}")
         for first in range(0, len(scenes), _BATCH):
@@ -104,7 +104,7 @@ class Scorer:
 
     @torch.no_grad()
     def score_composed(self, *, videos: int, seed: int, split: str = "held-out") -> dict[str, Tally]:
-        """Adapters composed in rank space: two videos with a shape each; one video in two and in four pieces."""
+        """Score adapters composed in rank space: two videos with a shape each; one video in two and in four pieces."""
         tallies = {"two videos": Tally(), "one video in 2 pieces": Tally(), "one video in 4 pieces": Tally()}
         rng = random.Random(f"composed:{seed}")
         for first in range(0, videos, _BATCH):
@@ -163,10 +163,10 @@ def _count(tally: Tally, asked: list[list[Question]], matches: list[list[bool]])
 
 @one_thread()
 def score_model(directory: str | Path, *, scenes: int = 512, seed: int = 1000) -> dict[str, Any]:
-    """Score a model directory on fresh scenes drawn as the processor would give them; `f2l-vllm eval` scores mp4 files.
+    """Score a model directory on fresh scenes, without files; `f2l-vllm eval` scores mp4 files.
 
     Args:
-        scenes: held-out scenes; parts beside the main one take half or a quarter of them.
+        scenes: number of held-out scenes; parts other than the main one take half or a quarter of them.
 
     Returns:
         Part -> arm -> {exact_match, interval_95, videos, caption_exact_match, by_type}.

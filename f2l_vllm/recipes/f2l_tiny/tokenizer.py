@@ -1,7 +1,7 @@
 """The default model's tokenizer: byte-level BPE over the world's language and the processor's own prompt text.
 
-Any UTF-8 text encodes; words of the world are single tokens. Where a token may start depends on the text only, never
-on what was merged before, so a prompt encoded in pieces (a video's prefix, a question, an answer) has the ids of the
+It encodes any UTF-8 text; words of the world are single tokens. Where a token may start depends only on the text, never
+on earlier merges, so a prompt encoded in pieces (a video's prefix, a question, an answer) has the same ids as the
 prompt encoded whole.
 """
 
@@ -24,7 +24,7 @@ SPECIAL_TOKENS = (
     *_ROWS_AND_COLUMNS,
 )
 
-# What SmolVLM's processor writes around a video's frames; one token each keeps the video's prompt short.
+# SmolVLM's processor writes these around a video's frames; one token each keeps the video's prompt short.
 _INTRO = "You are provided the following series of"
 _FRAMES_FROM = " frames from a"
 _DURATION_UNIT = " [H:MM:SS] video."
@@ -38,7 +38,7 @@ _PIECES = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer, always the same; about a second."""
+    """The tokenizer, always the same; takes about a second."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -23,7 +23,7 @@ _SCENES, _FRAMES = 48, 6
 def train_vision(
     model: SmolVLMForConditionalGeneration, processor: SmolVLMProcessor, loop: Loop, *, steps: int
 ) -> dict[str, float]:
-    """Train the vision tower in place to name colour, shape and place of what each patch shows.
+    """Train the vision tower in place to tell the colour, shape and place of what each patch shows.
 
     Returns:
         As `Loop.run`.

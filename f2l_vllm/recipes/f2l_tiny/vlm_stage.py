@@ -1,4 +1,4 @@
-"""Stages 2 and 3: the model learns to answer with the video in its context, first at all, then well.
+"""Stages 2 and 3: the model learns to answer with the video in its context, then refines its answers.
 
 The refinement has a lower learning rate and harder lessons: mostly two shapes, whose properties have to be told apart,
 and any number of frames.
@@ -30,7 +30,7 @@ from f2l_vllm.train.steps import Randomness
 BATCH = 32
 QUESTIONS = 7
 _MOTION_TYPES = ("action of shape", "action of colour", "direction")
-_VISION_PACE = 0.25  # the tower can see already; at the text model's rates it forgets for half of the stage
+_VISION_PACE = 0.25  # the tower can see already; at the text model's rates it would forget for half of the stage
 _ROUGH = 0.12  # share of questions in lower case or without their last mark
 
 
@@ -39,11 +39,11 @@ class Course:
     """How one of the two stages teaches.
 
     Attributes:
-        easy_until: part of the stage that shows mostly single, moving shapes.
-        mixed_from: from which part of the stage on the number of frames varies from 4 to 64.
+        easy_until: until this part of the stage, scenes are mostly single, moving shapes.
+        mixed_from: from this part of the stage on, the number of frames varies from 4 to 64.
         two_shapes: share of scenes with two shapes, after the easy part.
         seen_weight, moved_weight: of the auxiliary losses for what patches show and how it moves.
-        decay_from: part of the stage from which the learning rates fall.
+        decay_from: from this part of the stage on, the learning rates fall.
     """
 
     name: str
@@ -79,7 +79,7 @@ def train_vlm(
     config: Any = model.config
     text_config = config.text_config
     patch_head = PatchHead(config.vision_config.hidden_size)
-    # In the middle too: where a movement is known early, the layers left can tell whose it is.
+    # One head in the middle: if the model knows a movement early, the later layers can tell which shape moves.
     layers = (text_config.num_hidden_layers // 2, text_config.num_hidden_layers - 1)
     velocity_heads = nn.ModuleList(VelocityHead(text_config.hidden_size) for _ in layers)
     heads = [*patch_head.named_parameters(), *velocity_heads.named_parameters()]
@@ -149,12 +149,12 @@ def draw_turns(
     text_only_share: float = 0.0,
     with_video: bool = True,
 ) -> list[Turn]:
-    """Questions of different types about a scene, all types about motion among them, and one for a caption.
+    """Questions of different types about a scene, including all types about motion, and a request for a caption.
 
     Args:
         questions: how many, besides the caption.
         text_only_share: how often one of the questions is asked without the video.
-        with_video: whether the others are asked with it.
+        with_video: whether the other questions are asked with the video.
     """
     others = [kind for kind in phrases.QUESTION_TYPES if kind not in _MOTION_TYPES]
     others = rng.sample(others, questions - len(_MOTION_TYPES))

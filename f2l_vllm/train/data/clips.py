@@ -1,7 +1,7 @@
 """The clip an example is about: a whole video file, or a span of one.
 
-A span is read as a file of its own that was cut there would be: the model's sampler sees only the span, and the times
-in its prompt count from the span's start. Decoding and sampling are those of whole videos.
+A span is read as if it were a file of its own: the model's sampler sees only the span, and the times in the prompt
+count from the span's start. Decoding and sampling are the same as for whole videos.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from f2l_vllm.video.sample import SampledVideo, Sampling, Source, open_source, s
 
 MISSING, OUTSIDE = "file_not_found", "span_outside_video"
 _BYTES_AT_ONCE = 1 << 28  # decoded frames held while a clip is written
-_SPAN_TOLERANCE_S = 0.1  # durations in metadata are rounded; a few frames more than there are do no harm
+_SPAN_TOLERANCE_S = 0.1  # durations in metadata are rounded; asking for a few frames too many does no harm
 
 
 class UnusableVideoError(ValueError):
@@ -53,7 +53,7 @@ def open_example(
         limits: which videos are accepted; the defaults of `Limits` when None.
 
     Raises:
-        UnusableVideoError: the file is missing or no usable video, or the span does not lie inside it.
+        UnusableVideoError: the file is missing or not a usable video, or the span does not lie inside it.
     """
     with unusable(example.video_path):
         if example.span is None:
@@ -76,8 +76,8 @@ def open_example(
 def clip_file(example: Example, folder: Path, limits: Limits | None = None) -> Path:
     """A file that holds nothing but the example's clip: the video itself, or the span, encoded anew into `folder`.
 
-    For servers, which take files. The span has the frames and the rate that `open_example` reads, in H.264 of a quality
-    that hides the second encoding, without sound; it is written once.
+    For servers, which take files. The clip has the frames and the rate that `open_example` reads, without sound, in
+    H.264 of a quality that hides the second encoding. It is written once.
 
     Raises:
         UnusableVideoError: as `open_example`.
@@ -115,7 +115,7 @@ def frames_of(span: tuple[float, float], info: VideoInfo) -> tuple[int, int]:
 
 
 def check_complete(source: Source) -> None:
-    """Compare the frames that a file holds with those its header claims, without decoding any.
+    """Compare the number of frames in a file with the number its header claims, without decoding any.
 
     Raises:
         VideoError: truncated_video.
@@ -130,7 +130,7 @@ def check_complete(source: Source) -> None:
 
 @contextmanager
 def unusable(path: Path) -> Iterator[None]:
-    """Whatever is wrong with a video file, as one kind of error."""
+    """Raise whatever is wrong with a video file as an `UnusableVideoError`."""
     try:
         yield
     except VideoError as error:

@@ -1,9 +1,9 @@
 """Manifests of spans from FineVideo's metadata: single scenes, adjacent scenes and whole videos.
 
-Source of the data: HuggingFaceFV/finevideo, saved as its card shows: one JSON file and one mp4 file a video, of the
-same name in two folders. Of each JSON `content_metadata` (description, and scenes with timestamps, a title and
-activities) and `original_video_filename` (the video's id at its origin) are read. What is spoken is left out: no model
-here hears.
+Source of the data: HuggingFaceFV/finevideo, saved as its card shows: two folders hold one JSON file and one mp4 file of
+the same name per video. Two fields of each JSON are read: `content_metadata` (description, and scenes with timestamps,
+a title and activities) and `original_video_filename` (the video's id at its origin). Speech is left out: no model here
+hears.
 
 Source of the shares: Frames2LoRA (arXiv 2606.04351), training data.
 """
@@ -43,7 +43,7 @@ PROMPTS: dict[str, tuple[str, ...]] = {
 }
 _TASKS = {SCENE: "caption", ADJACENT: "summary", WHOLE: "summary"}
 _ADJACENT_SCENES = (2, 3)
-_ROUNDING_S = 1.0  # labels are rounded to seconds: ends may pass the video's, or the next start, by this much
+_ROUNDING_S = 1.0  # labels are rounded to seconds: a scene may run past the video's end, or the next start, by this
 _TIME = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)")
 _AT_ONCE = 1000  # videos whose metadata is held in memory
 _SPLIT_PERCENT = {"test": 2, "validation": 2}  # of the videos; all others are for training
@@ -77,10 +77,10 @@ def build_manifest(
     limits: Limits | None = None,
     on_progress: OnProgress | None = None,
 ) -> tuple[list[Example], list[Rejection]]:
-    """Spans in the shares of `SHARES`, the same for the same arguments and files.
+    """Spans in the shares of `SHARES`; the same arguments and files give the same spans.
 
-    As many as the shares allow (no span is taken twice), or `limit` where there are more. A video belongs to one split,
-    by a hash of its id, whatever else is in the folders.
+    There are as many spans as the shares allow without taking one twice, but at most `limit`. A video's split depends
+    only on a hash of its id.
 
     Args:
         metadata_folder: JSON files, at any depth.
@@ -88,7 +88,7 @@ def build_manifest(
         on_progress: called with the number of metadata files read and of all; with `limit`, not all may be needed.
 
     Returns:
-        The examples, a video's one after the other, and what was left out: videos and scenes, with their reasons.
+        The examples, grouped by video, and the videos and scenes that were left out, with reasons.
 
     Raises:
         ValueError: no metadata, or not a single span that could be used.
@@ -144,7 +144,7 @@ def split_of(video_id: str) -> str:
 
 
 def seconds_of(timestamp: Any) -> float | None:
-    """Seconds of `[HH:]MM:SS[.mmm]`, or None where it is none."""
+    """Seconds of `[HH:]MM:SS[.mmm]`, or None for anything else."""
     match = _TIME.fullmatch(timestamp.strip()) if isinstance(timestamp, str) else None
     if match is None:
         return None
@@ -268,7 +268,7 @@ def _example(video: _Video, kind: str, scenes: list[_Scene], target: str, seed: 
 
 
 def _words(text: Any) -> str:
-    """One line of text; what is no text is empty."""
+    """The text on one line; empty for anything that is not text."""
     return " ".join(text.split()) if isinstance(text, str) else ""
 
 

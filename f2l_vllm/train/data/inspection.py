@@ -43,10 +43,10 @@ class Rejection:
 
 
 def inspect_video(path: Path, limits: Limits) -> VideoInfo:
-    """Look at a file of unknown origin: first in a process with limited memory and time, then at all its packets.
+    """Inspect a file of unknown origin: first in a process with limited memory and time, then all its packets.
 
     Returns:
-        The header, its frames as they are shown.
+        The header, with the frames as they are shown.
 
     Raises:
         UnusableVideoError: what is wrong with it.
@@ -72,7 +72,7 @@ def inspect_video(path: Path, limits: Limits) -> VideoInfo:
 def inspect_videos(
     paths: Iterable[Path], limits: Limits | None = None, on_progress: OnProgress | None = None
 ) -> dict[Path, VideoInfo | UnusableVideoError]:
-    """Inspect every distinct file once, several at a time: its header, or what is wrong with it."""
+    """Inspect every distinct file once, several at a time; returns each file's header, or what is wrong with it."""
     distinct = list(dict.fromkeys(paths))
 
     def look(path: Path) -> VideoInfo | UnusableVideoError:
@@ -93,9 +93,9 @@ def inspect_videos(
 def inspect_examples(
     examples: Sequence[Example], limits: Limits | None = None, on_progress: OnProgress | None = None
 ) -> tuple[list[Example], list[Rejection]]:
-    """The examples whose videos can be used and whose spans lie inside them, in order; and why others cannot.
+    """The examples whose videos can be used and whose spans lie inside them, in order; and why the others cannot.
 
-    A video that is damaged further in than its header and packets tell is found by whoever decodes it.
+    Damage that shows neither in the header nor in the packets is only found by decoding.
     """
     found = inspect_videos((example.video_path for example in examples), limits, on_progress)
     good: list[Example] = []

@@ -17,7 +17,7 @@ from typing import Any
 from f2l_vllm.files import atomic_path
 
 _MAY_BE_EMPTY = ("target_text",)  # an example whose answer `f2l-vllm targets` has yet to write
-_FOREVER_S = 1e9  # no second of a video; also what is infinite or no number
+_FOREVER_S = 1e9  # beyond the end of any video; comparing with it also refuses infinity and NaN
 _PUBLISHED_EXTRAS = ("clip_start_sec", "clip_end_sec")  # where a clip that is a file of its own was cut from
 
 
@@ -75,7 +75,7 @@ def read_manifest(path: str | Path, split: str | None = None) -> list[Example]:
     """Read all examples, or those of one split; video files are not looked at.
 
     Raises:
-        ValueError: a line that is no example, a repeated id, or nothing to return; names file, line and field.
+        ValueError: a line is not an example, an id is repeated, or there are none; names file, line and field.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,6 +1,6 @@
-"""Target answers for a manifest, written by a teacher: as they come, so that a run can be killed and go on.
+"""Target answers for a manifest, written by a teacher. Each is saved when it arrives, so a killed run can go on.
 
-Answers are appended to `OUT.partial`, whose first line says what they depend on; when all are there, `OUT` appears.
+Answers are appended to `OUT.partial`, whose first line says what they depend on; `OUT` appears when all are there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from f2l_vllm.train.data.inspection import Rejection
 from f2l_vllm.train.data.manifest import Example, read_manifest, write_manifest
 from f2l_vllm.train.data.teacher import Answer, Teacher
 
-TEACHER, ORIGINAL = "teacher", "original_target_text"  # what metadata says of a target
+TEACHER, ORIGINAL = "teacher", "original_target_text"  # metadata of a target
 NO_ANSWER = "empty_answer"
 
 OnProgress = Callable[[int, int], None]  # examples done, examples in all
@@ -29,7 +29,7 @@ OnProgress = Callable[[int, int], None]  # examples done, examples in all
 
 @dataclass(frozen=True)
 class Shard:
-    """Every `of`-th video of a manifest, from the one with this `index` on."""
+    """Every `of`-th video of a manifest, starting with number `index`."""
 
     index: int = 0
     of: int = 1
@@ -47,7 +47,7 @@ class Shard:
         return cls(int(match[1]), int(match[2]))
 
     def take(self, examples: Sequence[Example]) -> list[Example]:
-        """The shard's examples, all of a video together; the shards 0/n to (n-1)/n are the whole."""
+        """The shard's examples. A video's examples share a shard; the shards 0/n to (n-1)/n are the whole."""
         places = {video: place for place, video in enumerate(dict.fromkeys(e.video_path for e in examples))}
         return [example for example in examples if places[example.video_path] % self.of == self.index]
 
@@ -61,15 +61,15 @@ def write_targets(
 ) -> tuple[list[Example], list[Rejection]]:
     """Let the teacher answer every example of a manifest, or of a shard of it, and write them as a manifest.
 
-    A run that ended early is gone on with by the same call. Videos that cannot be used, and empty answers, are left
-    out; they are tried again when a run goes on.
+    The same call resumes a run that ended early. Videos that cannot be used and empty answers are left out; a resumed
+    run tries them again.
 
     Returns:
         The examples written, with their new targets, and what was left out.
 
     Raises:
         ValueError: a bad manifest, an output that exists, or one that was begun with other settings.
-        TeacherError: the teacher cannot go on; what it has answered is kept.
+        TeacherError: the teacher cannot go on; its answers so far are kept.
     """
     shard = shard or Shard()
     examples = shard.take(read_manifest(manifest))
@@ -103,7 +103,7 @@ _Result = Sequence[Answer | UnusableVideoError]
 
 
 def _ask(teacher: Teacher, examples: Sequence[Example]) -> Iterator[tuple[list[Example], _Result]]:
-    """The examples of each clip with their answers, as these arrive."""
+    """The examples of each clip with their answers, in the order in which the answers arrive."""
     clips: dict[Any, list[Example]] = {}
     for example in examples:
         clips.setdefault((example.video_path, example.span), []).append(example)
@@ -132,7 +132,7 @@ def _answered(example: Example, answer: Answer, teacher: Teacher) -> Example:
 
 @contextmanager
 def _partial_file(output: Path, settings: dict[str, Any]) -> Iterator[tuple[IO[bytes], dict[str, Answer]]]:
-    """The open file of answers, held by this process alone, and those it holds already; removed after success."""
+    """The open file of answers, locked by this process, and the answers in it; the file is removed after success."""
     path = partial_path(output)
     if output.exists() and not path.exists():
         raise ValueError(f"{output} exists already; name another file, or delete it.")
@@ -150,7 +150,7 @@ def _partial_file(output: Path, settings: dict[str, Any]) -> Iterator[tuple[IO[b
 
 
 def _read_answers(file: IO[bytes], path: Path, settings: dict[str, Any]) -> dict[str, Answer]:
-    """What an earlier run has written; a line it could not finish is cut off."""
+    """The answers that an earlier run wrote; an unfinished last line is cut off."""
     file.seek(0)
     lines: list[dict[str, Any]] = []
     good = 0

@@ -1,7 +1,7 @@
-"""Who writes target answers: the frozen base model, which sees the frames in its context.
+"""The teacher that writes target answers: the frozen base model, which sees the frames in its context.
 
-Either in this process, through transformers, or behind an OpenAI-compatible server that answers `video_url` parts from
-frames, as this project's does.
+The model runs in this process, through transformers, or behind an OpenAI-compatible server that answers `video_url`
+parts from frames, like this project's.
 
 Shape suffixes: B questions, T tokens, D hidden size, V visual tokens of the clip.
 """
@@ -38,7 +38,7 @@ class TeacherError(RuntimeError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What the teacher says. `finish_reason`: `stop`, or `length` where it was cut off at the most tokens allowed."""
+    """The teacher's answer. `finish_reason` is `stop`, or `length` if the limit on tokens cut the answer off."""
 
     text: str
     finish_reason: str
@@ -66,13 +66,13 @@ class Teacher(Protocol):
 
 
 class LocalTeacher:
-    """A model in this process. Sees a clip once, however many questions are asked about it.
+    """A model in this process. It sees a clip once, however many questions are asked about it.
 
     Args:
-        model: of transformers, of a known family; its device and dtype are kept.
+        model: a transformers model of a known family; its device and dtype are kept.
         processor: the model's processor.
-        name: what the targets say who wrote them.
-        max_tokens: of an answer.
+        name: the targets name it as their writer.
+        max_tokens: limit of an answer.
         sampling: which frames are read; the processor's own choice when None.
     """
 
@@ -95,7 +95,7 @@ class LocalTeacher:
 
     @classmethod
     def load(cls, directory: Path, name: str, *, max_tokens: int, sampling: Sampling | None = None) -> LocalTeacher:
-        """Load model and processor, onto a GPU in the checkpoint's own precision, or else in fp32.
+        """Load model and processor: onto a GPU in the checkpoint's precision, or onto the CPU in fp32.
 
         Raises:
             ValueError: the model cannot be loaded.
@@ -169,7 +169,7 @@ class ServerTeacher:
     Args:
         base_url: e.g. http://127.0.0.1:8000/v1
         model: the name it is served under; the server's first model when None.
-        max_tokens: of an answer.
+        max_tokens: limit of an answer.
         concurrency: requests at a time.
         limits: which videos are accepted; the defaults of `Limits` when None.
 

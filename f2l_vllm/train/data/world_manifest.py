@@ -36,12 +36,12 @@ class Film:
         return cls(rng.choice(FRAME_SIZES), rng.choice(_RATES), rng.choice(_SECONDS))
 
     def shoot(self, scene: Scene, path: Path) -> None:
-        """Write the file, which is there only when it is whole."""
+        """Write the file; it appears only when it is complete."""
         with atomic_path(path) as staging:
             write_mp4(scene, staging, self.size, self.fps, self.seconds)
 
     def shot(self, path: Path) -> bool:
-        """True when the file is there and is such a film, from its first to its last frame."""
+        """True when the file exists and is such a film, complete to its last frame."""
         try:
             info = probe(path)
         except (VideoError, FileNotFoundError):
@@ -59,9 +59,10 @@ def write_world(
     questions_per_video: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Path, int]:
-    """Write `manifest.jsonl` and `videos/` into a folder; files that are there already are not filmed again.
+    """Write `manifest.jsonl` and `videos/` into a folder; videos that exist already are not filmed again.
 
-    Everything follows from seed, split and a video's number: more videos leave the first ones as they are.
+    A video and its questions depend only on seed, split and the video's number: asking for more leaves the first ones
+    as they are.
 
     Args:
         questions_per_video: that many types of `KINDS`, drawn for each video; one of each when None.
