@@ -197,7 +197,7 @@ def main() -> None:
         if options.database is not None:
             results = run(options.database, Path(folder), **asked)
         else:
-            from tests.postgres import Postgres, find_postgres
+            from tests.support.postgres import Postgres, find_postgres
 
             binaries = find_postgres()
             if binaries is None:

@@ -3,7 +3,9 @@
 import re
 
 import pytest
+import yaml
 
+from f2l_vllm.settings import Settings
 from tests.support import ROOT
 
 PACKAGE = ROOT / "f2l_vllm"
@@ -34,3 +36,10 @@ def test_every_room_is_in_the_picture():
     modules = [path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"]
     assert [name for name in rooms if f"`{name}/" not in page] == []
     assert [name for name in modules if f"`{name}`" not in page] == []
+
+
+def test_a_supervisor_waits_as_long_as_a_server_may_take_to_stop():
+    services = yaml.safe_load((ROOT / "launch" / "compose.yaml").read_text())["services"]
+    waits = [int(service["stop_grace_period"].removesuffix("s")) for service in services.values()]
+    assert waits
+    assert min(waits) >= Settings.model_fields["shutdown_seconds"].default + 5

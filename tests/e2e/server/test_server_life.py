@@ -345,6 +345,10 @@ def test_what_one_tenant_left_under_a_uuid_is_not_there_for_another(second_life)
     with pytest.raises(openai.APIStatusError) as error:
         ask(other, named)
     assert 400 <= error.value.status_code < 500
+    for uuid in (901, 2.5, True, ["logo"]):  # what is no text would be nobody's own
+        with pytest.raises(openai.BadRequestError) as refused:
+            ask(second_life.client, {**left, "uuid": uuid})
+        assert refused.value.code == "invalid_uuid"
 
 
 def test_the_same_bytes_are_one_adapter_and_two_files(second_life, first_life, clips):

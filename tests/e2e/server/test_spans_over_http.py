@@ -89,7 +89,7 @@ def ask(server, question, *parts):
 
 
 def text(response):
-    return response.choices[0].message.content.strip()
+    return response.choices[0].message.content
 
 
 def source(response):
