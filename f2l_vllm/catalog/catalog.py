@@ -43,7 +43,7 @@ from f2l_vllm.catalog.tables import (
     tombstones,
     usage,
 )
-from f2l_vllm.catalog.tombstones import Tombstones, doom_video_unless_named, name_video
+from f2l_vllm.catalog.tombstones import Tombstones, doom_video_unless_named, give_back, name_video
 from f2l_vllm.catalog.transactions import (
     QueueFull,
     QuotaExceeded,
@@ -52,6 +52,7 @@ from f2l_vllm.catalog.transactions import (
     drop_unwanted,
     ensure_job,
     file_of,
+    file_of_address,
     file_record,
     move,
 )
@@ -111,10 +112,14 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
         tenant_bytes: int | None = None,
         job_attempts: int = 1,
         video: Bytes | None = None,
+        from_address: bool = False,
+        instead_of: str | None = None,
     ) -> FileRecord:
         """Enter a file; ready at once if its adapter exists, else waiting for the adapter's job.
 
         Args:
+            from_address: of what lies at an address a tenant has one file for the same bytes: the one there is, if
+                that is not `instead_of`.
             tenant_bytes: how much all files of a tenant may hold.
             video: where the bytes lie, by `reserve_video`; None: under their plain hash, and nobody deletes meanwhile.
 
@@ -126,6 +131,14 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
         """
         self._check_room()
         with self._write(beside=[sha256]) as connection:
+            if from_address:
+                known = file_of_address(connection, tenant, sha256)
+                if known is not None and known.id != instead_of and not _is_due(known):
+                    if video is not None:
+                        give_back(connection, video)
+                    return known
+                if known is not None:
+                    connection.execute(update(files).where(files.c.id == known.id).values(from_address=False))
             generation = "" if video is None else name_video(connection, video)
             ready = ensure_job(
                 connection,
@@ -152,6 +165,7 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
                 "idle_seconds": idle_seconds,
                 "pinned": pinned,
                 "generation": generation,
+                "from_address": from_address,
             }
             row = connection.execute(_ENTER_FILE, values).one()
             count_bytes(connection, tenant, size, tenant_bytes)  # last: all of the tenant's uploads wait for each other
@@ -162,6 +176,12 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
         with self._read() as connection:
             record = file_of(connection, file_id, tenant)
         return None if record is None or record.state in GONE or _is_due(record) else record
+
+    def file_of_address(self, tenant: str, sha256: str) -> FileRecord | None:
+        """The tenant's file of these bytes that was named by address, if there is one."""
+        with self._read() as connection:
+            record = file_of_address(connection, tenant, sha256)
+        return None if record is None or _is_due(record) else record
 
     def find(self, file_ids: Sequence[str], tenant: str) -> dict[str, FileWithAdapter]:
         """Some of a tenant's files with their adapters, by id, in one query; those that `file` would not give are

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import delete, exists, func, insert, select, update
+from sqlalchemy import and_, delete, exists, func, insert, select, update
 
 from f2l_vllm.catalog.database import Database, clock
 from f2l_vllm.catalog.tables import Tombstone, servers, tombstones
@@ -18,13 +18,32 @@ from f2l_vllm.catalog.tombstones import tombstone_record
 SERVER_SECONDS = 60.0  # many times what lies between two signs of life
 
 
+class OtherModels(RuntimeError):
+    """Servers with other models, or another way to read videos, answer from this catalog."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "other servers of this catalog run with another model, hypernetwork or sampling: stop them first, or use "
+            "another catalog (F2L_DATABASE_URL); a server that was killed is known to be gone after "
+            f"{SERVER_SECONDS:.0f} s"
+        )
+
+
 class Servers(Database):
     """What servers tell each other about deletions."""
 
-    def join_server(self, server: str) -> int:
-        """Enter a server that has forgotten nothing yet; the newest deletion, which it has to compare up to."""
+    def join_server(self, server: str, revision: str) -> int:
+        """Enter a server that has forgotten nothing yet; the newest deletion, which it has to compare up to.
+
+        Raises:
+            OtherModels: a server of another revision runs; it would make, and answer from, other adapters.
+        """
         with self._write(beside=(), deletes=True) as connection:  # no deletion is half written
-            connection.execute(insert(servers).values(id=server, seen_at=clock(connection), applied=-1))
+            now = clock(connection)
+            runs = and_(servers.c.seen_at >= now - SERVER_SECONDS, servers.c.revision != revision)
+            if connection.dialect.name == "postgresql" and connection.scalar(select(exists().where(runs))):
+                raise OtherModels
+            connection.execute(insert(servers).values(id=server, seen_at=now, applied=-1, revision=revision))
             return connection.scalar(select(func.max(tombstones.c.seq))) or 0
 
     def beat_server(self, server: str, applied: int) -> bool:

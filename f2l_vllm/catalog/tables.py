@@ -17,11 +17,13 @@ from sqlalchemy import (
     String,
     Table,
     TypeDecorator,
+    and_,
     false,
+    literal_column,
 )
 from sqlalchemy.engine import Dialect
 
-from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.catalog.states import LIVE, VideoState
 from f2l_vllm.store.address import video_name
 
 
@@ -63,7 +65,18 @@ files = Table(
     Column("ended_at", Float, index=True),
     # Which copy of the bytes in the store is this file's: one for all live files of the same bytes.
     Column("generation", String(32), nullable=False, server_default=""),
+    Column("from_address", Boolean, nullable=False, server_default=false()),
     sqlite_autoincrement=True,
+)
+# The same bytes, at whatever address, are one file of a tenant's.
+_OF_ADDRESS = and_(files.c.from_address.is_(True), files.c.state.in_([literal_column(f"'{state}'") for state in LIVE]))
+Index(
+    "files_by_address",
+    files.c.tenant,
+    files.c.sha256,
+    unique=True,
+    sqlite_where=_OF_ADDRESS,
+    postgresql_where=_OF_ADDRESS,
 )
 Index("files_by_tenant", files.c.tenant, files.c.number)
 Index("files_by_state", files.c.state, files.c.tenant, files.c.number)  # whose turn it is, and with which file
@@ -125,6 +138,7 @@ servers = Table(
     Column("id", String(64), primary_key=True),
     Column("seen_at", Float, nullable=False),
     Column("applied", BigInteger, nullable=False),
+    Column("revision", String(128), nullable=False, server_default=""),  # of models and sampling
 )
 
 # What is in the store and no row names any more, or not yet: to be removed, and then `done`.
@@ -186,6 +200,7 @@ class FileRecord:
     pinned: bool = False
     ended_at: float | None = None
     generation: str = ""
+    from_address: bool = False
 
     @property
     def video(self) -> str:

@@ -67,7 +67,7 @@ class Tombstones(Database):
     def give_back_video(self, video: Bytes) -> list[Tombstone]:
         """A file was not entered: what was put there may go. Nothing, if a file names it after all."""
         with self._write(beside=[video.sha256]) as connection:
-            return _give_back(connection, video)
+            return give_back(connection, video)
 
     def tombstones(self, limit: int) -> list[Tombstone]:
         """What is to be removed from the store, oldest first, at most `limit`."""
@@ -158,7 +158,7 @@ def name_video(connection: Connection, video: Bytes) -> str:
             raise VideoGone
         return video.generation
     if live is not None and live != video.replaces:
-        _give_back(connection, video)
+        give_back(connection, video)
         return live
     if connection.execute(delete(tombstones).where(_reservation(video))).rowcount == 0:
         raise VideoGone
@@ -170,7 +170,8 @@ def name_video(connection: Connection, video: Bytes) -> str:
     return video.generation
 
 
-def _give_back(connection: Connection, video: Bytes) -> list[Tombstone]:
+def give_back(connection: Connection, video: Bytes) -> list[Tombstone]:
+    """A reservation was not used: what was put there may go."""
     found = [tombstone_record(row) for row in connection.execute(select(tombstones).where(_reservation(video)))]
     connection.execute(update(tombstones).where(_reservation(video)).values(reserved=False))
     return found

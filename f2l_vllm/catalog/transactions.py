@@ -71,6 +71,13 @@ def file_of(connection: Connection, file_id: str, tenant: str, *, hold: bool = F
     return None if row is None else file_record(row)
 
 
+def file_of_address(connection: Connection, tenant: str, sha256: str) -> FileRecord | None:
+    """A tenant's live file of these bytes that was named by address, or None."""
+    named = and_(files.c.from_address.is_(True), files.c.state.in_(LIVE))
+    row = connection.execute(select(files).where(files.c.tenant == tenant, files.c.sha256 == sha256, named)).first()
+    return None if row is None else file_record(row)
+
+
 def adapter_of(connection: Connection, name: str) -> AdapterRecord | None:
     """The adapter of this name, or None."""
     row = connection.execute(select(adapters).where(adapters.c.name == name)).first()

@@ -23,6 +23,7 @@ from f2l_vllm import torch_shims
 torch_shims.install()
 
 from f2l_vllm import logs, models  # noqa: E402  (torchvision must be importable first)
+from f2l_vllm.catalog.servers import OtherModels  # noqa: E402
 from f2l_vllm.server import assembly, vllm_api, vllm_errors  # noqa: E402
 from f2l_vllm.server.chat.grammars import Grammars  # noqa: E402
 from f2l_vllm.server.middleware.auth import AuthMiddleware, keep_listed_routes  # noqa: E402
@@ -99,8 +100,11 @@ class F2LEndpointPlugin:
         served = assembly.served_model(engine_client, state, args, settings)
         self._lock = assembly.hold(settings.data_folder)
         service = self._service = assembly.open_service(settings, served, engine_client, state, ending)
+        try:
+            await service.forgetting.join()
+        except OtherModels as error:
+            raise ValueError(str(error)) from error
         await asyncio.to_thread(service.adopt)
-        await service.forgetting.join()
         if service.pool is not None:
             service.pool.start()
         state.f2l = service

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from pathlib import Path
@@ -24,7 +23,6 @@ from f2l_vllm.video.fetch import fetch
 
 PURPOSE = "user_data"
 _STATUS = {"file_too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE}
-_REMEMBERED = 4096
 _PASSING = {EXHAUSTED, "not_enough_memory", "video_lost", AdapterIdsExhausted.code}  # errors that are no video's own
 _AGAIN_SECONDS = 600.0  # each attempt may cost a worker
 _Work = Coroutine[Any, Any, FileRecord]
@@ -42,7 +40,6 @@ class RemoteVideos:
         self._service = service
         self._fetching: _Running = {}  # by tenant and hash of the address
         self._entering: _Running = {}  # by tenant and hash of the bytes
-        self._known: OrderedDict[tuple[str, str], str] = OrderedDict()  # tenant and hash of the bytes -> file id
 
     async def file(self, url: str, tenant: str) -> FileRecord:
         """The tenant's file with the bytes at this address, entered now if there is none.
@@ -69,28 +66,24 @@ class RemoteVideos:
             await asyncio.to_thread(self._service.store.discard, temporary)
 
     async def _enter(self, temporary: Path, sha256: str, filename: str, tenant: str) -> FileRecord:
-        key = (tenant, sha256)
-        known = self._known.get(key)
-        record = None if known is None else await asyncio.to_thread(self._service.catalog.file, known, tenant)
-        if record is None or _may_do_better(record):
-            await inspect(temporary, self._service.settings)
-            size = (await asyncio.to_thread(temporary.stat)).st_size
-            idle = self._service.settings.url_seconds
-            record = await self._service.enter(
-                temporary,
-                tenant=tenant,
-                sha256=sha256,
-                size=size,
-                filename=filename,
-                purpose=PURPOSE,
-                expires_at=time.time() + idle,
-                idle_seconds=idle,
-            )
-            self._known[key] = record.id
-        self._known.move_to_end(key)
-        while len(self._known) > _REMEMBERED:
-            self._known.popitem(last=False)
-        return record
+        known = await asyncio.to_thread(self._service.catalog.file_of_address, tenant, sha256)
+        if known is not None and not _may_do_better(known):
+            return known
+        await inspect(temporary, self._service.settings)
+        size = (await asyncio.to_thread(temporary.stat)).st_size
+        idle = self._service.settings.url_seconds
+        return await self._service.enter(
+            temporary,
+            tenant=tenant,
+            sha256=sha256,
+            size=size,
+            filename=filename,
+            purpose=PURPOSE,
+            expires_at=time.time() + idle,
+            idle_seconds=idle,
+            from_address=True,
+            instead_of=None if known is None else known.id,
+        )
 
 
 def _may_do_better(record: FileRecord) -> bool:

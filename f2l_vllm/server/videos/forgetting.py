@@ -28,11 +28,13 @@ class Forgetting:
     """One server's part in every deletion. Lives on its event loop.
 
     Args:
+        revision: of models and sampling: servers of one catalog have the same.
         write: runs a method of the catalog that may wait for other writers.
     """
 
-    def __init__(self, catalog: Catalog, store: Store, registry: Registry, write: Write) -> None:
+    def __init__(self, catalog: Catalog, store: Store, registry: Registry, revision: str, write: Write) -> None:
         self._catalog, self._store, self._registry, self._write = catalog, store, registry, write
+        self._revision = revision
         self._server = ""
         self._seen = 0  # the last deletion that was looked at
         self._in_use: dict[int, str] = {}  # deletions whose adapters answers still come from
@@ -40,10 +42,14 @@ class Forgetting:
         self.has_joined = False
 
     async def join(self) -> None:
-        """Be counted among the servers, once nothing is kept here that was deleted meanwhile."""
+        """Be counted among the servers, once nothing is kept here that was deleted meanwhile.
+
+        Raises:
+            OtherModels: those that run make other adapters.
+        """
         self.has_joined = False
         self._server = secrets.token_hex(8)
-        self._seen = await self._write(self._catalog.join_server, self._server)
+        self._seen = await self._write(self._catalog.join_server, self._server, self._revision)
         self._in_use = {}
         kept = {*await asyncio.to_thread(self._store.kept), *self._registry.names()}
         gone = kept - await asyncio.to_thread(self._catalog.named, kept)

@@ -83,7 +83,7 @@ class VideoService:
         self.watcher = Watcher(catalog, is_stopping, share)
         self._writers = ThreadPoolExecutor(_WRITERS, "f2l-catalog")
         self._keeper = Keeper(catalog, store, registry, self._write)
-        self.forgetting = Forgetting(catalog, store, registry, self._write)
+        self.forgetting = Forgetting(catalog, store, registry, revisions.name(""), self._write)
         self._used: dict[str, float] = {}  # file ids, and when they were asked about
         self._prepared: int | None = None  # the id of the adapter that was copied into memory last
         self._cleaned, self._swept = -_CLEANING_SECONDS, -_SWEEP_SECONDS
@@ -100,10 +100,14 @@ class VideoService:
         expires_at: float | None,
         idle_seconds: float | None = None,
         pinned: bool = False,
+        from_address: bool = False,
+        instead_of: str | None = None,
     ) -> FileRecord:
         """Keep an uploaded and inspected video and enter it in the catalog.
 
         Args:
+            from_address: the tenant's file of the same bytes from another address is taken, if there is one;
+                `instead_of` is not.
             expires_at: when it expires, Unix seconds.
             idle_seconds: `expires_at` moves on to this long after each use.
             pinned: it does not expire, and its adapter stays in the hot set.
@@ -123,6 +127,8 @@ class VideoService:
             expires_at=expires_at,
             idle_seconds=idle_seconds,
             pinned=pinned,
+            from_address=from_address,
+            instead_of=instead_of,
             queue_limit=self.settings.queue_limit,
             tenant_limit=self.settings.tenant_queue_limit,
             tenant_bytes=self.settings.tenant_bytes,

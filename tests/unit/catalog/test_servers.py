@@ -1,0 +1,112 @@
+"""What servers of one catalog tell each other."""
+
+import threading
+
+import pytest
+from sqlalchemy import update
+
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.servers import OtherModels
+from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.catalog.tables import files, servers
+from tests.support.catalog_steps import add, publish
+
+
+def silence(catalog, server):
+    with catalog._write() as connection:
+        connection.execute(update(servers).where(servers.c.id == server).values(seen_at=0.0))
+
+
+def test_deletions_are_told_in_their_order_and_waited_for(catalog):
+    assert catalog.join_server("one", "r") == 0
+    assert catalog.beat_server("one", 0)
+    record = add(catalog)
+    publish(catalog)
+    doomed = catalog.remove_file(record.id, "t").doomed
+    told = catalog.deletions_after(0, 10)
+    assert sorted(one.seq for one in doomed) == [one.seq for one in told]
+    assert catalog.deletions_after(told[0].seq, 10) == told[1:]
+    numbers = [one.seq for one in doomed]
+    assert not catalog.is_erased(numbers)
+    catalog.beat_server("one", max(numbers))
+    assert not catalog.is_erased(numbers)  # it is in the store still
+    catalog.bury(doomed)
+    assert catalog.is_erased(numbers)
+    assert catalog.join_server("two", "r") == max(numbers)
+    assert not catalog.is_erased(numbers)  # who comes later has to have compared, too
+    catalog.leave_server("two")
+    assert catalog.is_erased(numbers)
+    assert catalog.is_erased([])
+
+
+def test_a_silent_server_is_given_up_and_hears_of_it(catalog):
+    catalog.join_server("one", "r")
+    catalog.join_server("two", "r")
+    silence(catalog, "two")
+    assert not catalog.beat_server("two", 5)
+    assert catalog.beat_server("one", 5)
+    assert not catalog.beat_server("two", 5)
+
+
+def test_a_server_with_other_models_does_not_join_those_that_run(catalog, database_url):
+    catalog.join_server("one", "r")
+    if database_url.startswith("sqlite"):
+        catalog.join_server("two", "s")  # on one machine the data folder's lock is the rule
+        return
+    catalog.join_server("two", "r")
+    with pytest.raises(OtherModels, match="another model"):
+        catalog.join_server("three", "s")
+    silence(catalog, "one")
+    catalog.leave_server("two")
+    catalog.join_server("three", "s")
+
+
+def test_the_same_bytes_at_whatever_address_are_one_file_of_a_tenants(catalog):
+    first = add(catalog, from_address=True)
+    assert add(catalog, from_address=True, filename="other.mp4") == first
+    assert catalog.file_of_address("t", first.sha256) == first
+    assert add(catalog).id != first.id  # an upload is a file of its own
+    assert add(catalog, tenant="other", from_address=True).id != first.id
+    instead = add(catalog, from_address=True, instead_of=first.id)
+    assert instead.id != first.id
+    assert catalog.file_of_address("t", first.sha256) == instead
+    catalog.remove_file(instead.id, "t")
+    assert catalog.file_of_address("t", first.sha256) is None
+    late = add(catalog, from_address=True, expires_at=1.0)
+    assert catalog.file_of_address("t", first.sha256) is None  # it is due
+    assert add(catalog, from_address=True).id != late.id
+
+
+def test_servers_that_fetch_the_same_bytes_at_once_enter_one_file(database_url):
+    found, start = [], threading.Barrier(6)
+
+    def fetch():
+        catalog = Catalog(database_url)
+        video = catalog.reserve_video("a" * 64)
+        start.wait()
+        found.append(add(catalog, from_address=True, video=video))
+        catalog.close()
+
+    threads = [threading.Thread(target=fetch) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({record.id for record in found}) == 1
+    catalog = Catalog(database_url)
+    with catalog._read() as connection:
+        assert len(connection.execute(files.select()).all()) == 1
+    assert catalog.stored_bytes("t") == 3
+    assert len(catalog.deletions_after(0, 10)) == 5  # the reservations of the others
+    catalog.close()
+
+
+def test_an_address_whose_file_failed_may_have_another(catalog):
+    first = add(catalog, from_address=True)
+    catalog.claim_jobs(1)
+    catalog.fail_job("f2l-1", "internalization_failed", "it failed")
+    assert catalog.file_of_address("t", first.sha256).state is VideoState.ERROR
+    again = add(catalog, from_address=True, instead_of=first.id)
+    assert {again.id, first.id} == {
+        record.id for record in catalog.files("t", after=None, limit=9, descending=False)[0]
+    }
