@@ -48,7 +48,7 @@ def main() -> None:
             postgres.stop()
     configuration = {name: value for name, value in vars(options).items() if name != "json"}
     if options.json is not None:
-        record.write(options.json, "benchmarks.catalog", configuration, rows)
+        record.write(options.json, configuration, {"rows": rows})
 
 
 def _measure(url: str, writers: int, round_trip: float, seconds: float) -> dict[str, Any]:

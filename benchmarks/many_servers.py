@@ -1,0 +1,246 @@
+"""`python -m benchmarks.many_servers`: servers of one catalog and one store behind HAProxy, one of them killed.
+
+PostgreSQL, the store (a folder) and HAProxy with `launch/haproxy.cfg` run on this machine. Clients ask about videos at
+random, each of which has to answer as it did alone, while videos are deleted and uploaded again; from the moment a
+deletion is answered, every server has to say that the file is not there. In the middle one server is killed, and later
+started again. In the end every video is deleted with `wait=erased`, and what is left anywhere is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+from openai import APIError, APIStatusError, AsyncOpenAI
+
+from f2l_vllm import torch_shims
+from f2l_vllm.bench import record
+from f2l_vllm.server_process import ServerProcess
+
+torch_shims.install()
+
+_QUESTION: Any = [{"role": "user", "content": "Describe the video."}]
+_CONFIG = Path(__file__).parents[1] / "launch" / "haproxy.cfg"
+_PORTS = (8001, 8002, 8003)
+
+
+class Cluster:
+    """Some servers of one catalog and one store; the first alone has workers."""
+
+    def __init__(self, folder: Path, database: str, count: int) -> None:
+        self._folder = folder
+        self._env = {"F2L_DATABASE_URL": database, "F2L_STORE": f"file://{folder / 'store'}"}
+        self.servers = [self._start(number) for number in range(count)]
+
+    def _start(self, number: int) -> ServerProcess:
+        home = self._folder / f"server-{number}" / "home"
+        home.parent.mkdir(exist_ok=True)
+        workers = ("--hypernetwork-workers", "1" if number == 0 else "0")
+        return ServerProcess("f2l-tiny", home, *workers, port=_PORTS[number], env=self._env)
+
+    def kill(self, number: int) -> None:
+        """At once."""
+        self.servers[number].process.send_signal(signal.SIGKILL)
+        self.servers[number].process.wait()
+
+    def restart(self, number: int) -> None:
+        """Serve the same data folder again."""
+        self.servers[number] = self._start(number)
+        self.servers[number].wait_ready()
+
+    def left(self) -> dict[str, int]:
+        """Files of adapters and videos anywhere, and adapters in engines."""
+        found = {"store": _files(self._folder / "store")}
+        for number, server in enumerate(self.servers):
+            memory = f"f2l-{os.getuid()}-{hashlib.sha256(str(server.home).encode()).hexdigest()[:12]}"
+            found[f"disk of {number}"] = _files(server.home / "adapters") + _files(server.home / "videos")
+            found[f"memory of {number}"] = _files(Path("/dev/shm") / memory)
+            lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+            name = "f2l_adapters_resident"
+            found[f"engine of {number}"] = int(sum(float(li.rsplit(" ", 1)[1]) for li in lines if li.startswith(name)))
+        return found
+
+
+class Run:
+    """What the clients met."""
+
+    def __init__(self, url: str, cluster: Cluster, paths: list[Path], seed: int) -> None:
+        self._proxy = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+        self._cluster, self._paths, self._rng = cluster, paths, random.Random(seed)
+        self.ids: dict[Path, str] = {}
+        self._answers: dict[Path, str] = {}
+        self.counts: Counter[str] = Counter()
+        self.erased_seconds: list[float] = []
+
+    async def upload(self, path: Path) -> None:
+        """Upload and wait until it is ready."""
+        file = await self._proxy.files.create(file=path, purpose="vision")
+        while (file := await self._proxy.files.retrieve(file.id)).status == "uploaded":
+            await asyncio.sleep(0.05)
+        assert file.status == "processed", file
+        self.ids[path] = file.id
+
+    async def ask(self, file_id: str, url: str | None = None) -> str:
+        """By the proxy, or at one server."""
+        client = self._proxy if url is None else self._proxy.with_options(base_url=f"{url}/v1")
+        answer = await client.chat.completions.create(
+            model=file_id, messages=_QUESTION, temperature=0, max_completion_tokens=32
+        )
+        return answer.choices[0].message.content or ""
+
+    async def begin(self) -> None:
+        """Every video once, alone, at the first server; and at the others, which have to say the same."""
+        for path in self._paths:
+            await self.upload(path)
+            self._answers[path] = await self.ask(self.ids[path], self._cluster.servers[0].url)
+            for server in self._cluster.servers[1:]:
+                same = await self.ask(self.ids[path], server.url) == self._answers[path]
+                self.counts["the same elsewhere" if same else "another answer elsewhere"] += 1
+
+    async def question(self) -> None:
+        """One, at random."""
+        path = self._rng.choice(self._paths)
+        file_id = self.ids.get(path)
+        if file_id is None:
+            return
+        try:
+            right = await self.ask(file_id) == self._answers[path]
+            self.counts["right" if right else "wrong"] += 1
+        except APIStatusError as error:
+            gone = error.code == "video_not_found" and self.ids.get(path) != file_id
+            self.counts["gone meanwhile" if gone else f"error {error.status_code} {error.code}"] += 1
+        except APIError as error:
+            self.counts[f"error {type(error).__name__}"] += 1
+
+    async def change(self) -> None:
+        """Delete one, ask every server that lives for it, and upload it again."""
+        path = self._rng.choice(self._paths)
+        file_id = self.ids.pop(path, None)
+        if file_id is None:
+            return
+        await self._proxy.files.delete(file_id)
+        for server in self._cluster.servers:
+            if server.process.poll() is None:
+                try:
+                    await self.ask(file_id, server.url)
+                    self.counts["answered after a deletion"] += 1
+                except APIStatusError as error:
+                    self.counts["gone after a deletion" if error.status_code == 404 else f"error {error.code}"] += 1
+                except APIError:
+                    self.counts["not there yet"] += 1  # it starts
+        await self.upload(path)
+
+    async def end(self) -> None:
+        """Delete everything."""
+        for path in self._paths:
+            started = time.perf_counter()
+            url = f"{self._cluster.servers[0].url}/v1/files/{self.ids.pop(path)}"
+            async with httpx.AsyncClient(timeout=120) as client:
+                answer = (await client.delete(url, params={"wait": "erased"})).json()
+            self.counts["erased" if answer["f2l"]["erased"] else "not erased"] += 1
+            self.erased_seconds.append(time.perf_counter() - started)
+
+
+def _files(folder: Path) -> int:
+    return sum(path.is_file() for path in folder.rglob("*")) if folder.exists() else 0
+
+
+async def _run(cluster: Cluster, url: str, paths: list[Path], options: argparse.Namespace) -> dict[str, Any]:
+    run = Run(url, cluster, paths, options.seed)
+    await run.begin()
+    asked = 0
+
+    async def clients() -> None:
+        nonlocal asked
+        while asked < options.questions:
+            asked += 1
+            await run.question()
+
+    async def changes() -> None:
+        while asked < options.questions:
+            await asyncio.sleep(0.5)
+            await run.change()
+
+    async def killer() -> float:
+        while asked < options.questions / 3:
+            await asyncio.sleep(0.05)
+        cluster.kill(len(cluster.servers) - 1)
+        before = asked
+        await asyncio.to_thread(cluster.restart, len(cluster.servers) - 1)
+        return asked - before
+
+    *_, meanwhile = await asyncio.gather(*(clients() for _ in range(options.concurrency)), changes(), killer())
+    while len(run.ids) < len(paths):
+        await asyncio.sleep(0.1)
+    await run.end()
+    left, erased = cluster.left(), run.erased_seconds
+    return {
+        "counts": dict(run.counts),
+        "questions_while_one_server_was_away": meanwhile,
+        "erased_seconds": {"median": round(statistics.median(erased), 2), "max": round(max(erased), 2)},
+        "left": left,
+    }
+
+
+def main() -> None:
+    """Measure, print, and write the result."""
+    from f2l_vllm.synthetic.render import write_mp4
+    from f2l_vllm.synthetic.world import sample_scenes
+    from tests.support.postgres import Postgres, find_postgres
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--servers", type=int, default=2)
+    parser.add_argument("--videos", type=int, default=24)
+    parser.add_argument("--questions", type=int, default=1500)
+    parser.add_argument("--concurrency", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    binaries, haproxy = find_postgres(), shutil.which("haproxy") or shutil.which("/usr/sbin/haproxy")
+    if binaries is None or haproxy is None:
+        raise SystemExit("PostgreSQL and HAProxy are needed: apt-get install postgresql haproxy")
+    with tempfile.TemporaryDirectory(prefix="f2l-many-") as name, tempfile.TemporaryDirectory(prefix="f2l-pg-") as data:
+        folder = Path(name)
+        text = _CONFIG.read_text()
+        known = re.compile(r"    server \w+ 127\.0\.0\.1:(\d+)\n")
+        used = {str(port) for port in _PORTS[: options.servers]}
+        (folder / "haproxy.cfg").write_text(known.sub(lambda line: line[0] if line[1] in used else "", text))
+        paths = [
+            write_mp4(scene, folder / f"{index}.mp4", size=(160, 120), fps=10, seconds=2.5)
+            for index, scene in enumerate(sample_scenes(options.videos, options.seed, "train"))
+        ]
+        postgres = Postgres(Path(data), binaries)
+        cluster = Cluster(folder, postgres.new_database(), options.servers)
+        proxy = subprocess.Popen([haproxy, "-f", str(folder / "haproxy.cfg")])
+        try:
+            for server in cluster.servers:
+                server.wait_ready()
+            time.sleep(2)  # the proxy looks every second
+            results = asyncio.run(_run(cluster, "http://127.0.0.1:8080", paths, options))
+        finally:
+            proxy.terminate()
+            for server in cluster.servers:
+                server.end()
+            postgres.stop()
+    print(results)
+    if options.json is not None:
+        configuration = {name: value for name, value in vars(options).items() if name != "json"}
+        record.write(options.json, configuration, results)
+
+
+if __name__ == "__main__":
+    main()
