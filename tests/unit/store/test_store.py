@@ -2,6 +2,8 @@ import hashlib
 
 import pytest
 
+from f2l_vllm.store import room
+from f2l_vllm.store.errors import StoreUnavailable
 from f2l_vllm.store.store import Store, StoreError
 
 
@@ -96,3 +98,12 @@ def test_names_cannot_leave_the_folder(store, name):
         store.adapter_path(name)
     with pytest.raises(ValueError, match="not a sha-256"):
         store.video_path(name)
+
+
+@pytest.mark.parametrize("total", [12 << 20, 64 << 20, 1 << 40])
+def test_adapters_do_not_take_the_room_that_a_catalog_gives_up_for_deletions(total, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "_total", lambda _folder: total)
+    store, given_up = Store(tmp_path), room.Headroom(tmp_path / "catalog.sqlite3")._size
+    monkeypatch.setattr(room, "_free", lambda _folder: given_up)
+    with pytest.raises(StoreUnavailable, match="no room"):
+        store.check_room_for_adapters()
