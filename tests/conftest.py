@@ -7,6 +7,8 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a thread for each, and for what it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # as in the pool's process
+
 from f2l_vllm import torch_shims
 
 torch_shims.install()

@@ -40,6 +40,7 @@ def main(spec_json: str) -> int:
     if settings.ray_address is None:
         # Ray's switch for a cluster that nobody joins: every part of it listens on loopback. Read when it is imported.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a lane that is late at the end would start another Ray
 
     from f2l_vllm.catalog.catalog import Catalog
     from f2l_vllm.pool.actors import Actors
