@@ -68,7 +68,7 @@ def test_a_locked_catalog_is_waited_for_then_said_and_questions_go_on(server, cl
             assert (caught.value.status_code, caught.value.code) == (503, "catalog_busy")
             assert int(caught.value.response.headers["Retry-After"]) > 0
     assert ask() == before
-    assert httpx.get(f"{server.url}/ready").json() == {"ready": True, "engine": True, "workers": True}
+    assert httpx.get(f"{server.url}/ready").json() == {"ready": True, "engine": True, "workers": True, "catalog": True}
     threading.Timer(1.0, other.rollback).start()
     late = server.upload(clips[2])
     assert late.status == "processed"

@@ -243,7 +243,7 @@ def test_metrics_and_health(server, videos):
     assert "vllm:" in metrics
     assert "f2l-" not in metrics  # the names of adapters: they are nobody's to know, and there is no end of them
     assert httpx.get(f"{server.url}/health").status_code == 200
-    assert httpx.get(f"{server.url}/ready").json() == {"ready": True, "engine": True, "workers": True}
+    assert httpx.get(f"{server.url}/ready").json() == {"ready": True, "engine": True, "workers": True, "catalog": True}
 
 
 def gauge(server, name):
