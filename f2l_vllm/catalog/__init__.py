@@ -1,4 +1,4 @@
-"""What is known of files, adapters and jobs, in SQLite or PostgreSQL, and which changes of state there are.
+"""The records of files, adapters and jobs in SQLite or PostgreSQL, and the allowed changes of state.
 
 Imports no torch; knows nothing of HTTP, Ray or vLLM.
 """

@@ -1,4 +1,4 @@
-"""The catalog's published adapters: which there are, what they are made of, and which nobody needs any more."""
+"""The catalog's published adapters: which ones exist, what they are made of, and which ones nobody needs any more."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from f2l_vllm.catalog.transactions import (
 
 _PARAMETERS = 500  # databases bound the number of parameters
 _PINNED = 4096  # more than the hot set holds
-_AT_ONCE = 200  # adapters that one transaction drops: others wait for it to write
+_AT_ONCE = 200  # adapters that one transaction drops: other writers wait for it
 
 
 class Published(Database):
-    """What answers come from, and compositions."""
+    """The adapters that answers come from, and adapters composed of others."""
 
     def adapter(self, name: str) -> AdapterRecord | None:
         """The published adapter of this name, or None."""
@@ -45,7 +45,7 @@ class Published(Database):
         return found
 
     def recent_adapters(self, limit: int) -> list[AdapterRecord]:
-        """The adapters of ready files, pinned first, then those used last (or made last), at most `limit`."""
+        """At most `limit` adapters of ready files: pinned ones first, then the most recently used (or made)."""
         of_file = and_(files.c.adapter_name == adapters.c.name, files.c.state == VideoState.PROCESSED)
         pinned = exists().where(of_file, files.c.pinned.is_(True))
         used = func.coalesce(adapters.c.last_used_at, adapters.c.created_at)
@@ -55,26 +55,26 @@ class Published(Database):
             return [adapter_record(row) for row in connection.execute(query)]
 
     def pinned_adapters(self) -> set[str]:
-        """The names of the adapters that pinned files answer from, of the newest some thousand of them."""
+        """The names of the adapters that the newest few thousand pinned files answer from."""
         query = select(files.c.adapter_name).where(files.c.pinned.is_(True), files.c.state == VideoState.PROCESSED)
         with self._read() as connection:
             return set(connection.scalars(query.order_by(files.c.number.desc()).limit(_PINNED)))
 
     def newest_adapter(self) -> int:
-        """The largest id of an adapter; 0 without one."""
+        """The largest adapter id; 0 if there is no adapter."""
         with self._read() as connection:
             return connection.scalar(select(func.max(adapters.c.id))) or 0
 
     def adapters_after(self, number: int, limit: int) -> list[AdapterRecord]:
-        """Adapters with ids above this one, in their order, at most `limit`."""
+        """At most `limit` adapters with ids above this one, in the order of their ids."""
         query = select(adapters).where(adapters.c.id > number).order_by(adapters.c.id).limit(limit)
         with self._read() as connection:
             return [adapter_record(row) for row in connection.execute(query)]
 
     def forget_adapter(self, adapter: AdapterRecord) -> None:
-        """An adapter was found missing or damaged: its files wait again, for a new job under the same name.
+        """Forget a missing or damaged adapter: its files wait again, for a new job under the same name.
 
-        Nothing happens when it is forgotten already, or made again meanwhile. A composed one is only forgotten.
+        Nothing happens if it is already forgotten or has been made again. A composed adapter gets no new job.
         """
         name = adapter.name
         with self._write() as connection:
@@ -88,8 +88,7 @@ class Published(Database):
                 connection.execute(delete(parts).where(parts.c.composed == name))
 
     def drop_abandoned(self) -> list[Tombstone]:
-        """Take out adapters that no file refers to: those of other revisions, once their successors are made. Some at a
-        time."""
+        """Remove some of the adapters that no file refers to: those of other revisions whose successors are made."""
         named = or_(files.c.adapter_name == adapters.c.name, files.c.previous_adapter == adapters.c.name)
         kept = exists().where(named, files.c.state.in_(LIVE))
         query = select(adapters.c.name).where(adapters.c.composed.is_(False), ~kept).limit(_AT_ONCE)
@@ -105,12 +104,12 @@ class Published(Database):
     def add_composed(
         self, name: str, made_of: Sequence[str], *, rank: int, size: int, info: dict[str, Any]
     ) -> AdapterRecord | None:
-        """Enter an adapter composed of others; it leaves with the first of them. The one there is, if there is one.
+        """Enter an adapter composed of others, or return the existing one. It is removed with its first part to go.
 
-        None when a part has left the catalog meanwhile.
+        None if a part has left the catalog meanwhile.
 
         Raises:
-            AdapterIdsExhausted: there is no int32 id left.
+            AdapterIdsExhausted: no int32 id is left.
         """
         self._check_room()
         with self._write() as connection:
@@ -128,14 +127,14 @@ class Published(Database):
             return record
 
     def oldest_composed(self, keep: int) -> list[AdapterRecord]:
-        """The composed adapters beyond the `keep` used (or made) last, which may be removed."""
+        """All composed adapters except the `keep` most recently used (or made); the caller may remove them."""
         used = func.coalesce(adapters.c.last_used_at, adapters.c.created_at)
         query = select(adapters).where(adapters.c.composed.is_(True)).order_by(used.desc()).offset(keep)
         with self._read() as connection:
             return [adapter_record(row) for row in connection.execute(query)]
 
     def remove_composed(self, name: str) -> list[Tombstone]:
-        """Take a composed adapter out, with what is composed of it; all of them are to be removed."""
+        """Remove a composed adapter and those composed of it; the tombstones name what the store has to remove."""
         with self._write() as connection:
             found = adapter_of(connection, name)
             return drop_adapters(connection, [name]) if found is not None and found.composed else []

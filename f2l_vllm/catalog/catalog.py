@@ -1,7 +1,7 @@
-"""The catalog: which files exist, which adapter answers for each, and which adapters are still to be made.
+"""The catalog: which files exist, which adapter answers for each, and which adapters still have to be made.
 
-It is the one truth about a video's state; servers and pools in any number of processes share it. Every method is one
-transaction, and raises `Unavailable` when the database is busy, full or away; nothing is changed then.
+It is the only authority on a video's state; servers and pools in any number of processes share it. Every method is one
+transaction. It raises `Unavailable` and changes nothing when the database is busy, full or away.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ from f2l_vllm.catalog.transactions import (
 __all__ = ["Catalog", "QueueFull", "QuotaExceeded", "Removal"]
 
 _PARAMETERS = 500  # databases bound the number of parameters
-_AT_ONCE = 200  # rows that one transaction ends: others wait for it to write
-# What every question asks. Made once: putting the statement together takes longer than running it.
+_AT_ONCE = 200  # rows that one transaction ends: other writers wait for it
+# Every question runs this query. It is built once: building the statement takes longer than running it.
 _OF_FILE = and_(adapters.c.name == files.c.adapter_name, files.c.state == VideoState.PROCESSED)
 _FIND = (
     select(files, adapters)
@@ -74,19 +74,19 @@ _ENTER_FILE = insert(files).returning(files)
 
 @dataclass(frozen=True)
 class Removal:
-    """A file that left the catalog, and what is to be removed from the store because of it."""
+    """A file that left the catalog, and what has to be removed from the store because of it."""
 
     file: FileRecord
     doomed: list[Tombstone]
 
     @property
     def orphaned_adapters(self) -> list[Tombstone]:
-        """The adapters among it."""
+        """The adapters to remove."""
         return [one for one in self.doomed if not one.is_video]
 
     @property
     def orphaned_video(self) -> bool:
-        """Whether the video's bytes are among it."""
+        """Whether the video's bytes have to be removed."""
         return any(one.is_video for one in self.doomed)
 
 
@@ -115,19 +115,20 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
         from_address: bool = False,
         instead_of: str | None = None,
     ) -> FileRecord:
-        """Enter a file; ready at once if its adapter exists, else waiting for the adapter's job.
+        """Enter a file. It is ready at once if its adapter exists, else it waits for the adapter's job.
 
         Args:
-            from_address: of what lies at an address a tenant has one file for the same bytes: the one there is, if
-                that is not `instead_of`.
-            tenant_bytes: how much all files of a tenant may hold.
-            video: where the bytes lie, by `reserve_video`; None: under their plain hash, and nobody deletes meanwhile.
+            from_address: the file is named by an address. A tenant has one such file for the same bytes: if there is
+                one, it is returned, unless it is `instead_of`.
+            tenant_bytes: how many bytes all files of a tenant may hold.
+            video: where the bytes are, from `reserve_video`; None: under their plain hash, and nobody deletes them
+                meanwhile.
 
         Raises:
-            QueueFull: the adapter needs a new job and `queue_limit` jobs wait already, or `tenant_limit` jobs for this
-                tenant.
+            QueueFull: the adapter needs a new job, and `queue_limit` jobs, or `tenant_limit` jobs for this tenant,
+                wait already.
             QuotaExceeded: the tenant would have more than `tenant_bytes`.
-            VideoGone: the bytes were deleted meanwhile. Nothing is entered in any of the three cases.
+            VideoGone: the bytes were deleted meanwhile. In all three cases nothing is entered.
         """
         self._check_room()
         with self._write(beside=[sha256]) as connection:
@@ -168,23 +169,23 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
                 "from_address": from_address,
             }
             row = connection.execute(_ENTER_FILE, values).one()
-            count_bytes(connection, tenant, size, tenant_bytes)  # last: all of the tenant's uploads wait for each other
+            count_bytes(connection, tenant, size, tenant_bytes)  # last: from here on the tenant's other uploads wait
             return file_record(row)
 
     def file(self, file_id: str, tenant: str) -> FileRecord | None:
-        """The file, or None: unknown, deleted, expired or another tenant's."""
+        """The file; None if it is unknown, deleted, expired or another tenant's."""
         with self._read() as connection:
             record = file_of(connection, file_id, tenant)
         return None if record is None or record.state in GONE or _is_due(record) else record
 
     def file_of_address(self, tenant: str, sha256: str) -> FileRecord | None:
-        """The tenant's file of these bytes that was named by address, if there is one."""
+        """The tenant's file with these bytes that was named by an address, if there is one."""
         with self._read() as connection:
             record = file_of_address(connection, tenant, sha256)
         return None if record is None or _is_due(record) else record
 
     def find(self, file_ids: Sequence[str], tenant: str) -> dict[str, FileWithAdapter]:
-        """Some of a tenant's files with their adapters, by id, in one query; those that `file` would not give are
+        """Some of a tenant's files with their adapters, by id, in one query. A file for which `file` returns None is
         absent."""
         found = {}
         with self._read() as connection:
@@ -209,7 +210,7 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
         purpose: str | None = None,
         state: VideoState | None = None,
     ) -> tuple[list[FileRecord], bool]:
-        """One page of a tenant's files in upload order, and whether more follow; those in `state`, if one is given.
+        """One page of a tenant's files in upload order, and whether more follow. `state` keeps only files in it.
 
         Raises:
             KeyError: `after` names no file of this tenant.
@@ -245,18 +246,18 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
         return found
 
     def stored_bytes(self, tenant: str | None = None) -> int:
-        """How much a tenant's files hold, or all files."""
+        """How many bytes a tenant's files hold; without a tenant, all files."""
         query = select(func.sum(usage.c.bytes))
         with self._read() as connection:
             return int(connection.scalar(query if tenant is None else query.where(usage.c.tenant == tenant)) or 0)
 
     def videos_in_work(self) -> set[str]:
-        """The sha-256 of every video that a job is about."""
+        """The sha-256 of every video that has a job."""
         with self._read() as connection:
             return set(connection.scalars(select(jobs.c.sha256)))
 
     def pin_file(self, file_id: str, tenant: str, pinned: bool) -> FileRecord | None:
-        """Keep a file from expiring, or let it expire again; None when there is no such file."""
+        """Keep a file from expiring, or let it expire again; None if there is no such file."""
         with self._write() as connection:
             record = file_of(connection, file_id, tenant)
             if record is None or record.state in GONE or _is_due(record):
@@ -265,7 +266,7 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
             return file_of(connection, file_id, tenant)
 
     def touch(self, used_files: Mapping[str, float], used_adapters: Mapping[str, float]) -> None:
-        """Note when files (by id) and adapters (by name) were last used; what expires by disuse lives on from then."""
+        """Note when files (by id) and adapters (by name) were last used. Idle time before expiry counts from then."""
         with self._write(beside=()) as connection:
             if used_files:
                 moment = bindparam("moment", type_=files.c.last_used_at.type)
@@ -280,7 +281,7 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
                 connection.execute(chosen.values(last_used_at=bindparam("moment")), rows)
 
     def remove_file(self, file_id: str, tenant: str) -> Removal | None:
-        """Delete a file id; None when there is no such file. Its queued job goes too if nobody else waits for it."""
+        """Delete a file id; None if there is no such file. Its queued job goes too if nobody else waits for it."""
         with self._read() as connection:
             known = file_of(connection, file_id, tenant)
         if known is None:
@@ -292,7 +293,7 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
             return _remove(connection, record, VideoState.DELETED)
 
     def expire_files(self, now: float, limit: int = _AT_ONCE) -> list[Removal]:
-        """Expire files whose time has come, unless they are pinned; at most `limit`, in one transaction."""
+        """Expire at most `limit` files that are due and not pinned, in one transaction."""
         due = select(files).where(files.c.expires_at <= now, files.c.state.in_(LIVE), files.c.pinned.is_(False))
         due = due.order_by(files.c.expires_at)
         with self._read() as connection:
@@ -305,15 +306,15 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
             return [_remove(connection, file_record(row), VideoState.EXPIRED) for row in held]
 
     def purge(self, before: float) -> int:
-        """Forget the rows of files that were deleted or expired before this moment, and how their bytes went. Returns
-        how many files."""
+        """Delete the rows of files that were deleted or expired before this moment, and the tombstones that were done
+        before it. Returns the number of files."""
         over = and_(files.c.state.in_([state.value for state in GONE]), files.c.ended_at < before)
         forgotten = self._forget(files.c.number, over)
         self._forget(tombstones.c.seq, tombstones.c.done_at < before)
         return forgotten
 
     def _forget(self, number: Column[Any], chosen: ColumnElement[bool]) -> int:
-        """Delete rows, some at a time."""
+        """Delete rows, `_AT_ONCE` in each transaction; returns how many."""
         forgotten = 0
         while True:
             with self._read() as connection:

@@ -1,10 +1,11 @@
 """The catalog's database: SQLite in WAL mode or PostgreSQL. No transaction decides on rows that another is changing.
 
-SQLite takes its write lock when a write transaction begins: there is one writer at a time. On PostgreSQL advisory locks
-do the same, and let those write beside each other that have nothing to do with each other: a transaction is either
-alone, or it names the videos (by hash) whose files, jobs and adapters it decides on, and is alone with each of them.
-Those that write tombstones follow each other besides, so that tombstones are numbered in the order of their commits.
-Locks are taken in that order, and a tenant's count of bytes last. Readers never wait for writers.
+SQLite takes its write lock when a write transaction begins, so there is one writer at a time. On PostgreSQL, advisory
+locks do the same but let independent transactions write at the same time. A transaction either excludes all other
+writers, or it names the videos (by hash) whose files, jobs and adapters it decides on and excludes only the writers
+that name any of them. Transactions that write tombstones also run one after another, so that tombstones are numbered
+in the order of their commits. Locks are taken in this order, and the lock on a tenant's count of bytes comes last.
+Readers never wait for writers.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ from f2l_vllm.store.room import Headroom
 _WRITE_LOCK = 0x66326C  # PostgreSQL's advisory locks; any constants that are ours
 _VIDEO_LOCKS, _TOMBSTONE_LOCK = 0x66326D, 0x66326E
 _CONNECT_SECONDS = 5
-_JOURNAL_PAGES = 250  # SQLite's journal stays this short: on a small disk it is in the way of videos
-_CONNECTIONS = {"sqlite": 20, "postgresql": 5}  # kept, and as many again; PostgreSQL has few for all servers
+_JOURNAL_PAGES = 250  # SQLite's journal stays this short: on a small disk it takes room from videos
+_CONNECTIONS = {"sqlite": 20, "postgresql": 5}  # kept open; twice as many at peak. PostgreSQL has few for all servers
 _TOMBSTONES = f"pg_advisory_xact_lock({_TOMBSTONE_LOCK})"
 _BUSY_STATES = ("08", "40", "53", "55", "57")  # connection, rollback, resources, object in use, operator intervention
 
@@ -53,11 +54,11 @@ class Database:
     """One database with the catalog's tables.
 
     Args:
-        url: SQLAlchemy URL; `postgresql://` means the psycopg driver.
+        url: a SQLAlchemy URL; `postgresql://` means the psycopg driver.
         busy_seconds: how long a transaction waits for another writer before `CatalogBusy`.
 
     Raises:
-        ValueError: a URL of a database that is not supported, or whose driver is not installed.
+        ValueError: the URL's database is not supported, or its driver is not installed.
         Unavailable: the database cannot be opened.
     """
 
@@ -73,10 +74,10 @@ class Database:
         self._engine.dispose()
 
     def _check_room(self) -> None:
-        """Before a change that makes the catalog larger.
+        """Check for room before a change that makes the catalog larger.
 
         Raises:
-            StoreUnavailable: only the room for deletions is left.
+            StoreUnavailable: only the room kept for deletions is left.
         """
         if self._headroom is not None:
             self._headroom.check()
@@ -91,8 +92,8 @@ class Database:
         """A transaction that writes.
 
         Args:
-            beside: others may write at the same time, but for those that name any of these videos, too; None: nobody.
-            deletes: it writes tombstones. Without it `write_tombstones` comes before the first.
+            beside: others may write at the same time unless they also name one of these videos; None: no others write.
+            deletes: it writes tombstones. Without this, call `write_tombstones` before writing the first one.
         """
         if self._headroom is not None:
             self._headroom.adjust()
@@ -103,7 +104,7 @@ class Database:
 
     @contextmanager
     def _append(self) -> Iterator[Connection]:
-        """A transaction that adds rows which no other decides on."""
+        """A transaction that adds rows on which no other transaction decides."""
         if self._engine.dialect.name != "postgresql":
             with self._write() as connection:
                 yield connection
@@ -112,7 +113,7 @@ class Database:
             yield connection
 
     def _lock(self, connection: Connection, beside: Collection[str] | None, deletes: bool) -> None:
-        """All locks by one statement, whose parts are done in their order."""
+        """Take all locks in one statement, whose parts run in order."""
         parts = ["set_config('lock_timeout', :timeout, true)"]
         values: dict[str, Any] = {"timeout": self._lock_timeout}
         parts.append(f"pg_advisory_xact_lock{'' if beside is None else '_shared'}({_WRITE_LOCK})")
@@ -125,7 +126,7 @@ class Database:
 
 
 def write_tombstones(connection: Connection) -> None:
-    """Before the first tombstone of a transaction that seldom writes one."""
+    """Take the tombstone lock; call this before the first tombstone if the transaction began without `deletes`."""
     if connection.dialect.name == "postgresql":
         connection.execute(text(f"SELECT {_TOMBSTONES}"))
 
@@ -135,38 +136,38 @@ def _key(video: str) -> int:
 
 
 def clock(connection: Connection) -> float:
-    """The time by the clock that all who share the database go by, Unix seconds."""
+    """The time in Unix seconds, by the clock that all processes sharing the database use."""
     return float(connection.scalar(select(now(connection))) or 0.0)
 
 
 def now(connection: Connection) -> ColumnElement[float]:
-    """`clock` as a part of a statement."""
+    """`clock` as an expression in a statement."""
     if connection.dialect.name != "postgresql":
         return literal(time.time())
     return cast(extract("epoch", func.clock_timestamp()), Float)
 
 
 def check_url(url: str) -> None:
-    """Whether a catalog could live there, without looking.
+    """Check that a catalog can be kept at this URL, without connecting.
 
     Raises:
-        ValueError: as `Database`.
+        ValueError: as in `Database`.
     """
     _engine(url, 1.0).dispose()
 
 
 def check_reachable(url: str) -> None:
-    """Whether the database answers; SQLite's file is made where it is not.
+    """Check that the database answers; a missing SQLite file is created.
 
     Raises:
-        ValueError: it does not, or it refuses; the message holds its reason and no password.
+        ValueError: it does not answer, or it refuses; the message holds its reason and no password.
     """
     engine = _engine(url, 1.0)
     try:
         engine.connect().close()
     except DBAPIError as error:
         if (found := _unavailable(error)) is not None and found.full:
-            return  # a server on a full disk is how its users make room
+            return  # users need a running server to delete files and make room
         reason = " ".join(str(error.orig).split())
         raise ValueError(f"F2L_DATABASE_URL: the catalog's database cannot be used: {reason}") from error
     finally:
@@ -189,7 +190,7 @@ def _engine(url: str, busy_seconds: float) -> Engine:
     options: dict[str, Any] = {"pool_size": connections, "max_overflow": connections, "pool_timeout": busy_seconds}
     try:
         if kind == "postgresql":
-            # Nothing belongs to a session: a pool of connections may stand between.
+            # No state belongs to a session, because a connection pooler may stand between.
             session = {"connect_timeout": _CONNECT_SECONDS, "prepare_threshold": None}
             return create_engine(parsed, connect_args=session, pool_pre_ping=True, **options)
         engine = create_engine(parsed, connect_args={"timeout": busy_seconds, "check_same_thread": False}, **options)
@@ -199,7 +200,7 @@ def _engine(url: str, busy_seconds: float) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # transactions begin in `_begin`, nowhere else
+        connection.isolation_level = None  # transactions begin only in `_begin`
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute(f"PRAGMA wal_autocheckpoint={_JOURNAL_PAGES}")
@@ -213,7 +214,7 @@ def _engine(url: str, busy_seconds: float) -> Engine:
 
 
 def _headroom(engine: Engine) -> Headroom | None:
-    """For a database in a plain file; PostgreSQL's disk is its own."""
+    """Headroom for a database in a plain file; PostgreSQL manages its own disk."""
     path = engine.url.database or ""
     if engine.dialect.name != "sqlite" or not path or path.startswith(("file:", ":")) or not Path(path).parent.is_dir():
         return None
@@ -221,7 +222,7 @@ def _headroom(engine: Engine) -> Headroom | None:
 
 
 def _create_tables(connection: Connection) -> None:
-    """Create what is missing, columns and indexes included: a catalog of an earlier version is opened as it is."""
+    """Create missing tables, columns and indexes, so that a catalog of an earlier version can be opened."""
     metadata.create_all(connection)
     inspector = inspect(connection)
     for table in metadata.sorted_tables:
@@ -247,7 +248,7 @@ def _translated() -> Iterator[None]:
 
 
 def _unavailable(error: DBAPIError) -> Unavailable | None:
-    """The database's own words for busy, full, read-only or away; None for what can only be a bug."""
+    """Translate the database's errors for busy, full, read-only and away; None for an error that must be a bug."""
     reason = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error.orig).__name__
     busy = CatalogBusy(f"the catalog is busy: {reason}")
     full = StoreUnavailable(f"no room is left for the catalog: {reason}", full=True)

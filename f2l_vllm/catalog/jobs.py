@@ -1,7 +1,7 @@
-"""The catalog's jobs: adapters to be made. A job stands for one adapter, however many files wait for it.
+"""The catalog's jobs: adapters to be made. A job makes one adapter, however many files wait for it.
 
-Pools of several servers may share a catalog. A job in work belongs to the pool that claimed it, until that pool has
-given no sign of life for `LEASE_SECONDS`; what it says of the job after that is not heard.
+Pools of several servers may share a catalog. A running job belongs to the pool that claimed it until that pool has
+given no sign of life for `LEASE_SECONDS`; what the pool reports about the job after that is ignored.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from f2l_vllm.store.errors import AdapterIdsExhausted
 
 __all__ = ["EXHAUSTED", "LEASE_SECONDS", "Jobs"]
 
-LEASE_SECONDS = 60.0  # many times what lies between two signs of life; clocks of servers may differ by less
+LEASE_SECONDS = 60.0  # many times the interval between two signs of life; servers' clocks may differ by less
 _WAITING = files.c.state == VideoState.UPLOADED
 
 
 class Jobs(Database):
-    """What the pool does with the catalog. `pool` is its name, of which no other runs; None: there is one pool."""
+    """What the pool does with the catalog. `pool` is its name, unique among running pools; None: there is one pool."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -43,9 +43,9 @@ class Jobs(Database):
         self._turns: dict[str | None, int] = {}  # tenant -> its last turn, in this process
 
     def claim_jobs(self, limit: int) -> list[Job]:
-        """Take up to `limit` waiting jobs: tenants take turns, each with its oldest; what nobody waits for comes last.
+        """Take up to `limit` waiting jobs. Tenants take turns, oldest job first; jobs that nobody waits for come last.
 
-        A job that has cost a worker before is taken alone, so that it costs its neighbours nothing.
+        A job that has cost a worker before is taken alone, so that it cannot harm other jobs.
         """
         with self._read() as connection:
             if connection.scalar(select(jobs.c.id).where(jobs.c.running == 0).limit(1)) is None:
@@ -57,7 +57,7 @@ class Jobs(Database):
             rows = [(row, tenant) for row, tenant in order if row.attempts == 0 or row is order[0][0]]
             if rows[0][0].attempts > 0:
                 rows = rows[:1]
-            # Those that another pool is about to take are left to it.
+            # Skip the jobs that another pool is about to take.
             free = select(jobs.c.id).where(jobs.c.id.in_([row.id for row, _ in rows]), jobs.c.running == 0)
             chosen = update(jobs).where(jobs.c.id.in_(free.with_for_update(skip_locked=True)))
             taking = chosen.values(running=1, attempts=jobs.c.attempts + 1, pool=self.pool).returning(jobs.c.id)
@@ -72,7 +72,7 @@ class Jobs(Database):
     def _in_turns(self, connection: Connection, limit: int) -> list[tuple[Row[Any], str | None]]:
         """Up to `limit` waiting jobs in the order of their turns, each once, with the tenant whose turn it is.
 
-        However many jobs wait, at most `limit` of each of the tenants whose turn comes next are read.
+        However many jobs wait, this reads at most `limit` jobs of each tenant whose turn comes next.
         """
         waiting = and_(jobs.c.running == 0, jobs.c.background.is_(False))
         of_files = select(jobs).join(files, and_(files.c.adapter_name == jobs.c.adapter_name, _WAITING)).where(waiting)
@@ -88,7 +88,7 @@ class Jobs(Database):
         for turn in range(limit):
             for queue in queues:
                 if turn < len(queue):
-                    # A job of several tenants comes at the first of its places.
+                    # A job of several tenants takes the earliest of its places.
                     order.setdefault(queue[turn][0].id, queue[turn])
         if len(order) < limit:
             rest = select(jobs).where(jobs.c.running == 0).order_by(jobs.c.background, jobs.c.id).limit(limit)
@@ -97,9 +97,9 @@ class Jobs(Database):
         return list(order.values())[:limit]
 
     def _tenants(self, connection: Connection) -> list[str]:
-        """Those with waiting files, in the order of their last turns, then of their oldest files.
+        """The tenants with waiting files, ordered by their last turns, then by their oldest files.
 
-        Steps from tenant to tenant in an index: the number of their files does not matter.
+        The query steps from tenant to tenant in an index, so its cost does not depend on the number of files.
         """
         known = select(func.min(files.c.tenant).label("tenant")).where(_WAITING).cte("known", recursive=True)
         beyond = select(func.min(files.c.tenant)).where(_WAITING, files.c.tenant > known.c.tenant).scalar_subquery()
@@ -109,7 +109,7 @@ class Jobs(Database):
         return [row.tenant for row in sorted(rows, key=lambda row: (self._turns.get(row.tenant, 0), row.oldest))]
 
     def advance(self, adapter_name: str, state: VideoState, progress: float) -> None:
-        """A job's worker has reached `state`; `progress` is 0..1 within it."""
+        """Note that a job's worker has reached `state`; `progress` is 0..1 within it."""
         with self._write(beside=()) as connection:
             if not self._holds(connection, adapter_name):
                 return
@@ -119,9 +119,9 @@ class Jobs(Database):
             connection.execute(update(files).where(at_work).values(progress=progress))
 
     def finish_job(self, adapter_name: str, *, rank: int, size: int, info: dict[str, Any]) -> AdapterRecord | None:
-        """The adapter is published: its files are ready. None when every file was deleted meanwhile.
+        """Enter the published adapter and make its files ready. None if every file was deleted meanwhile.
 
-        When no adapter id is left, its files fail with `adapter_ids_exhausted`, and None is returned.
+        If no adapter id is left, its files fail with `adapter_ids_exhausted`, and None is returned.
         """
         with self._read() as connection:
             video = connection.scalar(select(jobs.c.sha256).where(jobs.c.adapter_name == adapter_name))
@@ -145,10 +145,10 @@ class Jobs(Database):
             return adapter
 
     def fail_job(self, adapter_name: str, code: str, message: str, *, generation: str | None = None) -> None:
-        """The video cannot be internalized: every file waiting for it says why.
+        """End the job of a video that cannot be internalized; every file that waits for it gets the reason.
 
         Args:
-            generation: the copy of its bytes in which the fault was found. If its files have another one by now, the
+            generation: the copy of its bytes in which the fault was found. If its files have another copy by now, the
                 job waits again instead, and the attempt does not count.
         """
         with self._write() as connection:
@@ -164,10 +164,10 @@ class Jobs(Database):
             move(connection, waiting, VideoState.ERROR, error_code=code, error_message=message[:2048])
 
     def release_job(self, adapter_name: str, *, blameless: bool = False) -> None:
-        """A worker died over the job: it waits again, first in line (jobs are taken in the order they came).
+        """Let a job wait again after its worker died. It is first in line: jobs are taken in the order they came.
 
-        `blameless` when the video had no part in it: the attempt does not count. A job that nobody waits for any more
-        goes.
+        `blameless`: the video was not the cause, so the attempt does not count. A job that nobody waits for any more
+        is deleted.
         """
         with self._write() as connection:
             if not self._holds(connection, adapter_name):
@@ -175,17 +175,17 @@ class Jobs(Database):
             _release(connection, adapter_name, blameless=blameless)
 
     def release_all_jobs(self, *, blameless: bool) -> int:
-        """This pool does not run: whatever it had in work waits again. Returns how many jobs that were.
+        """Let all jobs that this pool was running wait again. Returns how many there were.
 
-        `blameless` after a stop in order: the attempt does not count.
+        `blameless`: the pool stopped in order, so the attempt does not count.
         """
         ours = or_(jobs.c.pool.is_(None), jobs.c.pool == self.pool)
         with self._write() as connection:
             return _release_all(connection, ours, blameless)
 
     def beat(self) -> int:
-        """This pool runs. What pools without a sign of life for `LEASE_SECONDS` had in work waits again, and the
-        attempt counts; returns how many jobs that were."""
+        """Note that this pool runs. Jobs of pools without a sign of life for `LEASE_SECONDS` wait again, and the
+        attempt counts. Returns how many such jobs there were."""
         with self._write(beside=()) as connection:
             now = clock(connection)
             if connection.execute(update(pools).where(pools.c.id == self.pool).values(seen_at=now)).rowcount == 0:
@@ -199,7 +199,7 @@ class Jobs(Database):
             return _release_all(connection, of_the_dead, blameless=False)
 
     def hurry_job(self, adapter_name: str) -> None:
-        """Somebody waits for this adapter: a background job for it takes its place among the others."""
+        """Turn a background job for this adapter into an ordinary one, because somebody waits for it now."""
         with self._read() as connection:
             of_adapter = jobs.c.adapter_name == adapter_name
             background = connection.scalar(select(jobs.c.background).where(of_adapter))
@@ -208,14 +208,14 @@ class Jobs(Database):
                 connection.execute(update(jobs).where(of_adapter).values(background=False))
 
     def wanted(self, adapter_name: str) -> bool:
-        """Whether this adapter is published, or any file waits for it."""
+        """Whether this adapter is published or any file waits for it."""
         with self._read() as connection:
             if adapter_of(connection, adapter_name) is not None:
                 return True
             return any(record.state is not VideoState.ERROR for record in files_of(connection, adapter_name))
 
     def _holds(self, connection: Connection, adapter_name: str) -> bool:
-        """Whether a job is this pool's: it may have been given to another while this one was away."""
+        """Whether a job is this pool's. Another pool may have taken it while this one gave no sign of life."""
         if self.pool is None:
             return True
         held = select(jobs.c.id).where(jobs.c.adapter_name == adapter_name, jobs.c.pool == self.pool)
@@ -246,7 +246,7 @@ def _drop_unwanted(connection: Connection, names: Collection[str]) -> None:
 
 
 def _generation(connection: Connection, sha256: str) -> str | None:
-    """Of the bytes that files with this hash name; None without one."""
+    """The generation that live files with this hash name; None if there is no such file."""
     query = select(files.c.generation).where(files.c.sha256 == sha256, files.c.state.in_(LIVE)).limit(1)
     generation: str | None = connection.scalar(query)
     return generation

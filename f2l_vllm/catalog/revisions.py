@@ -1,4 +1,4 @@
-"""Files made ready under other revisions of model, hypernetwork or sampling: ready again, made again, or failed."""
+"""Files made ready under other revisions of model, hypernetwork or sampling become ready, wait again, or fail."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ class Adoption(Database):
     """What a server does with its catalog before it answers anything."""
 
     def adopt(self, name_of: Callable[[str], str], has_video: Callable[[str], bool]) -> tuple[int, int]:
-        """Bring every file to the present revisions of model, hypernetwork and sampling; how many wait, and failed.
+        """Bring every file to the present revisions of model, hypernetwork and sampling. Returns how many files wait
+        and how many failed.
 
         A file whose adapter's name is not `name_of(sha256)` is never answered from that adapter. It is ready if the
-        adapter of the right name exists, else it waits for that to be made in the background from the stored bytes,
-        those used last first; without bytes it fails with `adapter_of_other_revision`. The old adapter stays until the
-        new one is ready, so that a start with the wrong models loses nothing.
+        adapter of the right name exists. Otherwise it waits for a background job that makes that adapter from the
+        stored bytes; files used last come first. Without bytes it fails with `adapter_of_other_revision`. The old
+        adapter stays until the new one is ready, so that a start with the wrong models loses nothing.
 
         Args:
             name_of: the adapter's name for a sha-256.
@@ -48,7 +49,7 @@ class Adoption(Database):
         return waiting, failed
 
     def _count_bytes_again(self) -> None:
-        """Versions that did not count may have written."""
+        """Recount: earlier versions, which did not count bytes, may have written to this catalog."""
         kept = select(files.c.tenant, func.sum(files.c.bytes)).where(files.c.state.in_(LIVE)).group_by(files.c.tenant)
         with self._write() as connection:
             connection.execute(delete(usage))
@@ -58,7 +59,7 @@ class Adoption(Database):
 def _adopt(
     connection: Connection, record: FileRecord, name: str, has_video: Callable[[str], bool]
 ) -> VideoState | None:
-    """Give one file the adapter name of the present revisions; the state it is in then, None if it stays as it is."""
+    """Give one file the adapter name of the present revisions. Returns its new state; None if it stays as it is."""
     old = record.adapter_name
     ready = adapter_of(connection, name) is not None
     if record.state in GONE or old == name or (record.state is VideoState.ERROR and not ready):

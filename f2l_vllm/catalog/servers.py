@@ -1,8 +1,8 @@
 """The servers of a catalog, and how far each of them has forgotten what was deleted.
 
-Deletions are numbered: the `seq` of their tombstones, ascending in the order of their commits. A server forgets them in
-that order and enters how far it has come. A server that gives no sign of life for `SERVER_SECONDS` is not waited for;
-it has to join again, under another id, and before that to compare whatever it keeps with the catalog.
+Deletions are numbered by the `seq` of their tombstones, ascending in the order of their commits. A server forgets them
+in that order and enters how far it has come. Nobody waits for a server that gives no sign of life for `SERVER_SECONDS`.
+It has to join again under another id, and has to compare what it keeps with the catalog before that.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from f2l_vllm.catalog.database import Database, clock
 from f2l_vllm.catalog.tables import Tombstone, servers, tombstones
 from f2l_vllm.catalog.tombstones import tombstone_record
 
-SERVER_SECONDS = 60.0  # many times what lies between two signs of life
+SERVER_SECONDS = 60.0  # many times the interval between two signs of life
 
 
 class OtherModels(RuntimeError):
-    """Servers with other models, or another way to read videos, answer from this catalog."""
+    """Servers with other models, or with another way to read videos, answer from this catalog."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -33,12 +33,12 @@ class Servers(Database):
     """What servers tell each other about deletions."""
 
     def join_server(self, server: str, revision: str) -> int:
-        """Enter a server that has forgotten nothing yet; the newest deletion, which it has to compare up to.
+        """Enter a server that has forgotten nothing yet. Returns the newest deletion, up to which it has to compare.
 
         Raises:
-            OtherModels: a server of another revision runs; it would make, and answer from, other adapters.
+            OtherModels: a server of another revision runs, which makes and uses other adapters.
         """
-        with self._write(beside=(), deletes=True) as connection:  # no deletion is half written
+        with self._write(beside=(), deletes=True) as connection:  # so no deletion is half written
             now = clock(connection)
             runs = and_(servers.c.seen_at >= now - SERVER_SECONDS, servers.c.revision != revision)
             if connection.dialect.name == "postgresql" and connection.scalar(select(exists().where(runs))):
@@ -47,7 +47,7 @@ class Servers(Database):
             return connection.scalar(select(func.max(tombstones.c.seq))) or 0
 
     def beat_server(self, server: str, applied: int) -> bool:
-        """A server runs, and has forgotten every deletion up to `applied`. False: it was given up, and has to join."""
+        """Note that a server runs and has forgotten every deletion up to `applied`. False: it has to join again."""
         with self._write(beside=()) as connection:
             now = clock(connection)
             known = update(servers).where(servers.c.id == server, servers.c.seen_at >= now - SERVER_SECONDS)
@@ -60,18 +60,18 @@ class Servers(Database):
         return is_known
 
     def leave_server(self, server: str) -> None:
-        """A server stops, and keeps nothing in memory."""
+        """Remove a server that stops and keeps nothing in memory."""
         with self._write(beside=()) as connection:
             connection.execute(delete(servers).where(servers.c.id == server))
 
     def deletions_after(self, seq: int, limit: int) -> list[Tombstone]:
-        """Deletions after this one, in their order, at most `limit`."""
+        """At most `limit` deletions after this one, in order."""
         later = select(tombstones).where(tombstones.c.seq > seq, tombstones.c.reserved.is_(False))
         with self._read() as connection:
             return [tombstone_record(row) for row in connection.execute(later.order_by(tombstones.c.seq).limit(limit))]
 
     def is_erased(self, deletions: Collection[int]) -> bool:
-        """Whether nothing is left of these deletions: neither in the store, nor with any server that runs."""
+        """Whether nothing is left of what was deleted, neither in the store nor on any running server."""
         if not deletions:
             return True
         left = exists().where(tombstones.c.seq.in_(deletions), tombstones.c.done_at.is_(None))

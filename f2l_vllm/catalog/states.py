@@ -1,4 +1,4 @@
-"""The life of a video as one explicit state machine; every transition in the project is checked here."""
+"""The life of a video as one explicit state machine. Every transition in the project is checked here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class VideoState(StrEnum):
-    """Where a video stands. `uploaded` waits for a worker; the next three are a worker's stages; the rest are ends."""
+    """The state of a video. `uploaded` waits for a worker, the next three are a worker's stages, the rest are ends."""
 
     UPLOADED = "uploaded"
     DECODING = "decoding"
@@ -23,9 +23,9 @@ GONE = (_S.DELETED, _S.EXPIRED)
 LIVE = [state.value for state in VideoState if state not in GONE]
 IN_WORK = frozenset({_S.UPLOADED, _S.DECODING, _S.ENCODING, _S.PUBLISHING})
 _ENDS = {_S.ERROR, _S.EXPIRED, _S.DELETED}
-# A file may join a job that is already in work, so it may skip stages. A stage falls back to `uploaded` when the worker
-# dies; `processed` does so only when the adapter is found missing or damaged, or was made under other revisions of the
-# models, and is made again. Without the video's bytes that is an error, until the old revisions are served again.
+# A file may join a job that is already running, so it may skip stages. A stage falls back to `uploaded` when the worker
+# dies. `processed` falls back only when the adapter has to be made again: it is missing or damaged, or was made under
+# other revisions of the models. Without the video's bytes it becomes `error` until the old revisions are served again.
 TRANSITIONS: dict[VideoState, frozenset[VideoState]] = {
     _S.UPLOADED: frozenset({_S.DECODING, _S.ENCODING, _S.PUBLISHING, _S.PROCESSED, *_ENDS}),
     _S.DECODING: frozenset({_S.ENCODING, _S.PUBLISHING, _S.UPLOADED, _S.PROCESSED, *_ENDS}),
@@ -39,7 +39,7 @@ TRANSITIONS: dict[VideoState, frozenset[VideoState]] = {
 
 
 class IllegalTransition(RuntimeError):
-    """A transition the state machine does not have: a bug in the caller, never a user's mistake."""
+    """The state machine has no such transition. This is a bug in the caller, never a user's mistake."""
 
 
 def check_transition(current: VideoState, new: VideoState) -> None:

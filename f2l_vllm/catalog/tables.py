@@ -28,7 +28,7 @@ from f2l_vllm.store.address import video_name
 
 
 class _Text(TypeDecorator[str]):
-    """Text that came from outside. PostgreSQL has no NUL in a text, and an id with one in it is nobody's."""
+    """Text from outside. PostgreSQL cannot store NUL, so it is replaced; an id with NUL matches no file."""
 
     impl = String
     cache_ok = True
@@ -39,7 +39,7 @@ class _Text(TypeDecorator[str]):
 
 VIDEO, ADAPTER = "video", "adapter"  # kinds of tombstones
 metadata = MetaData()
-_Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up by itself in INTEGER columns only
+_Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite autoincrements INTEGER columns only
 
 files = Table(
     "files",
@@ -52,7 +52,7 @@ files = Table(
     Column("bytes", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False, index=True),
     Column("adapter_name", String(128), nullable=False, index=True),
-    Column("previous_adapter", String(128), index=True),  # of other revisions, kept until the new one is made
+    Column("previous_adapter", String(128), index=True),  # made under other revisions, kept until the new one is made
     Column("state", String(16), nullable=False),
     Column("progress", Float, nullable=False, default=0.0),
     Column("error_code", String(64)),
@@ -60,15 +60,15 @@ files = Table(
     Column("created_at", Float, nullable=False),
     Column("last_used_at", Float),
     Column("expires_at", Float, index=True),
-    Column("idle_seconds", Float),  # set: `expires_at` moves on with each use
+    Column("idle_seconds", Float),  # if set, each use moves `expires_at`
     Column("pinned", Boolean, nullable=False, server_default=false()),
     Column("ended_at", Float, index=True),
-    # Which copy of the bytes in the store is this file's: one for all live files of the same bytes.
+    # Which copy of the bytes in the store this file uses. All live files with the same bytes use one copy.
     Column("generation", String(32), nullable=False, server_default=""),
     Column("from_address", Boolean, nullable=False, server_default=false()),
     sqlite_autoincrement=True,
 )
-# The same bytes, at whatever address, are one file of a tenant's.
+# A tenant has one file for the same bytes, whatever their address.
 _OF_ADDRESS = and_(files.c.from_address.is_(True), files.c.state.in_([literal_column(f"'{state}'") for state in LIVE]))
 Index(
     "files_by_address",
@@ -79,9 +79,9 @@ Index(
     postgresql_where=_OF_ADDRESS,
 )
 Index("files_by_tenant", files.c.tenant, files.c.number)
-Index("files_by_state", files.c.state, files.c.tenant, files.c.number)  # whose turn it is, and with which file
+Index("files_by_state", files.c.state, files.c.tenant, files.c.number)  # whose turn it is, and their oldest file
 
-# An adapter's id is its LoRA int id in every engine: allocated here only, ascending, never used again.
+# An adapter's id is its LoRA int id in every engine. Ids are allocated only here, ascending, and never reused.
 adapters = Table(
     "adapters",
     metadata,
@@ -99,7 +99,7 @@ adapters = Table(
 _COMPOSED = adapters.c.composed.is_(True)
 Index("adapters_composed", adapters.c.id, sqlite_where=_COMPOSED, postgresql_where=_COMPOSED)
 
-# Which adapters a composed one is made of. By name: a part that is made again is the same part.
+# The parts of each composed adapter, by name, because a part that is made again is still the same part.
 parts = Table(
     "parts",
     metadata,
@@ -116,13 +116,13 @@ jobs = Table(
     Column("running", Integer, nullable=False, default=0),
     Column("attempts", Integer, nullable=False, default=0),
     Column("background", Boolean, nullable=False, server_default=false()),  # nobody waits for it
-    Column("pool", String(64)),  # that has it in work
+    Column("pool", String(64)),  # the pool that runs it
     Column("created_at", Float, nullable=False),
     sqlite_autoincrement=True,
 )
 Index("jobs_in_line", jobs.c.running, jobs.c.background, jobs.c.id)
 
-# The pools that run, or ran a moment ago.
+# The pools that run or ran a moment ago.
 pools = Table(
     "pools",
     metadata,
@@ -130,8 +130,8 @@ pools = Table(
     Column("seen_at", Float, nullable=False),
 )
 
-# The servers that answer from this catalog, or did a moment ago. `applied`: every deletion up to this tombstone is
-# forgotten there: engine, disk and memory.
+# The servers that answer from this catalog or did a moment ago. `applied`: their engine, disk and memory have forgotten
+# every deletion up to this tombstone.
 servers = Table(
     "servers",
     metadata,
@@ -141,16 +141,16 @@ servers = Table(
     Column("revision", String(128), nullable=False, server_default=""),  # of models and sampling
 )
 
-# What is in the store and no row names any more, or not yet: to be removed, and then `done`.
+# What is in the store although no row names it any more, or yet. `done_at` is set once it is removed.
 tombstones = Table(
     "tombstones",
     metadata,
     Column("seq", _Number, primary_key=True, autoincrement=True),
     Column("kind", String(8), nullable=False),
-    Column("name", String(128), nullable=False),  # an adapter's, or the hash of a video
+    Column("name", String(128), nullable=False),  # an adapter's name or a video's hash
     Column("generation", String(32), nullable=False, server_default=""),
     Column("doomed_at", Float, nullable=False),
-    Column("reserved", Boolean, nullable=False, server_default=false()),  # an upload writes it, and may name it still
+    Column("reserved", Boolean, nullable=False, server_default=false()),  # an upload writes it and may still name it
     Column("done_at", Float, index=True),
     sqlite_autoincrement=True,
 )
@@ -164,7 +164,7 @@ usage = Table(
     Column("bytes", BigInteger, nullable=False),
 )
 
-# What one process of all does now and then, and when it was done last.
+# Recurring work that one of all processes does, and when it was last done.
 duties = Table(
     "duties",
     metadata,
@@ -177,7 +177,7 @@ duties = Table(
 class FileRecord:
     """One file id of one tenant. Times are Unix seconds; `progress` is 0..1 within the state.
 
-    `idle_seconds` moves `expires_at` on with each use; a pinned file does not expire.
+    With `idle_seconds`, each use moves `expires_at`. A pinned file does not expire.
     """
 
     number: int
@@ -232,7 +232,7 @@ class FileWithAdapter:
 
 @dataclass(frozen=True)
 class Job:
-    """One adapter to be made, whoever waits for it. `attempts` counts this one."""
+    """One adapter to be made, whoever waits for it. `attempts` includes this attempt."""
 
     adapter_name: str
     sha256: str
@@ -247,7 +247,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Tombstone:
-    """What is to be removed from the store: an adapter by its name, or one copy of a video's bytes."""
+    """What has to be removed from the store: an adapter by its name, or one copy of a video's bytes."""
 
     seq: int
     kind: str
@@ -267,11 +267,11 @@ class Tombstone:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Where an upload's bytes lie, or are to be put, before its file is entered.
+    """Where an upload's bytes are, or have to be put, before its file is entered.
 
     Attributes:
-        is_new: nobody names them yet: the upload has to put them there.
-        replaces: the copy that all files of the same bytes leave for this one, because it is missing or damaged.
+        is_new: no file names them yet, so the upload has to put them there.
+        replaces: a missing or damaged copy; all files with the same bytes switch from it to this one.
     """
 
     sha256: str

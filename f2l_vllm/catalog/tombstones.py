@@ -1,13 +1,13 @@
-"""What is to go from the store, written down in the same transaction as the row that named it.
+"""Tombstones: what has to be removed from the store. Deleting a row writes its tombstone in the same transaction.
 
-The bytes of a video lie under their hash and a *generation*, of which all live files of the same bytes name one. A
-generation is born reserved: an upload asks for it, puts the bytes there, and its file takes the reservation away as it
-names it. From then on, a tombstone is written with the deletion of the last file that names it, and it is never named
-again; the next upload of the same bytes gets another one. So whoever finds a tombstone may remove what it names, at any
-time and more than once, whatever other servers upload meanwhile: after a crash, when the store was away, or as the
-server that deleted.
+The bytes of a video are stored under their hash and a *generation*. All live files with the same bytes name the same
+generation. A generation begins as a reservation: an upload asks for it and puts the bytes there, and entering the file
+ends the reservation. The deletion of the last file that names the generation writes a tombstone. The generation is
+never named again; the next upload of the same bytes gets another one. So any server may remove what a tombstone names,
+at any time and more than once, whatever other servers upload meanwhile: after a crash, after the store was away, or as
+the server that deleted the file.
 
-A reservation that was not used, because the upload was refused or its server is gone, becomes a tombstone by itself.
+An unused reservation, whose upload was refused or whose server is gone, becomes a tombstone by itself.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from f2l_vllm.catalog.states import LIVE, VideoState
 from f2l_vllm.catalog.tables import VIDEO, Bytes, Tombstone, adapters, duties, files, tombstones
 from f2l_vllm.store.address import video_name
 
-LOST = "video_lost"  # the error of a file whose bytes a worker did not find as they were
-_RESERVED_SECONDS = 3600.0  # an upload whose bytes take longer to put into the store begins anew
+LOST = "video_lost"  # the error of a file whose bytes a worker found missing or changed
+_RESERVED_SECONDS = 3600.0  # an upload that takes longer to put its bytes into the store begins again
 _AT_ONCE = 500  # databases bound the number of parameters
 
-# What every upload asks. Made once: putting a statement together takes longer than running it.
+# Every upload runs these queries. They are built once: building a statement takes longer than running it.
 _SAME_BYTES = and_(files.c.sha256 == bindparam("sha256"), files.c.state.in_(LIVE))
 _LIVE_GENERATION = select(files.c.generation).where(_SAME_BYTES).limit(1)
 _KEPT = (
@@ -38,18 +38,18 @@ _KEPT = (
 
 
 class VideoGone(RuntimeError):
-    """The bytes that an upload counted on were deleted meanwhile."""
+    """The bytes that an upload relied on were deleted meanwhile."""
 
 
 class Tombstones(Database):
     """What uploads, deletions and the removal of files from the store agree on."""
 
     def reserve_video(self, sha256: str, *, anew: bool = False, replaces: str | None = None) -> Bytes:
-        """Where an upload finds these bytes, or is to put them.
+        """Where an upload finds these bytes, or has to put them.
 
         Args:
-            anew: it puts them there itself, whoever has them already.
-            replaces: the generation in which they were found missing or cut short, with `anew`.
+            anew: the upload stores them itself, even if they are stored already.
+            replaces: with `anew`, the generation whose bytes were found missing or cut short.
         """
         if not anew:
             with self._read() as connection:
@@ -65,12 +65,12 @@ class Tombstones(Database):
         return Bytes(sha256, generation, is_new=True, replaces=replaces)
 
     def give_back_video(self, video: Bytes) -> list[Tombstone]:
-        """A file was not entered: what was put there may go. Nothing, if a file names it after all."""
+        """End the reservation of a file that was not entered: its bytes may be removed unless a file names them."""
         with self._write(beside=[video.sha256]) as connection:
             return give_back(connection, video)
 
     def tombstones(self, limit: int) -> list[Tombstone]:
-        """What is to be removed from the store, oldest first, at most `limit`."""
+        """What has to be removed from the store, oldest first, at most `limit`."""
         open_ = tombstones.c.done_at.is_(None)
         with self._read() as connection:
             before = clock(connection) - _RESERVED_SECONDS
@@ -84,7 +84,7 @@ class Tombstones(Database):
             return [tombstone_record(row) for row in connection.execute(query.limit(limit))]
 
     def bury(self, removed: Collection[Tombstone]) -> None:
-        """What these name is gone from the store."""
+        """Note that what these tombstones name is gone from the store."""
         with self._write(beside=()) as connection:
             numbers = [tombstone.seq for tombstone in removed]
             for start in range(0, len(numbers), _AT_ONCE):
@@ -92,8 +92,8 @@ class Tombstones(Database):
                 connection.execute(update(tombstones).where(chosen).values(done_at=clock(connection)))
 
     def named(self, names: Collection[str]) -> set[str]:
-        """Those of these names in the store that a row names: adapters that are published or waited for, and videos of
-        files or of uploads that have not ended."""
+        """Those of these store names that a row names: adapters that are published or waited for, and videos of live
+        files or of unfinished uploads."""
         asked, found = sorted(names), set()
         for start in range(0, len(asked), _AT_ONCE):
             found |= self._named(asked[start : start + _AT_ONCE])
@@ -115,7 +115,7 @@ class Tombstones(Database):
         return found & set(names)
 
     def take_duty(self, name: str, every: float) -> bool:
-        """Whether it is this process that has to do it now: nobody has for `every` seconds."""
+        """Whether this process has to do it now, because nobody has for `every` seconds."""
         of_name = duties.c.name == name
         with self._read() as connection:
             now = clock(connection)
@@ -141,16 +141,16 @@ def doom(connection: Connection, kind: str, names: Iterable[str], generation: st
 
 
 def doom_video_unless_named(connection: Connection, sha256: str, generation: str) -> list[Tombstone]:
-    """A file has left: its bytes go if it was the last live one with them."""
+    """After a file has left, write a tombstone for its bytes if no live file has the same bytes."""
     same_bytes = exists().where(files.c.sha256 == sha256, files.c.state.in_(LIVE))
     return [] if connection.scalar(select(same_bytes)) else doom(connection, VIDEO, [sha256], generation)
 
 
 def name_video(connection: Connection, video: Bytes) -> str:
-    """The generation that a new file with these bytes takes: the one that others have, or the upload's own.
+    """The generation that a new file with these bytes names: that of existing files, or the upload's own.
 
     Raises:
-        VideoGone: the upload counted on bytes that were deleted meanwhile; it has to put them into the store itself.
+        VideoGone: the upload relied on bytes that were deleted meanwhile; it has to store them itself.
     """
     live: str | None = connection.scalar(_LIVE_GENERATION, {"sha256": video.sha256})
     if not video.is_new:
@@ -171,7 +171,7 @@ def name_video(connection: Connection, video: Bytes) -> str:
 
 
 def give_back(connection: Connection, video: Bytes) -> list[Tombstone]:
-    """A reservation was not used: what was put there may go."""
+    """End an unused reservation: its bytes may be removed."""
     found = [tombstone_record(row) for row in connection.execute(select(tombstones).where(_reservation(video)))]
     connection.execute(update(tombstones).where(_reservation(video)).values(reserved=False))
     return found
@@ -183,5 +183,5 @@ def _reservation(video: Bytes) -> Any:
 
 
 def tombstone_record(row: Row[Any]) -> Tombstone:
-    """A row of `tombstones`."""
+    """A row of `tombstones` as a record."""
     return Tombstone(row.seq, row.kind, row.name, row.generation)

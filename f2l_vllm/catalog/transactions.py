@@ -1,4 +1,4 @@
-"""Steps within one transaction of the catalog, shared by its parts."""
+"""Steps within one transaction of the catalog, shared by its modules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXHAUSTED = "internalization_failed"  # the error of a video that cost a worker 
 # Engines keep LoRA int ids in int32 tensors, and a server leaves the first 2^20 to the operator's own adapters.
 LAST_ID = 2**31 - 1 - 2**20
 
-# What every upload asks. Made once: putting a statement together takes longer than running it.
+# Every upload runs these statements. They are built once: building a statement takes longer than running it.
 _NAME: BindParameter[str] = bindparam("name")
 _STANDING = select(
     exists().where(adapters.c.name == _NAME),
@@ -42,7 +42,7 @@ _COUNT = {
 
 
 class QueueFull(RuntimeError):
-    """No room for another job; `retry_after` is a guess in seconds."""
+    """There is no room for another job; `retry_after` is a guess in seconds."""
 
     def __init__(self, queued: int, retry_after: int) -> None:
         super().__init__(f"{queued} videos are waiting to be internalized already")
@@ -50,7 +50,7 @@ class QueueFull(RuntimeError):
 
 
 class QuotaExceeded(RuntimeError):
-    """The tenant keeps as many bytes as it may."""
+    """The upload would take the tenant over its limit of bytes."""
 
 
 def file_record(row: Sequence[Any]) -> FileRecord:
@@ -65,14 +65,14 @@ def adapter_record(row: Sequence[Any]) -> AdapterRecord:
 
 
 def file_of(connection: Connection, file_id: str, tenant: str, *, hold: bool = False) -> FileRecord | None:
-    """A tenant's file in whatever state, or None; with `hold` nobody changes it before this transaction ends."""
+    """A tenant's file in any state, or None. With `hold`, nobody changes it before this transaction ends."""
     query = select(files).where(files.c.id == file_id, files.c.tenant == tenant)
     row = connection.execute(query.with_for_update() if hold else query).first()
     return None if row is None else file_record(row)
 
 
 def file_of_address(connection: Connection, tenant: str, sha256: str) -> FileRecord | None:
-    """A tenant's live file of these bytes that was named by address, or None."""
+    """A tenant's live file with these bytes that was named by an address, or None."""
     named = and_(files.c.from_address.is_(True), files.c.state.in_(LIVE))
     row = connection.execute(select(files).where(files.c.tenant == tenant, files.c.sha256 == sha256, named)).first()
     return None if row is None else file_record(row)
@@ -91,10 +91,10 @@ def files_of(connection: Connection, adapter_name: str) -> list[FileRecord]:
 
 
 def move(connection: Connection, records: Collection[FileRecord], state: VideoState, **values: Any) -> None:
-    """The one place where a file's state changes. One that another transaction has moved since it was read stays there.
+    """Move files to another state; no other code does. A file that another transaction has moved meanwhile stays there.
 
     Raises:
-        IllegalTransition: an edge that the state machine does not have.
+        IllegalTransition: the state machine has no such transition.
     """
     for record in records:
         check_transition(record.state, state)
@@ -110,10 +110,10 @@ def move(connection: Connection, records: Collection[FileRecord], state: VideoSt
 
 
 def count_bytes(connection: Connection, tenant: str, more: int, limit: int | None = None) -> None:
-    """A tenant's files have so many bytes more. Nobody else counts the tenant's before this transaction ends.
+    """Add `more` to a tenant's bytes. Nobody else can change the tenant's count before this transaction ends.
 
     Raises:
-        QuotaExceeded: that would be above the limit; the transaction is to be given up.
+        QuotaExceeded: the sum is above the limit; the caller has to abandon the transaction.
     """
     of_tenant = usage.c.tenant == tenant
     if more <= 0:
@@ -138,16 +138,16 @@ def ensure_job(
     tenant_limit: int | None = None,
     job_attempts: int = 1,
 ) -> bool:
-    """Enter a job for this adapter unless there is one, or it is published; whether it is.
+    """Enter a job for this adapter unless it has one or is published. Returns whether it is published.
 
     Args:
-        queue_limit: bounds the waiting jobs that somebody waits for.
+        queue_limit: bounds the queued jobs that somebody waits for.
         background: nobody waits for it.
-        tenant: who asks; `tenant_limit` bounds the waiting jobs that are for files of its.
-        job_attempts: of a job; a video that has cost all of them before gets one.
+        tenant: who asks; `tenant_limit` bounds the queued jobs for this tenant's files.
+        job_attempts: attempts per job; a video that has used all of them before gets one.
 
     Raises:
-        QueueFull: there is no room for it.
+        QueueFull: there is no room for another job.
     """
     is_published, known, is_poisonous = connection.execute(_STANDING, {"name": adapter_name}).one()
     if is_published or known is not None:
@@ -171,7 +171,7 @@ def ensure_job(
 
 
 def release(connection: Connection, names: Collection[str]) -> None:
-    """Jobs that were in work wait again, and so do their files."""
+    """Let running jobs and their files wait again."""
     connection.execute(update(jobs).where(jobs.c.adapter_name.in_(names)).values(running=0, pool=None))
     for name in names:
         at_work = [r for r in files_of(connection, name) if r.state in IN_WORK and r.state is not VideoState.UPLOADED]
@@ -182,7 +182,7 @@ def insert_adapter(connection: Connection, values: dict[str, Any]) -> AdapterRec
     """Enter an adapter under a fresh int32 id.
 
     Raises:
-        AdapterIdsExhausted: there is no fresh id left; nothing is entered then.
+        AdapterIdsExhausted: no fresh id is left; nothing is entered.
     """
     entered = connection.execute(insert(adapters).values({**values, "created_at": time.time()}))
     (number,) = entered.inserted_primary_key or (0,)
@@ -195,7 +195,7 @@ def insert_adapter(connection: Connection, values: dict[str, Any]) -> AdapterRec
 
 
 def drop_adapters(connection: Connection, names: Collection[str]) -> list[Tombstone]:
-    """Take adapters out, and every composed one that has any of them as a part; all of them are to be removed."""
+    """Remove adapters, and every adapter composed of them. The tombstones name what the store has to remove."""
     doomed: set[str] = set()
     found = set(names)
     while found:
@@ -217,18 +217,18 @@ def is_referred_to(connection: Connection, adapter_name: str) -> bool:
 
 
 def drop_unwanted(connection: Connection, names: Collection[str | None]) -> list[Tombstone]:
-    """Take out those of these adapters that no file refers to any more, and the queued jobs for them."""
+    """Remove those of these adapters that no file refers to any more, and their queued jobs."""
     unwanted = [name for name in names if name is not None and not is_referred_to(connection, name)]
     if not unwanted:
         return []
-    # A running job is left to its worker, which finds that nobody waits and drops the result.
+    # A running job stays: its worker finds that nobody waits and drops the result.
     return drop_jobs(connection, and_(jobs.c.adapter_name.in_(unwanted), jobs.c.running == 0)) + drop_adapters(
         connection, unwanted
     )
 
 
 def drop_jobs(connection: Connection, chosen: Any) -> list[Tombstone]:
-    """Take jobs out that nobody waits for. One that was begun may have left an adapter in the store."""
+    """Remove jobs that nobody waits for. A job that was begun may have left an adapter in the store."""
     begun = select(jobs.c.adapter_name).where(chosen, jobs.c.attempts > 0)
     begun = begun.where(~exists().where(adapters.c.name == jobs.c.adapter_name))
     doomed = doom(connection, ADAPTER, sorted(connection.scalars(begun)))
