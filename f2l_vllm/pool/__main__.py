@@ -1,8 +1,8 @@
-"""`python -m f2l_vllm.pool SPEC`: the pool as a process of its own, so that Ray's life and the server's are apart.
+"""`python -m f2l_vllm.pool SPEC`: the pool in its own process, so that Ray and the server do not end each other.
 
-Loads its workers, and once it reads `begin` from standard input has them take jobs, when no other pool has the data
-folder any more. Runs until standard input closes, which is how it learns that its server has gone. Says one JSON object
-a line: `{"workers": N}` when that changes, `{"why": …}` when there is none for another reason than before,
+The process loads its workers. They take jobs once it has read `begin` from standard input and no other pool holds the
+data folder. It runs until standard input closes, which means that its server has gone. It prints one JSON object per
+line: `{"workers": N}` when that number changes, `{"why": …}` when there is no worker and the reason is new, and
 `{"outcome": …, "seconds": {…}}` when a job ends. Everything else, jobs and their states, is in the catalog.
 """
 
@@ -20,27 +20,27 @@ from typing import Any
 from f2l_vllm import logs
 
 _TICK_SECONDS = 0.1
-_BUSY_SECONDS = 60.0  # nobody waits for an answer here, and work is lost if a result cannot be entered
-_STOP_SECONDS = 4.0  # from the end of standard input to the end of this process, whatever is in the way
+_BUSY_SECONDS = 60.0  # long: no client waits here, and a result that cannot be entered is lost work
+_STOP_SECONDS = 4.0  # from the end of standard input to the end of this process, at the latest
 
 
 def main(spec_json: str) -> int:
-    """Run the pool; the exit code is 0 unless workers could not be started any more."""
+    """Run the pool; the exit code is 0 unless workers can no longer be started."""
     told, orphaned = threading.Event(), threading.Event()
     threading.Thread(target=_listen, args=(told, orphaned), daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: None)  # a supervisor may send it to all; the server says when to stop
+    signal.signal(signal.SIGTERM, lambda *_: None)  # a supervisor may send it to all; the server decides when to stop
 
     logs.configure("pool")
-    # What follows takes seconds, in which the server may end.
+    # These imports take seconds, and the server may end meanwhile.
     from pydantic import TypeAdapter
 
     from f2l_vllm.settings import Settings
 
     settings = Settings()
     if settings.ray_address is None:
-        # Ray's switch for a cluster that nobody joins: every part of it listens on loopback. Read when it is imported.
+        # For a cluster that nobody joins: all of Ray listens on loopback. Ray reads this when it is imported.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a lane that is late at the end would start another Ray
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # otherwise a lane that is slow to stop would start another Ray
 
     from f2l_vllm.catalog.catalog import Catalog
     from f2l_vllm.pool.actors import Actors
@@ -53,7 +53,7 @@ def main(spec_json: str) -> int:
     spec = TypeAdapter(WorkerSpec).validate_json(spec_json)
 
     def say(**message: Any) -> None:
-        with suppress(BrokenPipeError):  # the server is gone: no reason for a job to be lost
+        with suppress(BrokenPipeError):  # the server is gone, but no job may be lost for that
             sys.stdout.write(json.dumps(message) + "\n")
             sys.stdout.flush()
 
@@ -94,7 +94,7 @@ def main(spec_json: str) -> int:
 
 
 def _listen(told: threading.Event, orphaned: threading.Event) -> None:
-    while os.read(sys.stdin.fileno(), 4096):  # there is one thing to be told
+    while os.read(sys.stdin.fileno(), 4096):  # the only message is `begin`
         told.set()
     faulthandler.dump_traceback_later(_STOP_SECONDS, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
     orphaned.set()

@@ -1,4 +1,4 @@
-"""The pool's Ray actors: where they run, what each reserves, and starting them, if need be ahead of their work."""
+"""The pool's Ray actors: where they run, what each one reserves, and how they start, if need be ahead of their work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OBJECT_STORE_BYTES = 100 * 2**20  # only small events pass through it
 
 
 class Actors:
-    """Starts the workers of one pool. Actors that are loading already are handed out first."""
+    """Starts the workers of one pool. Workers started ahead are handed out first."""
 
     def __init__(self, config: PoolConfig, spec: WorkerSpec) -> None:
         self._config = config
@@ -24,13 +24,13 @@ class Actors:
         self._is_connected = False
 
     def connect(self) -> None:
-        """Start a private Ray, or join the cluster; once."""
+        """Start a private Ray or join the cluster; later calls do nothing."""
         if self._is_connected:
             return
         config = self._config
         options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "configure_logging": False}
         if config.ray_address is None:
-            # A private Ray offers what the workers ask for, even when they are more than this machine's cores.
+            # A private Ray offers as many CPUs as the workers ask for, even if this machine has fewer cores.
             cpus = max(1, -(-config.workers * config.cpus // 1))
             options |= {
                 "address": "local",
@@ -44,21 +44,21 @@ class Actors:
         self._is_connected = True
 
     def disconnect(self) -> None:
-        """End the private Ray with its workers, or leave the cluster, which ends them."""
+        """End the private Ray, or leave the cluster; either ends the workers."""
         if self._is_connected:
             ray.shutdown()
 
     def start_ahead(self) -> None:
-        """Have all workers load before there is anything for them to do."""
+        """Have all workers load before there is work for them."""
         self.connect()
         self._ahead = [self._start() for _ in range(self._config.workers)]
 
     def new(self) -> Any:
-        """A worker, which may still be loading. Ray is connected."""
+        """A worker, which may still be loading. Ray must be connected."""
         return self._ahead.pop() if self._ahead else self._start()
 
     def missing(self) -> str | None:
-        """What no node of the cluster has for a worker, or None."""
+        """Which resources of a worker no node of the cluster has; None if a worker fits."""
         needed = {"CPU": self._config.cpus, "GPU": self._config.gpus}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if any(all(node.get(name, 0) >= amount for name, amount in needed.items()) for node in nodes):
@@ -70,5 +70,5 @@ class Actors:
     def _start(self) -> Any:
         actor: Any = ray.remote(HypernetworkWorker)
         reserved = {"num_cpus": self._config.cpus, "num_gpus": self._config.gpus}
-        # A job runs in one of the threads, `cancel` in the other.
+        # One thread runs the job, the other runs `cancel`.
         return actor.options(**reserved, max_restarts=0, max_concurrency=2).remote(self._spec)

@@ -1,4 +1,4 @@
-"""What a pool is told by its settings."""
+"""What the settings tell a pool."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from f2l_vllm.settings import Settings
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """How many workers, what Ray reserves for each, in which cluster (None: a private one), and how many jobs each
-    takes at a time."""
+    """How many workers a pool has, what Ray reserves for each, in which cluster they run (None: a private one), and how
+    many jobs each takes at a time."""
 
     workers: int
     cpus: float
@@ -29,6 +29,6 @@ class PoolConfig:
             ray_address=settings.ray_address,
             job_attempts=settings.job_attempts,
             job_seconds=settings.job_seconds,
-            # Chunked videos are long: each fills a pass of its own.
+            # Chunked videos are long: each one fills a pass by itself.
             batch=settings.batch_videos if settings.batch_tokens and not settings.is_chunked else 1,
         )

@@ -1,7 +1,7 @@
 """A lane: the thread that feeds one Ray actor with jobs from the catalog.
 
-It claims a job, runs it on its actor, writes what happens into the catalog, and takes the next. A job stays in the
-catalog until it ends, so nothing is lost with an actor: when one dies, its lane puts the job back and starts a new
+It claims a job, runs it on its actor, writes what happens into the catalog, and takes the next job. A job stays in the
+catalog until it ends, so no job is lost with an actor: when an actor dies, its lane puts the job back and starts a new
 actor.
 """
 
@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 _PATH = re.compile(r"(?<![\w.])/[^\s'\",:;)]+")
 _LONGEST_REASON = 300
 _IDLE_SECONDS = 0.05
-_CANCEL_SECONDS = 0.5  # between looks at whether a job in work is still wanted
-_CANCELLED_SECONDS = 30.0  # a worker that does not give a job up by then is replaced
+_CANCEL_SECONDS = 0.5  # between two checks whether a running job is still wanted
+_CANCELLED_SECONDS = 30.0  # a worker that has not given up a cancelled job by then is replaced
 _CHECK_SECONDS = 1.0
 _START_SECONDS = 600.0
-_PLACE_SECONDS = 1.0  # between two looks at whether a worker can be placed
+_PLACE_SECONDS = 1.0  # between two checks whether a worker can be placed
 _FAILED_STARTS = 3
 _RESTART_SECONDS = 2.0
 _UNAVAILABLE_SECONDS = 5.0
@@ -46,13 +46,13 @@ class Work:
     """What the lanes of a pool share.
 
     Attributes:
-        batch: jobs that a lane takes at a time.
-        job_seconds, job_attempts: what one job may take of a worker, and of workers.
+        batch: how many jobs a lane takes at a time.
+        job_seconds, job_attempts: how long one job may take on a worker, and how many attempts it gets.
         new_actor: starts a worker.
-        missing: what no node has for a worker, or None.
+        missing: which resources of a worker no node has, or None.
         on_event: called with every event of a job.
-        stopping: the pool stops.
-        failed: to be set where workers cannot be started any more.
+        stopping: set when the pool stops.
+        failed: a lane sets it when workers can no longer be started.
     """
 
     catalog: Catalog
@@ -68,7 +68,7 @@ class Work:
 
 
 class Lane(threading.Thread):
-    """One worker's feeder. `info` is set while its actor is loaded and alive.
+    """Feeds one worker. `info` is set while its actor is loaded and alive.
 
     Args:
         work: what all lanes of a pool share.
@@ -85,7 +85,7 @@ class Lane(threading.Thread):
         self.why = ""
 
     def kill(self) -> None:
-        """End the actor at once, whatever it does."""
+        """End the actor at once, whatever it is doing."""
         if self._actor is not None:
             ray.kill(self._actor)
 
@@ -99,14 +99,14 @@ class Lane(threading.Thread):
                     self._run(jobs)
                 else:
                     self._work.stopping.wait(_IDLE_SECONDS)
-            except Unavailable as error:  # there may be jobs; the worker is at none and stays
+            except Unavailable as error:  # the worker is idle and stays
                 logger.warning("the catalog cannot be asked for jobs: %s", error)
                 self._work.stopping.wait(_RESTART_SECONDS)
             except Exception:
-                # A lane outlives whatever goes wrong around a job, Ray restarting for one.
+                # A lane survives whatever goes wrong around a job, for example a restart of Ray.
                 if not self._stopping():
                     logger.exception("a hypernetwork lane failed and goes on")
-                    self._lose_actor("is replaced")  # it may still be at the job
+                    self._lose_actor("is replaced")  # it may still be running the job
                     self._give_back(jobs, blameless=False)
                     self._work.stopping.wait(_RESTART_SECONDS)
 
@@ -115,7 +115,7 @@ class Lane(threading.Thread):
             self._enter(self._catalog.release_job, name, blameless=blameless)
 
     def _enter(self, method: Callable[..., Any], name: str, *args: Any, **values: Any) -> None:
-        """Have a catalog that is busy, full or away enter what became of a job as soon as it can."""
+        """Enter what became of a job, and try again while the catalog is busy, full or away."""
         while True:
             try:
                 method(name, *args, **values)
@@ -123,13 +123,13 @@ class Lane(threading.Thread):
             except Unavailable as error:
                 logger.warning("what became of %s cannot be entered yet: %s", name, error)
             if self._work.stopping.wait(_RESTART_SECONDS):
-                return  # the next start finds the job in work and lets it wait again
+                return  # the next start finds the job running and lets it wait again
 
     def _stopping(self) -> bool:
         return self._work.stopping.is_set()
 
     def _ensure_actor(self) -> None:
-        """A live actor, so that a worker that died while idle costs no job an attempt."""
+        """Make sure the actor is alive, so that a worker that died while idle costs no job an attempt."""
         if self._actor is not None and time.monotonic() - self._checked < _CHECK_SECONDS:
             return
         if self._actor is not None:
@@ -154,7 +154,7 @@ class Lane(threading.Thread):
         logger.info("hypernetwork worker ready: pid %d on %s, %s", self.info.pid, self.info.node, self.info.device)
 
     def _loaded(self, info: Any) -> WorkerInfo:
-        """Wait for a new worker to have loaded. In a cluster that is too small it waits for another node, for ever."""
+        """Wait until a new worker has loaded. In a cluster that is too small, wait for another node without limit."""
         deadline = time.monotonic() + _START_SECONDS
         while True:
             ready, _ = ray.wait([info], timeout=_PLACE_SECONDS)
@@ -177,7 +177,7 @@ class Lane(threading.Thread):
             self._actor = None
 
     def _run(self, jobs: dict[str, Job]) -> None:
-        """Run jobs on the actor together; each is taken out of `jobs` when it has ended or waits again."""
+        """Run jobs together on the actor. Each job leaves `jobs` when it has ended or waits again."""
         self._end_poisonous(jobs)
         if not jobs:
             return
@@ -202,7 +202,7 @@ class Lane(threading.Thread):
             elif isinstance(error, GetTimeoutError):
                 self._lose_actor(f"took too long over {names}")
             else:
-                # A process that failed once, out of memory or with a broken device, may fail for every video.
+                # A process that failed once, for lack of memory or from a broken device, may fail for every video.
                 logger.exception("an attempt at %s failed", names)
                 self._lose_actor("is replaced")
                 self._work.stopping.wait(_RESTART_SECONDS)
@@ -216,7 +216,7 @@ class Lane(threading.Thread):
             logger.warning("the progress of %s is not shown: %s", name, error)
 
     def _events(self, jobs: dict[str, Job]) -> Iterator[tuple[str, Event]]:
-        """What the actor says of the jobs, as it happens, until the last has ended."""
+        """The actor's events as they happen, until the last job has ended."""
         assert self._actor is not None
         seconds = self._work.job_seconds * len(jobs)
         deadline = time.monotonic() + seconds
@@ -242,7 +242,7 @@ class Lane(threading.Thread):
                 deadline = min(deadline, time.monotonic() + _CANCELLED_SECONDS)
 
     def _end_poisonous(self, jobs: dict[str, Job]) -> None:
-        """Jobs that have cost all their attempts, the last one the whole pool, are not tried again."""
+        """End the jobs that have used all their attempts and whose last attempt ended the whole pool."""
         limit = self._work.job_attempts
         for name in [name for name, job in jobs.items() if job.attempts > limit]:
             outcome = _exhausted(limit, "the whole pool")
@@ -252,10 +252,10 @@ class Lane(threading.Thread):
     def _end(self, job: Job, outcome: Outcome) -> None:
         catalog, name = self._catalog, job.adapter_name
         if isinstance(outcome, Cancelled):
-            self._enter(catalog.release_job, name, blameless=True)  # or not at all, if nobody waits for it still
+            self._enter(catalog.release_job, name, blameless=True)  # deletes the job if still nobody waits for it
             return
         if isinstance(outcome, Failed):
-            # Bytes that are not there may have been deleted and uploaded again meanwhile, as another copy.
+            # Missing bytes may have been deleted and uploaded again meanwhile, as another copy.
             generation = job.generation if outcome.code == LOST else None
             self._enter(catalog.fail_job, name, outcome.code, outcome.message, generation=generation)
             return
@@ -267,15 +267,15 @@ class Lane(threading.Thread):
                 logger.warning("%s, which nobody waits for any more, is removed later: %s", name, error)
 
     def _wanted(self, name: str) -> bool:
-        """Whether anybody waits for this adapter, or it is published; a catalog that cannot say so is no reason to
-        give it up."""
+        """Whether anybody waits for this adapter or it is published. True while the catalog is unavailable, so that the
+        job is not given up for that."""
         try:
             return self._catalog.wanted(name)
         except Unavailable:
             return True
 
     def _fail_attempt(self, job: Job, error: RayError) -> None:
-        """The job waits again, or ends when it has cost too many workers."""
+        """Let the job wait again, or end it if it has used all its attempts."""
         limit = self._work.job_attempts
         if job.attempts < limit:
             self._enter(self._catalog.release_job, job.adapter_name)
@@ -294,7 +294,7 @@ def _exhausted(attempts: int, how: str) -> Failed:
 
 
 def _without_paths(error: BaseException) -> str:
-    """The last line of an error, which names its cause, for clients: they learn no paths of this machine's."""
+    """The last line of an error, which names its cause, without paths: clients must not learn this machine's paths."""
     lines = str(error).strip().splitlines() or [""]
     text = lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {lines[0]}"
     return _PATH.sub("…", text)[:_LONGEST_REASON]

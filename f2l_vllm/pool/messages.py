@@ -1,4 +1,4 @@
-"""What crosses the process boundary between the pool and a worker: small frozen records, nothing else."""
+"""The small frozen records that cross the process boundary between the pool and a worker; nothing else does."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class WorkerSpec:
 
     @classmethod
     def of(cls, settings: Settings, *, model: Path, hypernetwork: Path, rank: int, max_rank: int) -> WorkerSpec:
-        """What the settings say of workers that make adapters of this `rank` for an engine that takes `max_rank`."""
+        """The spec of workers that make adapters of this `rank` for an engine that takes up to `max_rank`."""
         return cls(
             model=model,
             hypernetwork=hypernetwork,
@@ -54,7 +54,7 @@ class WorkerSpec:
             fps=settings.fps,
             chunk_seconds=settings.chunk_seconds,
             chunk_frames=settings.chunk_frames,
-            # The bias takes the rank of one chunk.
+            # The bias uses as much rank as one chunk.
             max_chunks=max_rank // rank - 1 if settings.is_chunked else 0,
             merge_rate=settings.merge_rate,
             batch_tokens=settings.batch_tokens,
@@ -64,7 +64,7 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """A live worker, as it describes itself."""
+    """A live worker's description of itself."""
 
     pid: int
     node: str

@@ -1,8 +1,8 @@
-"""The pool: N Ray actors, and one lane for each that feeds it jobs from the catalog.
+"""The pool: N Ray actors, each with a lane that feeds it jobs from the catalog.
 
-Only one pool serves a data folder at a time (a file lock), under a name that lies in it; whoever holds the lock
-may call back to work what that name left. Pools of other folders may share the catalog: each says that it runs, and
-what one has in work that says so no more is taken over by the others.
+A file lock lets only one pool serve a data folder at a time. The pool's name is stored in the folder, so the holder of
+the lock may put back the jobs that an earlier pool of that name left. Pools of other folders may share the catalog.
+Each gives signs of life, and when one falls silent, the others take over its jobs.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from f2l_vllm.store.store import Store
 logger = logging.getLogger(__name__)
 
 _BEAT_SECONDS = 5.0  # between two signs of life
-_LANE_SECONDS = 1.0  # for a lane whose actor was killed to notice
+_LANE_SECONDS = 1.0  # how long `stop` waits for a lane to notice that its actor was killed
 
 
 class Pool:
-    """Runs the workers of the store's data folder. `on_event` is called from lane threads with every event of a job."""
+    """Runs the workers of the store's data folder. Lane threads call `on_event` with every event of a job."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Pool:
         self._catalog = catalog
         self._home = store.home
         self._stopping = threading.Event()
-        self.failed = threading.Event()  # workers cannot be started any more: begin again in a new process
+        self.failed = threading.Event()  # workers can no longer be started: start over in a new process
         self._lock = FileLock(store.home / "pool.lock", thread_local=False)
         work = Work(
             catalog,
@@ -62,14 +62,14 @@ class Pool:
         self._lanes = [Lane(index, work) for index in range(config.workers)]
 
     def start(self, wait_seconds: float = 0.0) -> bool:
-        """Take the data folder and start the lanes; False when another pool still has it after `wait_seconds`."""
+        """Lock the data folder and start the lanes; False if another pool still holds it after `wait_seconds`."""
         try:
             self._lock.acquire(timeout=wait_seconds)
         except Timeout:
             return False
         self._catalog.pool = _name(self._home)
         self._beat()
-        # Whoever had them did not stop in order, and one of them may be why: the attempt counts.
+        # The pool that ran these jobs did not stop in order. One of them may be the cause, so the attempt counts.
         if released := self._catalog.release_all_jobs(blameless=False):
             logger.info("%d interrupted jobs wait again", released)
         self._actors.connect()
@@ -79,7 +79,7 @@ class Pool:
         return True
 
     def why(self) -> str:
-        """What the workers that are not there wait for, or what went wrong when they were started."""
+        """What the missing workers wait for, or what went wrong when they were started."""
         return next((lane.why for lane in self._lanes if lane.info is None and lane.why), "")
 
     def workers(self) -> list[WorkerInfo]:
@@ -87,7 +87,7 @@ class Pool:
         return [lane.info for lane in self._lanes if lane.info is not None]
 
     def stop(self) -> None:
-        """Stop lanes and actors, and the private Ray; jobs in work wait for the next start."""
+        """Stop the lanes, the actors and the private Ray. Running jobs wait for the next start."""
         if self._lock.is_locked:
             self._stopping.set()
             for lane in self._lanes:
@@ -114,7 +114,7 @@ class Pool:
 
 
 def _name(home: Path) -> str:
-    """The name of the pool that serves this data folder. The folder's lock is held."""
+    """The name of the pool that serves this data folder. The caller holds the folder's lock."""
     path = home / "pool.name"
     if not path.is_file() or not (name := path.read_text().strip()):
         name = uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""The server's side of the pool: starts the pool process, hears from it, and starts another if it ends."""
+"""The server's side of the pool: starts the pool process, reads its messages, and starts another if it ends."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from f2l_vllm.pool.messages import WorkerSpec
 logger = logging.getLogger(__name__)
 
 _RESTART_SECONDS = 5.0
-_STOP_SECONDS = 2.5  # its server has promised to be gone soon
+_STOP_SECONDS = 2.5  # short, because the server has promised to end soon
 STARTING = "the pool is starting"
-BEGIN = "begin"  # what a pool is told when its jobs may be claimed
-_EARLY = "_F2L_POOL"  # environment variable: the process that was started before the server
+BEGIN = "begin"  # tells a pool that it may claim jobs
+_EARLY = "_F2L_POOL"  # environment variable: describes the process that was started before the server
 
 
 def start_early(spec: WorkerSpec) -> dict[str, str]:
     """Start the pool before this process becomes the server, so that workers load while the engine does.
 
     Returns:
-        Environment variables for the server, whose `PoolProcess` takes the process over if its `spec` is the same. A
-        process that nobody takes over ends with the server.
+        Environment variables for the server. The server's `PoolProcess` takes the process over if its `spec` is the
+        same. A process that nobody takes over ends with the server.
     """
     if not hasattr(os, "pidfd_open"):
         return {}
     process = _launch(_written(spec))
     assert process.stdin is not None
     assert process.stdout is not None
-    ends = [os.dup(end.fileno()) for end in (process.stdin, process.stdout)]  # `process` closes its own
+    ends = [os.dup(end.fileno()) for end in (process.stdin, process.stdout)]  # `process` closes its own descriptors
     for end in ends:
         os.set_inheritable(end, True)
     return {_EARLY: json.dumps([_written(spec), process.pid, *ends])}
 
 
 class PoolProcess:
-    """`python -m f2l_vllm.pool`, kept running. Its settings are this process's environment.
+    """Keeps `python -m f2l_vllm.pool` running. It inherits its settings from this process's environment.
 
     Args:
         spec: what each worker loads.
-        on_outcome: called from a thread with `published` or `failed` and seconds by stage when a job ends.
+        on_outcome: called from a thread when a job ends, with `published` or `failed` and the seconds by stage.
     """
 
     def __init__(self, spec: WorkerSpec, on_outcome: Callable[[str, dict[str, float]], None]) -> None:
@@ -60,14 +60,14 @@ class PoolProcess:
         self._process: subprocess.Popen[str] | _Inherited | None = None
         self._thread = threading.Thread(target=self._run, name="f2l-pool", daemon=True)
         self.workers = 0  # loaded and alive
-        self.why = STARTING  # while there is none: what it waits for, or what went wrong
+        self.why = STARTING  # while there are no workers: what the pool waits for, or what went wrong
 
     def start(self) -> None:
-        """Start the process and listen to it."""
+        """Start the process and read its messages in a thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Close its standard input, which it takes as the sign to stop, and wait for it."""
+        """Close the process's standard input, which tells it to stop, and wait for it."""
         self._stopping.set()
         process = self._process
         if process is not None and process.stdin is not None:
@@ -83,13 +83,13 @@ class PoolProcess:
             process = self._process = _inherited(self._spec) or _launch(self._spec)
             assert process.stdin is not None
             assert process.stdout is not None
-            with suppress(BrokenPipeError, ValueError):  # it has ended, or is to end
+            with suppress(BrokenPipeError, ValueError):  # the process has ended, or was told to
                 process.stdin.write(f"{BEGIN}\n")
                 process.stdin.flush()
             for line in process.stdout:
                 self._hear(line)
             code = process.wait()
-            end_session(process.pid)  # Ray goes on for a minute when its driver has died
+            end_session(process.pid)  # Ray keeps running for a minute after its driver has died
             self.workers = 0
             self.why = "the pool's process ended and is started again" + (f"; {self._last}" if self._last else "")
             if not self._stopping.is_set():
@@ -100,10 +100,10 @@ class PoolProcess:
         try:
             message = json.loads(line)
         except ValueError:
-            logger.info("pool: %s", line.rstrip())  # a library that prints
+            logger.info("pool: %s", line.rstrip())  # printed by a library
             return
         if "workers" in message:
-            logger.debug("%d hypernetwork workers are ready", message["workers"])  # the pool says who they are
+            logger.debug("%d hypernetwork workers are ready", message["workers"])  # the pool logs which ones
             self.workers = message["workers"]
         elif "why" in message:
             logger.info("no hypernetwork worker is ready: %s", message["why"])
@@ -113,7 +113,7 @@ class PoolProcess:
 
 
 class _Inherited:
-    """What `Popen` has, for a process that this one has started before it became the server."""
+    """Stands in for `Popen`, for a process that was started before this one became the server."""
 
     def __init__(self, pid: int, stdin: int, stdout: int) -> None:
         self.pid = pid
@@ -142,7 +142,7 @@ def _written(spec: WorkerSpec) -> str:
 
 
 def _launch(spec: str) -> subprocess.Popen[str]:
-    # A session of its own: a terminal's Ctrl-C reaches the server, which then ends the pool in order.
+    # The pool gets its own session, so that a terminal's Ctrl-C reaches only the server, which ends the pool in order.
     return subprocess.Popen(
         [sys.executable, "-m", "f2l_vllm.pool", spec],
         stdin=subprocess.PIPE,
@@ -153,7 +153,7 @@ def _launch(spec: str) -> subprocess.Popen[str]:
 
 
 def _inherited(spec: str) -> _Inherited | None:
-    """The process that was started early, once; one with another `spec` is told to end."""
+    """The process that was started early; None on later calls. A process with another `spec` is ended."""
     written = os.environ.pop(_EARLY, None)
     if written is None:
         return None

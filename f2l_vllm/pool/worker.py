@@ -31,8 +31,8 @@ class _GivenUp(Exception):
 
 
 class HypernetworkWorker:
-    """Runs as a Ray actor, one process each. `internalize` is called by one lane of the pool, one call at a time;
-    `info` and `cancel` may be called meanwhile."""
+    """Runs as a Ray actor in its own process. One lane of the pool calls `internalize`, one call at a time; it may call
+    `info` and `cancel` meanwhile."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         import torch
@@ -53,7 +53,7 @@ class HypernetworkWorker:
         self._decoder = self._internalizer.decoder = IsolatedDecoder(spec.decode)
         self._check = AdapterCheck(self._internalizer.model, self._internalizer.processor.tokenizer)
         self._cancelled: set[str] = set()
-        self._decoding: str | None = None  # the job whose video is read
+        self._decoding: str | None = None  # the job whose video is being read
         asked = Sampling(spec.max_frames, spec.fps)
         self._internalizer.sampling = asked.or_else(self._internalizer.sampling)
         self._chunking: Chunking | None = None
@@ -61,20 +61,20 @@ class HypernetworkWorker:
             self._chunking = Chunking(spec.chunk_seconds, spec.chunk_frames, spec.max_chunks)
 
     def info(self) -> WorkerInfo:
-        """Who this worker is; also how the pool learns that it has loaded and is alive."""
+        """Describe this worker. An answer also tells the pool that the worker has loaded and is alive."""
         return WorkerInfo(os.getpid(), os.uname().nodename, str(self._internalizer.device))
 
     def internalize(self, jobs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, Event]]:
-        """Decode, encode, generate, compose, check and publish; each event with the adapter's name it belongs to.
+        """Decode, encode, generate, compose, check and publish. Yields each event with the name of its adapter.
 
-        A Ray streaming generator: events reach the pool as they happen, the last of each job an `Outcome`.
-        Errors that are no video's fault are raised, and the pool tries again what has not ended.
+        This is a Ray streaming generator: events reach the pool as they happen. The last event of a job is its
+        `Outcome`. Errors that no video causes are raised, and the pool retries the jobs that have not ended.
 
         Args:
-            jobs: adapter names and their videos' names in the store; several pass through the models together.
+            jobs: adapter names and the store names of their videos; several jobs pass through the models together.
         """
         self._cancelled.clear()
-        self._store.check_room_for_adapters()  # before the work is done for nothing
+        self._store.check_room_for_adapters()  # first, so that no work is wasted
         if len(jobs) > 1:
             yield from self._together(jobs)
             return
@@ -83,7 +83,7 @@ class HypernetworkWorker:
             yield name, event
 
     def cancel(self, name: str) -> None:
-        """Nobody waits for this adapter any more: its job ends soon, with `Cancelled`."""
+        """Cancel the job of an adapter that nobody waits for any more; it soon ends with `Cancelled`."""
         self._cancelled.add(name)
         if self._decoding == name:
             self._decoder.stop()
@@ -197,7 +197,7 @@ class HypernetworkWorker:
 
 
 def _raise_unless_deleted(path: Path) -> None:
-    """Raise what is being handled, unless it is that the video's own bytes went, as they do when it is deleted."""
+    """Re-raise the error being handled, unless its cause is that the video's own bytes were deleted."""
     if path.exists():
         raise
 
