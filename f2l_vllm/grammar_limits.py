@@ -1,4 +1,4 @@
-"""What following a constraint may cost, on trial and in the engine."""
+"""How much time and memory following a constraint may take, on trial and in the engine."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class GrammarLimits:
     """What trying one constraint may take.
 
     Attributes:
-        seconds: CPU seconds; by the clock it may take twice as long.
-        memory_bytes: address space, beside what is there for all trials.
+        seconds: CPU seconds; the trial may take twice as long in wall-clock time.
+        memory_bytes: address space, in addition to what all trials share.
     """
 
     seconds: float = 5.0
@@ -24,8 +24,8 @@ class GrammarLimits:
 
 
 def matching_seconds(tokens: int) -> float:
-    """How long matching an answer's first tokens against its constraint may have taken, seconds.
+    """How many seconds matching an answer's first `tokens` tokens against its constraint may take.
 
-    A step of the engine waits for it, and with the step every other question. JSON takes 0.1 ms a token.
+    A step of the engine waits for it, and every other question waits for the step. JSON takes 0.1 ms per token.
     """
     return 0.15 + 0.002 * tokens

@@ -1,7 +1,8 @@
-"""Processes that do not outlive the one that started them, whatever they are doing. Linux only; elsewhere no promise.
+"""Processes that do not outlive the process that started them, whatever they are doing. Only Linux guarantees this.
 
-The kernel ends them: a thread that watches needs Python's lock, which a long computation in C may hold. And it goes by
-the process: Linux's parent-death signal comes with the end of the thread that started a process.
+The kernel kills them, because a watching thread would need Python's lock, which a long computation in C may hold. The
+kernel watches a pipe that the starting process holds, because Linux's parent-death signal is sent as soon as the
+starting thread ends.
 """
 
 from __future__ import annotations
@@ -19,30 +20,30 @@ _F_SETSIG = 10  # <linux/fcntl.h>
 
 
 def end_with_writer(descriptor: int) -> None:
-    """Be killed when nobody has the other end of this pipe any more: when the process has ended that holds it.
+    """Have the kernel kill this process when the process that holds the other end of this pipe has ended.
 
-    Nothing may be written to it from here on.
+    Nothing may be written to the pipe from here on.
     """
     if sys.platform != "linux":
         return
     fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(descriptor, _F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
-    if select.select([descriptor], [], [], 0)[0]:  # it was closed before the kernel was told
+    if select.select([descriptor], [], [], 0)[0]:  # the pipe was closed before the kernel watched it
         os._exit(1)
 
 
 def end_with_spawner() -> None:
-    """In a process of `multiprocessing`, be killed when the process ends that started it; nothing in any other."""
+    """Have the kernel kill this `multiprocessing` child when its parent ends; does nothing in any other process."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         end_with_writer(parent.sentinel)  # a pipe
 
 
 def end_session(leader: int) -> None:
-    """Kill what is left of the session that this process began, which has ended."""
+    """Kill what is left of the session of `leader`, a process that has ended."""
     for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # the process has ended meanwhile
             session = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[3])
             if session == leader:
                 os.kill(int(entry.name), signal.SIGKILL)
