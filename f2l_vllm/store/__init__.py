@@ -1,4 +1,4 @@
-"""Where videos and adapters are kept: on disk or in an object store, under names that say what they are made of.
+"""Keeps videos and adapters on disk or in an object store, under names that say what they are made of.
 
 Imports no torch; knows nothing of HTTP, Ray or vLLM.
 """

@@ -1,7 +1,7 @@
 """Content addresses: an adapter's name says what it was made from, so a name never stands for other weights.
 
-vLLM's prefix cache and LoRA registry know an adapter by its name; a name used twice for different weights answers
-from another video's cache. The name is therefore a hash over everything that shapes the weights.
+vLLM's prefix cache and LoRA registry know an adapter by its name. If a name were used twice for different weights,
+answers would come from another video's cache. The name is therefore a hash over everything that shapes the weights.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _TEXTS = {".json", ".jinja", ".txt", ".model"}
 
 
 def video_name(sha256: str, generation: str) -> str:
-    """The name of a video's bytes in the store: their hash, and which copy it is. The empty generation is what catalogs
-    of earlier versions know."""
+    """The name of a video's bytes in the store: their hash and which copy it is. Catalogs of earlier versions know only
+    the empty generation."""
     return f"{sha256}.{generation}" if generation else sha256
 
 
 def fingerprint(path: Path) -> str:
     """A short content hash of a model or hypernetwork: one file, or a directory's configuration and weight files.
 
-    Configuration files are hashed whole; of a weight file, its length and the first, middle and last MiB, so that
-    gigabytes are told apart in milliseconds wherever they lie and whenever they were copied.
+    Configuration files are hashed whole. Of a weight file, its length and its first, middle and last MiB are hashed.
+    That tells gigabytes apart in milliseconds. Neither folder nor file times matter.
 
     Raises:
-        FileNotFoundError: nothing at `path`, or a directory without configuration or weights.
+        FileNotFoundError: `path` does not exist, or is a directory without configuration or weights.
     """
     if path.is_file():
         files = [path]

@@ -1,4 +1,4 @@
-"""A data folder that is a cache of a remote store: what is kept there, and how much of it is here."""
+"""A data folder as a cache of a remote store: everything is kept there, and part of it here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from f2l_vllm.store.manifest import MANIFEST_FILE, StoreError
 from f2l_vllm.store.object_store import Remote
 from f2l_vllm.store.store import Store
 
-_YOUNG_SECONDS = 60.0  # what was used this recently is not taken from the cache: somebody may be about to open it
+_YOUNG_SECONDS = 60.0  # what was used this recently stays in the cache: somebody may be about to open it
 
 
 def open_store(
@@ -30,12 +30,12 @@ def open_store(
 
     Args:
         home: the data folder.
-        url: the remote store, any fsspec URL; None: the data folder is the store.
+        url: the remote store, as any fsspec URL; None: the data folder is the store.
         cache_bytes: how much of a remote store is kept in the data folder; 0: no limit.
-        hot_bytes, reserve_bytes: as `Store`.
+        hot_bytes, reserve_bytes: as in `Store`.
 
     Raises:
-        ValueError: a URL that cannot be used.
+        ValueError: the URL cannot be used.
     """
     if url is None:
         return Store(home, hot_bytes=hot_bytes, reserve_bytes=reserve_bytes)
@@ -43,9 +43,9 @@ def open_store(
 
 
 class CachedStore(Store):
-    """Everything is kept in the remote store, and what is used here in the data folder, bounded in bytes by `trim`.
+    """Keeps everything in the remote store, and what is used here also in the data folder. `trim` bounds its bytes.
 
-    Methods raise `StoreUnavailable` when the remote store is away, too.
+    Methods also raise `StoreUnavailable` when the remote store is away.
     """
 
     is_cache = True
@@ -53,7 +53,7 @@ class CachedStore(Store):
     def __init__(
         self, home: Path, remote: Remote, cache_bytes: int = 0, *, hot_bytes: int = 0, reserve_bytes: int | None = None
     ) -> None:
-        """`cache_bytes` as `open_store`."""
+        """`cache_bytes` as in `open_store`."""
         super().__init__(home, hot_bytes=hot_bytes, reserve_bytes=reserve_bytes)
         self._remote = remote
         self._cache_bytes = cache_bytes
@@ -67,11 +67,11 @@ class CachedStore(Store):
             self._remote.sweep(named, older_than_s)
 
     def trim(self, videos_in_use: set[str], young_s: float = _YOUNG_SECONDS) -> int:
-        """Bring the cache of a remote store under its limit, and out of the reserve, least recently used out first; the
-        bytes freed.
+        """Shrink the cache below its limit and out of the disk's reserve, least recently used entries first. Returns
+        the bytes freed.
 
-        What is in use stays, videos by their hashes, and what was used within `young_s` seconds, even if that is more
-        than the limit.
+        Entries in use stay (videos are named by their hashes), and so do entries used within `young_s` seconds, even if
+        they exceed the limit.
         """
         entries = [(*_used(path), path) for path in [*self._adapters.iterdir(), *self._videos.glob("*/*")]]
         limit = self._cache_bytes or sys.maxsize
@@ -86,7 +86,7 @@ class CachedStore(Store):
         return freed
 
     def keep_video(self, temporary: Path, video: str) -> Path:
-        """As `Store.keep_video`; it is there before it is here."""
+        """As `Store.keep_video`; the remote store gets the video before the data folder does."""
         self.reserve.check("keep a video")
         with disk_errors("keep a video"):
             self._remote.put_video(temporary, video)
@@ -96,7 +96,7 @@ class CachedStore(Store):
         """The video's bytes as a local file, fetched and checked if they are not here.
 
         Raises:
-            StoreError: they are nowhere, or not what was uploaded.
+            StoreError: the bytes are missing, or differ from what was uploaded.
         """
         path = self.video_path(video)
         if _touch(path):
@@ -138,7 +138,7 @@ class CachedStore(Store):
         self._remote.remove_adapter(name)
 
     def kept(self) -> list[str]:
-        """As `Store.kept`: on disk, too."""
+        """As `Store.kept`, including what is on disk."""
         here = [path.name for path in [*self._adapters.iterdir(), *self._videos.glob("*/*")]]
         return [*here, *super().kept()]
 
@@ -181,12 +181,12 @@ class CachedStore(Store):
             try:
                 os.rename(work, path)
             except OSError:
-                manifests.verify(path, name)  # somebody else fetched it meanwhile
+                manifests.verify(path, name)  # another thread or process fetched it meanwhile
         return manifest
 
 
 def _touch(path: Path) -> bool:
-    """Note that a cached entry was used; whether it is there."""
+    """Note that a cached entry was used. Returns whether it is there."""
     try:
         os.utime(path)
     except FileNotFoundError:
@@ -195,7 +195,7 @@ def _touch(path: Path) -> bool:
 
 
 def _used(path: Path) -> tuple[float, int]:
-    """When a cached entry was used, and its bytes."""
+    """When a cached entry was last used, and its size in bytes."""
     try:
         status = path.stat()
         size = sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else status.st_size

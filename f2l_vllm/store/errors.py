@@ -1,4 +1,4 @@
-"""What can be wrong with the catalog or the store while nothing is wrong with the request."""
+"""Errors of the catalog or the store that are no fault of the request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _AWAY = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.
 
 
 class Unavailable(RuntimeError):
-    """Catalog or store cannot take part now; nothing was changed. `code` is stable, `full` means out of room."""
+    """The catalog or the store cannot be used now; nothing was changed. `code` is stable; `full` means out of room."""
 
     code = "unavailable"
     full = False
@@ -35,7 +35,7 @@ class StoreUnavailable(Unavailable):
 
 
 class AdapterIdsExhausted(Unavailable):
-    """Every adapter id of this catalog has been given out; none is ever given twice."""
+    """Every adapter id of this catalog has been used; ids are never reused."""
 
     code = "adapter_ids_exhausted"
     full = True

@@ -1,8 +1,8 @@
-"""An adapter's manifest: what was written, compared with what is there.
+"""An adapter's manifest records what was written, so that it can be compared with what is there.
 
-A directory that was compared once and whose files have not changed since is not read again: the inode, length and times
-of each file tell. What was overwritten, replaced, cut short or taken away is found; what a device forgets by itself of
-a file that nobody wrote to is found by the next process that reads it.
+A directory that was compared once is not read again while the inode, length and times of each file stay the same. This
+finds files that were overwritten, replaced, cut short or removed. If a device loses data of a file that nobody wrote
+to, the next process that reads the file finds it.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from typing import Any
 
 MANIFEST_FILE = "manifest.json"
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-# File times are as coarse as the kernel's tick: a file this young may change again and show the same times.
+# File times are as coarse as the kernel's tick: a file this young may change again and keep the same times.
 _TICK_NS = 20_000_000
 
 _Signature = tuple[tuple[str, int, int, int, int], ...]
 
 
 class StoreError(RuntimeError):
-    """A stored object that is missing or not what was written."""
+    """A stored object is missing or differs from what was written."""
 
 
 class Manifests:
-    """Compares directories with their manifests, and remembers which are sound. Safe among threads."""
+    """Compares directories with their manifests, and remembers which are sound. Thread-safe."""
 
     def __init__(self) -> None:
         self._sound: dict[Path, _Signature] = {}
 
     def check(self, directory: Path, name: str) -> None:
-        """Compare every file with the manifest, unless that was done and nothing has changed.
+        """Compare every file with the manifest, unless that was done and nothing has changed since.
 
         Raises:
-            StoreError: as `verify`.
+            StoreError: as in `verify`.
         """
-        found = _signature(directory)  # before they are read: what changes meanwhile is seen the next time
+        found = _signature(directory)  # before the files are read, so that the next check sees what changes meanwhile
         if found is None or self._sound.get(directory) != found:
             verify(directory, name)
             if found is not None and max(max(entry[3:]) for entry in found) < time.time_ns() - _TICK_NS:
@@ -50,18 +50,18 @@ class Manifests:
                 self.forget(directory)
 
     def note(self, directory: Path) -> None:
-        """It was just made by `copy`, in a folder that nobody else writes to."""
+        """Remember as sound a directory that `copy` just made in a folder that nobody else writes to."""
         found = _signature(directory)
         if found is not None:
             self._sound[directory] = found
 
     def is_sound(self, directory: Path) -> bool:
-        """Whether it was compared and has not changed; reads no file."""
+        """Whether the directory was compared and has not changed since; reads no file."""
         known = self._sound.get(directory)
         return known is not None and known == _signature(directory)
 
     def forget(self, directory: Path) -> None:
-        """It is about to go."""
+        """Forget a directory that is about to be removed, or has to be compared again."""
         self._sound.pop(directory, None)
 
 
@@ -69,7 +69,7 @@ def read(directory: Path, name: str) -> dict[str, Any]:
     """The manifest of the adapter `name`.
 
     Raises:
-        StoreError: there is none, or it is another adapter's.
+        StoreError: there is no manifest, it is damaged, or it is another adapter's.
     """
     try:
         manifest: dict[str, Any] = json.loads((directory / MANIFEST_FILE).read_text())
@@ -83,7 +83,7 @@ def read(directory: Path, name: str) -> dict[str, Any]:
 
 
 def write(directory: Path, name: str, manifest: dict[str, Any], known: Mapping[str, str] | None = None) -> None:
-    """Add the manifest of the files that are there; `known` has the hashes of those that were read already."""
+    """Add a manifest of the files in the directory; `known` has the hashes of files that were already read."""
     known = known or {}
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": known.get(path.name) or sha256_of(path)}
@@ -93,10 +93,10 @@ def write(directory: Path, name: str, manifest: dict[str, Any], known: Mapping[s
 
 
 def verify(directory: Path, name: str) -> dict[str, Any]:
-    """Read every file, compare it with the manifest, and return that.
+    """Read every file, compare it with the manifest, and return the manifest.
 
     Raises:
-        StoreError: no such adapter, or a file that is missing or differs from what was written.
+        StoreError: there is no such adapter, or a file is missing or differs from what was written.
     """
     manifest = read(directory, name)
     try:
@@ -110,10 +110,10 @@ def verify(directory: Path, name: str) -> dict[str, Any]:
 
 
 def copy(directory: Path, target: Path, name: str) -> None:
-    """Copy an adapter into a new directory, each file compared with the manifest as it goes by.
+    """Copy an adapter into a new directory, and compare each file with the manifest on the way.
 
     Raises:
-        StoreError: no such adapter, or a file that is missing or differs from what was written; part of it is copied.
+        StoreError: there is no such adapter, or a file is missing or differs; a part may have been copied.
         OSError: the copy cannot be written.
     """
     manifest = read(directory, name)
@@ -137,7 +137,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _signature(directory: Path) -> _Signature | None:
-    """Name, inode, length and times of every file there; None where they cannot be seen."""
+    """Name, inode, length and times of every file in the directory; None if they cannot be read."""
     try:
         with os.scandir(directory) as entries:
             found = [(entry.name, entry.stat()) for entry in entries]

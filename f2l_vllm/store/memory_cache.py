@@ -1,8 +1,8 @@
-"""The hot set: copies in memory of the adapters used most, bounded in bytes.
+"""The hot set: in-memory copies of recently used adapters, bounded in bytes.
 
-An adapter that the engine has dropped is loaded again from here. Copies are made behind whoever asks, never before an
-answer. The folder lies on a memory file system; an orderly stop empties it, and after a crash the next server goes on
-with it: a copy is compared with its manifest before it is loaded.
+An adapter that the engine has dropped is loaded again from here. Copies are made in the background, so no answer waits
+for them. The folder is on a memory file system. An orderly stop empties it. After a crash the next server keeps using
+it, because a copy is compared with its manifest before it is loaded.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from f2l_vllm.store.manifest import Manifests, StoreError
 
 logger = logging.getLogger(__name__)
 MEMORY = Path("/dev/shm")
-_MOST_OFFERED = 256  # beyond it adapters come faster than they are copied, and wait for their next use
+_MOST_OFFERED = 256  # beyond this, adapters come faster than they are copied; the rest wait for their next use
 
 
 class HotSet:
-    """Adapters below one folder; least recently used out first, never one in use or pinned. Safe among threads."""
+    """Adapters below one folder. Evicts the least recently used, never one in use or pinned. Thread-safe."""
 
     def __init__(self, folder: Path, limit: int, manifests: Manifests) -> None:
-        """`limit` in bytes."""
+        """`limit` is in bytes."""
         self._folder, self._limit, self._manifests = folder, limit, manifests
         self._lock = threading.Lock()
-        # What is there, least recently used first, in bytes: looking at every file for each copy would cost more than
-        # the copy. What another process took away is found missing when it is asked for.
+        # The size of each copy in bytes, least recently used first. Looking at every file for each copy would cost more
+        # than the copy. `path` notices when another process has removed a copy.
         self._sizes = OrderedDict(_left_behind(folder))
         self._copier = ThreadPoolExecutor(1, "f2l-hot")
         self._offered: set[str] = set()
@@ -44,9 +44,9 @@ class HotSet:
 
     @classmethod
     def open(cls, home: Path, limit: int, manifests: Manifests, memory: Path = MEMORY) -> HotSet | None:
-        """The hot set of a data folder; None without a memory file system, or with no room in it.
+        """The hot set of a data folder; None if `limit` is 0 or there is no usable memory file system.
 
-        At most half of what is free there is taken: others (Ray, torch) need it too.
+        It takes at most half of what is free there, because others (Ray, torch) need it too.
         """
         if limit <= 0 or not os.access(memory, os.W_OK):
             return None
@@ -57,7 +57,7 @@ class HotSet:
         return cls(folder, min(limit, shutil.disk_usage(memory).free // 2), manifests)
 
     def path(self, name: str) -> Path | None:
-        """Where the copy lies, checked or not, and that it was used; None if there is none."""
+        """The path of the copy, checked or not, or None. The copy counts as used."""
         if name not in self._sizes:
             return None
         path = self._folder / name
@@ -68,7 +68,7 @@ class HotSet:
         return path
 
     def sound_path(self, name: str) -> Path | None:
-        """The same for a copy that was checked and has not changed; reads no file."""
+        """As `path`, but only for a copy that was checked and has not changed; reads no file."""
         if name not in self._sizes or not self._manifests.is_sound(path := self._folder / name):
             return None
         self._used(name)
@@ -79,14 +79,14 @@ class HotSet:
         self._manifests.forget(self._folder / name)
 
     def offer(self, name: str, source: Path) -> None:
-        """Have an adapter copied in soon, if it is not there."""
+        """Have an adapter copied in soon if it has no copy."""
         if name in self._sizes or name in self._offered or len(self._offered) >= _MOST_OFFERED:
             return
         self._offered.add(name)
 
         def copy() -> None:
             self._offered.discard(name)
-            with suppress(StoreError):  # whoever asks for it next finds that
+            with suppress(StoreError):  # the next caller who asks for it finds the damage
                 self.put(name, source)
 
         try:
@@ -95,8 +95,8 @@ class HotSet:
             self._offered.discard(name)
 
     def put(self, name: str, source: Path, *, evict: bool = True) -> Path | None:
-        """Copy an adapter in, compared with its manifest; None if there is no room for it: without `evict`, none that
-        is free.
+        """Copy an adapter in and compare it with its manifest. None if there is no room; without `evict`, only
+        free room counts.
 
         Raises:
             StoreError: its files are missing or damaged; nothing is kept.
@@ -131,7 +131,7 @@ class HotSet:
             self._drop(name)
 
     def names(self) -> list[str]:
-        """What is there, work in progress included."""
+        """The names in the folder, including work in progress."""
         return [path.name for path in self._folder.iterdir()] if self._folder.exists() else []
 
     def close(self) -> None:
@@ -170,7 +170,7 @@ class HotSet:
 
 
 def _left_behind(folder: Path) -> list[tuple[str, int]]:
-    """Names and bytes of the copies that a server which did not stop in order left, oldest first."""
+    """Names and sizes in bytes of the copies left by a server that did not stop in order, oldest first."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         try:

@@ -1,12 +1,12 @@
-"""The store's far side: an object store, or any other file system that fsspec reaches by URL.
+"""The remote store: an object store, or any other file system that fsspec reaches by URL.
 
-Objects there::
+Its objects::
 
     videos/<2 hex>/<sha256>.<generation>
     adapters/<name>/<file>, and last adapters/<name>/manifest.json
 
-Object stores have no rename, so a half copy may lie there; it is never taken for a whole one, because an adapter counts
-only with its manifest, which is written last, and everything is compared with its hash when it is fetched.
+Object stores have no rename, so a partial copy may be there. It is never taken for a whole one: an adapter counts only
+with its manifest, which is written last, and everything is compared with its hash when it is fetched.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from f2l_vllm.store.manifest import MANIFEST_FILE
 class Remote:
     """One URL, such as `s3://bucket/prefix`.
 
-    Every method raises `StoreUnavailable` when the store does not answer or refuses, and those that fetch raise
-    `FileNotFoundError` for what is not there.
+    Every method raises `StoreUnavailable` when the store does not answer or refuses. Methods that fetch raise
+    `FileNotFoundError` for missing objects.
 
     Raises:
-        ValueError: a URL of a kind that fsspec does not know, or whose package is not installed.
+        ValueError: fsspec does not know this kind of URL, or the package for it is not installed.
     """
 
     def __init__(self, url: str) -> None:
         protocol = split_protocol(url)[0] or "file"
         options: dict[str, Any] = {"auto_mkdir": True} if protocol in ("file", "local") else {}
         try:
-            # A listing that is remembered would hide what other processes write.
+            # A cached listing would hide what other processes write.
             self._files, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
         except (ImportError, ValueError) as error:
             raise ValueError(f"F2L_STORE={url}: {error}") from error
         self.url = url
 
     def put_video(self, source: Path, video: str) -> None:
-        """Store these bytes."""
+        """Store a video's bytes."""
         with self._translated("keep a video"):
             self._files.put_file(str(source), self._video(video))
 
     def get_video(self, video: str, target: Path) -> None:
-        """Copy a video's bytes into a file; whether they are right is the caller's to check."""
+        """Copy a video's bytes into a file; the caller has to check them."""
         with self._translated("read a video"):
             self._files.get_file(self._video(video), str(target))
 
     def remove_video(self, video: str) -> None:
-        """Forget the bytes; nothing happens if they are gone already."""
+        """Remove the bytes; nothing happens if they are already gone."""
         with self._translated("remove a video"):
             self._remove_file(self._video(video))
 
@@ -65,14 +65,14 @@ class Remote:
             return self._size(self._video(video))
 
     def put_adapter(self, directory: Path, name: str) -> None:
-        """Store an adapter's files, its manifest last."""
+        """Store an adapter's files, with the manifest last."""
         with self._translated("keep an adapter"):
             files = sorted(path for path in directory.iterdir() if path.name != MANIFEST_FILE)
             for path in [*files, directory / MANIFEST_FILE]:
                 self._files.put_file(str(path), f"{self._adapter(name)}/{path.name}")
 
     def get_adapter_file(self, name: str, file: str, target: Path) -> None:
-        """Copy one of an adapter's files; whether it is right is the caller's to check."""
+        """Copy one of an adapter's files; the caller has to check it."""
         with self._translated("read an adapter"):
             self._files.get_file(f"{self._adapter(name)}/{file}", str(target))
 
@@ -82,7 +82,7 @@ class Remote:
             return self._size(f"{self._adapter(name)}/{MANIFEST_FILE}") is not None
 
     def remove_adapter(self, name: str) -> None:
-        """Forget an adapter: its manifest first, so that what is left for a moment is no adapter."""
+        """Remove an adapter, its manifest first, so that a partly removed adapter does not count as one."""
         with self._translated("remove an adapter"):
             self._remove_file(f"{self._adapter(name)}/{MANIFEST_FILE}")
             try:
@@ -91,7 +91,7 @@ class Remote:
                 return
 
     def sweep(self, named: Callable[[Collection[str]], Collection[str]], older_than_s: float) -> None:
-        """Remove what nobody refers to; as `Store.sweep`."""
+        """Remove what nobody refers to, as `Store.sweep` does."""
         limit = time.time() - older_than_s
         with self._translated("list what is stored"):
             for kind, forget in (("adapters", self.remove_adapter), ("videos", self.remove_video)):
@@ -129,16 +129,16 @@ class Remote:
                 yield
         except (FileNotFoundError, StoreUnavailable):
             raise
-        except Exception as error:  # each kind of store has its own
+        except Exception as error:  # each kind of store has its own errors
             message = f"the store at {self._files.unstrip_protocol(self._root)} did not let this server {what}: {error}"
             raise StoreUnavailable(message) from error
 
 
 def check_url(url: str) -> None:
-    """Whether there are such stores, without looking for this one.
+    """Check that this kind of store is supported, without contacting the store.
 
     Raises:
-        ValueError: as `Remote`.
+        ValueError: as in `Remote`.
     """
     try:
         fsspec.get_filesystem_class(split_protocol(url)[0] or "file")
@@ -147,7 +147,7 @@ def check_url(url: str) -> None:
 
 
 def _written(entry: dict[str, Any]) -> float:
-    """When an object was written, Unix seconds; now if the store does not say, so that it is left alone."""
+    """When an object was written, in Unix seconds. Now if the store does not say, so that the object is kept."""
     for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
         moment = entry.get(key)
         if moment is not None:

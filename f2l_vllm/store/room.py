@@ -1,7 +1,7 @@
-"""Room that is kept on a disk, so that one that users have filled can be emptied by them again.
+"""Room that is kept free on a disk, so that users who have filled it can delete files again.
 
-Whatever makes the store larger is refused while less than the reserve would be left. A catalog in SQLite needs room for
-every change, a deletion too: it holds some in a file of its own, which it gives up when the disk is full all the same.
+Whatever makes the store larger is refused if less than the reserve would be left. A catalog in SQLite needs room for
+every change, even for a deletion. It holds some in a separate file, which it removes when the disk is full anyway.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Reserve:
     """The part of a folder's disk that uploads, fetched videos and adapters leave free.
 
     Args:
-        folder: on the disk.
-        size: bytes; None: 256 MiB, or an eighth of the disk where that is less.
+        folder: a folder on the disk.
+        size: bytes; None: 256 MiB, or an eighth of the disk if that is less.
     """
 
     def __init__(self, folder: Path, size: int | None = None) -> None:
@@ -29,11 +29,11 @@ class Reserve:
         self.size = min(_RESERVE_BYTES, _total(folder) // _RESERVE_PART) if size is None else size
 
     def check(self, what: str, more: int = 0, part: float = 1.0) -> None:
-        """Whether `more` bytes can be written and leave the reserve, or `part` of it: what comes of an upload may use
-        some of the room that the next upload must leave.
+        """Check that writing `more` bytes leaves the reserve, or `part` of it, free. What is made from an upload may
+        use some of the room that the next upload must leave.
 
         Raises:
-            StoreUnavailable: they cannot; `what` says for what there is no room.
+            StoreUnavailable: it does not; `what` says what there is no room for.
         """
         if self.size and (free := self.free()) - more < self.size * part:
             raise StoreUnavailable(
@@ -43,16 +43,16 @@ class Reserve:
             )
 
     def missing(self) -> int:
-        """How many bytes less than the reserve are free."""
+        """How many bytes must be freed to restore the reserve; negative if more is free."""
         return self.size - self.free()
 
     def free(self) -> int:
-        """Bytes that are free."""
+        """The free bytes of the disk."""
         return _free(self._folder)
 
 
 class Headroom:
-    """Bytes beside a database in a file, for the journal of a deletion on a full disk."""
+    """A file beside a database file. Removing it makes room for the journal of a deletion on a full disk."""
 
     def __init__(self, database: Path) -> None:
         self._path = database.with_name(f"{database.name}-headroom")
@@ -60,22 +60,22 @@ class Headroom:
         self._is_there = self._path.exists()
 
     def check(self) -> None:
-        """Whether there is more room than this.
+        """Check that the disk has at least this file's size free.
 
         Raises:
-            StoreUnavailable: there is not.
+            StoreUnavailable: it has less.
         """
         if _free(self._path.parent) < self._size:
             raise StoreUnavailable("no room is left for the catalog", full=True)
 
     def adjust(self) -> None:
-        """Give the room up where it is needed, and take it again once there is plenty. Called before every change."""
+        """Give up the room when it is needed, and take it back once there is plenty. Called before every change."""
         free = _free(self._path.parent)
         if self._is_there and free < self._size:
             self._path.unlink(missing_ok=True)
             self._is_there = False
         elif not self._is_there and free >= 4 * self._size:
-            with suppress(OSError):  # full meanwhile, or read-only
+            with suppress(OSError):  # the disk filled up meanwhile, or is read-only
                 self._take()
 
     def _take(self) -> None:

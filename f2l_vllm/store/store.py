@@ -1,4 +1,4 @@
-"""Videos and adapters on disk: content-addressed, immutable, and either wholly there or not at all.
+"""Videos and adapters on disk: content-addressed, immutable, and either complete or absent.
 
 Layout under `F2L_HOME`::
 
@@ -6,8 +6,8 @@ Layout under `F2L_HOME`::
     adapters/<name>/                 PEFT files and manifest.json (sizes and sha-256 of each file)
     tmp/<machine>.<32 hex>/          work in progress of one process
 
-Everything is written under `tmp/`, synced, and renamed into place. What a process that was killed left there goes when
-the store is opened next. With `F2L_STORE` these folders are a cache (`cached_store`).
+Everything is written under `tmp/`, synced, and renamed into place. Opening the store removes what a killed process
+left there. With `F2L_STORE` these folders are a cache (`cached_store`).
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")
 class Store:
     """One data folder on a local file system, shared by the server and its workers.
 
-    Every method that reads or writes raises `StoreUnavailable` when the disk is full or read-only; nothing half-written
-    is left then.
+    Every method that reads or writes raises `StoreUnavailable` when the disk is full or read-only, and then leaves
+    nothing half-written.
     """
 
-    is_cache = False  # whether the data folder is a cache of something, to be trimmed
+    is_cache = False  # whether the data folder is a cache that has to be trimmed
 
     def __init__(
         self,
@@ -53,8 +53,8 @@ class Store:
         """
         Args:
             home: the data folder.
-            hot_bytes: how much is kept on /dev/shm besides; 0: nothing.
-            reserve_bytes: how much of the disk stays free; None: as `Reserve`.
+            hot_bytes: how much is also kept on /dev/shm; 0: nothing.
+            reserve_bytes: how much of the disk stays free; None: as in `Reserve`.
         """
         self.home = home
         self._videos, self._adapters, self._tmp = home / "videos", home / "adapters", home / "tmp"
@@ -69,18 +69,18 @@ class Store:
         self._in_use: Callable[[str], bool] = lambda _name: False
 
     def protect(self, in_use: Callable[[str], bool]) -> None:
-        """Have `in_use(adapter name)` asked before an adapter is taken from the cache or the hot set."""
+        """Set `in_use(adapter name)`: an adapter for which it is true is not evicted from the cache or the hot set."""
         self._in_use = in_use
         if self._hot is not None:
             self._hot.in_use = in_use
 
     def pin(self, names: set[str]) -> None:
-        """These adapters, and no others, stay in the hot set however long they are not used."""
+        """Keep exactly these adapters in the hot set even if nobody uses them."""
         if self._hot is not None:
             self._hot.pinned = frozenset(names)
 
     def close(self) -> None:
-        """Give the memory of the hot set back, and drop work in progress."""
+        """Free the memory of the hot set, and drop work in progress."""
         self._workspace.close()
         if self._hot is not None:
             self._hot.close()
@@ -91,9 +91,9 @@ class Store:
         """Remove what an interrupted process left: work in progress, and what nobody refers to.
 
         Args:
-            named: those of some names, of adapters and videos, that something refers to.
-            older_than_s: younger entries may be in the making, and stay.
-            far: also what the data folder is a cache of.
+            named: returns those of the given adapter and video names that something refers to.
+            older_than_s: younger entries stay, because they may still be in the making.
+            far: also sweep the store that the data folder is a cache of.
         """
         limit = time.time() - older_than_s
         self._workspace.clear(older_than_s)
@@ -111,7 +111,7 @@ class Store:
         self._workspace.clear()
 
     def trim(self, videos_in_use: set[str]) -> int:
-        """Bring a cache under its limit; the bytes freed."""
+        """Shrink a cache below its limit. Returns the bytes freed."""
         return 0
 
     def temporary(self) -> Path:
@@ -123,10 +123,10 @@ class Store:
         """Drop work in progress."""
         remove(temporary)
 
-    # Videos, each under the name that the catalog gives its bytes: their hash and a generation
+    # Videos, each named by the hash of its bytes and a generation from the catalog
 
     def video_path(self, video: str) -> Path:
-        """Where these bytes lie in the data folder, whether or not they are there."""
+        """The path of these bytes in the data folder, whether or not they are there."""
         if not _VIDEO.fullmatch(video):
             raise ValueError(f"not a sha-256 with a generation: {video!r}")
         return self._videos / video[:2] / video
@@ -146,7 +146,7 @@ class Store:
         """The video's bytes as a local file.
 
         Raises:
-            StoreError: they are nowhere, or not what was uploaded.
+            StoreError: the bytes are missing, or differ from what was uploaded.
         """
         path = self.video_path(video)
         if not path.is_file():
@@ -154,13 +154,13 @@ class Store:
         return path
 
     def has_video(self, video: str, size: int | None = None) -> bool:
-        """Whether the bytes are stored, `size` of them if that is given."""
+        """Whether the bytes are stored, with length `size` if that is given."""
         path = self.video_path(video)
         found = path.stat().st_size if path.is_file() else None
         return found is not None and size in (None, found)
 
     def remove_video(self, video: str) -> None:
-        """Forget the bytes; nothing happens if they are gone already."""
+        """Remove the bytes; nothing happens if they are already gone."""
         with disk_errors("remove a video"):
             self.video_path(video).unlink(missing_ok=True)
 
@@ -173,10 +173,10 @@ class Store:
         return self._adapters / name
 
     def load_path(self, name: str) -> Path:
-        """A local directory to load the adapter from: whole, checked, fetched if need be; in memory once it is there.
+        """A local directory to load the adapter from, checked, and fetched if need be. A copy in memory is preferred.
 
         Raises:
-            StoreError: no such adapter, or a file that is missing or differs from what was written.
+            StoreError: there is no such adapter, or a file is missing or differs from what was written.
         """
         if (copy := self._checked_copy(name)) is not None:
             return copy
@@ -186,36 +186,36 @@ class Store:
         return path
 
     def load_path_at_once(self, name: str) -> Path | None:
-        """The same where nothing has to be read for it: a copy in memory that is known to be sound. Four system calls
-        on a memory file system, so an event loop may ask."""
+        """As `load_path`, but only for a copy in memory that is known to be sound, so no file is read. It makes four
+        system calls on a memory file system, so an event loop may call it."""
         return None if self._hot is None else self._hot.sound_path(name)
 
     def distrust(self, name: str) -> None:
-        """Have an adapter's files read and compared at its next load, whether or not they seem to have changed."""
+        """Have an adapter's files read and compared at its next load, even if they seem unchanged."""
         self._manifests.forget(self.adapter_path(name))
         if self._hot is not None:
             self._hot.distrust(name)
 
     def prepare(self, name: str) -> bool:
-        """Copy a published adapter into memory before anybody asks for it; False when there is no more room."""
+        """Copy a published adapter into memory before anybody asks for it; False if there is no room."""
         if self._hot is None:
             return False
         if self._hot.path(name) is not None:
             return True
         try:
             return self._hot.put(name, self.adapter_path(name), evict=False) is not None
-        except StoreError:  # not here, or damaged: fetched where there is somewhere to fetch it from
+        except StoreError:  # missing here or damaged: `_checked` fetches it if there is a remote store
             return self._hot.put(name, self._checked(name), evict=False) is not None
 
     def publish_adapter(
         self, name: str, write: Callable[[Path], Mapping[str, str] | None], manifest: dict[str, Any]
     ) -> Path:
-        """Let `write` fill a directory, add the manifest, and rename the whole into place.
+        """Let `write` fill a directory, add the manifest, and rename the directory into place.
 
-        What `write` returns, the sha-256 of files that it has read, is not computed again.
+        `write` may return the sha-256 of files that it has read; these are not computed again.
 
-        The adapter of a name is immutable: if it is there and sound, the new copy is dropped. `write` may raise;
-        nothing is left behind then.
+        An adapter is immutable under its name: if it is there and sound, the new copy is dropped. If `write` raises,
+        nothing is left behind.
         """
         target = self.adapter_path(name)
         self.check_room_for_adapters()
@@ -238,15 +238,15 @@ class Store:
         return target
 
     def check_room_for_adapters(self) -> None:
-        """Whether `publish_adapter` may begin: uploads leave room for what is made of them. On a full disk the catalog
-        gives up room for deletions, which is less than this."""
+        """Check that `publish_adapter` has room. Uploads leave room for the adapters made from them. On a full disk the
+        catalog gives up room for deletions, which is less than this."""
         self.reserve.check("keep an adapter", part=0.75)
 
     def verify_adapter(self, name: str) -> dict[str, Any]:
-        """Read every file, check it against the manifest, and return that.
+        """Read every file, check it against the manifest, and return the manifest.
 
         Raises:
-            StoreError: no such adapter, or a file that is missing or differs from what was written.
+            StoreError: there is no such adapter, or a file is missing or differs from what was written.
         """
         return manifests.verify(self.adapter_path(name), name)
 
@@ -256,21 +256,21 @@ class Store:
         with disk_errors("remove an adapter"):
             self._drop(path)
         if self._hot is not None:
-            self._hot.remove(name)  # last: what is being copied now finds that its source has gone
+            self._hot.remove(name)  # last, so that a copy in progress finds that its source has gone
 
-    # What a server keeps of a store that others delete from
+    # What a server keeps outside the store, from which others may delete
 
     def kept(self) -> list[str]:
-        """The names of all adapters and videos that lie here besides the store: in memory."""
+        """The names of all adapters and videos that this server keeps outside the store: in memory."""
         return [] if self._hot is None else [name for name in self._hot.names() if _NAME.fullmatch(name)]
 
     def forget_adapter(self, name: str) -> None:
-        """An adapter was deleted, or is to be: keep nothing of it besides the store."""
+        """Drop what is kept outside the store of an adapter that was or will be deleted."""
         if self._hot is not None:
             self._hot.remove(name)
 
     def forget_video(self, video: str) -> None:
-        """A video's bytes were deleted, or are to be: keep nothing of them besides the store."""
+        """Drop what is kept outside the store of a video whose bytes were or will be deleted."""
 
     def _checked_copy(self, name: str) -> Path | None:
         """The copy in memory, if there is one and it is sound."""
@@ -284,26 +284,26 @@ class Store:
         return copy
 
     def _checked(self, name: str) -> Path:
-        """The adapter in the data folder, sound. Raises as `verify_adapter`."""
+        """The path of the adapter in the data folder, found sound. Raises as `verify_adapter` does."""
         path = self.adapter_path(name)
         self._manifests.check(path, name)
         return path
 
     def _put_far(self, directory: Path, name: str) -> None:
-        """Before an adapter is put into place here: where else it is kept."""
+        """Store an adapter remotely, before it is put into place here. A local store does nothing."""
 
     def _confirm_far(self, name: str) -> None:
-        """An adapter was here already."""
+        """Make sure that an adapter that was already here is also stored remotely. A local store does nothing."""
 
     def _drop(self, path: Path) -> None:
-        """Take a file or directory out of the data folder in one step, then its bytes."""
+        """Move a file or directory out of the data folder in one step, then delete its bytes."""
         self._manifests.forget(path)
         try:
             grave = self.temporary()
         except StoreUnavailable as error:
             if not error.full:
                 raise
-            # No room for a folder to move it to: then without its manifest first, so that what is left is no adapter.
+            # There is no room to move it: remove the manifest first, so that the rest does not count as an adapter.
             (path / MANIFEST_FILE).unlink(missing_ok=True)
             grave = path
         else:
@@ -315,7 +315,7 @@ class Store:
 
     @contextmanager
     def _work(self) -> Iterator[Path]:
-        """A fresh path, of which nothing is left afterwards."""
+        """A fresh path; whatever is there is removed afterwards."""
         work = self.temporary()
         try:
             yield work
