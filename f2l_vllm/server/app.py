@@ -119,7 +119,7 @@ class F2LEndpointPlugin:
             logger.info("no API key is set: whoever reaches this server may use it (--api-key, --tenants)")
 
     def _put_in_front(self, settings: Settings, keys: Keys, ending: Ending) -> None:
-        """Install our middleware and error handlers. The middleware goes outermost, before vLLM's own key check, because
+        """Install our middleware and error handlers. The middleware goes outermost, before vLLM's key check, because
         OpenAI clients cannot read that check's answer. vLLM has already built the stack, so we build it again."""
         assert self._app is not None, "vLLM attaches routes first"
         open_routes = listed(settings.open_routes)

@@ -271,7 +271,7 @@ def grace_seconds(args: Any, settings: Settings) -> float:
 
 
 def stop_engine(engine_client: Any) -> None:
-    """End the engine's processes. With this timeout vLLM asks them to end and kills them at once; they hold nothing to lose."""
+    """End the engine's processes. With this timeout vLLM kills them right after asking them to end; no data is lost."""
     engine_client.shutdown(timeout=0)
 
 

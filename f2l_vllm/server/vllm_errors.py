@@ -26,8 +26,7 @@ from f2l_vllm.store.errors import Unavailable
 logger = logging.getLogger(__name__)
 
 _OWN = "f2l_vllm."
-# Messages of Python itself, and of libraries about their arguments. Clients do not see them: only vLLM's own messages
-# say what to do.
+# Messages of Python itself, and of libraries about their arguments: only vLLM's own messages say what to do.
 _PYTHONS = re.compile(
     r"^(invalid literal|could not convert|not enough values|too many values|cannot unpack|unhashable|.*codec can't"
     r"|.* got (an unexpected|multiple values)|.*object (is|has|of)|TextEncodeInput|.*int too large|.*<class )"
