@@ -1,6 +1,6 @@
-"""The endpoint plugin: vLLM's API server calls it once to attach routes and once, with the engine up, to start.
+"""The endpoint plugin: vLLM's API server calls it once to attach routes, and once to start when the engine is up.
 
-Named `f2l_files` in `VLLM_PLUGINS`; settings come from the environment (`f2l_vllm.settings`).
+Its name is `f2l_files` in `VLLM_PLUGINS`; settings come from the environment (`f2l_vllm.settings`).
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from f2l_vllm.settings import Settings, listed  # noqa: E402
 logger = logging.getLogger(__name__)
 
 _WELCOME_SECONDS = 0.1
-_CLOSE_SECONDS = 0.5  # for connections that are left when the server stops
+_CLOSE_SECONDS = 0.5  # for connections still open when the server stops
 
 
 class F2LEndpointPlugin:
-    """vLLM's `EndpointPlugin`: videos as files, answered from adapters."""
+    """vLLM's `EndpointPlugin`: videos are files, and questions about them are answered from adapters."""
 
     name = "f2l_files"
     required_tasks = ("generate",)
@@ -58,7 +58,7 @@ class F2LEndpointPlugin:
         self._grammars: Grammars | None = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, take away those not listed, and add the shutdown."""
+        """Add our routes, remove routes that are not listed, and hook into the shutdown."""
         settings = Settings.read()
         app.include_router(router)
         keep_listed_routes(app, [*listed(settings.open_routes), *listed(settings.extra_routes)])
@@ -82,7 +82,7 @@ class F2LEndpointPlugin:
         """Open catalog and store, start the pool, and put the handlers in front of vLLM's.
 
         Raises:
-            ValueError: settings, model and hypernetwork that cannot work together; the server does not start then.
+            ValueError: settings, model and hypernetwork cannot work together; the server does not start.
         """
         vllm_api.log_like_vllm("f2l_vllm")
         logs.quiet_paths |= vllm_api.quiet_paths(args)
@@ -119,8 +119,8 @@ class F2LEndpointPlugin:
             logger.info("no API key is set: whoever reaches this server may use it (--api-key, --tenants)")
 
     def _put_in_front(self, settings: Settings, keys: Keys, ending: Ending) -> None:
-        """Our middleware, outermost, before vLLM's own check, whose answer OpenAI clients cannot read; our words for
-        failures. vLLM has built the stack already."""
+        """Install our middleware and error handlers. The middleware goes outermost, before vLLM's key check, because
+        OpenAI clients cannot read that check's answer. vLLM has already built the stack, so we build it again."""
         assert self._app is not None, "vLLM attaches routes first"
         open_routes = listed(settings.open_routes)
         always = [path for path in open_routes if path != "/ready"]
@@ -141,12 +141,12 @@ class F2LEndpointPlugin:
 
     def _stop_http(self, state: State) -> None:
         if self._service is not None and self._service.pool is not None:
-            threading.Thread(target=self._service.pool.stop, daemon=True).start()  # while connections are closed
+            threading.Thread(target=self._service.pool.stop, daemon=True).start()  # while connections close
         vllm_api.stop_http(state)
 
     async def _stop(self) -> None:
         if self._ending is None:
-            return  # the engine did not come up
+            return  # the engine did not start
         if self._welcome is not None:
             self._welcome.cancel()
         if self._grammars is not None:
@@ -161,7 +161,7 @@ class F2LEndpointPlugin:
 
 
 async def _welcome(service: VideoService, state: State, url: str) -> None:
-    """The last line of the start: videos are taken from here on."""
+    """Log that the server is ready, once it accepts videos."""
     while not (service.is_ready() and vllm_api.is_serving(state)):
         await asyncio.sleep(_WELCOME_SECONDS)
     upload = f"curl -F purpose=vision -F file=@video.mp4 {url}/v1/files"

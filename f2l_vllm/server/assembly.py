@@ -1,4 +1,4 @@
-"""The parts of a server, made of its settings and vLLM's: what is opened, in which order, and who is given whom."""
+"""Builds the parts of a server from its own settings and vLLM's, opens them in order, and connects them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _LOCK_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The base model, the hypernetwork for it, and what the engine that runs takes; `names` as clients call it."""
+    """The base model, its hypernetwork, and the limits of the running engine; `names` are its names for clients."""
 
     model: Path
     hypernetwork: Path
@@ -56,7 +56,7 @@ class ServedModel:
 
 
 def served_model(engine_client: Any, state: State, args: Namespace, settings: Settings) -> ServedModel:
-    """What vLLM serves, with its hypernetwork.
+    """The model that vLLM serves, with its hypernetwork.
 
     Raises:
         ValueError: they do not fit together, or the engine cannot take their adapters.
@@ -71,7 +71,7 @@ def served_model(engine_client: Any, state: State, args: Namespace, settings: Se
 
 
 def open_grammars(engine_client: Any, settings: Settings) -> Grammars | None:
-    """What tries constraints, so that none reaches the engine untried; None with another backend than xgrammar."""
+    """The object that tries every constraint before it reaches the engine; None if the backend is not xgrammar."""
     if not vllm_grammars.use_xgrammar(engine_client):
         logger.warning("constraints are bounded by their size alone: only those of xgrammar are tried beforehand")
         return None
@@ -81,7 +81,7 @@ def open_grammars(engine_client: Any, settings: Settings) -> Grammars | None:
 
 
 async def untried(_constraint: Constraint, _tenant: str) -> None:
-    """Lets every constraint pass whose size does."""
+    """Accept every constraint; only its size was checked before."""
 
 
 def open_service(
@@ -113,7 +113,7 @@ def open_service(
         max_rank=served.limits.max_rank,
     )
     pool = PoolProcess(workers, count_outcome) if settings.hypernetwork_workers else None
-    # What is not set of how frames are taken is in the model's and hypernetwork's files, which the revisions cover.
+    # Sampling options that are not set come from the files of model and hypernetwork, which the revisions cover.
     revisions = Revisions(fingerprint(served.model), fingerprint(served.hypernetwork), settings.sampling)
     return VideoService(settings, revisions, catalog, store, registry, pool, lambda: ending.is_stopping)
 
@@ -149,10 +149,10 @@ def answer_from_videos(
 
 
 def hold(home: Path) -> FileLock:
-    """Take the data folder, for as long as this process lives: leases and names of adapters are known to one server.
+    """Lock the data folder while this process lives, because only one server can know adapters' names and leases.
 
     Raises:
-        ValueError: another server has it.
+        ValueError: another server holds it.
     """
     home.mkdir(parents=True, exist_ok=True)
     lock = FileLock(home / SERVER_LOCK, thread_local=False)
@@ -164,5 +164,5 @@ def hold(home: Path) -> FileLock:
 
 
 def salt_of_tenant(given: str | None) -> str:
-    """The salt of the caller's prefixes: no tenant's blocks are found by another's questions."""
+    """The salt of the caller's prefixes, so that one tenant's questions never find another tenant's cached blocks."""
     return private(asking_tenant.get(), given or "")

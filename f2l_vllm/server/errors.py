@@ -17,7 +17,7 @@ from f2l_vllm.server import metrics
 from f2l_vllm.store.errors import Unavailable
 
 MESSAGES_ROUTE = "/v1/messages"  # Anthropic's API, which has an envelope of its own
-_REPORTED = 5  # faults of one body
+_REPORTED = 5  # faults that one answer lists
 _FIELD = re.compile(r"[a-z_][a-z0-9_]*|[0-9]+")
 _TYPES = {"str", "int", "float", "bool", "bytes", "list", "dict", "none", "nullable", "body"}  # pydantic's own markers
 
@@ -45,14 +45,14 @@ def bad_request(code: str, message: str, param: str | None = None) -> APIError:
 
 
 def video_not_found(file_id: str, param: str | None = None) -> APIError:
-    """404: unknown, deleted, expired, or not the caller's: they look the same from outside."""
+    """404: unknown, deleted, expired, or another tenant's. Callers cannot tell these cases apart."""
     message = f"No video with the id '{file_id}' exists. Upload it with POST /v1/files and use the id it returns."
     return APIError(HTTPStatus.NOT_FOUND, "video_not_found", message, param=param)
 
 
 def video_not_ready(file_id: str, state: str, waited: float, why: str | None = None) -> APIError:
-    """409: still in work after the time the caller would wait. Clients are told not to retry by themselves, because
-    the wait is theirs to set. `why`: what keeps the server from working at it at all."""
+    """409: not ready after the time the caller was willing to wait. Clients are told not to retry automatically,
+    because the caller sets the wait. `why`: the reason if the server cannot work on the video at all."""
     reason = f" No hypernetwork worker is ready: {why}." if why else ""
     message = (
         f"Video '{file_id}' is still being internalized (stage '{state}') after waiting {waited:g} s.{reason} "
@@ -70,7 +70,7 @@ def video_failed(file_id: str, code: str | None, message: str | None) -> APIErro
 
 
 def adapter_unavailable() -> APIError:
-    """503: the engine could not load the adapter, whose files are sound; another attempt may succeed."""
+    """503: the engine could not load the adapter although its files are sound; another attempt may succeed."""
     message = (
         "The video's adapter could not be loaded into the engine. Ask again in some seconds; if that does not help, "
         "the server's log says why."
@@ -79,14 +79,14 @@ def adapter_unavailable() -> APIError:
 
 
 def shutting_down() -> APIError:
-    """503: the server stops, and takes nothing up any more; what it was at is cut off."""
+    """503: the server is stopping. It accepts no new work and cuts off work in progress."""
     message = "The server is shutting down. Ask again when it is back; videos in work are not lost."
     headers = {"Retry-After": "10", "Connection": "close"}
     return APIError(HTTPStatus.SERVICE_UNAVAILABLE, "shutting_down", message, headers=headers)
 
 
 async def answer_unavailable(request: Request, error: Exception) -> JSONResponse:
-    """The exception handler: a catalog or store that cannot take part now, with a time to come back."""
+    """The exception handler for a catalog or store that is unavailable now; the answer says when to retry."""
     assert isinstance(error, Unavailable)
     advice = (
         "delete files, or have the operator make room."
@@ -100,20 +100,20 @@ async def answer_unavailable(request: Request, error: Exception) -> JSONResponse
 
 
 async def answer_http(request: Request, error: Exception) -> JSONResponse:
-    """The exception handler for what Starlette itself refuses: no such route, another method, too large a body."""
+    """The exception handler for what Starlette itself refuses: unknown route, wrong method, oversized body."""
     assert isinstance(error, HTTPException)
     return response(refused_by_starlette(error), request.scope)
 
 
 def refused_by_starlette(error: HTTPException) -> APIError:
-    """Starlette's refusal, by its status."""
+    """Starlette's refusal as an `APIError`, with a code chosen by its status."""
     codes = {404: "route_not_found", 405: "method_not_allowed", 413: "request_too_large"}
     code = codes.get(error.status_code, "invalid_request")
     return APIError(HTTPStatus(error.status_code), code, str(error.detail), headers=dict(error.headers or {}))
 
 
 async def answer_validation(request: Request, error: Exception) -> JSONResponse:
-    """The exception handler for a body, query or path that is not as its route describes it."""
+    """The exception handler for a body, query or path that does not match its route's schema."""
     assert isinstance(error, RequestValidationError)
     faults = {}
     for fault in error.errors():
@@ -132,13 +132,13 @@ async def answer(request: Request, error: Exception) -> JSONResponse:
 
 
 def internal_error() -> APIError:
-    """500: a fault of this server's, of which its log says more than the answer."""
+    """500: a fault of this server. The log says more about it than the answer."""
     message = "The server failed over this request, by no fault of the request's: its log says why."
     return APIError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", message)
 
 
 def response(error: APIError, scope: Scope) -> JSONResponse:
-    """An error in the envelope of the API that was asked, counted."""
+    """Count an error and put it in the envelope of the API that the client called."""
     metrics.ERRORS.labels(error.code).inc()
     path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
     envelope = _messages_envelope(error) if path.startswith(MESSAGES_ROUTE) else _envelope(error)
@@ -146,7 +146,7 @@ def response(error: APIError, scope: Scope) -> JSONResponse:
 
 
 def chunk(error: APIError) -> str:
-    """The same in the middle of a streamed answer, counted."""
+    """Count an error and write it as an event of a streamed answer."""
     metrics.ERRORS.labels(error.code).inc()
     return f"data: {json.dumps(_envelope(error), separators=(',', ':'))}\n\n"
 
@@ -158,7 +158,7 @@ def _envelope(error: APIError) -> dict[str, Any]:
 
 
 def messages_kind(status: int) -> str:
-    """What Anthropic's API calls an error of this status. Source: its API documentation, Errors."""
+    """The error type that Anthropic's API uses for this status. Source: its API documentation, Errors."""
     kinds = {
         401: "authentication_error",
         404: "not_found_error",

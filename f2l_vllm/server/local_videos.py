@@ -1,4 +1,4 @@
-"""Videos of this server's own in a prompt: named by an address that nobody else can know, and read where they lie."""
+"""Stored videos in a prompt: named by an address that nobody else can know, and read directly from the store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class LocalVideo:
-    """A file in the store, and what its bytes hash to."""
+    """A file in the store, and the hash of its bytes."""
 
     path: Path
     sha256: str
@@ -20,12 +20,12 @@ _known: ContextVar[dict[str, LocalVideo]] = ContextVar("local_videos", default={
 
 
 def address_of(video: LocalVideo) -> str:
-    """An address that `video_at` knows while this request is answered, and in no other one."""
+    """A new address for the video. `video_at` knows it only within this request."""
     address = f"f2l-video:{secrets.token_hex(16)}"
     _known.set({**_known.get(), address: video})
     return address
 
 
 def video_at(address: str) -> LocalVideo | None:
-    """The video that this request was given this address for."""
+    """The video behind an address that `address_of` made for this request."""
     return _known.get().get(address)

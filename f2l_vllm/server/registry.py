@@ -1,10 +1,10 @@
-"""The registry: adapters that the engine may be asked for, each held by a lease while a question uses it.
+"""The registry: the adapters that the engine can be asked for, each held by a lease while a question uses it.
 
-An adapter is loaded by `add_lora` before any question of it is generated, under its content-addressed name and the
-int id of the catalog, and enters vLLM's dynamic registry. The engine's host memory has a fixed number of places, and
-this registry alone says who leaves one: an adapter that nobody uses, least recently used first. Its place is given on
-at once, so that the engine hears of both, who leaves and who comes, between the same two steps. One that was deleted
-leaves when its last lease ends: name, then engine, then files; those of the store, too, if it was deleted here.
+`add_lora` loads an adapter before the first question about it is generated, under its content-addressed name and the
+int id of the catalog. The adapter then enters vLLM's dynamic registry. The engine's host memory has a fixed number of
+places, and only this registry evicts: unused adapters, least recently used first. The next adapter gets the place at
+once, so that the engine hears of the eviction and the load between the same two steps. A deleted adapter leaves when
+its last lease ends: first its name, then the engine, then its files, with those in the store if it was deleted here.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from f2l_vllm.store.store import Store, StoreError
 logger = logging.getLogger(__name__)
 
 _LOADS = 2
-_PLACE_SECONDS = 20.0  # a question waits this long while every place holds an adapter in use
-_LEAVE_SECONDS = 30.0  # the engine may still run a question whose client has gone; its abort is on the way
+_PLACE_SECONDS = 20.0  # how long a question waits while every place holds an adapter in use
+_LEAVE_SECONDS = 30.0  # the engine may still run a question whose client has gone, until the abort arrives
 
 
 class AdapterLost(RuntimeError):
@@ -40,10 +40,10 @@ class _Entry:
     record: AdapterRecord
     key: str
     request: Any
-    loading: asyncio.Task[None] | None = None  # done: resident
+    loading: asyncio.Task[None] | None = None  # when done, the adapter is resident
     leases: int = 0
     doomed: bool = False
-    is_ours: bool = False  # doomed by a deletion of this server's
+    is_ours: bool = False  # doomed by a deletion on this server
 
 
 class Lease:
@@ -56,11 +56,11 @@ class Lease:
         self.key = entry.key
 
     async def confirm(self) -> bool:
-        """Whether the engine has the adapter still; if not, the next question of it begins afresh."""
+        """Whether the engine still has the adapter; if not, the next question about it loads it again."""
         return await self._registry._confirm(self._entry)
 
     def release(self) -> None:
-        """The question has ended."""
+        """Give the adapter up when the question has ended."""
         if self._held:
             self._held = False
             self._registry._loop.call_soon_threadsafe(self._registry._release, self._entry)
@@ -80,10 +80,10 @@ class Registry:
         wanted: Callable[[str], bool],
         place_seconds: float = _PLACE_SECONDS,
     ) -> None:
-        """`names` is vLLM's registry; `wanted(name)` says whether the catalog refers to an adapter's files again.
+        """`names` is vLLM's registry; `wanted(name)` says whether the catalog refers to an adapter's files.
 
         Raises:
-            ValueError: the operator's own adapters, which are in `names`, leave no place in the engine.
+            ValueError: the operator's own adapters in `names` leave no place in the engine.
         """
         places = host_slots - len(names)
         if places < 1:
@@ -100,12 +100,12 @@ class Registry:
         self._loop = asyncio.get_running_loop()
         self._entries: dict[str, _Entry] = {}  # by adapter name: in use, or idle and resident
         self._idle: OrderedDict[str, _Entry] = OrderedDict()  # those without a lease, least recently used first
-        self._leaving: dict[str, asyncio.Task[None]] = {}  # by adapter name: on the way out of the engine
+        self._leaving: dict[str, asyncio.Task[None]] = {}  # by adapter name: being removed from the engine
         self._free = places
-        self._waiting: deque[asyncio.Future[None]] = deque()  # loads without a place; nobody is idle then
+        self._waiting: deque[asyncio.Future[None]] = deque()  # loads without a place; no adapter is idle while any wait
         self._used: dict[str, float] = {}  # adapter names, and when they were last asked for, Unix seconds
-        # vLLM's other routes take any key of its registry as a model. Only this server's handlers know the keys, so
-        # nobody reaches an adapter past them, without a lease or with another caller's file.
+        # vLLM's other routes accept any key of its registry as a model. Only this server's handlers know the keys, so
+        # nobody can bypass them and use an adapter without a lease, or one of another caller's file.
         self._secret = secrets.token_hex(16)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -115,16 +115,16 @@ class Registry:
         Raises:
             AdapterLost: its files are missing or damaged.
             APIError: `too_many_videos_in_use`: every place in the engine is held, and none came free in time;
-                `adapter_unavailable`: the files are sound and the engine cannot load them. Nothing is registered in
-                any case.
+                `adapter_unavailable`: the files are sound, but the engine cannot load them. After any error nothing
+                is registered.
         """
         entry = self._entries.get(record.name)
         if entry is None:
             path = str(self._store.adapter_path(record.name))
             request = vllm_api.new_lora_request(record.name, record.id, path, self._base_model)
             entry = self._entries[record.name] = _Entry(record, f"{record.name}:{self._secret}", request)
-        # Weights of a name never change, so an adapter that was deleted and published again while in use goes on
-        # under the int id the engine knows, until its leases end.
+        # The weights behind a name never change. So an adapter that is deleted and published again while in use keeps
+        # the int id that the engine knows until its leases end.
         entry.leases += 1
         self._idle.pop(record.name, None)
         self._used[record.name] = time.time()
@@ -133,18 +133,18 @@ class Registry:
         if entry.loading is None:
             entry.loading = self._start(self._load(entry))
         try:
-            await asyncio.shield(entry.loading)  # a client that goes away leaves the load to whoever else waits
+            await asyncio.shield(entry.loading)  # others may wait for this load when the client goes away
         except BaseException:
             lease.release()
             raise
         return lease
 
     def holds(self, name: str) -> bool:
-        """Whether the engine may load this adapter's files at any time."""
+        """Whether the engine may still load this adapter's files."""
         return name in self._entries or name in self._leaving
 
     def take_used(self) -> dict[str, float]:
-        """The adapters that were asked for since the last call, by name, and when."""
+        """The names of the adapters that were asked for since the last call, with the time of the last request."""
         used, self._used = self._used, {}
         return used
 
@@ -153,12 +153,12 @@ class Registry:
         return [*self._entries, *self._leaving]
 
     async def remove(self, record: AdapterRecord | Tombstone) -> None:
-        """Take an adapter out once nobody uses it, and delete its files. Returns at once while there are leases."""
-        # Goes on when whoever asked for it has gone.
+        """Remove an adapter once nobody uses it, and delete its files. Returns at once if there are leases."""
+        # The removal continues if the caller is cancelled.
         await asyncio.shield(self._start(self._remove(record.name, is_ours=True)))
 
     async def forget(self, name: str) -> None:
-        """The same for an adapter that was deleted elsewhere: the store's files are not this server's to delete."""
+        """Remove an adapter that another server deleted. That server deletes the files in the store."""
         await asyncio.shield(self._start(self._remove(name, is_ours=False)))
 
     async def _remove(self, name: str, *, is_ours: bool) -> None:
@@ -189,29 +189,29 @@ class Registry:
         try:
             if name in self._leaving:
                 await asyncio.shield(self._leaving[name])
-            # From here on whoever forgets what was deleted waits for this entry; what was deleted before is not loaded.
+            # A deletion from here on waits for this entry; an adapter that was deleted earlier is not loaded.
             if not await asyncio.to_thread(self._wanted, name):
                 raise AdapterLost(f"the adapter {name} was deleted a moment ago")
             entry.request.lora_path = await self._path(name)
             await self._take_place()
-            await asyncio.sleep(0)  # whose place it was is told to leave first: the engine has no more than its places
+            await asyncio.sleep(0)  # the eviction goes first: the engine has no spare place
             try:
                 await self._add(entry)
             except BaseException:
                 self._give_place()
                 raise
         except BaseException:
-            del self._entries[name]  # whoever asks next begins afresh
+            del self._entries[name]  # the next question starts a new load
             if entry.doomed:
                 self._start(self._remove(entry.record.name, is_ours=entry.is_ours))
             raise
         self._names[entry.key] = entry.request
         metrics.RESIDENT.inc()
-        if entry.leases == 0:  # everybody went away meanwhile
+        if entry.leases == 0:  # all clients went away meanwhile
             self._rest(entry)
 
     async def _add(self, entry: _Entry) -> None:
-        """Have the engine load it; again where that fails, for files may have been damaged since they were compared."""
+        """Make the engine load it. Retry a failure, because files may have been damaged since they were verified."""
         name = entry.record.name
         for _ in range(_LOADS):
             try:
@@ -238,7 +238,7 @@ class Registry:
             return False
         if entry.request.lora_int_id in await self._engine.list_loras():
             return True
-        if self._entries.get(name) is entry and entry.key in self._names:  # nobody else has found out meanwhile
+        if self._entries.get(name) is entry and entry.key in self._names:  # no other call has noticed meanwhile
             logger.warning("adapter %s is no longer in the engine", name)
             del self._entries[name], self._names[entry.key]
             self._idle.pop(name, None)
@@ -264,7 +264,7 @@ class Registry:
             async with asyncio.timeout(self._place_seconds):
                 await place
         except TimeoutError:
-            if not place.cancelled():  # it came in the same moment
+            if not place.cancelled():  # the place came at the same moment
                 self._give_place()
             message = (
                 "Every place for a video in the engine is taken by questions being answered. Ask again in some "
@@ -274,7 +274,7 @@ class Registry:
             raise APIError(HTTPStatus.SERVICE_UNAVAILABLE, "too_many_videos_in_use", message, headers=headers) from None
 
     def _give_place(self) -> None:
-        """A place has come free: to whoever has waited longest."""
+        """Give a free place to the load that has waited longest."""
         while self._waiting:
             place = self._waiting.popleft()
             if not place.done():
@@ -289,7 +289,7 @@ class Registry:
             self._rest(entry)
 
     def _rest(self, entry: _Entry) -> None:
-        """The last lease has ended."""
+        """Make an entry idle after its last lease has ended."""
         self._idle[entry.record.name] = entry
         if entry.doomed:
             self._start(self._remove(entry.record.name, is_ours=entry.is_ours))
@@ -298,7 +298,7 @@ class Registry:
             self._give_place()
 
     def _retire(self, entry: _Entry) -> None:
-        """Out of reach at once, out of the engine soon. Its place is the caller's to give on."""
+        """Hide an adapter at once and remove it from the engine soon. The caller must reuse or free its place."""
         name = entry.record.name
         del self._entries[name], self._idle[name], self._names[entry.key]
         metrics.RESIDENT.dec()
@@ -317,7 +317,7 @@ class Registry:
             del self._leaving[name]
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run in the background; who awaits the task sees its error, and nobody need."""
+        """Run in the background. Awaiting the task raises its error, but nobody has to await it."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
 

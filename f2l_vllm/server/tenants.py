@@ -1,4 +1,4 @@
-"""Whose request it is: keys name tenants, every file belongs to one, and another's does not exist for the caller."""
+"""Tenants: a key identifies its tenant, every file belongs to one tenant, and others cannot see that it exists."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_TENANT = "default"
 _HASHED = "sha256:"
-_LONGEST_NAME = 128  # as the catalog's column
+_LONGEST_NAME = 128  # the length of the catalog's column
 
 
-# Whose request is in work, for what is called far from it.
+# The tenant of the current request, for code that does not get the request itself.
 asking_tenant: ContextVar[str] = ContextVar("asking_tenant", default=DEFAULT_TENANT)
 
 
 def tenant_of(request: Request | None) -> str:
-    """The caller's tenant; `default` where keys do not tell callers apart, and for requests without HTTP behind."""
+    """The caller's tenant; `default` if keys do not distinguish callers or if there is no HTTP request."""
     return getattr(request.state, "tenant", DEFAULT_TENANT) if request is not None else DEFAULT_TENANT
 
 
 class Keys:
-    """Which tenant a key belongs to: the server's own keys are the tenant `default`'s, or a file names tenants.
+    """Which tenant a key belongs to: the server's own keys belong to the tenant `default`, or a file names tenants.
 
-    The file, TOML if it is named so and else JSON, holds `{tenant: [key, …]}`; a key is written out or as `sha256:` and
-    the hash in hex. A changed file is read at the next request; one that cannot be read leaves the keys as they are.
+    The file is TOML if its name ends in `.toml`, else JSON. It holds `{tenant: [key, …]}`;
+    a key is plain text, or `sha256:` and its hash in hex. The next request after a change reads the file again; if it
+    cannot be read, the old keys stay.
 
     Args:
         server_keys: keys of the tenant `default`.
@@ -62,7 +63,7 @@ class Keys:
 
     @property
     def has_tenants(self) -> bool:
-        """Whether callers are told apart."""
+        """Whether keys distinguish callers."""
         return self._path is not None
 
     def tenant(self, authorization: str | None) -> str | None:
@@ -72,7 +73,7 @@ class Keys:
         self._refresh()
         scheme, _, key = (authorization or "").partition(" ")
         digest, found = _digest(key), None
-        for known, tenant in self._tenants.items():  # all of them, so that time tells nothing
+        for known, tenant in self._tenants.items():  # all of them, so that timing reveals nothing
             if secrets.compare_digest(digest, known):
                 found = tenant
         return found if scheme.lower() == "bearer" else None

@@ -1,7 +1,7 @@
-"""Where this package leans on vLLM's internals, for vLLM 0.32, in the API process; docs/patches.md lists all.
+"""What this package relies on inside vLLM 0.32 in the API process; docs/patches.md lists everything.
 
-Each function names what it relies on; `tests/unit/server/test_vllm_api.py` holds a contract test for each, so that
-another vLLM version fails there first, with a sentence, and not in production.
+Each function names what it relies on. `tests/unit/server/test_vllm_api.py` holds a contract test for each, so that
+another vLLM version fails there first, with a clear message, and not in production.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from f2l_vllm.settings import Settings, listed, refuse_environment
 logger = logging.getLogger(__name__)
 
 SUPPORTED_VLLM = "0.32"
-# What the client asked for, while its request is set up: responses carry it instead of an adapter's name.
+# The model the client asked for, set while its request is set up: responses show it instead of an adapter's name.
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
 
-# Where the rendering of a chat notes how many visual tokens its prompt holds, while its request is set up.
+# While a request is set up, rendering its chat appends the number of visual tokens in the prompt here.
 visual_tokens: ContextVar[list[int] | None] = ContextVar("visual_tokens", default=None)
 
 
 def log_like_vllm(name: str) -> None:
-    """Send the records of our logger where the `vllm` logger's go, at its level and in its format, unless both go to
+    """Send our log records to the handlers of the `vllm` logger, with its level and format, unless both already go to
     the handler of this package."""
     if logs.is_configured():
         return
@@ -45,7 +45,7 @@ def log_like_vllm(name: str) -> None:
 
 
 def check_environment(args: Any) -> None:
-    """Refuse settings under which plugins are bypassed or adapters can be changed from outside.
+    """Refuse settings that bypass plugins or let clients change adapters.
 
     Raises:
         ValueError: one of them is set; the message says which and why.
@@ -69,10 +69,10 @@ def engine_limits(engine_client: Any) -> EngineLimits:
 
 
 class AdapterNames(dict[str, LoRARequest]):
-    """vLLM's registry with the adapters of videos in it, which are found by their key alone.
+    """vLLM's registry together with the videos' adapters, which can be found only by their key.
 
-    vLLM goes through the values for models to list, and for an adapter whose name is the type of one of a question's
-    content parts (its adapters for images or audio): so a question could have a video's adapter without its key.
+    vLLM iterates over the values to list models, and to find an adapter named like the type of one of a question's
+    content parts (its adapters for images or audio). That would give a question a video's adapter without its key.
     """
 
     def values(self) -> list[LoRARequest]:  # type: ignore[override]
@@ -87,17 +87,16 @@ def lora_registry(state: State) -> MutableMapping[str, LoRARequest]:
 
 
 def leave_adapters_out_of_metrics(engine_client: Any) -> None:
-    """Have `vllm:lora_requests_info` name no adapter.
+    """Make `vllm:lora_requests_info` name no adapter.
 
-    Every combination of adapters that were ever asked for at once would stay in it, and in the API server's memory, for
-    good; and whoever may read metrics would learn the videos' adapters. It is filled from
-    `engine_client.output_processor.lora_states`.
+    Every combination of adapters in use at once would stay in the metric and in the API server's memory for good, and
+    readers of the metrics would learn the videos' adapters. `engine_client.output_processor.lora_states` fills it.
     """
     engine_client.output_processor.lora_states.log_stats = False
 
 
 def new_lora_request(name: str, int_id: int, path: str, base_model: str) -> LoRARequest:
-    """A request that never reloads in place: with `load_inplace` the engine reads the file again for every request."""
+    """A request without `load_inplace`, with which the engine would read the file again for every request."""
     return LoRARequest(
         lora_name=name, lora_int_id=FIRST_ADAPTER_ID + int_id, lora_path=path, base_model_name=base_model
     )
@@ -117,9 +116,9 @@ async def model_cards(state: State) -> list[dict[str, Any]]:
 def wrap_servings(state: State, wrap_chat: Callable[[Any], Any], wrap_completion: Callable[[Any], Any]) -> None:
     """Put our handlers in front of `state.openai_serving_chat` and `state.openai_serving_completion`.
 
-    vLLM's own routes look their handler up in `state` at every request, so they keep their cancellation, keep-alive
-    and load accounting. `model_name` of the models object decides the `model` field of a response; it is overridden
-    to return what the client asked for.
+    vLLM's own routes look up their handler in `state` at every request, so they keep their cancellation, keep-alive
+    and load accounting. `model_name` of the models object decides the `model` field of a response; we override it to
+    return what the client asked for.
     """
     models = state.openai_serving_models
     original = models.model_name
@@ -136,9 +135,9 @@ def wrap_servings(state: State, wrap_chat: Callable[[Any], Any], wrap_completion
 
 
 def wrap_chat_answers(state: State, wrap: Callable[[Any], Any]) -> None:
-    """Put `wrap` around the methods that answer chats, before `wrap_servings`: each takes the chat's request first.
+    """Put `wrap` around the methods that answer chats; call it before `wrap_servings`. Each takes the request first.
 
-    `/v1/messages` is answered by `create_chat_completion` of its own handler, and in its own words after.
+    The handler of `/v1/messages` answers with its own `create_chat_completion` and then converts the answer.
     """
     for name, method in (
         ("openai_serving_chat", "create_chat_completion"),
@@ -150,13 +149,13 @@ def wrap_chat_answers(state: State, wrap: Callable[[Any], Any]) -> None:
 
 
 def wrap_responses(state: State, wrap: Callable[[Any], Any]) -> None:
-    """Put `wrap` around `create_responses`, before `guard_other_servings`: it gives a response, or a stream."""
+    """Put `wrap` around `create_responses`, which returns a response or a stream, before `guard_other_servings`."""
     if (serving := getattr(state, "openai_serving_responses", None)) is not None:
         serving.create_responses = wrap(serving.create_responses)
 
 
 def rendered(chat: Any, messages: list[Any], add_generation_prompt: bool) -> str:
-    """The text that the template of vLLM's chat handler makes of messages; any error where it makes none."""
+    """The text that vLLM's chat template makes of messages; if it fails, it may raise any error."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     request = ChatCompletionRequest(messages=messages, add_generation_prompt=add_generation_prompt)
@@ -167,7 +166,7 @@ def rendered(chat: Any, messages: list[Any], add_generation_prompt: bool) -> str
 
 
 def noting_visual_tokens(chat: Any) -> Any:
-    """vLLM's chat handler, whose `render_chat_request` (conversation and engine's prompts) fills `visual_tokens`."""
+    """Make vLLM's `render_chat_request`, which returns a conversation and prompts, fill `visual_tokens`."""
     render = chat.render_chat_request
 
     async def noting(request: Any) -> Any:
@@ -184,10 +183,10 @@ def noting_visual_tokens(chat: Any) -> Any:
 def enclose_renderings(
     engine_client: Any, question: Callable[[], AbstractContextManager[None]], salt: Callable[[str | None], str | None]
 ) -> None:
-    """Have every request that vLLM makes into the engine's prompts enter `question()` meanwhile, under `salt` of its
-    own `cache_salt`.
+    """Enter `question()` while vLLM renders a request into prompts for the engine, and replace the request's
+    `cache_salt` by `salt` of it.
 
-    All of its handlers come to `render_chat_async` or `render_cmpl_async` of `engine_client.renderer`.
+    All of vLLM's handlers call `render_chat_async` or `render_cmpl_async` of `engine_client.renderer`.
     """
     renderer = engine_client.renderer
 
@@ -207,9 +206,9 @@ def enclose_renderings(
 
 
 def guard_other_servings(state: State, guard: Callable[[Any, bool], Any]) -> None:
-    """Put `guard` around the generate handlers that do not know videos: they must not answer for one by accident.
+    """Put `guard` around the generate handlers that do not know videos, so that they never answer for one by accident.
 
-    Its second argument: whether the route makes an envelope of its own of the handler's `ErrorResponse`.
+    Its second argument says whether the route converts the handler's `ErrorResponse` to its own envelope.
     """
     for name in (
         "openai_serving_responses",
@@ -228,12 +227,12 @@ def error_status(response: Any) -> int | None:
 
 
 def add_details(response: Any, details: Mapping[str, Any]) -> None:
-    """Say in a whole response, under `f2l`, what it was answered from: vLLM's response models take further fields."""
+    """Add what a whole response was answered from, under `f2l`: vLLM's response models accept extra fields."""
     response.f2l = dict(details)
 
 
 def detailed_chunk(chunk: str, details: Mapping[str, Any]) -> str:
-    """The same in a stream, in the last chunk that carries usage: the one without choices. Others stay as they are."""
+    """Add details to a stream's last chunk, the one with usage and without choices. Other chunks stay unchanged."""
     if '"choices":[]' not in chunk or '"usage":{' not in chunk:
         return chunk
     body = json.loads(chunk.removeprefix("data: "))
@@ -241,17 +240,17 @@ def detailed_chunk(chunk: str, details: Mapping[str, Any]) -> str:
 
 
 def is_stopping(state: State) -> bool:
-    """Whether vLLM's server stops, as it does by itself when its engine has died."""
+    """Whether vLLM's server is stopping, which it also does by itself when its engine has died."""
     return bool(getattr(getattr(state, "server", None), "should_exit", False))
 
 
 def quiet_paths(args: Any) -> set[str]:
-    """The paths whose requests vLLM was told not to log: it reads its own flag only where nobody configures logging."""
+    """The paths whose requests vLLM was told not to log. vLLM ignores its own flag when somebody configures logging."""
     return set(listed(getattr(args, "disable_access_log_for_endpoints", None) or ""))
 
 
 def url(args: Any) -> str:
-    """Where this server is reached from its own machine."""
+    """The address of this server on its own machine."""
     if getattr(args, "uds", None):
         return f"unix:{args.uds}"
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(args.host or "", args.host)
@@ -260,48 +259,48 @@ def url(args: Any) -> str:
 
 
 def api_keys(args: Any) -> list[str]:
-    """The keys of `--api-key`, else the one in VLLM_API_KEY, as vLLM's own check takes them."""
+    """The keys of `--api-key`, else the one in VLLM_API_KEY, as in vLLM's own check."""
     return [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
 
 
 def grace_seconds(args: Any, settings: Settings) -> float:
-    """How long open answers may go on when the server stops: our setting, else vLLM's flag for the same."""
+    """How long open answers may continue when the server stops: our setting if it is set, else vLLM's flag."""
     if "shutdown_seconds" in settings.model_fields_set:
         return settings.shutdown_seconds
     return float(getattr(args, "shutdown_timeout", 0) or settings.shutdown_seconds)
 
 
 def stop_engine(engine_client: Any) -> None:
-    """End the engine's processes. vLLM asks them to and kills them at once with this timeout; nothing is in them."""
+    """End the engine's processes. With this timeout vLLM kills them right after asking them to end; no data is lost."""
     engine_client.shutdown(timeout=0)
 
 
 def is_serving(state: State) -> bool:
-    """Whether uvicorn takes connections."""
+    """Whether uvicorn accepts connections."""
     return bool(getattr(getattr(state, "server", None), "started", False))
 
 
 def stop_http(state: State) -> None:
-    """Have uvicorn take no more connections, wait for those that are left, and run the end of the lifespan."""
+    """Make uvicorn accept no more connections, wait for the open ones, and run the end of the lifespan."""
     if (server := getattr(state, "server", None)) is not None:
         server.should_exit = True
 
 
 def bound_http_shutdown(state: State, seconds: float) -> None:
-    """How long uvicorn waits for connections when it stops; it would wait for ever for a client that does not read."""
+    """Bound how long a stopping uvicorn waits for connections: a client that does not read would block it forever."""
     if (server := getattr(state, "server", None)) is not None:
         server.config.timeout_graceful_shutdown = seconds
 
 
 def is_engine_dead(error: BaseException) -> bool:
-    """Whether a call failed because there is no engine any more: vLLM's handlers know what to do then."""
+    """Whether a call failed because the engine is dead. vLLM's handlers deal with that."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     return isinstance(error, EngineDeadError)
 
 
 def is_failed_generation(error: BaseException) -> bool:
-    """Whether the engine gave up one request, as it does where the adapter cannot be loaded."""
+    """Whether the engine gave up one request, as it does when it cannot load the adapter."""
     from vllm.exceptions import GenerationError
 
     return isinstance(error, GenerationError)

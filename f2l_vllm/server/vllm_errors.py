@@ -1,8 +1,8 @@
-"""Where vLLM's failures become answers, for vLLM 0.32: whose fault each is, and what is said of it.
+"""Turns the failures of vLLM 0.32 into answers: whose fault each one is, and what the client is told.
 
-vLLM reads and renders a request in many places, and what they raise over an odd one is any Python exception. Until the
-engine is asked, all that its handlers do is a function of the request alone, so that what fails there is the request's
-fault; after that it is the server's, but for an answer that could not be brought to an end within its constraint.
+vLLM reads and renders a request in many places, and a malformed request can raise any Python exception there. Until
+the engine is asked, vLLM's handlers depend on the request alone, so a failure there is the request's fault. After that
+it is the server's fault, except when an answer could not be completed within its constraint.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from f2l_vllm.store.errors import Unavailable
 logger = logging.getLogger(__name__)
 
 _OWN = "f2l_vllm."
-# Python's own sentences, and those of libraries about their arguments; vLLM's say what to do.
+# Messages of Python itself, and of libraries about their arguments: only vLLM's own messages say what to do.
 _PYTHONS = re.compile(
     r"^(invalid literal|could not convert|not enough values|too many values|cannot unpack|unhashable|.*codec can't"
     r"|.* got (an unexpected|multiple values)|.*object (is|has|of)|TextEncodeInput|.*int too large|.*<class )"
@@ -36,7 +36,7 @@ _BROKEN_REQUEST = "The request cannot be read: one of its values is of a kind or
 
 @dataclass
 class _Progress:
-    """How far a request has come."""
+    """How far the server has got with a request."""
 
     asked_engine: bool = False
 
@@ -45,20 +45,20 @@ _progress: ContextVar[_Progress | None] = ContextVar("progress", default=None)
 
 
 def follow() -> None:
-    """From here on it is known of this request whether the engine has been asked."""
+    """Start to record whether this request has reached the engine."""
     _progress.set(_Progress())
 
 
 def note_engine_asked() -> None:
-    """All that the request itself could be refused for is behind it."""
+    """Record that the request reached the engine: from here on a failure is not the request's fault."""
     if (progress := _progress.get()) is not None:
         progress.asked_engine = True
 
 
 def refusal(error: Exception, scope: Scope) -> APIError | None:
-    """What to answer where the request is at fault, None where the server is.
+    """The answer if the request is at fault, None if the server is.
 
-    Relies on `vllm.exceptions` (`VLLMClientError` and those below it, `GracefulHTTPError`, `GenerationError`).
+    Relies on `vllm.exceptions` (`VLLMClientError` and its subclasses, `GracefulHTTPError`, `GenerationError`).
     """
     from vllm.exceptions import (
         GenerationError,
@@ -93,8 +93,8 @@ def refusal(error: Exception, scope: Scope) -> APIError | None:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Put our exception handlers in the place of vLLM's (`exception_handling/register.py`), all but those for an engine
-    that has died, which end the server."""
+    """Replace vLLM's exception handlers (`exception_handling/register.py`) with ours. vLLM's handlers for a dead engine
+    stay, because they end the server."""
     from vllm.exceptions import VLLMError
 
     stock = app.exception_handlers[VLLMError]
@@ -117,7 +117,7 @@ def install_handlers(app: FastAPI) -> None:
 
 
 def error_response(error: APIError) -> Any:
-    """vLLM's own `ErrorResponse`, for a handler whose route reads it into the envelope of Anthropic's API."""
+    """vLLM's own `ErrorResponse`, for a handler whose route converts it to the envelope of Anthropic's API."""
     from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 
     errors.metrics.ERRORS.labels(error.code).inc()
@@ -127,13 +127,13 @@ def error_response(error: APIError) -> Any:
 
 
 def _is_vllms(scope: Scope) -> bool:
-    """Whether the request has reached a route of vLLM's."""
+    """Whether the request was routed to one of vLLM's own routes."""
     endpoint = scope.get("endpoint")
     return endpoint is not None and not getattr(endpoint, "__module__", "").startswith(_OWN)
 
 
 def _shown(message: str) -> str:
-    """A message without the machine's paths and addresses, of a length to read."""
+    """A message shortened to a readable length, without the machine's paths and addresses."""
     from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 
     text: str = sanitize_message(message[:2000])

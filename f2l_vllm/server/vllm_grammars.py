@@ -1,6 +1,6 @@
-"""Where this package leans on how vLLM 0.32 constrains answers: what reaches the engine, and what it may cost there.
+"""What this package relies on in how vLLM 0.32 constrains answers: what reaches the engine, and what it may cost.
 
-`tests/unit/server/test_vllm_grammars.py` holds a contract test for each touch.
+`tests/unit/server/test_vllm_grammars.py` holds a contract test for each dependency.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def vocabulary(engine_client: Any) -> Callable[[], str]:
 
 
 def language(constraint: Constraint) -> tuple[str, str]:
-    """What a constraint is compiled as, and its text: vLLM tells Lark from EBNF, and makes a grammar of choices."""
+    """The language a constraint is compiled as, and its text. Lark is told from EBNF, and choices become a grammar."""
     from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
 
     if constraint.kind == "choice":
@@ -45,7 +45,7 @@ def language(constraint: Constraint) -> tuple[str, str]:
 
 
 def constraint_of(params: Any) -> Constraint | None:
-    """The constraint of vLLM's sampling parameters (`SamplingParams.structured_outputs`), but for any JSON object."""
+    """The constraint in vLLM's `SamplingParams.structured_outputs`; None also for "any JSON object"."""
     given = getattr(params, "structured_outputs", None)
     if given is None:
         return None
@@ -60,10 +60,10 @@ def constraint_of(params: Any) -> Constraint | None:
 
 
 def use_xgrammar(engine_client: Any) -> bool:
-    """Have every constraint compiled by xgrammar; False where the operator chose another backend.
+    """Make xgrammar compile every constraint; return False if the operator chose another backend.
 
-    Under `auto` a constraint that xgrammar refuses goes to another backend, and whichever request comes first decides
-    which one the engine has for good (`StructuredOutputManager.grammar_init`).
+    Under `auto`, a constraint that xgrammar refuses goes to another backend, and the first request decides which
+    backend the engine keeps for good (`StructuredOutputManager.grammar_init`).
     """
     config = engine_client.vllm_config.structured_outputs_config
     if config.backend == "auto":
@@ -72,9 +72,9 @@ def use_xgrammar(engine_client: Any) -> bool:
 
 
 def try_before_generating(engine_client: Any, check: Callable[[Constraint, str], Awaitable[None]]) -> None:
-    """Have `engine_client.generate` check every constraint before the engine gets it, wherever it comes from.
+    """Make `engine_client.generate` check every constraint, whichever route it comes from, before the engine gets it.
 
-    Parameters that vLLM would refuse only when the answer is read, after a stream's first bytes, it refuses at once.
+    It also verifies the sampling parameters at once. vLLM would do so only after the first bytes of a stream are sent.
     """
     stock = engine_client.generate
 

@@ -1,1 +1,1 @@
-"""Questions: what they may hold, which videos they mean, and how they are answered."""
+"""Questions: what they may hold, which videos they name, and how they are answered."""

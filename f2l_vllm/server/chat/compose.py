@@ -1,7 +1,7 @@
-"""Several videos, or some chunks of one, as one adapter: composed in rank space from adapters that exist already.
+"""Composes several videos, or some chunks of one, into one adapter, in rank space and from existing adapters.
 
-A composition is an adapter like any other: content-addressed, published in the store, entered in the catalog (with the
-adapters it is made of, and it leaves with the first of them), resident and leased while a question uses it.
+A composition is an adapter like any other: content-addressed, published in the store, resident and leased while a
+question uses it. The catalog holds it with the adapters it is made of, and drops it with the first of them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from f2l_vllm.store.address import ADAPTER_PREFIX, FORMAT_VERSION
 from f2l_vllm.store.store import Store, StoreError
 
 logger = logging.getLogger(__name__)
-# Chunks begin and end on frames, so a span may reach this far into a chunk that the caller did not mean, in seconds.
+# Chunks begin and end on frames, so a span may reach this many seconds into a chunk that the caller did not mean.
 _SLIVER_SECONDS = 0.1
 _ATTEMPTS = 3
 
 
 class PartLost(AdapterLost):
-    """An adapter that is to be composed is missing or damaged; `record` says which."""
+    """An adapter to compose is missing or damaged; `record` says which."""
 
     def __init__(self, record: AdapterRecord, error: Exception) -> None:
         super().__init__(str(error))
@@ -59,7 +59,7 @@ class AdapterChunks:
 
     @property
     def visual_tokens(self) -> int:
-        """How many visual tokens the chunks stand for: those of the frames that lie in them."""
+        """How many visual tokens the chunks replace: those of the frames inside them."""
         info = self.record.info
         tokens, times = info.get("visual_tokens", 0), info.get("timestamps", ())
         inside = sum(any(start <= time < end for start, end in self.covered) for time in times)
@@ -68,7 +68,7 @@ class AdapterChunks:
 
 
 class Composer:
-    """Chooses chunks, composes them once however many ask, and leases the result."""
+    """Chooses chunks, composes them once for all concurrent callers, and leases the result."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Composer:
         self._making: dict[str, asyncio.Task[AdapterRecord]] = {}
 
     def choose(self, record: AdapterRecord, span: Span | None, name: str) -> AdapterChunks:
-        """The chunks of a video's adapter that overlap the span; all of them without one.
+        """The chunks of a video's adapter that overlap the span; all chunks without a span.
 
         Raises:
             APIError: `span_not_available`: the video was read in one pass, or has no such seconds.
@@ -118,7 +118,7 @@ class Composer:
         return AdapterChunks(record, tuple(chosen), _joined([spans[i] for i in chosen]))
 
     def check(self, chunks: int, videos: int) -> None:
-        """Whether the engine has room for this many chunks at once.
+        """Check that the engine has room for this many chunks at once.
 
         Raises:
             APIError: `too_many_videos`.
@@ -165,20 +165,20 @@ class Composer:
         raise APIError(HTTPStatus.INTERNAL_SERVER_ERROR, "adapter_damaged", message)
 
     async def _composed(self, name: str, parts: Sequence[AdapterChunks]) -> AdapterRecord:
-        """Make the composition, or wait for whoever is making it."""
+        """Make the composition, or wait for the task that is making it."""
         task = self._making.get(name)
         if task is None:
             task = self._making[name] = asyncio.create_task(self._compose(name, parts))
             task.add_done_callback(lambda done: self._done(name, done))
-        return await asyncio.shield(task)  # a client that goes away takes nobody else's composition with it
+        return await asyncio.shield(task)  # others may wait for this composition when the client goes away
 
     def _done(self, name: str, task: asyncio.Task[AdapterRecord]) -> None:
         self._making.pop(name, None)
         if not task.cancelled():
-            task.exception()  # everybody who waits may have gone away
+            task.exception()  # mark the error as seen: all callers may have gone away
 
     async def _compose(self, name: str, parts: Sequence[AdapterChunks]) -> AdapterRecord:
-        # The parts are read as files, not leased: places in the engine are for adapters that answer.
+        # Parts are read as files, not leased, because places in the engine are for adapters that answer.
         files = await asyncio.to_thread(self._publish, name, parts)
         info = {"visual_tokens": sum(part.visual_tokens for part in parts), "parts": _described(parts)}
         names = [part.record.name for part in parts]
@@ -223,14 +223,14 @@ class Composer:
 
 
 def composition_name(parts: Sequence[AdapterChunks]) -> str:
-    """The composition's content-addressed name: over its parts' names and chunks, in order, and the file format."""
+    """The composition's content-addressed name: a hash of its parts' names and chunks, in order, and the format."""
     record = {"format": FORMAT_VERSION, "composed": [[part.record.name, list(part.chunks)] for part in parts]}
     text = json.dumps(record, sort_keys=True, separators=(",", ":"))
     return ADAPTER_PREFIX + hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _each_chunk_once(parts: Sequence[AdapterChunks]) -> list[AdapterChunks]:
-    """Without the chunks that an earlier part holds: twice in an adapter they would count twice."""
+    """Drop chunks that an earlier part already holds, because a repeated chunk would count twice."""
     seen: set[tuple[str, int]] = set()
     left = []
     for part in parts:
@@ -252,7 +252,7 @@ def _overlap(start: float, end: float, span: Span) -> float:
 
 
 def _joined(spans: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """Neighbouring spans as one."""
+    """Merge neighbouring spans."""
     joined: list[tuple[float, float]] = []
     for start, end in spans:
         if joined and joined[-1][1] == start:

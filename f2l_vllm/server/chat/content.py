@@ -1,13 +1,13 @@
-"""What of a request vLLM may see: content parts that are known, with keys that are known, and nothing else.
+"""Which content of a request vLLM may see: only known content parts with known keys.
 
-vLLM takes a part by its `type`, by its keys where the type is missing, and by its keys again where it holds a `uuid`;
-some of its kinds are handed to libraries that open paths and addresses, or read pickled tensors, by themselves. So a
-part passes here only if its type is in `PARTS` and every key belongs to that type. Other fields of a request by which
-something would be fetched, opened, decoded in another way, or read from what another client left, are `REFUSED`.
+vLLM recognizes a part by its `type`, by its keys if the type is missing, and again by its keys if it holds a `uuid`. It
+passes some kinds to libraries that open paths and addresses, or read pickled tensors, by themselves. So a part passes
+here only if its type is in `PARTS` and every key belongs to that type. `REFUSED` lists other fields of a request that
+would fetch or open something, change how it is decoded, or read data that another client left.
 
-This is the one place that decides it, for every route (`bodies.py` asks before any route sees a body). A contract test
-goes through the table of parsers and the fields of all request models of the supported vLLM, and fails where there is
-one that nobody has decided about.
+This module alone decides it for every route (`bodies.py` calls it before any route sees a body). A contract test goes
+through the table of parsers and the fields of all request models of the supported vLLM, and fails if it finds one that
+this module does not cover.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ HOW_VIDEOS = (
     "{'type': 'video_url', 'video_url': {'url': …}}"
 )
 _SCHEMES = ("data:", "http://", "https://")
-_BREAKPOINT = "prompt_cache_breakpoint"  # OpenAI's own hint to its cache, which nothing here reads
+_BREAKPOINT = "prompt_cache_breakpoint"  # OpenAI's hint to its cache; nothing here reads it
 _TEXT = frozenset({"text", "annotations", "cache_control", "citations", "logprobs", _BREAKPOINT})
 _TOOL = frozenset({"cache_control", "caller", "id", "input", "name"})
 
-# Every type of content part there is, in the words of all routes, and its keys besides `type`.
+# Every type of content part, under each name that any route uses for it, and its keys besides `type`.
 PARTS: Mapping[str, frozenset[str]] = {
     "text": _TEXT,
     "input_text": _TEXT,
@@ -50,7 +50,7 @@ PARTS: Mapping[str, frozenset[str]] = {
     "tool_addition": frozenset({"tool"}),
     "tool_removal": frozenset({"tool"}),
 }
-# Items of a conversation on /v1/responses that are not made of parts alone.
+# Items of a conversation on /v1/responses that do not consist of parts alone.
 ITEMS = frozenset(
     {
         "message",
@@ -61,7 +61,7 @@ ITEMS = frozenset(
         "reasoning",
     }
 )
-# Fields of a body that hold conversations, and those that hold the content of one message.
+# Fields of a body that hold conversations, then those that hold the content of one message.
 CONVERSATIONS = (
     "messages",
     "input",
@@ -93,7 +93,7 @@ REFUSED: Mapping[str, str] = {
     "multi_modal_uuids": "media are taken in messages only",
     "previous_input_messages": "send the conversation as 'input'",
 }
-# By these names vLLM reads `vllm_xargs` as fields that are refused themselves.
+# vLLM reads these names in `vllm_xargs` as fields that are themselves refused.
 _REFUSED_XARGS = frozenset({"kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode"})
 
 
@@ -113,12 +113,12 @@ def admit(body: Any, tenant: str, max_images: int) -> bool:
 
 
 def private(tenant: str, name: str) -> str:
-    """`name` as one of the tenant's own, which no other tenant's can equal."""
+    """A version of `name` for this tenant, which can equal no other tenant's name."""
     return hashlib.sha256(json.dumps([tenant, name]).encode()).hexdigest()
 
 
 class _Check:
-    """One body's way through the tables above."""
+    """Checks one body against the tables above."""
 
     def __init__(self, tenant: str, max_images: int) -> None:
         self.changed = False
@@ -134,7 +134,7 @@ class _Check:
 
     def request(self, body: Any) -> None:
         if not isinstance(body, dict):
-            return  # every route of vLLM's refuses it
+            return  # all routes of vLLM refuse it
         for name in REFUSED.keys() & body.keys():
             if body[name]:
                 raise _refused_field(name)
@@ -142,7 +142,7 @@ class _Check:
         if isinstance(xargs, dict) and (names := sorted(_REFUSED_XARGS & xargs.keys())):
             raise _refused_field(f"vllm_xargs.{names[0]}")
         if isinstance(body.get("audio"), list) and body["audio"]:
-            raise _refused_field("audio")  # addresses; OpenAI's field of that name is an object
+            raise _refused_field("audio")  # a list of addresses; OpenAI's field of that name is an object
         for name in CONVERSATIONS:
             self._conversation(body.get(name), name)
         for name in CONTENTS:
@@ -152,7 +152,7 @@ class _Check:
                 self.request(body[name])
 
     def _conversation(self, value: Any, param: str) -> None:
-        """A text, a message, or lists of them, as deep as batches are."""
+        """Check a text, a message, or lists of them, to the depth of batches."""
         for outer in value if isinstance(value, list) else [value]:
             for message in outer if isinstance(outer, list) else [outer]:
                 if isinstance(message, dict):
@@ -204,7 +204,7 @@ class _Check:
             self.changed = True
             if image is None:
                 self._count()
-                return  # the picture that vLLM keeps under the uuid
+                return  # it means the picture that vLLM keeps under the uuid
         if not isinstance(image, dict) or image.keys() - {"url", "detail"}:
             message = "An 'image_url' part names its picture as {'url': …}, with 'detail' if you like."
             raise bad_request("invalid_request", message, "messages")
@@ -229,7 +229,7 @@ class _Check:
     def _video_url(self, part: dict[str, Any]) -> None:
         video = part.get("video_url")
         url = video.get("url") if isinstance(video, dict) else video
-        if url is not None:  # else what reads videos says what is missing
+        if url is not None:  # otherwise the code that reads videos reports what is missing
             check_address(url)
 
     def _tool_result(self, part: dict[str, Any]) -> None:
@@ -255,7 +255,7 @@ _TEXTS = {
 
 
 def check_address(url: Any) -> None:
-    """Refuse what is not an address of media.
+    """Refuse a value that is no media address.
 
     Raises:
         APIError: `invalid_request`, `url_not_allowed`.

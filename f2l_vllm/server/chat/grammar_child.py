@@ -1,6 +1,6 @@
-"""`python -m f2l_vllm.server.chat.grammar_child LIMITS`: tries constraints, each in a process that it forks for it.
+"""`python -m f2l_vllm.server.chat.grammar_child LIMITS`: tries each constraint in a forked process.
 
-Its standard input holds the tokenizer's vocabulary as xgrammar writes it, on a line, and then requests as lines of
+Its standard input holds one line with the tokenizer's vocabulary as xgrammar writes it, and then requests as lines of
 JSON: `{"id", "kind", "text"}`, or `{"cancel": id}`. Answers are lines of JSON: `{"id"}` for a constraint that compiles
 and can be followed within the limits; `{"id", "invalid": why}`; `{"id", "slow": why}`. It ends with its parent.
 """
@@ -26,12 +26,12 @@ from pydantic import ValidationError
 
 from f2l_vllm.grammar_limits import GrammarLimits, matching_seconds
 
-_STEPS = 1000  # tokens of a trial answer: what is ambiguous costs the more the longer it grows
-_XGRAMMARS_PREFIX = re.compile(r"^\[[\d:]+\] \S+:\d+: ")  # time, and where in its source
+_STEPS = 1000  # tokens of a trial answer: an ambiguous grammar costs more as the answer grows
+_XGRAMMARS_PREFIX = re.compile(r"^\[[\d:]+\] \S+:\d+: ")  # time and source line
 
 
 class _Refused(Exception):
-    """The constraint compiles and is of no use; `args[0]` says why."""
+    """The constraint compiles but is useless; `args[0]` says why."""
 
 
 class _Slow(Exception):
@@ -44,7 +44,7 @@ def main(limits_json: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(10)
     answers = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints cannot disturb an answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that prints cannot disturb an answer
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     lines = _Lines(sys.stdin.fileno())
     vocabulary = xgrammar.TokenizerInfo.deserialize_json(json.loads(lines.wait()))
@@ -78,14 +78,14 @@ def main(limits_json: str) -> None:
 
 
 class _Lines:
-    """Lines of a descriptor, without a buffer that would hide them from `select`."""
+    """Reads lines of a descriptor without a file object, whose buffer would hide them from `select`."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self._buffer = bytearray()
 
     def read(self) -> bool:
-        """Take what is there; False at the end."""
+        """Read what is available; return False at the end."""
         piece = os.read(self.descriptor, 1 << 16)
         self._buffer += piece
         return bool(piece)
@@ -110,13 +110,13 @@ def _collect(trials: dict[int, int], answers: int) -> None:
         if process == 0:
             return
         request = trials.pop(process)
-        if status != 0:  # one that ended in order has sent its answer
+        if status != 0:  # a process that ended in order has sent its answer
             why = "it takes more time or memory to compile than it may"
             _send(answers, {"id": request, "slow": why, "died": True})
 
 
 def _try(request: dict[str, Any], vocabulary: xgrammar.TokenizerInfo, limits: GrammarLimits, answers: int) -> None:
-    """In a process of its own, which it ends."""
+    """Try one constraint in the forked process, then end that process."""
     code = 1
     try:
         used = resource.getrusage(resource.RUSAGE_SELF)
@@ -137,9 +137,9 @@ def _try(request: dict[str, Any], vocabulary: xgrammar.TokenizerInfo, limits: Gr
         except ValidationError as error:
             told = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
             answer["invalid"] = "; ".join(told)[:500]
-        except UnicodeError:  # what the compiler says of it cuts a character in two
+        except UnicodeError:  # the compiler's message cuts a character in two
             answer["invalid"] = "it cannot be parsed"
-        except (LookupError, TypeError, AttributeError):  # Python's own words
+        except (LookupError, TypeError, AttributeError):  # the message would be Python's
             answer["invalid"] = f"it has not the form of a {request['kind'].replace('_', ' ')}"
         except Exception as error:
             answer["invalid"] = _XGRAMMARS_PREFIX.sub("", str(error))[:500]
@@ -150,7 +150,7 @@ def _try(request: dict[str, Any], vocabulary: xgrammar.TokenizerInfo, limits: Gr
 
 
 def _compile(kind: str, text: str, vocabulary: xgrammar.TokenizerInfo) -> xgrammar.CompiledGrammar:
-    """As vLLM's engine does (`v1/structured_output/backend_xgrammar.py`), on one thread."""
+    """Compile like vLLM's engine (`v1/structured_output/backend_xgrammar.py`), but on one thread."""
     compiler = xgrammar.GrammarCompiler(vocabulary, max_threads=1, cache_enabled=False)
     match kind:
         case "json":
@@ -172,7 +172,7 @@ def _compile(kind: str, text: str, vocabulary: xgrammar.TokenizerInfo) -> xgramm
 
 
 def _follow(compiled: xgrammar.CompiledGrammar, vocabulary: xgrammar.TokenizerInfo) -> None:
-    """Two trial answers: one of tokens at random, one of the first token that may come, which ambiguity shows in."""
+    """Follow two trial answers: one of random tokens, and one of always the first allowed token, to show ambiguity."""
     bits = xgrammar.allocate_token_bitmask(1, vocabulary.vocab_size)
     text = np.ones(vocabulary.vocab_size, dtype=bool)
     text[vocabulary.stop_token_ids] = False

@@ -1,7 +1,7 @@
-"""Constraints are compiled on trial, in processes that can be killed, before the engine is given one.
+"""Compiles constraints on trial, in processes that can be killed, before the engine gets them.
 
-The engine compiles in its own process, where nothing ends a compilation, and follows constraints inside its steps. What
-a trial compiled and followed within its limits costs the engine no more than that.
+The engine compiles in its own process, where nothing can stop a compilation, and follows constraints inside its steps.
+A constraint that a trial compiled and followed within its limits costs the engine no more than those limits.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _REMEMBERED = 4096
 
 
 class Grammars:
-    """Lives on the API server's event loop. The trying process starts with the first constraint.
+    """Tries constraints. Lives on the API server's event loop. The trial process starts with the first constraint.
 
     Args:
-        vocabulary: gives the tokenizer's vocabulary, as xgrammar's `TokenizerInfo.serialize_json` writes it.
-        kind_of: the language of a constraint of kind `grammar`, and its text: `grammar` or `lark`.
+        vocabulary: returns the tokenizer's vocabulary, as xgrammar's `TokenizerInfo.serialize_json` writes it.
+        kind_of: returns the language to compile a constraint as (`lark` or `grammar` for a grammar), and its text.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Grammars:
         self._known: OrderedDict[bytes, dict[str, Any]] = OrderedDict()
 
     async def check(self, constraint: Constraint, tenant: str) -> None:
-        """Return when the constraint has been tried; a tenant's are tried one after the other.
+        """Return when the constraint has been tried. Each tenant's constraints are tried one at a time.
 
         Raises:
             APIError: `structured_output_too_complex`, `invalid_structured_output`.
@@ -67,7 +67,7 @@ class Grammars:
             async with turn, self._places:
                 if digest not in self._known:
                     answer = await self._try(constraint)
-                    if answer.get("died"):  # on a busy machine, perhaps: another time it may fit
+                    if answer.get("died"):  # perhaps the machine was busy: do not remember it, a retry may succeed
                         raise_refusal(answer)
                     self._known[digest] = answer
                     if len(self._known) > _REMEMBERED:
@@ -76,7 +76,7 @@ class Grammars:
         raise_refusal(self._known[digest])
 
     async def close(self) -> None:
-        """End the trying process, and be rid of its pipes while there is a loop to do it."""
+        """End the trial process, and close its pipes while the event loop still runs."""
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.wait([self._reader])
@@ -104,7 +104,7 @@ class Grammars:
         async with self._starting:
             if self._process is not None and self._process.returncode is None:
                 return self._process
-            # Threads of libraries would not survive a fork, and xgrammar needs none of theirs.
+            # Library threads would not survive a fork, and xgrammar needs none of them.
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "USE_TORCH": "0"}
             vocabulary = await asyncio.to_thread(self._vocabulary)
             command = [sys.executable, "-m", "f2l_vllm.server.chat.grammar_child", json.dumps(asdict(self._limits))]
@@ -137,7 +137,7 @@ class Grammars:
 
 
 def raise_refusal(answer: dict[str, Any]) -> None:
-    """What a trial's answer means for the request."""
+    """Raise the error that a trial's answer means for the request, if any."""
     refusal: APIError | None = None
     if "invalid" in answer:
         refusal = invalid(str(answer["invalid"]).rstrip("."))

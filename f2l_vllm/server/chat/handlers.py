@@ -1,4 +1,4 @@
-"""In front of vLLM's chat and completion handlers: find the videos, attach their adapter, hold it to the end."""
+"""Handlers in front of vLLM's: they find a question's videos, attach the adapter, and hold it until the answer ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from f2l_vllm.server.tenants import tenant_of
 
 
 class AnswerStream:
-    """A streamed answer that holds its adapter until it ends, is closed, or is dropped unread, and says its source."""
+    """A streamed answer that names its source. It holds its adapter until it ends, is closed, or is dropped unread."""
 
     def __init__(self, stream: AsyncGenerator[str, None], source: Source) -> None:
         self._stream = stream
@@ -48,7 +48,7 @@ class AnswerStream:
             raise
 
     async def aclose(self) -> None:
-        """Stop early: the engine first, then the adapter."""
+        """Stop early: first the engine's stream, then release the adapter."""
         try:
             await self._stream.aclose()
         finally:
@@ -61,12 +61,12 @@ async def _has_lost_its_adapter(source: Source) -> bool:
         return source.lease is not None and not await source.lease.confirm()
     except Exception as error:
         if vllm_api.is_engine_dead(error):
-            return False  # the answer failed of that, and vLLM says so
+            return False  # the answer failed because of that, and vLLM reports it
         raise
 
 
 class _Handler:
-    """A vLLM handler with videos; everything not about videos is the inner handler's."""
+    """A vLLM handler with videos; the inner handler answers everything else."""
 
     def __init__(self, inner: Any, asking: Asking, base_names: list[str]) -> None:
         self._inner = inner
@@ -81,7 +81,7 @@ class _Handler:
         return options(request.model_extra, headers, self._asking.service.settings.wait_seconds)
 
     async def _answer(self, method: Any, request: Any, raw_request: Request | None, source: Source) -> Any:
-        """Let the inner handler answer from the source, and let go of it at the end of the answer."""
+        """Let the inner handler answer from the source, and release the source when the answer ends."""
         token = vllm_api.asked_model.set(request.model or self._base_names[0])
         noted: list[int] = []
         noting = vllm_api.visual_tokens.set(noted)
@@ -117,7 +117,7 @@ class ChatHandler(_Handler):
         """vLLM's method, with videos resolved first."""
         how, tenant = self._options(request, raw_request), tenant_of(raw_request)
         asked = videos(request.model, request.messages)
-        if not asked or not self._knows(request.model):  # vLLM says which models exist
+        if not asked or not self._knows(request.model):  # vLLM reports an unknown model
             return await self._inner.create_chat_completion(request, raw_request)
         source = await self._source(request, asked, how, tenant)
         return await self._answer(self._inner.create_chat_completion, request, raw_request, source)
@@ -126,16 +126,16 @@ class ChatHandler(_Handler):
         return not model or model in self._base_names or model.startswith(FILE_PREFIX)
 
     async def _source(self, request: Any, asked: Sequence[Video], how: Options, tenant: str) -> Source:
-        """Resolve the videos, and leave in the request's messages what is the engine's to read."""
+        """Resolve the videos, and leave in the request's messages only what the engine reads."""
         if how.mode == "adapter":
-            text = without_videos(request.messages)  # nobody waits for a video to learn that there is no question
+            text = without_videos(request.messages)  # before the wait, to report a missing question at once
             source = await self._asking.adapter(await self._asking.find(asked, tenant), tenant, how.wait)
             request.messages = text
             return source
         if any(video.span is not None for video in asked):
             message = "Frames are taken of the whole video: leave out start and end, or f2l.mode."
             raise bad_request("span_not_available", message, "messages")
-        if how.mode == "frames":  # addresses are vLLM's to read, and leave nothing behind
+        if how.mode == "frames":  # vLLM reads addresses itself; no file is kept for them
             named = await self._asking.find([video for video in asked if video.url is None], tenant)
             addresses = {video: video.url for video in asked if video.url is not None}
             request.messages = with_frames(request.messages, {**addresses, **await self._asking.frames(named)})
@@ -164,11 +164,11 @@ class CompletionHandler(_Handler):
 
 
 class Guard:
-    """A vLLM handler that does not know videos: a request that names one is refused, not answered without it.
+    """Wraps a vLLM handler that does not know videos, to refuse requests that name a video.
 
     Args:
         inner: vLLM's handler.
-        own_envelope: its route reads an error that is returned, and none that is raised, into another API's envelope.
+        own_envelope: its route converts returned errors, but not raised ones, to another API's envelope.
     """
 
     def __init__(self, inner: Any, own_envelope: bool) -> None:
@@ -195,7 +195,7 @@ class Guard:
 
 
 async def _refuse_videos(request: Any, raw_request: Request | None) -> None:
-    # Not all of these keep in `request` what they do not know.
+    # Read the raw body, because not all request models keep unknown fields.
     body = {} if raw_request is None else await raw_request.json()
     by_model = (getattr(request, "model", None) or "").startswith(FILE_PREFIX)
     if by_model or names_a_video([body.get("input"), body.get("messages")]):

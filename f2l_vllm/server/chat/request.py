@@ -15,7 +15,7 @@ FILE_PREFIX = "file-"
 WAIT_HEADER = "x-f2l-wait"
 Mode = Literal["adapter", "frames", "both"]
 _MODES = ("adapter", "frames", "both")
-_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")  # `float` takes the digits of every script, and underscores
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")  # `float` accepts the digits of every script, and underscores
 _KEYS = {"mode", "wait"}
 _SPAN_KEYS = {"start", "end"}
 
@@ -78,10 +78,10 @@ def _seconds(wait: Any, default: float) -> float:
 def videos(model: str | None, messages: Sequence[Any]) -> list[Video]:
     """The videos that a question names, in order, each once: the model, if it is a file id, then the content parts.
 
-    Messages of every role count. Where parts name the model's own video, they say which spans of it are meant.
+    Messages of every role count. If parts name the model's own video, they say which spans of it are meant.
 
     Raises:
-        APIError: `invalid_request`, `invalid_span`: a part that cannot be read, or holds what would be left unread.
+        APIError: `invalid_request`, `invalid_span`: a part that cannot be read, or has unknown keys.
     """
     found = list(dict.fromkeys(video for part in _parts(messages) if (video := _video(part)) is not None))
     if model is not None and model.startswith(FILE_PREFIX) and model not in [video.file_id for video in found]:
@@ -90,7 +90,7 @@ def videos(model: str | None, messages: Sequence[Any]) -> list[Video]:
 
 
 def without_videos(messages: Sequence[Any]) -> list[Any]:
-    """The messages without their videos; a question must be left.
+    """The messages without their videos; none may be left empty.
 
     Raises:
         APIError: `empty_messages`, `missing_question`.
@@ -113,10 +113,10 @@ def without_videos(messages: Sequence[Any]) -> list[Any]:
 
 
 def with_frames(messages: Sequence[Any], urls: Mapping[Video, str]) -> list[Any]:
-    """The messages with the videos themselves where their parts are.
+    """The messages with each part that names a video replaced by the video itself.
 
     Args:
-        urls: each video's bytes as a data URI. A video that no part names goes first in the last user message.
+        urls: an address for each video. A video that no part names goes first in the last user message.
 
     Raises:
         APIError: `missing_question`: no user message.
@@ -144,7 +144,7 @@ def with_frames(messages: Sequence[Any], urls: Mapping[Video, str]) -> list[Any]
 
 
 def names_a_video(value: Any) -> bool:
-    """Whether a video is named anywhere in what other routes take as input."""
+    """Whether the input of another route names a video anywhere."""
     if isinstance(value, dict):
         if value.get("type") in ("file", "video_url") or str(value.get("file_id")).startswith(FILE_PREFIX):
             return True
@@ -177,7 +177,7 @@ def _video(part: Any) -> Video | None:
     if kind == "video_url" and isinstance(inner, str):
         inner = {"url": inner}
     address = inner.get(name) if isinstance(inner, dict) else None
-    # `filename` is what the OpenAI API lets a client say of a file; nothing depends on it.
+    # The OpenAI API lets a client send `filename`; nothing depends on it.
     unknown = set(inner or ()) - {name, "f2l", "filename"} if address else set()
     if unknown or not isinstance(inner, dict) or not isinstance(address, str) or not address:
         what = f"holds {sorted(unknown)}, which nobody would read" if unknown else f"needs {kind}.{name}"

@@ -1,4 +1,4 @@
-"""From the videos that a question names to what answers it: fetched, waited for, composed, and held until the end."""
+"""Turns the videos that a question names into the source of its answer: fetch, wait, compose, and hold it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class RequestedVideo:
-    """A video as the question names it, and the caller's file with it; its adapter if that was seen too."""
+    """A video as the question names it, the caller's file with it, and its adapter if that is known too."""
 
     video: Video
     record: FileRecord
@@ -35,7 +35,7 @@ class RequestedVideo:
 
 @dataclass
 class Source:
-    """What one question is answered from; `details` is what the response says of it in `f2l`."""
+    """What one question is answered from; the response shows `details` in `f2l`."""
 
     mode: Mode
     details: dict[str, Any] = field(default_factory=dict)
@@ -43,13 +43,13 @@ class Source:
     visual_tokens_avoided: int = 0
 
     def release(self) -> None:
-        """The question has ended."""
+        """Give the adapter up when the question has ended."""
         if self.lease is not None:
             self.lease.release()
 
 
 class Asking:
-    """What the chat and completion handlers ask for. Lives on the API server's event loop."""
+    """Finds sources for the chat and completion handlers. Lives on the API server's event loop."""
 
     def __init__(self, service: VideoService, composer: Composer) -> None:
         self._service = service
@@ -58,20 +58,20 @@ class Asking:
 
     @property
     def service(self) -> VideoService:
-        """The videos behind it."""
+        """The service that holds the videos."""
         return self._service
 
     async def find(self, videos: Sequence[Video], tenant: str) -> list[RequestedVideo]:
-        """The caller's file for every video, those named by address fetched first, all at once.
+        """The caller's file for every video. Videos named by address are fetched in parallel.
 
         Raises:
-            APIError: `video_not_found`, `too_many_videos`, and as `RemoteVideos.file`.
+            APIError: `video_not_found`, `too_many_videos`, and those of `RemoteVideos.file`.
         """
 
         ids = [video.file_id for video in videos if video.file_id is not None]
-        files = await self._service.find(ids, tenant, "messages")  # first: a wrong id costs no fetching
+        files = await self._service.find(ids, tenant, "messages")  # first, so that a wrong id costs no fetch
         addresses = [video.url for video in videos if video.url is not None]
-        if addresses:  # more than there is room for are not fetched
+        if addresses:  # do not fetch more than there is room for
             self._composer.check(len({one.file.sha256 for one in files} | set(addresses)), len(videos))
         fetched = await asyncio.gather(*(self._remote.file(url, tenant) for url in addresses))
         found: dict[str | None, FileWithAdapter] = {one.file.id: one for one in files}
@@ -86,12 +86,12 @@ class Asking:
     async def adapter(
         self, named: Sequence[RequestedVideo], tenant: str, wait: float, mode: Mode = "adapter"
     ) -> Source:
-        """Hold the adapter of these videos, composed if there are several; made again first where files were damaged.
+        """Hold the adapter of these videos, composed if there are several. Damaged adapters are made again first.
 
         Raises:
-            APIError: as `VideoService.ready`, `Composer.choose` and `Composer.check`.
+            APIError: those of `VideoService.ready`, `Composer.choose` and `Composer.check`.
         """
-        self._composer.check(len({one.record.sha256 for one in named}), len(named))  # a chunk each, at the least
+        self._composer.check(len({one.record.sha256 for one in named}), len(named))  # at least one chunk each
         deadline, waited = time.monotonic() + wait, 0.0
         for attempt in range(_ATTEMPTS):
             parts = []
@@ -113,7 +113,7 @@ class Asking:
         raise APIError(HTTPStatus.INTERNAL_SERVER_ERROR, "adapter_damaged", message)
 
     async def frames(self, named: Sequence[RequestedVideo]) -> dict[Video, str]:
-        """Addresses of these videos for vLLM to read their frames by, good for this request; waits for no adapter.
+        """Addresses by which vLLM reads the frames of these videos in this request. Waits for no adapter.
 
         Raises:
             APIError: `video_too_large_for_frames`.

@@ -1,7 +1,7 @@
-"""The whitespace that a chat template writes between a speaker's name and what is said: no part of an answer.
+"""Removes the whitespace that a chat template writes between a speaker's name and the text from answers.
 
-A prompt ends with `Assistant:`, and earlier turns read `Assistant: Red.`, so that it answers ` Red.`. The text
-that clients get is without it; tokens, usage and logprobs are the model's.
+A prompt ends with `Assistant:`, and earlier turns read `Assistant: Red.`, so the model answers ` Red.`. Clients get
+the text without the space; tokens, usage and logprobs stay the model's own.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-Render = Callable[[list[dict[str, Any]], bool], str]  # messages, and whether the prompt for an answer ends them
+Render = Callable[[list[dict[str, Any]], bool], str]  # messages, and whether to add the prompt for an answer
 _QUESTION, _ANSWER = "Which colour?", "Red"
 
 
 def find(render: Render) -> str:
-    """What the template writes between the end of a prompt and an answer, if that is whitespace; else nothing."""
+    """What the template writes between a prompt and its answer if that is whitespace, else an empty string."""
     asked = {"role": "user", "content": _QUESTION}
     try:
         prompt = render([dict(asked)], True)
         turn = render([dict(asked), {"role": "assistant", "content": _ANSWER}], False)
-    except Exception as error:  # a template, or another tokenizer's own code, may refuse anything
+    except Exception as error:  # a template, or a tokenizer's own code, may raise anything
         logger.debug("the chat template does not render a turn of the assistant's: %s", error)
         return ""
     between = turn.removeprefix(prompt).partition(_ANSWER)[0] if turn.startswith(prompt) else ""
@@ -33,11 +33,11 @@ def find(render: Render) -> str:
 
 
 def left_out(answer: Callable[..., Awaitable[Any]], separator: str) -> Callable[..., Awaitable[Any]]:
-    """A method that answers chats, whose answers, streamed or whole, begin after the separator."""
+    """Wrap a method that answers chats to remove the separator from its answers, streamed or whole."""
 
     @functools.wraps(answer)
     async def answered(request: Any, *args: Any, **kwargs: Any) -> Any:
-        begins_a_turn = _begins_a_turn(request)  # vLLM's parsers of tools write into it
+        begins_a_turn = _begins_a_turn(request)  # before the call: vLLM's tool parsers modify the request
         result = await answer(request, *args, **kwargs)
         if not begins_a_turn:
             return result
@@ -52,7 +52,7 @@ def left_out(answer: Callable[..., Awaitable[Any]], separator: str) -> Callable[
 
 
 def left_out_of_responses(answer: Callable[..., Awaitable[Any]], separator: str) -> Callable[..., Awaitable[Any]]:
-    """The same for the Responses API, whose answers are objects of several texts and whose streams are of events."""
+    """Like `left_out`, for the Responses API: its answers hold several texts, and its streams consist of events."""
 
     @functools.wraps(answer)
     async def answered(request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +66,7 @@ def left_out_of_responses(answer: Callable[..., Awaitable[Any]], separator: str)
 
 
 async def _events(events: AsyncGenerator[Any, None], separator: str) -> AsyncGenerator[Any, None]:
-    begun: dict[tuple[int, int], str | None] = {}  # by text: what came of its separator; None: it is behind
+    begun: dict[tuple[int, int], str | None] = {}  # by text: the part of the separator seen so far; None: past it
     async with aclosing(events):
         async for event in events:
             if getattr(event, "type", "") == "response.output_text.delta":
@@ -77,7 +77,7 @@ async def _events(events: AsyncGenerator[Any, None], separator: str) -> AsyncGen
                     is_whole = not separator.startswith(text) or text == separator
                     begun[place] = None if is_whole else text
                     event.delta = text.removeprefix(separator) if is_whole else ""
-            else:  # the whole of something: of a text, a part, an item, or the response
+            else:  # the event holds a whole text, part, item or response
                 for part in (event, getattr(event, "part", None), getattr(event, "item", None)):
                     _leave_out_of_part(part, separator)
                 _leave_out(getattr(event, "response", None), separator)
@@ -90,7 +90,7 @@ def _leave_out(response: Any, separator: str) -> None:
 
 
 def _leave_out_of_part(part: Any, separator: str) -> None:
-    """Of a text, or of those that it holds; reasoning and arguments of tools have none at these places."""
+    """Edit a text, or the texts inside a part; reasoning and tool arguments have no text at these places."""
     if getattr(part, "type", "") in ("output_text", "response.output_text.done"):
         part.text = part.text.removeprefix(separator)
     for one in getattr(part, "content", None) or ():
@@ -98,7 +98,7 @@ def _leave_out_of_part(part: Any, separator: str) -> None:
 
 
 def _begins_a_turn(request: Any) -> bool:
-    """Whether the template's own prompt is before the answer, and nothing else says how it begins."""
+    """Whether the answer follows the template's own prompt, and nothing else determines how it begins."""
     return (
         request.add_generation_prompt
         and not request.echo
@@ -108,7 +108,7 @@ def _begins_a_turn(request: Any) -> bool:
 
 
 async def _stream(chunks: AsyncGenerator[str, None], separator: str, choices: int) -> AsyncGenerator[str, None]:
-    begun = dict.fromkeys(range(choices), "")  # by choice that may still be in its separator: what came of it
+    begun = dict.fromkeys(range(choices), "")  # by choice not yet past its separator: the part seen
     async with aclosing(chunks):
         async for chunk in chunks:
             yield _edited(chunk, separator, begun) if begun else chunk

@@ -1,1 +1,1 @@
-"""Pictures and frames in a prompt: fetched and decoded within limits, tenants taking turns."""
+"""Pictures and frames in a prompt: fetched and decoded within limits, while tenants take turns."""

@@ -1,9 +1,9 @@
-"""vLLM's own reading of media for a question, held to this server's rules: same hosts, addresses, caps and deadline.
+"""Makes vLLM read a question's media under this server's rules: the same hosts, addresses, caps and deadline.
 
-vLLM builds its media connector by name from a registry for every message that holds media; the name it asks for by
-default is taken here, so that nothing need be configured. What is fetched waits on disk until all media of its question
-are there, and is then decoded in a process of its own, a few questions at a time: tenants take turns, and a question
-keeps its place until vLLM has made its pixels small.
+For every message with media, vLLM builds its media connector by name from a registry. This module registers the
+default name, so that nothing needs to be configured. Fetched media wait on disk until all media of their question are
+there. They are then decoded in a separate process, a few questions at a time: tenants take turns, and a question keeps
+its place until vLLM has reduced its pixels.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.fetch import fetch
 
 CONNECTOR = "http"
-PLACES = 2  # questions whose media are decoded and processed at a time
+PLACES = 2  # questions whose media are decoded and processed at the same time
 _PICTURE_SECONDS = 20.0
 _PICTURE_MEMORY = 2 << 30
 _NICE = 10  # decoding gives way to answering
@@ -49,7 +49,7 @@ _OF_PICTURES = {"decode_failed": "invalid_image", "video_too_large_to_decode": "
 
 
 class MediaOfQuestion:
-    """The media of one question: fetched side by side, then decoded one by one in one of the server's places."""
+    """The media of one question: fetched in parallel, then decoded one by one in one of the server's places."""
 
     def __init__(self, turns: Turns, tenant: str) -> None:
         self._turns = turns
@@ -60,11 +60,11 @@ class MediaOfQuestion:
         self._decoding = asyncio.Lock()
         self._has_place = False
         self._work: asyncio.Future[Any] | None = None
-        self.pixels_left: int | None = None  # that its pictures may have, when it has one
+        self.pixels_left: int | None = None  # that its pictures may still have; None before the first picture
 
     @contextmanager
     def fetching(self) -> Iterator[None]:
-        """While one of them is fetched nobody of the question takes a place: addresses may be slow."""
+        """Keep the question from taking a place while one of its media is fetched: addresses may be slow."""
         self._fetching += 1
         self._fetched.clear()
         try:
@@ -75,7 +75,7 @@ class MediaOfQuestion:
                 self._fetched.set()
 
     async def decode(self, work: Callable[..., Any], *args: Any) -> Any:
-        """Call `work` in a thread when all are fetched and it is the question's turn."""
+        """Call `work` in a thread when all media are fetched and it is the question's turn."""
         await self._fetched.wait()
         async with self._decoding:
             if not self._has_place:
@@ -86,7 +86,7 @@ class MediaOfQuestion:
             return await asyncio.shield(self._work)  # a thread cannot be cancelled
 
     def release(self) -> None:
-        """The question's media are processed, or it has failed; what it began and left ends first."""
+        """Give the place back, when the media are processed or the question failed; work that still runs ends first."""
         if not self._has_place:
             return
         self._has_place = False
@@ -105,7 +105,7 @@ _question: ContextVar[MediaOfQuestion | None] = ContextVar("media_of_question", 
 
 @contextmanager
 def question() -> Iterator[None]:
-    """Within it, what is decoded belongs to one question."""
+    """All media decoded within this context belong to one question."""
     media = MediaOfQuestion(_turns(), asking_tenant.get())
     token = _question.set(media)
     try:
@@ -122,22 +122,22 @@ def _turns() -> Turns:
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    """Of their own: they wait for decoders, and everybody's questions need the usual ones."""
+    """Separate threads, because they wait for decoders and all questions need the default ones."""
     return ThreadPoolExecutor(PLACES, thread_name_prefix="media")
 
 
 @cache
 def _decoders(memory: int, pixels: int) -> Decoders:
-    """For pictures."""
+    """Decoders for pictures."""
     return Decoders(PLACES, DecodeLimits(min(_PICTURE_MEMORY, memory), _PICTURE_SECONDS, 3 * pixels, _NICE))
 
 
 @MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
 class GuardedMediaConnector(MediaConnector):
-    """vLLM's connector; it fetches and decodes nothing by itself."""
+    """Replaces vLLM's connector, so that vLLM fetches and decodes nothing by itself."""
 
     def load_from_url(self, url: str, media_io: Any, **_limits: Any) -> Any:
-        """As `load_from_url_async`, for vLLM's threads."""
+        """Like `load_from_url_async`, for vLLM's threads."""
         return asyncio.run(self.load_from_url_async(url, media_io))
 
     async def load_from_url_async(self, url: str, media_io: Any, **_limits: Any) -> Any:
@@ -153,7 +153,7 @@ class GuardedMediaConnector(MediaConnector):
         settings = Settings()
         if isinstance(media_io, ImageMediaIO):
             cap = settings.max_image_bytes
-        elif isinstance(media_io, VideoMediaIO):  # read into memory, as the bytes of files are for answers from frames
+        elif isinstance(media_io, VideoMediaIO):  # read into memory, like files for answers from frames
             cap = min(settings.max_upload_bytes, settings.max_frames_bytes)
         else:
             raise bad_request("unsupported_part", "This server takes pictures and videos, and no sound.", "messages")
@@ -189,7 +189,7 @@ class GuardedMediaConnector(MediaConnector):
         raise bad_request("unsupported_part", "Embeddings are not taken.", "messages")
 
     async def fetch_image_embedding_async(self, data: str) -> Any:
-        """Refused, as `fetch_image_embedding`."""
+        """Refused, like `fetch_image_embedding`."""
         return self.fetch_image_embedding(data)
 
     fetch_audio_embedding = fetch_video_embedding = fetch_image_embedding
@@ -221,13 +221,13 @@ def _frames(path: Path, media_io: VideoMediaIO, sha256: str | None = None) -> An
         if isinstance(error.__cause__, VideoError):
             raise error.__cause__ from error
         raise
-    except Exception as error:  # of a library that hostile bytes have led astray
+    except Exception as error:  # raised in a library by hostile bytes
         raise VideoError("decode_failed", "The video cannot be decoded: send another file.") from error
     return MediaWithBytes(video, _key(path, sha256))
 
 
 def _key(path: Path, sha256: str | None = None) -> bytes:
-    """What vLLM keeps the processed medium under, besides how it was processed: its bytes, and whose it is."""
+    """vLLM's cache key for the processed medium, besides the processing options: its bytes and its owner."""
     settings = Settings()
     owner = asking_tenant.get() if settings.tenants is not None and not settings.share_caches else ""
     return hashlib.sha256(owner.encode()).digest() + bytes.fromhex(sha256 or sha256_of(path))

@@ -1,4 +1,4 @@
-"""A few places for many who wait, lent in turns: each tenant in its turn has one, with whoever of it waits longest."""
+"""A few places for many waiters, lent in turns: tenants take turns, and each sends its longest waiter."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections import deque
 
 
 class Turns:
-    """Places of one event loop.
+    """The places of one event loop.
 
     Args:
-        places: how many there are.
+        places: the number of places.
     """
 
     def __init__(self, places: int) -> None:
@@ -18,7 +18,7 @@ class Turns:
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
     async def take(self, tenant: str) -> None:
-        """Wait for a place; who has one gives it back."""
+        """Wait for a place. The caller must give it back."""
         if self._free and not self._waiting:
             self._free -= 1
             return
@@ -28,11 +28,11 @@ class Turns:
             await place
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():
-                self.give_back()  # it came at the moment of leaving
+                self.give_back()  # the place came at the moment of leaving
             raise
 
     def give_back(self) -> None:
-        """A place is free for the next tenant."""
+        """Free a place for the next tenant."""
         self._free += 1
         while self._waiting and self._free:
             tenant, own = next(iter(self._waiting.items()))

@@ -1,1 +1,1 @@
-"""What every request passes before a route: keys, bodies, failures as answers, the end of the server."""
+"""What every request passes before a route: key check, body check, errors as answers, and the shutdown."""

@@ -1,7 +1,7 @@
-"""What can be reached, and by whom: an allow-list of routes, and a key in front of them.
+"""What can be reached, and by whom: an allow-list of routes, and a key check in front of them.
 
-vLLM's own server has more routes than this one needs, some of which its key check leaves open; here a route that is not
-listed does not exist.
+vLLM's own server has more routes than this one needs, and its key check leaves some of them open. Here a route that is
+not listed does not exist.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from f2l_vllm.server.errors import APIError, response
 from f2l_vllm.server.tenants import Keys
 from f2l_vllm.server.videos.routes import router
 
-# vLLM's routes that answer about videos, or refuse to by a clear error.
+# vLLM's routes that answer about videos, or refuse them with a clear error.
 VLLM_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
-UPLOAD_ROUTE = "/v1/files"  # its body is a stream of its own, with a cap of its own
+UPLOAD_ROUTE = "/v1/files"  # reads its own body as a stream, with its own cap
 
 
 def keep_listed_routes(app: FastAPI, listed: Collection[str]) -> None:
-    """Take away every route but this server's own, `VLLM_ROUTES` and those listed by the operator."""
+    """Remove every route except this server's own, `VLLM_ROUTES` and those that the operator lists."""
     own = {getattr(route, "path", "") for route in router.routes}
     kept = own | VLLM_ROUTES | set(listed)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in kept]
 
 
 class AuthMiddleware:
-    """ASGI middleware: a request without a valid key goes no further; others carry their tenant in `request.state`.
+    """ASGI middleware: refuses requests without a valid key, and puts the tenant of others in `request.state`.
 
     Args:
-        app: what is behind it.
-        keys: which keys there are.
+        app: the app behind it.
+        keys: the valid keys.
         open_routes: paths that need no key.
     """
 

@@ -1,4 +1,4 @@
-"""Every request's body but an upload's is read here first, whatever route it is for: counted, parsed, and admitted."""
+"""Reads, counts, parses and checks the body of every request except uploads, before any route sees it."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from f2l_vllm.server.tenants import DEFAULT_TENANT, asking_tenant
 
 _WITHOUT_BODY = frozenset({"GET", "HEAD", "DELETE", "TRACE", "OPTIONS"})
 _ROOM = 4  # of the largest bodies
-_SMALL_BYTES = 1 << 14  # what every question may be
+_SMALL_BYTES = 1 << 14  # bodies up to this size need not take turns
 _RESPONSES_ROUTE = "/v1/responses"
 
 
 class Bodies:
-    """ASGI middleware. A route gets the body whole, as it was parsed and checked here. Raises `APIError` for one that
-    no handler could read, that holds what clients may not send, or that would cost all other requests.
+    """ASGI middleware that passes on the whole body, parsed and checked. Raises `APIError` for a body that no handler
+    could read, that holds what clients may not send, or that would slow down all other requests.
 
     Args:
-        app: what is behind it.
-        max_body_bytes: of one body.
-        max_images: pictures in one.
-        has_tenants: whether callers are told apart; then one of them has half of the room for bodies at the most, and
-            large ones do not follow each other closer than others' requests allow.
-        check: refuses a constraint of a generating route's body, for a tenant; ended when the client goes away.
+        app: the app behind it.
+        max_body_bytes: the cap of one body.
+        max_images: the cap of pictures in one body.
+        has_tenants: whether keys distinguish callers. If so, one tenant gets at most half of the room for bodies, and
+            after a large body waits before its next one, so that others get their turn.
+        check: refuses a constraint in a generating route's body, for a tenant; cancelled when the client goes away.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Bodies:
             return
         try:
             body = await self._read(headers, receive, held)
-            if scope["method"] in _WITHOUT_BODY:  # read all the same: who is still sending does not hear an answer
+            if scope["method"] in _WITHOUT_BODY:  # read it anyway: a client that still sends does not read an answer
                 await self._app(scope, _replay(b"", receive), send)
                 return
             if self._pace is not None and len(body) > _SMALL_BYTES:
@@ -88,13 +88,13 @@ class Bodies:
             held.release()
 
     def _admitted(self, path: str, headers: Headers, body: bytes, tenant: str) -> tuple[bytes, list[Constraint]]:
-        """The body as its route may see it, and the constraints to be tried."""
+        """The body as its route may see it, and the constraints to try."""
         value = _parsed(body, headers.get("content-type", ""))
         if value is None:
             return body, []
         changed = admit(value, tenant, self._max_images)
         if path == _RESPONSES_ROUTE and isinstance(value, dict) and None in value.values():
-            # A null means the default; vLLM's answers repeat it in fields that cannot hold it.
+            # A null means the default, but vLLM's answers repeat it in fields that cannot hold null.
             value, changed = {name: given for name, given in value.items() if given is not None}, True
         found = []
         if path in VLLM_ROUTES:
@@ -123,7 +123,7 @@ class Bodies:
 
 
 class _Held:
-    """The room that one body takes, until its request has ended."""
+    """The room that one body takes until its request has ended."""
 
     def __init__(self, bodies: Bodies, tenant: str) -> None:
         self._bodies, self._tenant, self._bytes = bodies, tenant, 0
@@ -150,12 +150,12 @@ def _announces_a_body(headers: Headers) -> bool:
 
 
 def _parsed(body: bytes, content_type: str) -> Any:
-    """The body's value; None of one that no route reads as JSON."""
+    """The body's JSON value; None if no route would read the body as JSON."""
     kind = content_type.split(";")[0].strip().lower()
     if kind in ("", "application/json") or kind.endswith("+json"):
         return json_bodies.parse(body) if body else None
     try:
-        return json.loads(body)  # in all the encodings that a route's own parser would read
+        return json.loads(body)  # accepts all encodings that a route's own parser would read
     except ValueError:
         return None
     except RecursionError as error:

@@ -1,6 +1,6 @@
-"""What one request may ask of the engine: caps on the fields with which one could make all others wait.
+"""What one request may ask of the engine: caps on the fields with which one request could make all others wait.
 
-Steps are shared: whatever a request adds to sampling, matching or detokenizing is waited for by every other question.
+Questions share engine steps, so all of them wait for what one request adds to sampling, matching or detokenizing.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _check_number(field: str, value: Any, cap: int) -> None:
 
 
 def _number(value: Any, default: int) -> float:
-    """A number as vLLM's lenient reading takes it, also from text."""
+    """A number as vLLM parses it, which is lenient and accepts text too."""
     if isinstance(value, str) and value.strip().isdecimal() and len(value) < 32:
         return int(value)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else default

@@ -1,7 +1,7 @@
-"""How a server stops: nobody new is let in, who is being answered may hear the end, and whom it cuts off is told.
+"""How a server stops: it refuses new requests, lets running answers finish, and tells the clients that it cuts off.
 
-A first SIGTERM or SIGINT begins it; a second ends the wait. Routes and handlers know nothing of this: `LastWords` is in
-front of all of them and ends whatever they are at, a stream by a last event, everything else by an error.
+The first SIGTERM or SIGINT begins the stop; a second one ends the wait. Routes and handlers know nothing of this:
+`LastWords` is in front of all of them and ends their work, a stream by a last event, everything else by an error.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from f2l_vllm.server import errors
 logger = logging.getLogger(__name__)
 
 _TOLD_SECONDS = 0.5  # for clients that are slow to read; then their connections are closed
-_LEAVE_SECONDS = 4.5  # from the end of the wait to the end of the process, whatever is in the way
+_LEAVE_SECONDS = 4.5  # from the end of the wait to the end of the process, even if something hangs
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Ending:
-    """The end of one server. Lives on its event loop.
+    """The shutdown of one server. Lives on its event loop.
 
     Args:
-        grace_seconds: how long answers that are being written may go on.
-        stop_http: stops taking connections, closes those that are left, and runs `finish` in the end.
-        is_stopped: whether that has been done by somebody else: vLLM's server ends by itself when its engine has died.
+        grace_seconds: how long answers that are being written may continue.
+        stop_http: stops accepting connections, closes the open ones, and finally runs `finish`.
+        is_stopped: whether the server is stopping for another reason: vLLM's server ends itself when its engine dies.
     """
 
     def __init__(self, grace_seconds: float, stop_http: Callable[[], None], is_stopped: Callable[[], bool]) -> None:
@@ -53,22 +53,22 @@ class Ending:
 
     @property
     def is_stopping(self) -> bool:
-        """Whether nothing may be begun or waited for any more."""
+        """Whether no work may begin or wait any more."""
         return self._began is not None or self._is_stopped()
 
     def take_signals(self) -> None:
-        """Begin at the first of `_SIGNALS`. Called when the server runs, after vLLM has set its own handlers."""
+        """Call `begin` on `_SIGNALS`. Called when the server runs, after vLLM has set its own handlers."""
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self.begin)
 
     def begin(self) -> None:
-        """Let nobody in from here on; called again, stop waiting for the answers that are being written."""
+        """Refuse new requests from here on. A second call stops the wait for answers that are being written."""
         if self._began is not None:
             self._hurry.set()
             return
         self._began = time.monotonic()
-        # A thread of C: it ends the process even where the event loop never gets to it.
+        # A thread in C, which ends the process even if the event loop hangs.
         faulthandler.dump_traceback_later(self._grace_seconds + _LEAVE_SECONDS, exit=True)
         wait = f"; {len(self.answers)} answers have up to {self._grace_seconds:g} s to end" if self.answers else ""
         logs.without_statistics()
@@ -88,15 +88,15 @@ class Ending:
         self._stop_http()
 
     async def finish(self, *parts: Callable[[], object]) -> NoReturn:
-        """Stop these parts of the server beside each other, in threads, and end the process.
+        """Stop these parts of the server in parallel threads, and end the process.
 
-        The exit code is 0 after a signal. Without one the engine has died, and it is 1, so that a supervisor starts
-        another server.
+        The exit code is 0 after a signal. Without a signal the engine has died, and the code is 1, so that a
+        supervisor starts another server.
         """
         was_told, began = self._began is not None, self._began or time.monotonic()
         if not was_told:
             faulthandler.dump_traceback_later(_LEAVE_SECONDS, exit=True)
-        # Threads of their own: those of the event loop may all be at something that takes long.
+        # New threads, because all threads of the event loop may be busy for long.
         threads = [threading.Thread(target=_attempt, args=(part,), daemon=True) for part in parts]
         for thread in threads:
             thread.start()
@@ -117,7 +117,7 @@ class _Answer:
         self.was_cut_off = False
 
     async def send(self, message: Message) -> None:
-        """Pass on what is behind `LastWords` says, until it is cut off."""
+        """Forward messages from the app behind `LastWords`, until the answer is cut off."""
         if self.was_cut_off:
             return
         if message["type"] == "http.response.start":
@@ -130,7 +130,7 @@ class _Answer:
         await self._send(message)
 
     async def cut_off(self) -> None:
-        """Tell the client that there comes no more, and end the work."""
+        """Tell the client that the answer ends here, and cancel the work."""
         if self._complete or self.was_cut_off:
             return
         self.was_cut_off = True
@@ -143,19 +143,19 @@ class _Answer:
                 if self._scope["path"].endswith("/messages"):
                     event = f"event: error\ndata: {json.dumps({'type': 'error', **_payload(event)})}\n\n"
                 await self._send({"type": "http.response.body", "body": event.encode(), "more_body": False})
-            # Anything else that has begun ends in the middle; its length says so.
+            # Any other answer that has begun ends in the middle; its length shows that.
         finally:
             if self._task is not None and self._task is not asyncio.current_task():
                 self._task.cancel()
 
 
 class LastWords:
-    """ASGI middleware, outermost: refuses what comes after the ending has begun, and can end what came before.
+    """The outermost ASGI middleware: refuses requests once the shutdown has begun, and can end earlier ones.
 
     Args:
-        app: what is behind it.
-        ending: of this server.
-        always: paths that are answered to the last.
+        app: the app behind it.
+        ending: the shutdown of this server.
+        always: paths that are answered until the very end.
     """
 
     def __init__(self, app: ASGIApp, ending: Ending, always: Collection[str]) -> None:
@@ -179,7 +179,7 @@ class LastWords:
             await self._app(scope, receive, answer.send)
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError) and self._ending.is_stopping:
-                await answer.cut_off()  # unless it was: uvicorn ends its tasks
+                await answer.cut_off()  # if not done already: uvicorn cancels its tasks
             if not answer.was_cut_off:
                 raise
         finally:
@@ -198,7 +198,7 @@ def _attempt(part: Callable[[], object]) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process without waiting for threads, and without the messages of libraries that are torn down."""
+    """End the process without waiting for threads, and without the messages that libraries print on teardown."""
     with suppress(Exception):
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -1,4 +1,4 @@
-"""Whatever fails behind the door is answered, in the envelope of the API that was asked, and the connection kept."""
+"""Answers every error raised behind it, in the envelope of the API that was called, and keeps the connection."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class Faults:
-    """ASGI middleware: whatever is raised behind it is answered, and the connection kept.
+    """ASGI middleware: answers every exception raised behind it, and keeps the connection.
 
     Args:
-        app: what is behind it.
+        app: the app behind it.
         idle_seconds: how long a body may pause.
     """
 
@@ -47,7 +47,7 @@ class Faults:
             return
         except Exception as error:
             if started:
-                raise  # the connection is cut, so that nobody takes what was sent for a whole answer
+                raise  # cuts the connection, so that no client takes the part that was sent for a whole answer
             refusal = vllm_errors.refusal(error, scope)
             if refusal is None:
                 logger.exception("%s %r failed", scope["method"], scope["path"])
@@ -58,7 +58,7 @@ class Faults:
 
         async def punctual() -> Message:
             nonlocal whole
-            if whole:  # what is waited for is the client's leaving
+            if whole:  # the next message is the client's disconnect, which may take any time
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), self._idle_seconds)

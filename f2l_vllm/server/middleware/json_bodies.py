@@ -1,7 +1,7 @@
-"""What a JSON body may hold, checked before anything else reads it: every handler behind can rely on it.
+"""Checks what a JSON body holds before anything else reads it, so that every handler can rely on it.
 
-JSON lets a client write what no handler means: numbers beyond every range, halves of characters, nesting that overflows
-a parser's stack, millions of values in some megabytes.
+JSON lets a client write what no handler expects: numbers beyond every range, halves of characters, nesting that
+overflows a parser's stack, millions of values in a few megabytes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 
 from f2l_vllm.server.errors import APIError, bad_request
 
-MAX_DEPTH = 100  # of objects and arrays in each other; vLLM takes JSON schemas of 64
+MAX_DEPTH = 100  # of nested objects and arrays; vLLM accepts JSON schemas of 64
 MAX_VALUES = 1 << 18  # in objects and arrays together: two prompts of 128 Ki token ids
-_INTEGERS = range(-(1 << 63), 1 << 64)  # what crosses to the engine
+_INTEGERS = range(-(1 << 63), 1 << 64)  # what can be sent to the engine
 
 
 def parse(body: bytes) -> Any:
@@ -23,7 +23,7 @@ def parse(body: bytes) -> Any:
     Raises:
         APIError: `invalid_json`: no JSON in UTF-8, or a number or character that does not exist; `request_too_complex`.
     """
-    # Commas and brackets in strings count too, of which a question that a model can read has fewer.
+    # Commas and brackets in strings count too, but no question short enough for a model has this many.
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_VALUES:
         raise _too_complex(f"{MAX_VALUES:,} values (commas and brackets)")
     try:
@@ -43,7 +43,7 @@ def parse(body: bytes) -> Any:
 
 
 def too_deep() -> APIError:
-    """400: objects and arrays in each other beyond `MAX_DEPTH`."""
+    """400: objects and arrays nested deeper than `MAX_DEPTH`."""
     return _too_complex(f"{MAX_DEPTH} levels of nesting")
 
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_BRIEF_SECONDS = 0.001  # what passes for nothing
-_REST = 3.0  # times what was taken, for the others
+_BRIEF_SECONDS = 0.001  # shorter work is not counted
+_REST = 3.0  # times the time taken, left to the others
 
 
 class Pace:
@@ -25,7 +25,7 @@ class Pace:
 
     @contextmanager
     def taking(self, tenant: str) -> Iterator[None]:
-        """What is done here, without awaiting anything, counts as this tenant's."""
+        """Count the time of this block as the tenant's. The block must not await anything."""
         began = time.monotonic()
         try:
             yield

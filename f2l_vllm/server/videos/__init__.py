@@ -1,1 +1,1 @@
-"""Files of videos: uploads, their life, and who waits for them."""
+"""Video files: uploads, their life cycle, and waiting for them."""

@@ -1,4 +1,4 @@
-"""Videos named by address: fetched, hashed, and entered in the catalog as files of the caller, once for all who ask."""
+"""Videos named by address: fetched, hashed, and entered in the catalog as the caller's files, once for all callers."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from f2l_vllm.video.fetch import fetch
 
 PURPOSE = "user_data"
 _STATUS = {"file_too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE}
-_PASSING = {EXHAUSTED, "not_enough_memory", "video_lost", AdapterIdsExhausted.code}  # errors that are no video's own
+_PASSING = {EXHAUSTED, "not_enough_memory", "video_lost", AdapterIdsExhausted.code}  # not the video's fault
 _AGAIN_SECONDS = 600.0  # each attempt may cost a worker
 _Work = Coroutine[Any, Any, FileRecord]
 _Running = dict[tuple[str, str], asyncio.Task[FileRecord]]
 
 
 class RemoteVideos:
-    """The files behind addresses. Used from the server's event loop only.
+    """The files behind addresses. Used only from the server's event loop.
 
-    An address is fetched at every question, for what lies there may change; the same bytes are the same file, which
+    Every question fetches its address again, because the content may change. The same bytes are the same file, which
     expires when nobody has asked about it for `F2L_URL_SECONDS`.
     """
 
@@ -42,7 +42,7 @@ class RemoteVideos:
         self._entering: _Running = {}  # by tenant and hash of the bytes
 
     async def file(self, url: str, tenant: str) -> FileRecord:
-        """The tenant's file with the bytes at this address, entered now if there is none.
+        """The tenant's file with the bytes at this address. It is entered if it does not exist yet.
 
         Raises:
             APIError: the codes of `f2l_vllm.video.fetch`, of `POST /v1/files` and of `VideoService.enter`.
@@ -87,13 +87,13 @@ class RemoteVideos:
 
 
 def _may_do_better(record: FileRecord) -> bool:
-    """Whether a video failed for a reason that may have passed: it is tried again, now and then."""
+    """Whether to retry a failed video: the cause may have passed, and enough time has gone by."""
     passing = record.state is VideoState.ERROR and record.error_code in _PASSING
     return passing and time.time() - record.created_at > _AGAIN_SECONDS
 
 
 async def _once(running: _Running, key: tuple[str, str], work: Callable[[], _Work]) -> FileRecord:
-    """Run `work` once for all who ask for the same key at the same time; one who goes away stops it for nobody."""
+    """Run `work` once for all concurrent callers with the same key. A caller that goes away does not stop it."""
     task = running.get(key)
     if task is None:
         task = running[key] = asyncio.create_task(work())
@@ -101,7 +101,7 @@ async def _once(running: _Running, key: tuple[str, str], work: Callable[[], _Wor
         def ended(task: asyncio.Task[FileRecord]) -> None:
             running.pop(key, None)
             if not task.cancelled():
-                task.exception()  # everybody who waited may have gone away
+                task.exception()  # mark the error as seen: all callers may have gone away
 
         task.add_done_callback(ended)
     return await asyncio.shield(task)
@@ -117,6 +117,6 @@ def _hash(path: Path) -> str:
 
 
 def _name(url: str) -> str:
-    """A file name from an address: the end of its path; never its query, which may hold a secret."""
+    """A file name from an address: the end of its path, never its query, which may hold a secret."""
     end = "" if url[:5].lower() == "data:" else unquote(urlsplit(url).path.rsplit("/", 1)[-1])
     return end[:1024] or "video"

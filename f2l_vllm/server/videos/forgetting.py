@@ -1,4 +1,4 @@
-"""Forgetting what any server of the catalog has deleted: in the engine, on this server's disk, and in its memory."""
+"""Removes what any server of the catalog has deleted: from this server's engine, disk and memory."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ Write = Callable[..., Coroutine[Any, Any, Any]]
 
 
 class Forgetting:
-    """One server's part in every deletion. Lives on its event loop.
+    """One server's part in every deletion. Lives on that server's event loop.
 
     Args:
-        revision: of models and sampling: servers of one catalog have the same.
-        write: runs a method of the catalog that may wait for other writers.
+        revision: identifies models and sampling; all servers of one catalog have the same one.
+        write: runs a catalog method that may wait for other writers.
     """
 
     def __init__(self, catalog: Catalog, store: Store, registry: Registry, revision: str, write: Write) -> None:
         self._catalog, self._store, self._registry, self._write = catalog, store, registry, write
         self._revision = revision
         self._server = ""
-        self._seen = 0  # the last deletion that was looked at
-        self._in_use: dict[int, str] = {}  # deletions whose adapters answers still come from
+        self._seen = 0  # the last deletion that was handled
+        self._in_use: dict[int, str] = {}  # deletions whose adapters are still used by answers
         self._said, self._said_at = -1, 0.0
         self.has_joined = False
 
     async def join(self) -> None:
-        """Be counted among the servers, once nothing is kept here that was deleted meanwhile.
+        """Register this server, after it has removed everything that was deleted while it was away.
 
         Raises:
-            OtherModels: those that run make other adapters.
+            OtherModels: the running servers make different adapters.
         """
         self.has_joined = False
         self._server = secrets.token_hex(8)
@@ -64,7 +64,7 @@ class Forgetting:
         await self._say()
 
     async def run(self) -> None:
-        """Forget what is deleted, until cancelled."""
+        """Call `forget` repeatedly, until cancelled."""
         while True:
             await asyncio.sleep(_TICK_SECONDS)
             try:
@@ -75,7 +75,7 @@ class Forgetting:
                 logger.exception("forgetting failed and goes on")
 
     async def forget(self) -> None:
-        """Forget what was deleted since the last time."""
+        """Remove what was deleted since the last call."""
         while page := await asyncio.to_thread(self._catalog.deletions_after, self._seen, _AT_ONCE):
             for deletion in page:
                 await self._forget(deletion)
@@ -85,14 +85,14 @@ class Forgetting:
             await self._say()
 
     def leave(self) -> None:
-        """This server stops. Runs in a thread."""
+        """Tell the catalog that this server stops. Runs in a thread."""
         try:
             self._catalog.leave_server(self._server)
         except Unavailable as error:
             logger.info("the catalog was not told that this server stops: %s", error)
 
     async def erased(self, deletions: list[Tombstone], seconds: float) -> bool:
-        """Wait until nothing is left of these anywhere, at most `seconds`; whether that is so."""
+        """Wait at most `seconds` until no server has anything left of these deletions. Returns whether that is so."""
         deadline = time.monotonic() + seconds
         numbers = [deletion.seq for deletion in deletions]
         while not await asyncio.to_thread(self._catalog.is_erased, numbers):
@@ -110,7 +110,7 @@ class Forgetting:
             await asyncio.to_thread(self._store.forget_video, deletion.object)
         elif not await asyncio.to_thread(self._catalog.wanted, deletion.name):
             await self._forget_adapter(deletion.name, deletion.seq)
-        # Else it was uploaded again: the same bytes make the same adapter.
+        # Otherwise the video was uploaded again: the same bytes make the same adapter.
 
     async def _forget_adapter(self, name: str, seq: int) -> None:
         await self._registry.forget(name)

@@ -1,4 +1,4 @@
-"""Bytes on their way into the store and out of it. `catalog/tombstones.py` has the rules that servers share."""
+"""Moves bytes into the store and out of it. `catalog/tombstones.py` has the rules that servers share."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from f2l_vllm.store.errors import CatalogBusy, Unavailable
 from f2l_vllm.store.store import Store
 
 logger = logging.getLogger(__name__)
-_MOVERS = 4  # threads for videos on the way into the store, so that questions never wait for one
+_MOVERS = 4  # threads that move videos into the store, so that questions never wait for one
 _AT_ONCE = 200
 
 Write = Callable[..., Coroutine[Any, Any, Any]]
 
 
 class Keeper:
-    """Enters uploads over their bytes, and removes what the catalog has forgotten.
+    """Enters uploads and their bytes, and removes what the catalog has deleted.
 
     Args:
-        write: runs a method of the catalog that may wait for other writers.
+        write: runs a catalog method that may wait for other writers.
     """
 
     def __init__(self, catalog: Catalog, store: Store, registry: Registry, write: Write) -> None:
         self._catalog, self._store, self._registry, self._write = catalog, store, registry, write
         self._movers = ThreadPoolExecutor(_MOVERS, "f2l-store")
-        self._unused: list[Bytes] = []  # of uploads that were refused when the catalog could not be told
+        self._unused: list[Bytes] = []  # bytes of refused uploads that the catalog could not be told about
 
     async def enter(self, temporary: Path, sha256: str, size: int, add: Callable[..., FileRecord]) -> FileRecord:
-        """Enter a file by `add(video=…)`, over bytes that other files have, or over its own.
+        """Enter a file with `add(video=…)`, sharing the bytes of other files if they exist, else storing its own.
 
         Raises:
-            Unavailable: store or catalog cannot take it now; as `add` does besides. Nothing is kept then.
+            Unavailable: store or catalog cannot take it now. Errors of `add` also pass through. Nothing is kept then.
         """
         run = asyncio.get_running_loop().run_in_executor
         video: Bytes = await self._write(self._catalog.reserve_video, sha256)
@@ -64,7 +64,7 @@ class Keeper:
             raise
 
     async def bury(self, doomed: Sequence[Tombstone]) -> None:
-        """Remove from the store what the catalog has forgotten, and have it know. What fails is tried again later."""
+        """Remove what the catalog has deleted from the store, and tell the catalog. Failures are retried later."""
         gone = []
         for one in doomed:
             try:
@@ -72,7 +72,7 @@ class Keeper:
                     await asyncio.to_thread(self._store.remove_video, one.object)
                 else:
                     await self._registry.remove(one)
-                    if self._registry.holds(one.name):  # a question uses it still
+                    if self._registry.holds(one.name):  # a question still uses it
                         continue
                 gone.append(one)
             except Unavailable as error:
@@ -86,14 +86,14 @@ class Keeper:
                 logger.warning("%d removals are entered later: %s", len(gone), error)
 
     async def bury_all(self) -> None:
-        """Remove what any server's deletions left in the store: one that was killed, or while the store was away."""
+        """Remove what any server's deletions left in the store because it was killed or the store was unavailable."""
         unused, self._unused = self._unused, []
         for video in unused:
             await self._give_back(video)
         await self.bury(await asyncio.to_thread(self._catalog.tombstones, _AT_ONCE))
 
     async def _give_back(self, video: Bytes) -> None:
-        """What an upload put into the store was not entered."""
+        """Remove bytes that an upload put into the store but that were not entered in the catalog."""
         try:
             await self.bury(await self._write(self._catalog.give_back_video, video))
         except Unavailable as error:

@@ -34,9 +34,9 @@ from f2l_vllm.store.store import MANIFEST_FILE, Store, StoreError
 
 router = APIRouter()
 _LONGEST_SECONDS = 3600.0
-_ERASED_SECONDS = 90.0  # longer than a server that is gone is waited for
-_AT_ONCE = 200  # objects of a list that are made at a time
-_MODELS = 1000  # a client asks for models without pages, and shows them to people
+_ERASED_SECONDS = 90.0  # longer than the time after which a silent server counts as gone
+_AT_ONCE = 200  # objects of a list that are made at once
+_MODELS = 1000  # clients ask for models without paging, and show them to people
 _PIECE_BYTES = 1 << 20
 _Page = Callable[..., tuple[list[str], list[str], bool]]
 
@@ -148,7 +148,7 @@ async def file_events(file_id: str, request: Request) -> StreamingResponse:
             progress = await videos.watcher.wait(file_id, _LONGEST_SECONDS, seen)
             if videos.is_stopping:
                 break
-            if progress is None:  # out of work: now there is more to say
+            if progress is None:  # no longer in work: read the whole file object
                 found = (await asyncio.to_thread(videos.catalog.find, [file_id], tenant)).get(file_id)
             else:
                 found = FileWithAdapter(replace(found.file, state=progress[0], progress=progress[1]), None)
@@ -160,7 +160,7 @@ async def file_events(file_id: str, request: Request) -> StreamingResponse:
 
 
 class _Events(StreamingResponse):
-    """Calls `ended` however the stream ends, begun or not."""
+    """Calls `ended` however the stream ends, even if it never began."""
 
     def __init__(self, events: AsyncIterator[str], ended: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream")
@@ -232,10 +232,10 @@ async def ready(request: Request) -> JSONResponse:
 
 
 def file_object(record: FileRecord, adapter: AdapterRecord | None, why: str | None = None) -> dict[str, Any]:
-    """A file as the OpenAI API shows it; `f2l` holds stage, progress, and what is known of the adapter.
+    """A file as the OpenAI API shows it; `f2l` holds stage, progress, and what is known about the adapter.
 
     Args:
-        why: what keeps workers from taking it up.
+        why: the reason if no worker can take the file up.
     """
     shown = {VideoState.PROCESSED: "processed", VideoState.ERROR: "error"}.get(record.state, "uploaded")
     details: dict[str, Any] = {"stage": record.state.value, "progress": round(record.progress, 3)}
@@ -266,8 +266,8 @@ async def _one(videos: VideoService, record: FileRecord) -> JSONResponse:
 
 
 async def _listed(page: _Page, after: str | None, limit: int, stored: int | None = None) -> Response:
-    """A list in OpenAI's shape, made and sent some objects at a time, in the one thread that lists are made in: however
-    long and many they are, answers go on."""
+    """A list in OpenAI's shape, made and sent a few objects at a time. One thread makes all lists, so that long or many
+    lists do not hold up answers."""
     run = asyncio.get_running_loop().run_in_executor
     try:
         texts, ids, more = await run(_lister(), functools.partial(page, after=after, limit=min(limit, _AT_ONCE)))
@@ -299,7 +299,7 @@ def _lister() -> ThreadPoolExecutor:
 def _files_page(
     videos: VideoService, tenant: str, *, after: str | None, limit: int, descending: bool, purpose: str | None
 ) -> tuple[list[str], list[str], bool]:
-    """Objects, ids, and whether more follow. Runs in a thread."""
+    """File objects as JSON, their ids, and whether more follow. Runs in a thread."""
     catalog = videos.catalog
     records, more = catalog.files(tenant, after=after, limit=limit, descending=descending, purpose=purpose)
     adapters = catalog.adapters_of(records)
@@ -310,7 +310,7 @@ def _files_page(
 def _models_page(
     videos: VideoService, tenant: str, base: list[dict[str, Any]], *, after: str | None, limit: int
 ) -> tuple[list[str], list[str], bool]:
-    """The same of ready videos, behind vLLM's own models on the first page."""
+    """Like `_files_page`, for ready videos as models; the first page begins with vLLM's own models."""
     state = VideoState.PROCESSED
     records, more = videos.catalog.files(tenant, after=after, limit=limit, descending=True, state=state)
     own = [] if after is not None else [json.dumps(card) for card in base]
@@ -324,8 +324,8 @@ def _model_card(base: dict[str, Any], record: FileRecord) -> dict[str, Any]:
 
 
 def _tar(store: Store, name: str, base_model: str) -> tuple[int, Iterator[bytes]]:
-    """The archive's length and its pieces; its config names the base model as whoever unpacks it can load it. All files
-    are opened at once: what is deleted meanwhile is sent whole."""
+    """The archive's length and its pieces. Its config names the base model by a name that the recipient can load. All
+    files are opened first, so that the archive is sent whole even if they are deleted meanwhile."""
     directory = store.load_path(name)
     files: list[tuple[tarfile.TarInfo, BinaryIO]] = []
     for path in sorted(directory.iterdir()):

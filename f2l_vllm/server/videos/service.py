@@ -1,4 +1,4 @@
-"""The video service of one API server: uploads, readiness and removal, over catalog, store, pool and engine."""
+"""The video service of one API server: uploads, readiness and removal, on top of catalog, store, pool and engine."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ logger = logging.getLogger(__name__)
 _MAINTENANCE_SECONDS = 5.0
 _CLEANING_SECONDS = 60.0
 _SWEEP_SECONDS = 3600.0
-_GONE_SECONDS = 3600.0  # how long a page of files can go on from one that was deleted
-_AT_ONCE = 200  # files that one transaction ends
+_GONE_SECONDS = 3600.0  # how long a deleted file still works as the cursor of a file list
+_AT_ONCE = 200  # files that one transaction expires
 _EXPIRED_AT_ONCE = 20_000  # in one round of maintenance
 _PREPARED_AT_ONCE = 256
-_WRITERS = 4  # threads for a busy catalog, so that questions, which read it, never wait for one
+_WRITERS = 4  # threads for catalog writes, so that questions, which only read, never wait for one
 
 
 @dataclass(frozen=True)
 class Revisions:
-    """What an adapter's name is made of besides the video: content hashes of both models, and how frames are taken."""
+    """What an adapter's name depends on besides the video: content hashes of both models, and the frame sampling."""
 
     base: str
     hypernetwork: str
@@ -59,7 +59,7 @@ class Revisions:
 
 
 class VideoService:
-    """Everything the routes and the chat handler ask for. Lives on the API server's event loop."""
+    """The methods that the routes and the chat handler use. Lives on the API server's event loop."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class VideoService:
         pool: PoolProcess | None,
         is_stopping: Callable[[], bool],
     ) -> None:
-        """`pool` is None when other processes run the workers; `is_stopping` says whether the server shuts down."""
+        """`pool` is None when other processes run the workers; `is_stopping`: whether the server is shutting down."""
         self.settings = settings
         self.catalog = catalog
         self.store = store
@@ -85,7 +85,7 @@ class VideoService:
         self._keeper = Keeper(catalog, store, registry, self._write)
         self.forgetting = Forgetting(catalog, store, registry, revisions.name(""), self._write)
         self._used: dict[str, float] = {}  # file ids, and when they were asked about
-        self._prepared: int | None = None  # the id of the adapter that was copied into memory last
+        self._prepared: int | None = None  # the id of the last adapter that was copied into memory
         self._cleaned, self._swept = -_CLEANING_SECONDS, -_SWEEP_SECONDS
 
     async def enter(
@@ -106,11 +106,11 @@ class VideoService:
         """Keep an uploaded and inspected video and enter it in the catalog.
 
         Args:
-            from_address: the tenant's file of the same bytes from another address is taken, if there is one;
-                `instead_of` is not.
+            from_address: return the tenant's file with the same bytes from another address if there is one, except the
+                file `instead_of`.
             expires_at: when it expires, Unix seconds.
-            idle_seconds: `expires_at` moves on to this long after each use.
-            pinned: it does not expire, and its adapter stays in the hot set.
+            idle_seconds: each use moves `expires_at` to this many seconds later.
+            pinned: the file does not expire, and its adapter stays in the hot set.
 
         Raises:
             APIError: `queue_full`, with `Retry-After`, or `storage_quota_exceeded`; nothing is kept then.
@@ -148,10 +148,10 @@ class VideoService:
         return record
 
     def check_room(self, more: int) -> None:
-        """Whether so many bytes of a video can be received.
+        """Check that there is room to receive this many bytes of a video.
 
         Raises:
-            StoreUnavailable: they would not leave the reserve.
+            StoreUnavailable: they would cut into the disk reserve.
         """
         self.store.reserve.check("keep a video", more)
 
@@ -159,7 +159,7 @@ class VideoService:
         """The tenant's files and their adapters, in this order: one query, in a thread.
 
         Raises:
-            APIError: `video_not_found`, for the first that is not there.
+            APIError: `video_not_found`, for the first file that does not exist.
         """
         found = await asyncio.to_thread(self.catalog.find, file_ids, tenant) if file_ids else {}
         for file_id in file_ids:
@@ -168,7 +168,7 @@ class VideoService:
         return [found[file_id] for file_id in file_ids]
 
     def note_use(self, record: FileRecord) -> None:
-        """The file was asked about: what expires by disuse lives on from now."""
+        """Record that the file was asked about: its idle expiry counts from now."""
         self._used[record.id] = time.time()
 
     async def ready(
@@ -180,13 +180,13 @@ class VideoService:
             known: the file as it was found a moment ago.
 
         Raises:
-            APIError: `video_not_found`, `video_failed`, or `video_not_ready` when the time is over.
+            APIError: `video_not_found`, `video_failed`, or `video_not_ready` when the time is up.
         """
         started = time.monotonic()
         found = known or (await self.find([file_id], tenant, param))[0]
         self.note_use(found.file)
         if found.file.state is VideoState.UPLOADED and wait > 0:
-            with suppress(Unavailable):  # then it keeps its place in the line
+            with suppress(Unavailable):  # then its job keeps its place in the queue
                 await asyncio.to_thread(self.catalog.hurry_job, found.file.adapter_name)
         while found.file.state in IN_WORK and (left := started + wait - time.monotonic()) > 0:
             await self.watcher.wait(file_id, left)
@@ -202,13 +202,13 @@ class VideoService:
         return found
 
     async def remake(self, adapter: AdapterRecord, error: Exception) -> None:
-        """Let an adapter whose files were found missing or damaged be made again; its files wait for it meanwhile."""
+        """Have an adapter with missing or damaged files made again; videos that use it go back to waiting."""
         logger.warning("making an adapter again: %s", error)
         await asyncio.to_thread(self.store.remove_adapter, adapter.name)
         await self._write(self.catalog.forget_adapter, adapter)
 
     async def remove(self, file_id: str, tenant: str) -> list[Tombstone]:
-        """Delete a file: catalog first, then whatever nobody else refers to. What goes with it.
+        """Delete a file: first in the catalog, then all data that no other file uses. Returns what was deleted with it.
 
         Raises:
             APIError: `video_not_found`.
@@ -232,24 +232,24 @@ class VideoService:
         return record
 
     def adopt(self) -> None:
-        """Bring the catalog to the present revisions, before anything is answered; what was made under others waits to
-        be made again."""
+        """Bring the catalog to the current revisions, before anything is answered. Adapters made under other revisions
+        are queued to be made again."""
         waiting, failed = self.catalog.adopt(self._revisions.name, self.store.has_video)
         if waiting or failed:
             message = "%d videos were read by other models or in another way and are read again; %d have no bytes left"
             logger.warning(message, waiting, failed)
 
     async def warm(self, limit: int) -> None:
-        """Make the adapters resident that were used last, up to `limit`, so that their next questions find them."""
+        """Make the `limit` most recently used adapters resident, so that their next questions need no load."""
         self.store.pin(await asyncio.to_thread(self.catalog.pinned_adapters))
         for adapter in await asyncio.to_thread(self.catalog.recent_adapters, limit):
             try:
                 (await self.registry.acquire(adapter)).release()
-            except Exception as error:  # whoever asks for it hears of it
+            except Exception as error:  # a question about it will report the error
                 logger.warning("adapter %s was not made resident: %s", adapter.name, error)
 
     def close(self) -> None:
-        """Stop the pool, and let go of store and catalog. Runs in a thread, when nothing is answered any more."""
+        """Stop the pool, and close store and catalog. Runs in a thread after the last answer has ended."""
         if self.pool is not None:
             self.pool.stop()
         self.forgetting.leave()
@@ -261,16 +261,16 @@ class VideoService:
         return self.pool is None or self.pool.workers > 0
 
     def why_not_ready(self) -> str | None:
-        """What uploads wait for while no worker is alive, in words for clients; None if one is."""
+        """Why uploads wait while no worker is alive, as text for clients; None if a worker is alive."""
         return None if self.is_ready() or self.pool is None else self.pool.why
 
     @property
     def is_stopping(self) -> bool:
-        """Whether the server shuts down: nothing may be waited for."""
+        """Whether the server is shutting down: nothing may wait any more."""
         return self._is_stopping()
 
     async def maintain(self) -> None:
-        """`tidy` every few seconds, until cancelled."""
+        """Call `tidy` every few seconds, until cancelled."""
         while True:
             try:
                 await self.tidy()
@@ -279,10 +279,10 @@ class VideoService:
             await asyncio.sleep(_MAINTENANCE_SECONDS)
 
     async def tidy(self) -> None:
-        """Note use, expire files, remove what was deleted, keep what grows within its bounds, and refresh gauges.
+        """Record use, expire files, remove deleted data, keep growing data within its bounds, and refresh gauges.
 
         Raises:
-            Unavailable: of the first step that could not be done; all others were.
+            Unavailable: the error of the first step that failed; all other steps were still tried.
         """
         failure: Unavailable | None = None
         for step in (
@@ -336,18 +336,18 @@ class VideoService:
         metrics.FREE_BYTES.set(await asyncio.to_thread(self.store.reserve.free))
 
     def _prepare(self) -> None:
-        """Copy what was published since the last time into memory, ahead of its first question. Runs in a thread."""
+        """Copy newly published adapters into memory before their first question. Runs in a thread."""
         if self._prepared is None:
             self._prepared = self.catalog.newest_adapter()
         for adapter in self.catalog.adapters_after(self._prepared, _PREPARED_AT_ONCE):
             self._prepared = adapter.id
             try:
                 self.store.prepare(adapter.name)
-            except StoreError as error:  # deleted meanwhile, or whoever asks for it hears of it
+            except StoreError as error:  # deleted meanwhile, or a question about it will report the error
                 logger.info("an adapter was not copied into memory: %s", error)
 
     async def _note_use(self) -> None:
-        """Write down what was used since the last time, in one transaction."""
+        """Write all use since the last call to the catalog, in one transaction."""
         used_files, used_adapters = self._used, self.registry.take_used()
         self._used = {}
         if used_files or used_adapters:
@@ -358,7 +358,7 @@ class VideoService:
                 raise
 
     async def _write(self, method: Callable[..., Any], *args: Any, **values: Any) -> Any:
-        """A catalog method that may wait for other writers, in a thread of its own kind."""
+        """Run a catalog method that may wait for other writers, in a thread reserved for writes."""
         return await asyncio.get_running_loop().run_in_executor(
             self._writers, functools.partial(method, *args, **values)
         )
@@ -369,7 +369,7 @@ class VideoService:
 
 
 def count_outcome(outcome: str, seconds: dict[str, float]) -> None:
-    """The end of a job as metrics: `published` or `failed`, and seconds by stage."""
+    """Count the end of a job in the metrics: the outcome `published` or `failed`, and seconds by stage."""
     metrics.INTERNALIZED.labels(outcome).inc()
     for stage, value in seconds.items():
         metrics.STAGE_SECONDS.labels(stage).observe(value)

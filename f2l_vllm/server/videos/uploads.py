@@ -1,4 +1,4 @@
-"""Receiving a video: the multipart body goes to disk under a cap, is hashed, and inspected in a process of its own."""
+"""Receives a video: writes the multipart body to disk under a cap, hashes it, and inspects it in its own process."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _OVERHEAD_BYTES = 1 << 20  # multipart boundaries and the other fields
 _INSPECTORS = 2
 _INSPECT_SECONDS = 20.0
 _EXPIRY_SECONDS = (3600, 2592000)  # what the OpenAI API accepts: one hour to thirty days
-_IDLE_ANCHORS = ("last_used_at", "last_active_at")  # ours, and what other OpenAI objects call it
-_DIGITS = re.compile("[0-9]{1,9}")  # `isdecimal` takes those of every script
+_IDLE_ANCHORS = ("last_used_at", "last_active_at")  # our name, and the name that other OpenAI objects use
+_DIGITS = re.compile("[0-9]{1,9}")  # `isdecimal` accepts the digits of every script
 _PLAIN, _EXTENDED = re.compile(rb"(?i);\s*filename\s*="), re.compile(rb"(?i);\s*filename\*\s*=")
 _STATUS = {"file_too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE}
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A received file in a temporary place, hashed."""
+    """A received and hashed file in a temporary place."""
 
     path: Path
     sha256: str
@@ -56,7 +56,7 @@ async def receive(
 ) -> Upload:
     """Read `POST /v1/files` into `temporary`.
 
-    `check_room` is called with a number of bytes before they are written, and raises where there is no room for them.
+    `check_room` is called with a number of bytes before they are written, and raises if there is no room for them.
 
     Raises:
         APIError: `file_too_large`, `invalid_request`, `incomplete_upload`, `invalid_purpose`, `invalid_expires_after`,
@@ -88,10 +88,10 @@ async def receive(
 
 
 async def inspect(path: Path, settings: Settings) -> VideoInfo:
-    """Probe a received file in another process and refuse what is no video, or too large a one.
+    """Probe a received file in another process and refuse it if it is no video or too large.
 
     Raises:
-        APIError: what is wrong with the video, by the codes of `f2l_vllm.video.errors`.
+        APIError: what is wrong with the video, with the codes of `f2l_vllm.video.errors`.
     """
 
     def probe() -> VideoInfo:
@@ -113,18 +113,18 @@ def _inspectors() -> Decoders:
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    """Uploads wait here for an inspector, and take no thread that questions need."""
+    """Threads where uploads wait for an inspector, so that they take no thread that questions need."""
     return ThreadPoolExecutor(_INSPECTORS, "f2l-inspect")
 
 
 def too_large(cap: int) -> APIError:
-    """413: over the server's cap."""
+    """413: the upload is over the server's cap."""
     message = f"The upload is larger than the {cap / 1e6:.0f} MB this server accepts: compress or cut the video."
     return APIError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "file_too_large", message, param="file")
 
 
 class _Target:
-    """Where an upload's bytes go as they come: hashed, and to their place on disk, once."""
+    """Hashes an upload's bytes as they arrive and writes them to their place on disk, once."""
 
     def __init__(self, path: Path, cap: int, check_room: Callable[[int], None]) -> None:
         self._check_room = check_room
@@ -147,7 +147,7 @@ class _Target:
         return self._file.write(data)
 
     def seek(self, _offset: int) -> int:
-        """The end of the part: nothing is read back."""
+        """Called at the end of the part; does nothing, because nothing is read back."""
         return 0
 
     def close(self) -> None:
@@ -156,18 +156,18 @@ class _Target:
 
 
 class _Parser(MultiPartParser):
-    """Starlette's parser, with the one file going to a target instead of a temporary file of its own."""
+    """Starlette's parser, which here writes the one file to a target instead of its own temporary file."""
 
     def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], target: _Target) -> None:
         super().__init__(headers, stream, max_files=1, max_fields=16, max_part_size=1 << 16)
         self._target = target
 
     def on_headers_finished(self) -> None:
-        self._charset = "utf-8"  # whatever codec a client names: some of Python's are no text's, or fail in odd ways
+        self._charset = "utf-8"  # ignore the client's codec: some of Python's are not for text or fail oddly
         part = self._current_part
         disposition = part.content_disposition or b""
         if _EXTENDED.search(disposition) and not _PLAIN.search(disposition):
-            # RFC 5987's form makes a part a file as the plain one does; the library underneath passes it over.
+            # RFC 5987's form makes a part a file, as the plain form does, but the underlying library ignores it.
             part.content_disposition = _EXTENDED.sub(b";filename=", disposition, count=1)
         super().on_headers_finished()
         if self._current_part.file is not None:
@@ -176,7 +176,7 @@ class _Parser(MultiPartParser):
 
 
 async def _capped(request: Request, cap: int, check_room: Callable[[int], None]) -> AsyncGenerator[bytes, None]:
-    """The body, which may not grow past the cap, whatever its Content-Length says."""
+    """The body, limited to the cap whatever its Content-Length says."""
     left = cap + _OVERHEAD_BYTES
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdecimal() and int(length[:19]) > left:
@@ -190,7 +190,7 @@ async def _capped(request: Request, cap: int, check_room: Callable[[int], None])
 
 
 def _filename(given: str | None) -> str:
-    """A name to show, never a path to open: what cannot be printed is left out."""
+    """A name to show, never a path to open, without unprintable characters."""
     extended = re.fullmatch(r"(?i)utf-8'[^']*'(.*)", given or "")
     given = unquote(extended[1]) if extended else given
     return "".join(letter for letter in given or "" if letter.isprintable())[:1024] or "video"
@@ -205,7 +205,7 @@ def _purpose(form: FormData) -> str:
 
 
 def _expiry(form: FormData) -> tuple[float | None, float | None]:
-    """When the file expires, Unix seconds, and by how much each use moves that on, seconds."""
+    """When the file expires, in Unix seconds, and how many seconds after each use it expires instead, if set."""
     anchor, seconds = form.get("expires_after[anchor]"), form.get("expires_after[seconds]")
     if anchor is None and seconds is None:
         return None, None

@@ -1,4 +1,4 @@
-"""Waiting for videos: however many questions and readers of events wait, the catalog is asked once per tick for all."""
+"""Waiting for videos: one catalog query per tick serves all waiting questions and readers of events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from f2l_vllm.server.errors import APIError
 
 logger = logging.getLogger(__name__)
 _TICK_SECONDS = 0.03
-_SHARE = 20  # a tick is followed by this many times the time it took, so that ticks take a small part of the time
+_SHARE = 20  # the pause after a tick is this many times the tick's duration, so that ticks take little of the time
 _MOST_READERS = 1000
 _EVENTS_A_SECOND = 200  # of all readers together
 _FASTEST_SECONDS = 0.1
@@ -24,13 +24,13 @@ Progress = tuple[VideoState, float]
 
 
 class Watcher:
-    """Wakes questions when the file they wait for leaves the states of work, readers of events when it gets on, and all
-    when the server stops.
+    """Wakes questions when the file they wait for is no longer in work, readers of events when the file makes progress,
+    and everybody when the server stops.
 
     Args:
-        catalog: asked where the files stand.
-        is_stopping: whether the server shuts down.
-        reader_share: part of the places for readers of events that one tenant may take.
+        catalog: tells the state of the files.
+        is_stopping: whether the server is shutting down.
+        reader_share: the share of the places for readers of events that one tenant may take.
     """
 
     def __init__(self, catalog: Catalog, is_stopping: Callable[[], bool], reader_share: float = 1.0) -> None:
@@ -38,12 +38,12 @@ class Watcher:
         self._is_stopping = is_stopping
         self._most_of_one = max(1, int(_MOST_READERS * reader_share))
         self._readers: Counter[str] = Counter()
-        # By file: who waits, and the progress they have seen; None: they wait for the end only.
+        # By file: who waits, and the progress they have seen; None if they wait only for the end.
         self._waiting: dict[str, dict[asyncio.Future[Progress | None], Progress | None]] = defaultdict(dict)
         self._task: asyncio.Task[None] | None = None
 
     def add_reader(self, tenant: str) -> None:
-        """Somebody begins to read events.
+        """Count a reader of events, before it begins.
 
         Raises:
             APIError: `too_many_readers`.
@@ -54,19 +54,19 @@ class Watcher:
         self._readers[tenant] += 1
 
     def remove_reader(self, tenant: str) -> None:
-        """They have gone."""
+        """Uncount a reader that has gone."""
         self._readers[tenant] -= 1
         if not self._readers[tenant]:
             del self._readers[tenant]
 
     @property
     def event_seconds(self) -> float:
-        """How far apart the events of one reader are at the least: the more readers, the further."""
+        """The least number of seconds between two events of one reader; it grows with the number of readers."""
         return max(_FASTEST_SECONDS, self._readers.total() / _EVENTS_A_SECOND)
 
     async def wait(self, file_id: str, seconds: float, seen: Progress | None = None) -> Progress | None:
-        """Return when the file is out of work (ready, failed or gone), when the server stops, or after `seconds`; with
-        `seen` also when its state or progress differ from that, and then with those."""
+        """Return when the file is no longer in work (ready, failed or gone), when the server stops, or after `seconds`.
+        With `seen`, also return when state or progress differ from it, and return the new values."""
         future: asyncio.Future[Progress | None] = asyncio.get_running_loop().create_future()
         self._waiting[file_id][future] = seen
         if self._task is None or self._task.done():
@@ -84,7 +84,7 @@ class Watcher:
         while self._waiting:
             started = time.monotonic()
             try:
-                # Who begins to wait during the query is not in it, and is left for the next tick.
+                # A file that gets its first waiter during the query is left for the next tick.
                 asked = list(self._waiting)
                 found = await asyncio.to_thread(self._catalog.progress, asked)
                 for file_id in asked:
