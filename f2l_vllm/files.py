@@ -76,6 +76,14 @@ def write_whole(path: Path, text: str) -> None:
         staging.write_text(text, encoding="utf-8")
 
 
+def lasting_name(path: Path) -> str:
+    """The name that this file holds, or a fresh one, written to it. Only one process may do this at a time."""
+    if not path.is_file() or not (name := path.read_text(encoding="utf-8").strip()):
+        name = uuid.uuid4().hex
+        write_whole(path, name)
+    return name
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises ValueError for a file that is not JSON, or nested deeper than Python reads."""
     try:

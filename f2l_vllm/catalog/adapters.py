@@ -19,6 +19,7 @@ from f2l_vllm.catalog.transactions import (
     files_of,
     insert_adapter,
     move,
+    standing,
 )
 
 _PARAMETERS = 500  # databases bound the number of parameters
@@ -82,7 +83,7 @@ class Published(Database):
                 return
             waiting = [record for record in files_of(connection, name) if record.state is VideoState.PROCESSED]
             if waiting:
-                ensure_job(connection, name, waiting[0].sha256, None)
+                ensure_job(connection, name, waiting[0].sha256, standing(connection, name))
             move(connection, waiting, VideoState.UPLOADED)
             if adapter.composed:
                 connection.execute(delete(parts).where(parts.c.composed == name))

@@ -55,6 +55,7 @@ from f2l_vllm.catalog.transactions import (
     file_of_address,
     file_record,
     move,
+    standing,
 )
 
 __all__ = ["Catalog", "QueueFull", "QuotaExceeded", "Removal"]
@@ -128,7 +129,8 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
             QueueFull: the adapter needs a new job, and `queue_limit` jobs, or `tenant_limit` jobs for this tenant,
                 wait already.
             QuotaExceeded: the tenant would have more than `tenant_bytes`.
-            VideoGone: the bytes were deleted meanwhile. In all three cases nothing is entered.
+            VideoGone: the bytes were deleted meanwhile.
+            OtherModels: files are answered by servers of another revision. In all cases nothing is entered.
         """
         self._check_room()
         with self._write(beside=[sha256]) as connection:
@@ -141,15 +143,8 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
                 if known is not None:
                     connection.execute(update(files).where(files.c.id == known.id).values(from_address=False))
             generation = "" if video is None else name_video(connection, video)
-            ready = ensure_job(
-                connection,
-                adapter_name,
-                sha256,
-                queue_limit,
-                tenant=tenant,
-                tenant_limit=tenant_limit,
-                job_attempts=job_attempts,
-            )
+            found = standing(connection, adapter_name, self.revision)
+            ready = found.is_published
             file_id = f"file-{secrets.token_hex(12)}"
             values = {
                 "id": file_id,
@@ -169,7 +164,18 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
                 "from_address": from_address,
             }
             row = connection.execute(_ENTER_FILE, values).one()
-            count_bytes(connection, tenant, size, tenant_bytes)  # last: from here on the tenant's other uploads wait
+            # Late: from here on the tenant's other uploads wait, and others that need a job.
+            count_bytes(connection, tenant, size, tenant_bytes, hold=found.queue(queue_limit))
+            ensure_job(
+                connection,
+                adapter_name,
+                sha256,
+                found,
+                job_attempts=job_attempts,
+                queue_limit=queue_limit,
+                tenant=tenant,
+                tenant_limit=tenant_limit,
+            )
             return file_record(row)
 
     def file(self, file_id: str, tenant: str) -> FileRecord | None:
@@ -295,14 +301,13 @@ class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
     def expire_files(self, now: float, limit: int = _AT_ONCE) -> list[Removal]:
         """Expire at most `limit` files that are due and not pinned, in one transaction."""
         due = select(files).where(files.c.expires_at <= now, files.c.state.in_(LIVE), files.c.pinned.is_(False))
-        due = due.order_by(files.c.expires_at)
         with self._read() as connection:
-            rows = connection.execute(due.limit(limit)).all()
+            rows = connection.execute(due.order_by(files.c.expires_at).limit(limit)).all()
         if not rows:
             return []
         with self._write(beside=[row.sha256 for row in rows], deletes=True) as connection:
-            still = due.where(files.c.number.in_([row.number for row in rows])).with_for_update()
-            held = connection.execute(still).all()
+            still = due.where(files.c.number.in_([row.number for row in rows])).order_by(files.c.id)
+            held = connection.execute(still.with_for_update()).all()
             return [_remove(connection, file_record(row), VideoState.EXPIRED) for row in held]
 
     def purge(self, before: float) -> int:

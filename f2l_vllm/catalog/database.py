@@ -4,8 +4,9 @@ SQLite takes its write lock when a write transaction begins, so there is one wri
 locks do the same but let independent transactions write at the same time. A transaction either excludes all other
 writers, or it names the videos (by hash) whose files, jobs and adapters it decides on and excludes only the writers
 that name any of them. Transactions that write tombstones also run one after another, so that tombstones are numbered
-in the order of their commits. Locks are taken in this order, and the lock on a tenant's count of bytes comes last.
-Readers never wait for writers.
+in the order of their commits, and so do those that enter a job if there is room for one. Locks are taken in this order:
+videos, tombstones, the count of a tenant's bytes, the queue of jobs. Rows of `files` are locked in the order of their
+ids. Readers never wait for writers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ from f2l_vllm.store.room import Headroom
 
 _WRITE_LOCK = 0x66326C  # PostgreSQL's advisory locks; any constants that are ours
 _VIDEO_LOCKS, _TOMBSTONE_LOCK = 0x66326D, 0x66326E
+_QUEUE_LOCK = 0x66326F
 _CONNECT_SECONDS = 5
 _JOURNAL_PAGES = 250  # SQLite's journal stays this short: on a small disk it takes room from videos
 _CONNECTIONS = {"sqlite": 20, "postgresql": 5}  # kept open; twice as many at peak. PostgreSQL has few for all servers
@@ -64,7 +67,6 @@ class Database:
 
     def __init__(self, url: str, busy_seconds: float = 10.0) -> None:
         self._engine = _engine(url, busy_seconds)
-        self._lock_timeout = f"{int(busy_seconds * 1000)}"  # milliseconds
         self._headroom = _headroom(self._engine)
         with self._write() as connection:
             _create_tables(connection)
@@ -114,15 +116,28 @@ class Database:
 
     def _lock(self, connection: Connection, beside: Collection[str] | None, deletes: bool) -> None:
         """Take all locks in one statement, whose parts run in order."""
-        parts = ["set_config('lock_timeout', :timeout, true)"]
-        values: dict[str, Any] = {"timeout": self._lock_timeout}
-        parts.append(f"pg_advisory_xact_lock{'' if beside is None else '_shared'}({_WRITE_LOCK})")
+        parts = [f"pg_advisory_xact_lock{'' if beside is None else '_shared'}({_WRITE_LOCK})"]
+        values: dict[str, Any] = {}
         for number, key in enumerate(sorted({_key(video) for video in beside or ()})):
             parts.append(f"pg_advisory_xact_lock({_VIDEO_LOCKS}, :key{number})")
             values[f"key{number}"] = key
         if deletes:
             parts.append(_TOMBSTONES)
         connection.execute(text(f"SELECT {', '.join(parts)}"), values)
+
+
+class Queue(Enum):
+    """How a transaction that enters a job holds the queue of jobs.
+
+    Only one at a time can hold it with `LITTLE_ROOM`. Any number hold it with `MUCH_ROOM`, which is why they leave
+    `SPARE` places: when the last of them sees that room, less than `SPARE` others have yet to enter theirs.
+    """
+
+    LITTLE_ROOM = func.pg_advisory_xact_lock(_QUEUE_LOCK)
+    MUCH_ROOM = func.pg_advisory_xact_lock_shared(_QUEUE_LOCK)
+
+
+SPARE = 1000  # more than a PostgreSQL server has connections
 
 
 def write_tombstones(connection: Connection) -> None:
@@ -192,7 +207,9 @@ def _engine(url: str, busy_seconds: float) -> Engine:
         if kind == "postgresql":
             # No state belongs to a session, because a connection pooler may stand between.
             session = {"connect_timeout": _CONNECT_SECONDS, "prepare_threshold": None}
-            return create_engine(parsed, connect_args=session, pool_pre_ping=True, **options)
+            engine = create_engine(parsed, connect_args=session, pool_pre_ping=True, **options)
+            _bound_waits(engine, busy_seconds)
+            return engine
         engine = create_engine(parsed, connect_args={"timeout": busy_seconds, "check_same_thread": False}, **options)
     except (ModuleNotFoundError, NoSuchModuleError) as error:
         message = f"no driver for {parsed.drivername}: install it, for PostgreSQL with pip install 'psycopg[binary]'"
@@ -211,6 +228,18 @@ def _engine(url: str, busy_seconds: float) -> Engine:
         connection.exec_driver_sql("BEGIN" if read else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _bound_waits(engine: Engine, busy_seconds: float) -> None:
+    """Have each transaction, readers' too, wait at most so long for a lock."""
+    bound = f"SET LOCAL lock_timeout = {int(busy_seconds * 1000)}"  # milliseconds
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        driver = connection.connection.driver_connection
+        assert driver is not None
+        with driver.pipeline():  # with BEGIN in one round trip
+            driver.execute(bound)
 
 
 def _headroom(engine: Engine) -> Headroom | None:

@@ -13,10 +13,11 @@ from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, or_,
 
 from f2l_vllm.catalog.database import Database, clock, write_tombstones
 from f2l_vllm.catalog.states import IN_WORK, LIVE, VideoState
-from f2l_vllm.catalog.tables import ADAPTER, AdapterRecord, Job, files, jobs, pools
+from f2l_vllm.catalog.tables import ADAPTER, AdapterRecord, Job, files, jobs, pools, serving
 from f2l_vllm.catalog.tombstones import doom
 from f2l_vllm.catalog.transactions import (
     EXHAUSTED,
+    PRESENT,
     adapter_of,
     drop_jobs,
     files_of,
@@ -39,13 +40,15 @@ class Jobs(Database):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.pool: str | None = None
+        self.revision: str | None = None  # of what this process makes and uses; None: it does not matter, as in tools
         self._turn = 0
         self._turns: dict[str | None, int] = {}  # tenant -> its last turn, in this process
 
     def claim_jobs(self, limit: int) -> list[Job]:
         """Take up to `limit` waiting jobs. Tenants take turns, oldest job first; jobs that nobody waits for come last.
 
-        A job that has cost a worker before is taken alone, so that it cannot harm other jobs.
+        A job that has cost a worker before is taken alone, so that it cannot harm other jobs. There are none while
+        files are answered by servers of another revision.
         """
         with self._read() as connection:
             if connection.scalar(select(jobs.c.id).where(jobs.c.running == 0).limit(1)) is None:
@@ -60,6 +63,8 @@ class Jobs(Database):
             # Skip the jobs that another pool is about to take.
             free = select(jobs.c.id).where(jobs.c.id.in_([row.id for row, _ in rows]), jobs.c.running == 0)
             chosen = update(jobs).where(jobs.c.id.in_(free.with_for_update(skip_locked=True)))
+            if self.revision is not None:
+                chosen = chosen.where(exists(PRESENT.where(serving.c.revision == self.revision)))
             taking = chosen.values(running=1, attempts=jobs.c.attempts + 1, pool=self.pool).returning(jobs.c.id)
             taken = set(connection.scalars(taking))
             rows = [(row, tenant) for row, tenant in rows if row.id in taken]
@@ -113,7 +118,7 @@ class Jobs(Database):
         with self._write(beside=()) as connection:
             if not self._holds(connection, adapter_name):
                 return
-            waiting = [record for record in files_of(connection, adapter_name) if record.state in IN_WORK]
+            waiting = [r for r in files_of(connection, adapter_name, hold=True) if r.state in IN_WORK]
             move(connection, [r for r in waiting if r.state is not state], state)
             at_work = and_(files.c.id.in_([record.id for record in waiting]), files.c.state == state)
             connection.execute(update(files).where(at_work).values(progress=progress))
@@ -129,7 +134,7 @@ class Jobs(Database):
             if not self._holds(connection, adapter_name):
                 return None
             connection.execute(delete(jobs).where(jobs.c.adapter_name == adapter_name))
-            waiting = [record for record in files_of(connection, adapter_name) if record.state in IN_WORK]
+            waiting = [r for r in files_of(connection, adapter_name, hold=True) if r.state in IN_WORK]
             if not waiting:
                 if not is_referred_to(connection, adapter_name):
                     write_tombstones(connection)
@@ -160,7 +165,7 @@ class Jobs(Database):
                 return
             _drop_unwanted(connection, [adapter_name])
             connection.execute(delete(jobs).where(jobs.c.adapter_name == adapter_name))
-            waiting = [record for record in files_of(connection, adapter_name) if record.state in IN_WORK]
+            waiting = [r for r in files_of(connection, adapter_name, hold=True) if r.state in IN_WORK]
             move(connection, waiting, VideoState.ERROR, error_code=code, error_message=message[:2048])
 
     def release_job(self, adapter_name: str, *, blameless: bool = False) -> None:

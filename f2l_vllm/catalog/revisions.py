@@ -1,16 +1,22 @@
-"""Files made ready under other revisions of model, hypernetwork or sampling become ready, wait again, or fail."""
+"""The revision of model, hypernetwork and sampling that a catalog's files are answered with, and its change.
+
+All adapters of a catalog are made and used by servers of one revision. A server of another one waits until no server
+of the present revision runs, or until an operator appoints its own. Then it brings the files to its revision: they
+become ready, wait for new adapters, or fail.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, exists, func, insert, select, update
 
-from f2l_vllm.catalog.database import Database
+from f2l_vllm.catalog.database import Database, clock
+from f2l_vllm.catalog.servers import SERVER_SECONDS
 from f2l_vllm.catalog.states import GONE, LIVE, VideoState
-from f2l_vllm.catalog.tables import FileRecord, files, jobs, usage
-from f2l_vllm.catalog.transactions import adapter_of, ensure_job, file_of, files_of, move
+from f2l_vllm.catalog.tables import FileRecord, files, jobs, servers, serving, usage
+from f2l_vllm.catalog.transactions import PRESENT, adapter_of, ensure_job, file_of, files_of, move, standing
 
 OTHER_REVISION = "adapter_of_other_revision"
 _ADOPTED_AT_ONCE = 200
@@ -18,6 +24,33 @@ _ADOPTED_AT_ONCE = 200
 
 class Adoption(Database):
     """What a server does with its catalog before it answers anything."""
+
+    def is_appointed(self, revision: str) -> bool:
+        """Whether files are answered with this revision: it is appointed if no server of the present one runs."""
+        with self._read() as connection:
+            present = connection.scalar(PRESENT)
+            if present == revision or _runs(connection, present):
+                return present == revision
+        with self._write() as connection:
+            present = connection.scalar(PRESENT)
+            if present != revision and not _runs(connection, present):
+                _appoint(connection, revision)
+                return True
+            return present == revision
+
+    def appoint(self, revision: str) -> None:
+        """From now on servers of this revision answer, and no others."""
+        with self._write() as connection:
+            _appoint(connection, revision)
+
+    def revisions(self) -> tuple[str | None, dict[str, int]]:
+        """The present revision, and how many servers of each revision run."""
+        with self._read() as connection:
+            running = servers.c.seen_at >= clock(connection) - SERVER_SECONDS
+            rows = connection.execute(
+                select(servers.c.revision, func.count()).where(running).group_by(servers.c.revision)
+            )
+            return connection.scalar(PRESENT), {row[0]: row[1] for row in rows}
 
     def adopt(self, name_of: Callable[[str], str], has_video: Callable[[str], bool]) -> tuple[int, int]:
         """Bring every file to the present revisions of model, hypernetwork and sampling. Returns how many files wait
@@ -56,6 +89,18 @@ class Adoption(Database):
             connection.execute(insert(usage).from_select(["tenant", "bytes"], kept))
 
 
+def _runs(connection: Connection, revision: str | None) -> bool:
+    """Whether a server of this revision gives signs of life."""
+    since = clock(connection) - SERVER_SECONDS
+    running = exists().where(servers.c.revision == revision, servers.c.seen_at >= since)
+    return bool(connection.scalar(select(running)))
+
+
+def _appoint(connection: Connection, revision: str) -> None:
+    connection.execute(delete(serving))
+    connection.execute(insert(serving).values(id=1, revision=revision))
+
+
 def _adopt(
     connection: Connection, record: FileRecord, name: str, has_video: Callable[[str], bool]
 ) -> VideoState | None:
@@ -68,7 +113,7 @@ def _adopt(
     state, details = VideoState.PROCESSED, {"progress": 1.0, "error_code": None, "error_message": None}
     if not ready and has_video(record.video):
         state, details = VideoState.UPLOADED, {}
-        ensure_job(connection, name, record.sha256, None, background=True)
+        ensure_job(connection, name, record.sha256, standing(connection, name), background=True)
     elif not ready:
         message = (
             "Its adapter was made with another model, hypernetwork or sampling, and its bytes are no longer stored."

@@ -2,14 +2,16 @@
 
 Deletions are numbered by the `seq` of their tombstones, ascending in the order of their commits. A server forgets them
 in that order and enters how far it has come. Nobody waits for a server that gives no sign of life for `SERVER_SECONDS`.
-It has to join again under another id, and has to compare what it keeps with the catalog before that.
+It has to join again under another id, and has to compare what it keeps with the catalog before that. An id is the
+server's lasting name and what makes it unique.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Collection
 
-from sqlalchemy import and_, delete, exists, func, insert, select, update
+from sqlalchemy import delete, exists, func, insert, or_, select, update
 
 from f2l_vllm.catalog.database import Database, clock
 from f2l_vllm.catalog.tables import Tombstone, servers, tombstones
@@ -18,33 +20,22 @@ from f2l_vllm.catalog.tombstones import tombstone_record
 SERVER_SECONDS = 60.0  # many times the interval between two signs of life
 
 
-class OtherModels(RuntimeError):
-    """Servers with other models, or with another way to read videos, answer from this catalog."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "other servers of this catalog run with another model, hypernetwork or sampling: stop them first, or use "
-            "another catalog (F2L_DATABASE_URL); a server that was killed is known to be gone after "
-            f"{SERVER_SECONDS:.0f} s"
-        )
-
-
 class Servers(Database):
     """What servers tell each other about deletions."""
 
-    def join_server(self, server: str, revision: str) -> int:
-        """Enter a server that has forgotten nothing yet. Returns the newest deletion, up to which it has to compare.
+    def join_server(self, name: str, revision: str) -> tuple[str, int]:
+        """Enter a server that has forgotten nothing yet, instead of an earlier one of the same name.
 
-        Raises:
-            OtherModels: a server of another revision runs, which makes and uses other adapters.
+        Returns:
+            Its id, and the newest deletion, up to which it has to compare.
         """
-        with self._write(beside=(), deletes=True) as connection:  # so no deletion is half written
+        server = f"{name}-{secrets.token_hex(8)}"
+        with self._write(deletes=True) as connection:  # so no deletion is half written
             now = clock(connection)
-            runs = and_(servers.c.seen_at >= now - SERVER_SECONDS, servers.c.revision != revision)
-            if connection.dialect.name == "postgresql" and connection.scalar(select(exists().where(runs))):
-                raise OtherModels
+            over = or_(servers.c.id.startswith(f"{name}-", autoescape=True), servers.c.seen_at < now - SERVER_SECONDS)
+            connection.execute(delete(servers).where(over))
             connection.execute(insert(servers).values(id=server, seen_at=now, applied=-1, revision=revision))
-            return connection.scalar(select(func.max(tombstones.c.seq))) or 0
+            return server, connection.scalar(select(func.max(tombstones.c.seq))) or 0
 
     def beat_server(self, server: str, applied: int) -> bool:
         """Note that a server runs and has forgotten every deletion up to `applied`. False: it has to join again."""

@@ -164,6 +164,14 @@ usage = Table(
     Column("bytes", BigInteger, nullable=False),
 )
 
+# Which models and sampling the files' adapters are made and used with: one row, at most.
+serving = Table(
+    "serving",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("revision", String(128), nullable=False),
+)
+
 # Recurring work that one of all processes does, and when it was last done.
 duties = Table(
     "duties",

@@ -51,15 +51,14 @@ class Tombstones(Database):
             anew: the upload stores them itself, even if they are stored already.
             replaces: with `anew`, the generation whose bytes were found missing or cut short.
         """
-        if not anew:
-            with self._read() as connection:
-                live = connection.execute(_KEPT, {"sha256": sha256}).first()
-            if live is not None and not live[1]:
-                return Bytes(sha256, live[0], is_new=False)
-            replaces = None if live is None else live[0]
         generation = secrets.token_hex(8)
         self._check_room()
         with self._append() as connection:
+            if not anew:
+                live = connection.execute(_KEPT, {"sha256": sha256}).first()
+                if live is not None and not live[1]:
+                    return Bytes(sha256, live[0], is_new=False)
+                replaces = None if live is None else live[0]
             values = {"kind": VIDEO, "name": sha256, "generation": generation, "reserved": True}
             connection.execute(insert(tombstones).values(**values, doomed_at=now(connection)))
         return Bytes(sha256, generation, is_new=True, replaces=replaces)
@@ -152,6 +151,10 @@ def name_video(connection: Connection, video: Bytes) -> str:
     Raises:
         VideoGone: the upload relied on bytes that were deleted meanwhile; it has to store them itself.
     """
+    if video.is_new and video.replaces is None:
+        alone = delete(tombstones).where(_reservation(video), ~exists(_LIVE_GENERATION))
+        if connection.execute(alone, {"sha256": video.sha256}).rowcount == 1:
+            return video.generation
     live: str | None = connection.scalar(_LIVE_GENERATION, {"sha256": video.sha256})
     if not video.is_new:
         if live != video.generation:
@@ -164,6 +167,7 @@ def name_video(connection: Connection, video: Bytes) -> str:
         raise VideoGone
     if live is not None:
         same_bytes = and_(files.c.sha256 == video.sha256, files.c.state.in_(LIVE))
+        connection.execute(select(files.c.id).where(same_bytes).order_by(files.c.id).with_for_update())
         connection.execute(update(files).where(same_bytes).values(generation=video.generation))
         write_tombstones(connection)
         doom(connection, VIDEO, [video.sha256], live)

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import BindParameter, Connection, and_, bindparam, delete, exists, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
+from f2l_vllm.catalog.database import SPARE, Queue
 from f2l_vllm.catalog.states import GONE, IN_WORK, LIVE, VideoState, check_transition
-from f2l_vllm.catalog.tables import ADAPTER, AdapterRecord, FileRecord, Tombstone, adapters, files, jobs, parts, usage
+from f2l_vllm.catalog.tables import (
+    ADAPTER,
+    AdapterRecord,
+    FileRecord,
+    Tombstone,
+    adapters,
+    files,
+    jobs,
+    parts,
+    serving,
+    usage,
+)
 from f2l_vllm.catalog.tombstones import doom
-from f2l_vllm.store.errors import AdapterIdsExhausted
+from f2l_vllm.store.errors import AdapterIdsExhausted, CatalogBusy, OtherModels
 
 EXHAUSTED = "internalization_failed"  # the error of a video that cost a worker in each of its attempts
 # Engines keep LoRA int ids in int32 tensors, and a server leaves the first 2^20 to the operator's own adapters.
 LAST_ID = 2**31 - 1 - 2**20
 
+PRESENT = select(serving.c.revision)  # None: no server has ever answered
 # Every upload runs these statements. They are built once: building a statement takes longer than running it.
-_NAME: BindParameter[str] = bindparam("name")
-_STANDING = select(
-    exists().where(adapters.c.name == _NAME),
-    select(jobs.c.background).where(jobs.c.adapter_name == _NAME).scalar_subquery(),  # None: there is no job
-    exists().where(files.c.adapter_name == _NAME, files.c.error_code == EXHAUSTED),
-)
 _IN_LINE = and_(jobs.c.running == 0, jobs.c.background.is_(False))
 _WAITING = select(func.count()).select_from(jobs).where(_IN_LINE)
 _THEIRS = (
@@ -32,13 +40,29 @@ _THEIRS = (
     .join(files, files.c.adapter_name == jobs.c.adapter_name)
     .where(_IN_LINE, files.c.tenant == bindparam("tenant"), files.c.state.in_(IN_WORK))
 )
+_NAME: BindParameter[str] = bindparam("name")
+_STANDING = select(
+    exists().where(adapters.c.name == _NAME),
+    select(jobs.c.background).where(jobs.c.adapter_name == _NAME).scalar_subquery(),  # None: there is no job
+    exists().where(files.c.adapter_name == _NAME, files.c.error_code == EXHAUSTED),
+    _WAITING.scalar_subquery(),
+    PRESENT.scalar_subquery(),
+)
+_JOB = (jobs.c.adapter_name, jobs.c.sha256, jobs.c.running, jobs.c.attempts, jobs.c.background, jobs.c.created_at)
+_NEW_JOB = select(*(bindparam(column.name, type_=column.type) for column in _JOB))
+_ROOM = _WAITING.scalar_subquery() < bindparam("queue_limit")
+_SHARE = _THEIRS.scalar_subquery() < bindparam("tenant_limit")
 _ENTER_JOB = insert(jobs)
+_ENTER_IN_ROOM = insert(jobs).from_select(_JOB, _NEW_JOB.where(_ROOM)).returning(jobs.c.id)
+_ENTER_IN_SHARE = insert(jobs).from_select(_JOB, _NEW_JOB.where(_ROOM, _SHARE)).returning(jobs.c.id)
 _COUNT = {
     name: kind.insert(usage)
     .on_conflict_do_update(index_elements=[usage.c.tenant], set_={"bytes": usage.c.bytes + bindparam("more")})
     .returning(usage.c.bytes)
     for name, kind in (("sqlite", sqlite), ("postgresql", postgresql))
 }
+# The queue is held once the tenant's count is, and the next statement sees the jobs of those who held it before.
+_COUNT_AND_HOLD = {queue: {**_COUNT, "postgresql": _COUNT["postgresql"].returning(queue.value)} for queue in Queue}
 
 
 class QueueFull(RuntimeError):
@@ -84,9 +108,11 @@ def adapter_of(connection: Connection, name: str) -> AdapterRecord | None:
     return None if row is None else adapter_record(row)
 
 
-def files_of(connection: Connection, adapter_name: str) -> list[FileRecord]:
-    """Every live file that answers from this adapter, waits for it, or failed with it."""
+def files_of(connection: Connection, adapter_name: str, *, hold: bool = False) -> list[FileRecord]:
+    """Every live file that answers from this adapter, waits for it, or failed with it. With `hold`, nobody changes one
+    of them before this transaction ends."""
     query = select(files).where(files.c.adapter_name == adapter_name, files.c.state.in_(LIVE))
+    query = query.order_by(files.c.id).with_for_update() if hold else query
     return [file_record(row) for row in connection.execute(query)]
 
 
@@ -109,8 +135,13 @@ def move(connection: Connection, records: Collection[FileRecord], state: VideoSt
         connection.execute(chosen.where(files.c.state.in_({record.state for record in records})).values(values))
 
 
-def count_bytes(connection: Connection, tenant: str, more: int, limit: int | None = None) -> None:
+def count_bytes(
+    connection: Connection, tenant: str, more: int, limit: int | None = None, *, hold: Queue | None = None
+) -> None:
     """Add `more` to a tenant's bytes. Nobody else can change the tenant's count before this transaction ends.
+
+    Args:
+        hold: how the queue of jobs is held from then on, for `ensure_job`.
 
     Raises:
         QuotaExceeded: the sum is above the limit; the caller has to abandon the transaction.
@@ -121,53 +152,104 @@ def count_bytes(connection: Connection, tenant: str, more: int, limit: int | Non
         connection.execute(delete(usage).where(of_tenant, usage.c.bytes <= 0))
         return
     counted = {"tenant": tenant, "bytes": more, "more": more}
-    kept = connection.scalar(_COUNT[connection.dialect.name], counted) or 0
+    kept = connection.scalar((_COUNT_AND_HOLD[hold] if hold else _COUNT)[connection.dialect.name], counted) or 0
     if limit is not None and kept > limit:
         before = kept - more
         raise QuotaExceeded(f"{before / 1e6:.1f} MB of {limit / 1e6:.1f} are taken, and this has {more / 1e6:.1f}")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What there is of an adapter.
+
+    Attributes:
+        background: of its job, whether nobody waits for it; None: there is no job.
+        waiting: how many jobs somebody waits for.
+    """
+
+    is_published: bool
+    background: bool | None
+    is_poisonous: bool
+    waiting: int
+
+    @property
+    def needs_job(self) -> bool:
+        """Whether it is neither made nor about to be."""
+        return not self.is_published and self.background is None
+
+    def queue(self, limit: int) -> Queue | None:
+        """How the queue is to be held; None: not at all."""
+        if not self.needs_job:
+            return None
+        return Queue.MUCH_ROOM if self.waiting < limit - 2 * SPARE else Queue.LITTLE_ROOM
+
+
+def standing(connection: Connection, adapter_name: str, revision: str | None = None) -> Standing:
+    """What there is of an adapter.
+
+    Args:
+        revision: who asks has this one; None: this does not matter.
+
+    Raises:
+        OtherModels: files are answered by servers of another revision.
+    """
+    is_published, background, is_poisonous, waiting, present = connection.execute(
+        _STANDING, {"name": adapter_name}
+    ).one()
+    if revision is not None and present not in (revision, None):
+        raise OtherModels
+    return Standing(is_published, background, is_poisonous, waiting)
 
 
 def ensure_job(
     connection: Connection,
     adapter_name: str,
     sha256: str,
-    queue_limit: int | None,
+    found: Standing,
     *,
     background: bool = False,
+    job_attempts: int = 1,
+    queue_limit: int | None = None,
     tenant: str | None = None,
     tenant_limit: int | None = None,
-    job_attempts: int = 1,
-) -> bool:
-    """Enter a job for this adapter unless it has one or is published. Returns whether it is published.
+) -> None:
+    """Enter a job for an adapter unless it has one or is published.
 
     Args:
-        queue_limit: bounds the queued jobs that somebody waits for.
         background: nobody waits for it.
-        tenant: who asks; `tenant_limit` bounds the queued jobs for this tenant's files.
         job_attempts: attempts per job; a video that has used all of them before gets one.
+        queue_limit: bounds the queued jobs that somebody waits for. The caller holds the queue.
+        tenant_limit: bounds those for files of `tenant`, whose count of bytes the caller holds.
 
     Raises:
-        QueueFull: there is no room for another job.
+        QueueFull: there is no room for another job; the caller has to abandon the transaction.
+        CatalogBusy: very many others were entered since `found`; the same.
     """
-    is_published, known, is_poisonous = connection.execute(_STANDING, {"name": adapter_name}).one()
-    if is_published or known is not None:
-        if known and not background:
+    if not found.needs_job:
+        if found.background and not background:
             of_adapter = jobs.c.adapter_name == adapter_name
             connection.execute(update(jobs).where(of_adapter).values(background=False))
-        return bool(is_published)
-    for query, limit in ((_WAITING, queue_limit), (_THEIRS, tenant_limit)):
-        if limit is not None and (queued := connection.scalar(query, {"tenant": tenant}) or 0) >= limit:
-            raise QueueFull(queued, retry_after=max(1, queued // 4))
+        return
     values = {
         "adapter_name": adapter_name,
         "sha256": sha256,
         "running": 0,
-        "attempts": job_attempts - 1 if is_poisonous else 0,
+        "attempts": job_attempts - 1 if found.is_poisonous else 0,
         "background": background,
         "created_at": time.time(),
     }
-    connection.execute(_ENTER_JOB, values)
-    return False
+    if queue_limit is None:
+        connection.execute(_ENTER_JOB, values)
+        return
+    room = queue_limit - (SPARE if found.queue(queue_limit) is Queue.MUCH_ROOM else 0)
+    limits = {"queue_limit": room, "tenant": tenant, "tenant_limit": tenant_limit}
+    entering = _ENTER_IN_ROOM if tenant_limit is None else _ENTER_IN_SHARE
+    if connection.scalar(entering, {**values, **limits}) is not None:
+        return
+    for query, limit in ((_WAITING, queue_limit), (_THEIRS, tenant_limit)):
+        if limit is not None and (queued := connection.scalar(query, {"tenant": tenant}) or 0) >= limit:
+            raise QueueFull(queued, retry_after=max(1, queued // 4))
+    raise CatalogBusy("many uploads are entered at once")
 
 
 def release(connection: Connection, names: Collection[str]) -> None:

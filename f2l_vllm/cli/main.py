@@ -108,6 +108,22 @@ def convert(
     run(checkpoint, output, base_model, dtype)
 
 
+@app.command()
+def adopt(
+    revision: Annotated[str | None, typer.Argument(help="Of waiting servers, as their log says it.")] = None,
+    database_url: Annotated[str | None, typer.Option(help="The servers' catalog (F2L_DATABASE_URL).")] = None,
+    home: Annotated[Path | None, typer.Option(help="The servers' data folder (F2L_HOME), without a database.")] = None,
+) -> None:
+    """Change the models that files are answered with to those of servers that wait beside the others."""
+    from f2l_vllm.cli.adopt import adopt as run
+    from f2l_vllm.store.errors import Unavailable
+
+    try:
+        run(revision, database_url, home)
+    except (ValueError, Unavailable) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 @app.command("eval")
 def evaluate(
     world: Annotated[

@@ -1,9 +1,9 @@
 """`python -m f2l_vllm.pool SPEC`: the pool in its own process, so that Ray and the server do not end each other.
 
-The process loads its workers. They take jobs once it has read `begin` from standard input and no other pool holds the
-data folder. It runs until standard input closes, which means that its server has gone. It prints one JSON object per
-line: `{"workers": N}` when that number changes, `{"why": …}` when there is no worker and the reason is new, and
-`{"outcome": …, "seconds": {…}}` when a job ends. Everything else, jobs and their states, is in the catalog.
+The process loads its workers. They take jobs once it has read `begin` and a revision from standard input and no other
+pool holds the data folder. It runs until standard input closes, which means that its server has gone. It prints one
+JSON object per line: `{"workers": N}` when that number changes, `{"why": …}` when there is no worker and the reason is
+new, and `{"outcome": …, "seconds": {…}}` when a job ends. Everything else, jobs and their states, is in the catalog.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _STOP_SECONDS = 4.0  # from the end of standard input to the end of this process
 def main(spec_json: str) -> int:
     """Run the pool; the exit code is 0 unless workers can no longer be started."""
     told, orphaned = threading.Event(), threading.Event()
-    threading.Thread(target=_listen, args=(told, orphaned), daemon=True).start()
+    words: list[str] = []
+    threading.Thread(target=_listen, args=(told, orphaned, words), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: None)  # a supervisor may send it to all; the server decides when to stop
 
     logs.configure("pool")
@@ -74,6 +75,7 @@ def main(spec_json: str) -> int:
     store = open_store(
         spec.home, url=settings.store, hot_bytes=settings.hot_bytes, reserve_bytes=settings.reserve_bytes
     )
+    catalog.revision = words[1]
     pool = Pool(config, actors, catalog, store, on_event)
     waited = False
     while not orphaned.is_set() and not pool.start(wait_seconds=1.0):
@@ -93,8 +95,9 @@ def main(spec_json: str) -> int:
     return int(pool.failed.is_set())
 
 
-def _listen(told: threading.Event, orphaned: threading.Event) -> None:
-    while os.read(sys.stdin.fileno(), 4096):  # the only message is `begin`
+def _listen(told: threading.Event, orphaned: threading.Event, words: list[str]) -> None:
+    while message := os.read(sys.stdin.fileno(), 4096):  # the only message is `begin` and a revision
+        words += message.decode().split()
         told.set()
     faulthandler.dump_traceback_later(_STOP_SECONDS, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
     orphaned.set()

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import logging
 import threading
-import uuid
 from collections.abc import Callable
-from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from f2l_vllm.catalog.catalog import Catalog
-from f2l_vllm.files import write_whole
+from f2l_vllm.files import lasting_name
 from f2l_vllm.pool.actors import Actors
 from f2l_vllm.pool.config import PoolConfig
 from f2l_vllm.pool.lane import Lane, Work
@@ -67,7 +65,7 @@ class Pool:
             self._lock.acquire(timeout=wait_seconds)
         except Timeout:
             return False
-        self._catalog.pool = _name(self._home)
+        self._catalog.pool = lasting_name(self._home / "pool.name")
         self._beat()
         # The pool that ran these jobs did not stop in order. One of them may be the cause, so the attempt counts.
         if released := self._catalog.release_all_jobs(blameless=False):
@@ -111,12 +109,3 @@ class Pool:
                 self._beat()
             except Unavailable as error:
                 logger.warning("this pool cannot say that it runs: %s", error)
-
-
-def _name(home: Path) -> str:
-    """The name of the pool that serves this data folder. The caller holds the folder's lock."""
-    path = home / "pool.name"
-    if not path.is_file() or not (name := path.read_text().strip()):
-        name = uuid.uuid4().hex
-        write_whole(path, name)
-    return name

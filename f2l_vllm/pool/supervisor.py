@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _RESTART_SECONDS = 5.0
 _STOP_SECONDS = 2.5  # short, because the server has promised to end soon
 STARTING = "the pool is starting"
-BEGIN = "begin"  # tells a pool that it may claim jobs
+BEGIN = "begin"  # and a revision: tells a pool that it may claim jobs
 _EARLY = "_F2L_POOL"  # environment variable: describes the process that was started before the server
 
 
@@ -41,7 +41,7 @@ def start_early(spec: WorkerSpec) -> dict[str, str]:
     ends = [os.dup(end.fileno()) for end in (process.stdin, process.stdout)]  # `process` closes its own descriptors
     for end in ends:
         os.set_inheritable(end, True)
-    return {_EARLY: json.dumps([_written(spec), process.pid, *ends])}
+    return {_EARLY: json.dumps([_written(spec), os.getpid(), process.pid, *ends])}
 
 
 class PoolProcess:
@@ -49,11 +49,12 @@ class PoolProcess:
 
     Args:
         spec: what each worker loads.
+        revision: identifies models and sampling. The pool makes adapters while files are answered with this revision.
         on_outcome: called from a thread when a job ends, with `published` or `failed` and the seconds by stage.
     """
 
-    def __init__(self, spec: WorkerSpec, on_outcome: Callable[[str, dict[str, float]], None]) -> None:
-        self._spec = _written(spec)
+    def __init__(self, spec: WorkerSpec, revision: str, on_outcome: Callable[[str, dict[str, float]], None]) -> None:
+        self._spec, self._revision = _written(spec), revision
         self._on_outcome = on_outcome
         self._stopping = threading.Event()
         self._last = ""
@@ -84,7 +85,7 @@ class PoolProcess:
             assert process.stdin is not None
             assert process.stdout is not None
             with suppress(BrokenPipeError, ValueError):  # the process has ended, or was told to
-                process.stdin.write(f"{BEGIN}\n")
+                process.stdin.write(f"{BEGIN} {self._revision}\n")
                 process.stdin.flush()
             for line in process.stdout:
                 self._hear(line)
@@ -153,11 +154,14 @@ def _launch(spec: str) -> subprocess.Popen[str]:
 
 
 def _inherited(spec: str) -> _Inherited | None:
-    """The process that was started early; None on later calls. A process with another `spec` is ended."""
+    """The process that was started early; None on later calls, and in another process than the one that it was started
+    for. A process with another `spec` is ended."""
     written = os.environ.pop(_EARLY, None)
     if written is None:
         return None
-    its, pid, stdin, stdout = json.loads(written)
+    its, starter, pid, stdin, stdout = json.loads(written)
+    if starter != os.getpid():
+        return None
     for end in (stdin, stdout):
         os.set_inheritable(end, False)
     process = _Inherited(pid, stdin, stdout)
@@ -166,4 +170,5 @@ def _inherited(spec: str) -> _Inherited | None:
     logger.info("the pool is started again, for what the engine takes")
     process.stdin.close()
     process.wait()
+    end_session(process.pid)
     return None

@@ -23,7 +23,6 @@ from f2l_vllm import torch_shims
 torch_shims.install()
 
 from f2l_vllm import logs, models  # noqa: E402  (torchvision must be importable first)
-from f2l_vllm.catalog.servers import OtherModels  # noqa: E402
 from f2l_vllm.server import assembly, vllm_api, vllm_errors  # noqa: E402
 from f2l_vllm.server.chat.grammars import Grammars  # noqa: E402
 from f2l_vllm.server.middleware.auth import AuthMiddleware, keep_listed_routes  # noqa: E402
@@ -100,17 +99,13 @@ class F2LEndpointPlugin:
         served = assembly.served_model(engine_client, state, args, settings)
         self._lock = assembly.hold(settings.data_folder)
         service = self._service = assembly.open_service(settings, served, engine_client, state, ending)
-        try:
-            await service.forgetting.join()
-        except OtherModels as error:
-            raise ValueError(str(error)) from error
-        await asyncio.to_thread(service.adopt)
+        await service.membership.attend()
         if service.pool is not None:
             service.pool.start()
         state.f2l = service
         state.f2l_base_model = models.loadable_name(served.model)
-        warm = service.warm(min(settings.warm_adapters, served.limits.host_slots))
-        lasting = (service.maintain(), service.forgetting.run(), warm)
+        warm = _warm(service, min(settings.warm_adapters, served.limits.host_slots))
+        lasting = (service.maintain(), service.membership.run(), warm)
         self._background = [asyncio.create_task(work) for work in lasting]
         assembly.answer_from_videos(settings, served, engine_client, state, service, keys)
         self._welcome = asyncio.create_task(_welcome(service, state, vllm_api.url(args)))
@@ -160,9 +155,14 @@ class F2LEndpointPlugin:
         await self._ending.finish(*parts)
 
 
+async def _warm(service: VideoService, limit: int) -> None:
+    await service.membership.appointed.wait()
+    await service.warm(limit)
+
+
 async def _welcome(service: VideoService, state: State, url: str) -> None:
     """Log that the server is ready, once it accepts videos."""
-    while not (service.is_ready() and vllm_api.is_serving(state)):
+    while not (service.is_ready() and service.membership.why_not_ready is None and vllm_api.is_serving(state)):
         await asyncio.sleep(_WELCOME_SECONDS)
     upload = f"curl -F purpose=vision -F file=@video.mp4 {url}/v1/files"
     logger.info("ready: %s (upload a video: %s; then ask, its id is the model)", url, upload)

@@ -112,9 +112,9 @@ def open_service(
         rank=served.config.rank,
         max_rank=served.limits.max_rank,
     )
-    pool = PoolProcess(workers, count_outcome) if settings.hypernetwork_workers else None
     # Sampling options that are not set come from the files of model and hypernetwork, which the revisions cover.
     revisions = Revisions(fingerprint(served.model), fingerprint(served.hypernetwork), settings.sampling)
+    pool = PoolProcess(workers, revisions.name(""), count_outcome) if settings.hypernetwork_workers else None
     return VideoService(settings, revisions, catalog, store, registry, pool, lambda: ending.is_stopping)
 
 

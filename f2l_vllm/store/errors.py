@@ -44,6 +44,15 @@ class AdapterIdsExhausted(Unavailable):
         super().__init__(message)
 
 
+class OtherModels(Unavailable):
+    """The catalog's files are answered by servers with other models or sampling than this one's."""
+
+    code = "other_models"
+
+    def __init__(self) -> None:
+        super().__init__("this server has another model, hypernetwork or sampling than the servers that answer now")
+
+
 @contextmanager
 def disk_errors(what: str) -> Iterator[None]:
     """Turn a full, read-only or failing disk into `StoreUnavailable`; other errors pass."""

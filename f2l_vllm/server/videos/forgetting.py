@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
-import secrets
+import socket
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.tables import Tombstone
+from f2l_vllm.files import lasting_name
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.store.address import ADAPTER_PREFIX
 from f2l_vllm.store.errors import Unavailable
 from f2l_vllm.store.store import Store
 
 logger = logging.getLogger(__name__)
-_TICK_SECONDS = 0.5
+_TICK_SECONDS = 0.1
 _BEAT_SECONDS = 5.0
 _AT_ONCE = 500
 
@@ -28,7 +31,7 @@ class Forgetting:
     """One server's part in every deletion. Lives on that server's event loop.
 
     Args:
-        revision: identifies models and sampling; all servers of one catalog have the same one.
+        revision: identifies this server's models and sampling.
         write: runs a catalog method that may wait for other writers.
     """
 
@@ -42,14 +45,11 @@ class Forgetting:
         self.has_joined = False
 
     async def join(self) -> None:
-        """Register this server, after it has removed everything that was deleted while it was away.
-
-        Raises:
-            OtherModels: the running servers make different adapters.
-        """
+        """Register this server and remove everything that was deleted while it was away. If this is interrupted by an
+        error, it has not joined, and does so with the next `forget`."""
         self.has_joined = False
-        self._server = secrets.token_hex(8)
-        self._seen = await self._write(self._catalog.join_server, self._server, self._revision)
+        name = await asyncio.to_thread(_name, self._store.home)
+        self._server, self._seen = await self._write(self._catalog.join_server, name, self._revision)
         self._in_use = {}
         kept = {*await asyncio.to_thread(self._store.kept), *self._registry.names()}
         gone = kept - await asyncio.to_thread(self._catalog.named, kept)
@@ -63,19 +63,10 @@ class Forgetting:
         self.has_joined = True
         await self._say()
 
-    async def run(self) -> None:
-        """Call `forget` repeatedly, until cancelled."""
-        while True:
-            await asyncio.sleep(_TICK_SECONDS)
-            try:
-                await self.forget()
-            except Unavailable as error:
-                logger.warning("what other servers delete is forgotten later: %s", error)
-            except Exception:
-                logger.exception("forgetting failed and goes on")
-
     async def forget(self) -> None:
         """Remove what was deleted since the last call."""
+        if not self.has_joined:
+            await self.join()
         while page := await asyncio.to_thread(self._catalog.deletions_after, self._seen, _AT_ONCE):
             for deletion in page:
                 await self._forget(deletion)
@@ -98,7 +89,7 @@ class Forgetting:
         while not await asyncio.to_thread(self._catalog.is_erased, numbers):
             if time.monotonic() > deadline:
                 return False
-            await asyncio.sleep(_TICK_SECONDS / 5)
+            await asyncio.sleep(_TICK_SECONDS)
         return True
 
     @property
@@ -124,3 +115,9 @@ class Forgetting:
             await self.join()
             return
         self._said, self._said_at = applied, time.monotonic()
+
+
+def _name(home: Path) -> str:
+    """The lasting name of the server that runs on this data folder. A copy of the folder has another one."""
+    name = f"{lasting_name(home / 'server.name')}@{socket.gethostname()}:{home.resolve()}"
+    return hashlib.sha256(name.encode()).hexdigest()[:32]

@@ -220,11 +220,11 @@ async def ready(request: Request) -> JSONResponse:
     parts = {
         "engine": await vllm_api.engine_is_healthy(request.app.state.engine_client),
         "workers": service(request).is_ready(),
-        "catalog": service(request).forgetting.has_joined,
+        "catalog": (behind := service(request).membership.why_not_ready) is None,
     }
     why = {"engine": "the engine has ended"} if not parts["engine"] else {}
-    if not parts["catalog"]:
-        why["catalog"] = "what was deleted while this server was away is being forgotten"
+    if behind is not None:
+        why["catalog"] = behind
     if (reason := service(request).why_not_ready()) is not None:
         why["workers"] = reason
     status = HTTPStatus.OK if all(parts.values()) else HTTPStatus.SERVICE_UNAVAILABLE

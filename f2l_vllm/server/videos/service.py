@@ -22,10 +22,11 @@ from f2l_vllm.server.errors import APIError, HTTPStatus, shutting_down, video_fa
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.videos.forgetting import Forgetting
 from f2l_vllm.server.videos.keeping import Keeper
+from f2l_vllm.server.videos.membership import Membership
 from f2l_vllm.server.videos.watcher import Watcher
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.address import adapter_name
-from f2l_vllm.store.errors import Unavailable
+from f2l_vllm.store.errors import OtherModels, Unavailable
 from f2l_vllm.store.store import Store, StoreError
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,9 @@ class VideoService:
         self.watcher = Watcher(catalog, is_stopping, share)
         self._writers = ThreadPoolExecutor(_WRITERS, "f2l-catalog")
         self._keeper = Keeper(catalog, store, registry, self._write)
-        self.forgetting = Forgetting(catalog, store, registry, revisions.name(""), self._write)
+        revision = revisions.name("")
+        self.forgetting = Forgetting(catalog, store, registry, revision, self._write)
+        self.membership = Membership(catalog, self.forgetting, revision, self.adopt)
         self._used: dict[str, float] = {}  # file ids, and when they were asked about
         self._prepared: int | None = None  # the id of the last adapter that was copied into memory
         self._cleaned, self._swept = -_CLEANING_SECONDS, -_SWEEP_SECONDS
@@ -114,7 +117,8 @@ class VideoService:
 
         Raises:
             APIError: `queue_full`, with `Retry-After`, or `storage_quota_exceeded`; nothing is kept then.
-            Unavailable: store or catalog cannot take it now; nothing is kept then.
+            Unavailable: store or catalog cannot take it now, or servers of another revision answer; nothing is kept
+                then.
         """
         add = functools.partial(
             self.catalog.add_file,
@@ -181,6 +185,7 @@ class VideoService:
 
         Raises:
             APIError: `video_not_found`, `video_failed`, or `video_not_ready` when the time is up.
+            OtherModels: the file is answered by servers of another revision.
         """
         started = time.monotonic()
         found = known or (await self.find([file_id], tenant, param))[0]
@@ -191,8 +196,10 @@ class VideoService:
         while found.file.state in IN_WORK and (left := started + wait - time.monotonic()) > 0:
             await self.watcher.wait(file_id, left)
             self._refuse_when_stopping()
+            self._refuse_others(found.file)
             (found,) = await self.find([file_id], tenant, param)
         record = found.file
+        self._refuse_others(record)
         if wait > 0:
             metrics.WAIT_SECONDS.observe(time.monotonic() - started)
         if record.state is VideoState.ERROR:
@@ -204,7 +211,8 @@ class VideoService:
     async def remake(self, adapter: AdapterRecord, error: Exception) -> None:
         """Have an adapter with missing or damaged files made again; videos that use it go back to waiting."""
         logger.warning("making an adapter again: %s", error)
-        await asyncio.to_thread(self.store.remove_adapter, adapter.name)
+        if await asyncio.to_thread(self.catalog.wanted, adapter.name):  # not deleted, and uploaded again, meanwhile
+            await asyncio.to_thread(self.store.remove_adapter, adapter.name)
         await self._write(self.catalog.forget_adapter, adapter)
 
     async def remove(self, file_id: str, tenant: str) -> list[Tombstone]:
@@ -232,8 +240,8 @@ class VideoService:
         return record
 
     def adopt(self) -> None:
-        """Bring the catalog to the current revisions, before anything is answered. Adapters made under other revisions
-        are queued to be made again."""
+        """Bring the catalog to this server's revisions, before anything is answered. Adapters made under others are
+        queued to be made again."""
         waiting, failed = self.catalog.adopt(self._revisions.name, self.store.has_video)
         if waiting or failed:
             message = "%d videos were read by other models or in another way and are read again; %d have no bytes left"
@@ -362,6 +370,11 @@ class VideoService:
         return await asyncio.get_running_loop().run_in_executor(
             self._writers, functools.partial(method, *args, **values)
         )
+
+    def _refuse_others(self, record: FileRecord) -> None:
+        """Refuse a file whose adapter this server cannot use, because it was made or is to be made by other models."""
+        if record.state is not VideoState.ERROR and record.adapter_name != self._revisions.name(record.sha256):
+            raise OtherModels
 
     def _refuse_when_stopping(self) -> None:
         if self._is_stopping():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, event, insert, make_url, text
 
-from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.catalog import Catalog, QueueFull
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tables import files
 from f2l_vllm.store.errors import CatalogBusy, StoreUnavailable
@@ -105,6 +105,76 @@ def test_a_locked_catalog_is_waited_for_then_said_and_still_read(database_url):
     assert publish(catalog) is not None
     assert len(catalog.files("t", after=None, limit=9, descending=True)[0]) == 1
     catalog.close()
+
+
+def test_a_reader_waits_no_longer_for_a_change_of_tables(postgres):
+    url = postgres.new_database()
+    catalog = Catalog(url, busy_seconds=0.3)
+    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.connect() as connection:
+        connection.execute(text("LOCK TABLE files, tombstones IN ACCESS EXCLUSIVE MODE"))
+        reading = (lambda: catalog.find(["file-1"], "t"), lambda: catalog.reserve_video("a" * 64), catalog.counts)
+        for read in reading:
+            with pytest.raises(CatalogBusy, match="busy"):
+                read()
+    engine.dispose()
+    assert catalog.find(["file-1"], "t") == {}
+    catalog.close()
+
+
+@pytest.mark.parametrize(("tenant_limit", "entered"), [(None, 5), (3, 3)])
+def test_uploads_at_once_do_not_exceed_the_queue(database_url, tenant_limit, entered):
+    catalogs, results, begin = [Catalog(database_url) for _ in range(3)], [], threading.Barrier(12)
+
+    def enter(number):
+        begin.wait()
+        try:
+            add(catalogs[number % 3], f"f2l-{number}", sha=f"{number:x}", limit=5, tenant_limit=tenant_limit)
+            results.append("entered")
+        except QueueFull as error:
+            results.append(str(error))
+
+    threads = [threading.Thread(target=enter, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = f"{entered} videos are waiting to be internalized already"
+    assert sorted(results) == sorted(["entered"] * entered + [refused] * (12 - entered))
+    assert catalogs[0].counts() == ({"uploaded": entered}, entered, 0)
+    assert catalogs[0].stored_bytes("t") == 3 * entered
+    for catalog in catalogs:
+        catalog.close()
+
+
+def test_use_is_noted_while_the_same_files_are_made_and_expire(postgres):
+    url, failures, stopped = postgres.new_database(), [], threading.Event()
+    catalog, other = Catalog(url, busy_seconds=30), Catalog(url, busy_seconds=30)
+    ids = {}
+
+    def note():
+        while not stopped.is_set():
+            try:
+                other.touch(dict(ids), {})
+            except CatalogBusy as error:  # a deadlock would be one
+                failures.append(error)
+
+    thread = threading.Thread(target=note)
+    thread.start()
+    for number in range(4):
+        sha, name = str(number), f"f2l-{number}"
+        for index in range(60):
+            ids[add(catalog, name, sha=sha, expires_at=1000.0 - index).id] = 1.0
+        claim(catalog)
+        for progress in range(10):
+            catalog.advance(name, VideoState.DECODING, progress / 10)
+        catalog.finish_job(name, rank=1, size=1, info={})
+        assert len(catalog.expire_files(2000.0)) == 60
+    stopped.set()
+    thread.join()
+    assert failures == []
+    catalog.close()
+    other.close()
 
 
 def test_a_writer_that_is_killed_leaves_no_lock_and_nothing_half_done(database_url):

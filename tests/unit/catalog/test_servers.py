@@ -2,11 +2,9 @@
 
 import threading
 
-import pytest
 from sqlalchemy import update
 
 from f2l_vllm.catalog.catalog import Catalog
-from f2l_vllm.catalog.servers import OtherModels
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tables import files, servers
 from tests.support.catalog_steps import add, publish
@@ -18,8 +16,9 @@ def silence(catalog, server):
 
 
 def test_deletions_are_told_in_their_order_and_waited_for(catalog):
-    assert catalog.join_server("one", "r") == 0
-    assert catalog.beat_server("one", 0)
+    one, newest = catalog.join_server("one", "r")
+    assert newest == 0
+    assert catalog.beat_server(one, 0)
     record = add(catalog)
     publish(catalog)
     doomed = catalog.remove_file(record.id, "t").doomed
@@ -28,37 +27,49 @@ def test_deletions_are_told_in_their_order_and_waited_for(catalog):
     assert catalog.deletions_after(told[0].seq, 10) == told[1:]
     numbers = [one.seq for one in doomed]
     assert not catalog.is_erased(numbers)
-    catalog.beat_server("one", max(numbers))
+    catalog.beat_server(one, max(numbers))
     assert not catalog.is_erased(numbers)  # it is in the store still
     catalog.bury(doomed)
     assert catalog.is_erased(numbers)
-    assert catalog.join_server("two", "r") == max(numbers)
+    two, newest = catalog.join_server("two", "r")
+    assert newest == max(numbers)
     assert not catalog.is_erased(numbers)  # who comes later has to have compared, too
-    catalog.leave_server("two")
+    catalog.leave_server(two)
     assert catalog.is_erased(numbers)
     assert catalog.is_erased([])
 
 
 def test_a_silent_server_is_given_up_and_hears_of_it(catalog):
-    catalog.join_server("one", "r")
-    catalog.join_server("two", "r")
-    silence(catalog, "two")
-    assert not catalog.beat_server("two", 5)
-    assert catalog.beat_server("one", 5)
-    assert not catalog.beat_server("two", 5)
+    one, _ = catalog.join_server("one", "r")
+    two, _ = catalog.join_server("two", "r")
+    silence(catalog, two)
+    assert not catalog.beat_server(two, 5)
+    assert catalog.beat_server(one, 5)
+    assert not catalog.beat_server(two, 5)
 
 
-def test_a_server_with_other_models_does_not_join_those_that_run(catalog, database_url):
-    catalog.join_server("one", "r")
-    if database_url.startswith("sqlite"):
-        catalog.join_server("two", "s")  # on one machine the data folder's lock is the rule
-        return
-    catalog.join_server("two", "r")
-    with pytest.raises(OtherModels, match="another model"):
-        catalog.join_server("three", "s")
-    silence(catalog, "one")
-    catalog.leave_server("two")
-    catalog.join_server("three", "s")
+def test_a_server_that_joins_takes_the_place_of_an_earlier_one_of_its_name(catalog):
+    one, _ = catalog.join_server("o%", "r")
+    other, _ = catalog.join_server("on", "r")
+    again, _ = catalog.join_server("o%", "r")
+    assert not catalog.beat_server(one, 5)
+    assert catalog.beat_server(again, 5)
+    assert catalog.beat_server(other, 5)
+
+
+def test_the_revision_that_answers_changes_when_its_servers_are_gone_or_by_order(catalog):
+    one, _ = catalog.join_server("one", "r")
+    assert catalog.is_appointed("r")
+    two, _ = catalog.join_server("two", "s")
+    assert not catalog.is_appointed("s")
+    assert catalog.revisions() == ("r", {"r": 1, "s": 1})
+    silence(catalog, one)
+    assert catalog.is_appointed("s")
+    assert not catalog.is_appointed("r")
+    catalog.appoint("r")
+    assert catalog.is_appointed("r")
+    catalog.leave_server(two)
+    assert catalog.revisions() == ("r", {})
 
 
 def test_the_same_bytes_at_whatever_address_are_one_file_of_a_tenants(catalog):

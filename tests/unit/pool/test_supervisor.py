@@ -10,7 +10,7 @@ from pathlib import Path
 POOL = """
 import json, os, sys
 print(json.dumps({"why": str(os.getpid())}), flush=True)
-if sys.stdin.readline().strip() == "begin":
+if sys.stdin.readline().strip() == "begin r":
     print(json.dumps({"workers": 1}), flush=True)
 sys.stdin.read()
 """
@@ -27,7 +27,7 @@ def spec(rank):
     return WorkerSpec(model=folder, hypernetwork=folder, home=folder, base_name="base", max_rank=rank, threads=1)
 """
 SERVER = """
-pool = supervisor.PoolProcess(spec(64), lambda *_: None)
+pool = supervisor.PoolProcess(spec(64), "r", lambda *_: None)
 pool.start()
 end = time.monotonic() + 60
 while not pool.workers and time.monotonic() < end:
@@ -77,6 +77,16 @@ def test_a_pool_of_other_workers_is_replaced():
     assert not Path(f"/proc/{early}").exists()
     process.communicate()
     assert is_gone(int(pid))
+
+
+def test_a_pool_is_taken_over_by_nobody_but_the_server_it_was_started_for():
+    between = f"sys.exit(subprocess.run([sys.executable, '-c', {COMMON + SERVER!r}]).returncode)"
+    early, process = serve(64, server=between)
+    pid, why, others = process.stdout.readline().split()
+    assert pid == why != str(early)
+    assert others == "[]"
+    process.communicate()
+    assert is_gone(early)
 
 
 def test_a_pool_whose_server_never_comes_up_ends():

@@ -9,45 +9,36 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import update
+from typer.testing import CliRunner
 
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.tables import servers
+from f2l_vllm.cli.main import app
 from f2l_vllm.server.registry import AdapterLost, Registry
 from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.cached_store import open_store
+from f2l_vllm.store.errors import CatalogBusy, OtherModels
+from tests.support.engine import Engine
 
 T = "tenant"
-
-
-class Engine:
-    def __init__(self):
-        self.names = {}
-
-    async def add_lora(self, request):
-        self.names[request.lora_int_id] = request.lora_name
-        return True
-
-    async def remove_lora(self, int_id):
-        self.names.pop(int_id, None)
-        return True
 
 
 class Server:
     """One of several, without vLLM in front and with this test as its worker."""
 
-    def __init__(self, folder, name, url):
+    def __init__(self, folder, name, url, revision="one"):
         home = self.home = folder / name
         self.store = open_store(home, url=f"file://{folder / 'store'}", hot_bytes=1 << 20)
         self.catalog = Catalog(url)
         self.engine = Engine()
         options = {"base_model": "base", "host_slots": 8, "wanted": self.catalog.wanted}
         self.registry = Registry({}, self.engine, self.store, **options)
-        revisions = Revisions("base", "one", {})
+        revisions = Revisions("base", revision, {})
         self.service = VideoService(
             Settings(home=home), revisions, self.catalog, self.store, self.registry, None, lambda: False
         )
-        self.forgetting = self.service.forgetting
+        self.forgetting, self.membership = self.service.forgetting, self.service.membership
 
     async def upload(self, text):
         """A ready file of these bytes, and its adapter."""
@@ -56,6 +47,11 @@ class Server:
         sha256 = hashlib.sha256(text.encode()).hexdigest()
         details = {"sha256": sha256, "size": len(text), "filename": "v.mp4", "purpose": "vision", "expires_at": None}
         record = await self.service.enter(temporary, tenant=T, **details)
+        self.work()
+        return record, self.catalog.adapter(record.adapter_name)
+
+    def work(self):
+        """Make every adapter that waits."""
         while jobs := self.catalog.claim_jobs(1):
 
             def write(directory):
@@ -64,7 +60,6 @@ class Server:
 
             self.store.publish_adapter(jobs[0].adapter_name, write, {})
             self.catalog.finish_job(jobs[0].adapter_name, rank=4, size=9, info={})
-        return record, self.catalog.adapter(record.adapter_name)
 
     async def use(self, adapter, record):
         """Have everything of it that a server can have."""
@@ -92,7 +87,7 @@ async def two(folder, url):
     pair = [Server(folder, name, url) for name in ("one", "two")]
     try:
         for server in pair:
-            await server.forgetting.join()
+            await server.membership.attend()
         yield pair
     finally:
         for server in pair:
@@ -222,5 +217,135 @@ def test_a_question_that_comes_too_late_brings_nothing_back(tmp_path, database_u
         with pytest.raises(AdapterLost, match="deleted a moment ago"):
             await two.registry.acquire(adapter)
         assert two.engine.names == {}
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_a_server_whose_comparison_was_interrupted_compares_again(tmp_path, database_url):
+    async def scenario(one, two):
+        record, adapter = await one.upload("a")
+        (await two.use(adapter, record)).release()
+        await asyncio.sleep(0)
+        doomed = await one.service.remove(record.id, T)
+        with pytest.MonkeyPatch.context() as patch:
+
+            def named(_names):
+                raise CatalogBusy("away")
+
+            patch.setattr(two.catalog, "named", named)
+            with pytest.raises(CatalogBusy):
+                await two.forgetting.join()
+            with pytest.raises(CatalogBusy):
+                await two.forgetting.forget()
+        assert two.membership.why_not_ready is not None
+        assert two.left != []
+        await one.forgetting.forget()
+        assert not await one.forgetting.erased(doomed, 0.0)
+        await two.forgetting.forget()
+        assert two.left == []
+        assert await one.forgetting.erased(doomed, 0.1)
+        assert two.membership.why_not_ready is None
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_a_server_that_was_killed_is_not_waited_for_once_it_is_back(tmp_path, database_url):
+    async def scenario(one, two):
+        record, adapter = await one.upload("a")
+        (await two.use(adapter, record)).release()
+        doomed = await one.service.remove(record.id, T)
+        await one.forgetting.forget()
+        assert not await one.forgetting.erased(doomed, 0.0)
+        again = Server(tmp_path, "two", database_url)  # the first one said nothing when it ended
+        await again.membership.attend()
+        assert await one.forgetting.erased(doomed, 0.1)
+        again.service.close()
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_a_server_with_other_models_waits_until_those_that_run_have_stopped(tmp_path, database_url):
+    async def scenario(one, two):
+        record, adapter = await one.upload("a")
+        other = Server(tmp_path, "other", database_url, revision="other")
+        for _ in range(2):
+            await other.membership.attend()
+            assert "another model" in other.membership.why_not_ready
+            with pytest.raises(OtherModels):
+                await other.service.ready(record.id, T, 0.0)
+            with pytest.raises(OtherModels):
+                await other.upload("b")
+        assert other.catalog.claim_jobs(1) == []
+        assert [path for path in other.home.rglob("videos/*/*") if path.is_file()] == []
+        for server in (one, two):
+            await server.membership.attend()
+            assert server.membership.why_not_ready is None
+            assert (await server.service.ready(record.id, T, 0.0)).adapter == adapter
+            await asyncio.to_thread(server.forgetting.leave)
+        await other.membership.attend()
+        assert other.membership.why_not_ready is None
+        other.work()
+        found = await other.service.ready(record.id, T, 0.0)
+        assert found.adapter is not None
+        assert found.adapter.name != adapter.name
+        other.service.close()
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_a_catalog_that_moves_to_other_models_is_never_answered_by_the_earlier_servers(tmp_path, database_url):
+    async def scenario(one, two):
+        record, adapter = await one.upload("a")
+        other = Server(tmp_path, "other", database_url, revision="other")
+        await other.membership.attend()
+        (await one.use(adapter, record)).release()
+        two.be_silent()  # and is not heard of before the move
+        assert CliRunner().invoke(app, ["adopt", "--database-url", database_url]).exit_code == 0
+        with pytest.raises(OtherModels):
+            await one.upload("b")  # it has not noticed yet
+        assert (await one.service.ready(record.id, T, 0.0)).adapter == adapter  # nothing else is made of it yet
+        assert one.catalog.claim_jobs(1) == []
+        await other.membership.attend()
+        assert other.membership.why_not_ready is None
+        for server in (one, two):
+            with pytest.raises(OtherModels):
+                await server.service.ready(record.id, T, 0.0)
+            await server.membership.attend()
+            assert "another model" in server.membership.why_not_ready
+            assert server.catalog.claim_jobs(1) == []
+        other.work()
+        found = await other.service.ready(record.id, T, 0.0)
+        assert found.adapter.name != adapter.name
+        for server in (one, two):
+            with pytest.raises(OtherModels):
+                await server.service.ready(record.id, T, 0.0)
+        again = CliRunner().invoke(app, ["adopt", "--database-url", database_url])
+        assert again.exit_code == 0  # back
+        await one.membership.attend()
+        assert one.membership.why_not_ready is None
+        assert (await one.service.ready(record.id, T, 0.0)).adapter == adapter  # nothing has removed it meanwhile
+        other.service.close()
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_only_servers_that_wait_can_be_adopted(tmp_path, database_url):
+    async def scenario(one, two):
+        def adopt(*words):
+            return CliRunner().invoke(app, ["adopt", *words, "--database-url", database_url])
+
+        assert "no server waits" in adopt().output
+        others = [Server(tmp_path, name, database_url, revision=name) for name in ("x", "y")]
+        for other in others:
+            await other.membership.attend()
+        assert "name one of" in adopt().output
+        assert "no server waits with z" in adopt("z").output
+        assert one.catalog.revisions()[0] == one.catalog.revision
+        assert adopt(others[1].catalog.revision).exit_code == 0
+        for other in others:
+            await other.membership.attend()
+        assert [other.membership.why_not_ready is None for other in others] == [False, True]
+        for other in others:
+            other.service.close()
 
     run(scenario, tmp_path, database_url)

@@ -20,20 +20,9 @@ from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.cached_store import open_store
 from f2l_vllm.store.errors import CatalogBusy, StoreUnavailable
+from tests.support.engine import Engine
 
 T = "tenant"
-
-
-class Engine:
-    def __init__(self):
-        self.paths = {}
-
-    async def add_lora(self, request):
-        self.paths[request.lora_name] = request.lora_path
-        return True
-
-    async def remove_lora(self, int_id):
-        return True
 
 
 class Bench:
@@ -51,6 +40,7 @@ class Bench:
         self.service = VideoService(
             Settings(home=home), self.revisions, self.catalog, self.store, self.registry, None, lambda: False
         )
+        self.catalog.is_appointed(self.catalog.revision)
 
     async def upload(self, text, **options):
         temporary = self.store.temporary()

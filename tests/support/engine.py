@@ -1,0 +1,17 @@
+"""An engine that only records which adapters it has, for tests that are about something else."""
+
+
+class Engine:
+    """`paths` has the folder that each adapter was last loaded from; `names`, what is loaded now, by int id."""
+
+    def __init__(self):
+        self.paths, self.names = {}, {}
+
+    async def add_lora(self, request):
+        self.paths[request.lora_name] = request.lora_path
+        self.names[request.lora_int_id] = request.lora_name
+        return True
+
+    async def remove_lora(self, int_id):
+        self.names.pop(int_id, None)
+        return True
