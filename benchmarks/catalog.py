@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import multiprocessing
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from sqlalchemy import event
 
 from f2l_vllm.bench import record
 from f2l_vllm.catalog.catalog import Catalog
-from tests.support.postgres import Postgres, find_postgres
+from tests.support.postgres import needed_postgres
 
 _SPAWN = multiprocessing.get_context("spawn")
 _SERVERS = 4
@@ -34,18 +33,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    binaries = find_postgres()
-    if binaries is None:
-        raise SystemExit("PostgreSQL is not installed")
     rows = []
-    with tempfile.TemporaryDirectory(prefix="f2l-postgres-") as folder:
-        postgres = Postgres(Path(folder), binaries)
-        try:
-            for writers in options.writers:
-                rows.append(_measure(postgres.new_database(), writers, options.round_trip_ms / 1e3, options.seconds))
-                print(rows[-1], flush=True)
-        finally:
-            postgres.stop()
+    with needed_postgres() as postgres:
+        for writers in options.writers:
+            rows.append(_measure(postgres.new_database(), writers, options.round_trip_ms / 1e3, options.seconds))
+            print(rows[-1], flush=True)
     configuration = {name: value for name, value in vars(options).items() if name != "json"}
     if options.json is not None:
         record.write(options.json, configuration, {"rows": rows})

@@ -200,7 +200,7 @@ def main() -> None:
     """Measure, print, and write the result."""
     from f2l_vllm.synthetic.render import write_mp4
     from f2l_vllm.synthetic.world import sample_scenes
-    from tests.support.postgres import Postgres, find_postgres
+    from tests.support.postgres import needed_postgres
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--servers", type=int, default=2)
@@ -210,10 +210,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    binaries, haproxy = find_postgres(), shutil.which("haproxy") or shutil.which("/usr/sbin/haproxy")
-    if binaries is None or haproxy is None:
-        raise SystemExit("PostgreSQL and HAProxy are needed: apt-get install postgresql haproxy")
-    with tempfile.TemporaryDirectory(prefix="f2l-many-") as name, tempfile.TemporaryDirectory(prefix="f2l-pg-") as data:
+    haproxy = shutil.which("haproxy") or shutil.which("/usr/sbin/haproxy")
+    if haproxy is None:
+        raise SystemExit("HAProxy is needed: apt-get install haproxy")
+    with tempfile.TemporaryDirectory(prefix="f2l-many-") as name, needed_postgres() as postgres:
         folder = Path(name)
         text = _CONFIG.read_text()
         known = re.compile(r"    server \w+ 127\.0\.0\.1:(\d+)\n")
@@ -223,7 +223,6 @@ def main() -> None:
             write_mp4(scene, folder / f"{index}.mp4", size=(160, 120), fps=10, seconds=2.5)
             for index, scene in enumerate(sample_scenes(options.videos, options.seed, "train"))
         ]
-        postgres = Postgres(Path(data), binaries)
         cluster = Cluster(folder, postgres.new_database(), options.servers)
         proxy = subprocess.Popen([haproxy, "-f", str(folder / "haproxy.cfg")])
         try:
@@ -235,7 +234,6 @@ def main() -> None:
             proxy.terminate()
             for server in cluster.servers:
                 server.end()
-            postgres.stop()
     print(results)
     if options.json is not None:
         configuration = {name: value for name, value in vars(options).items() if name != "json"}

@@ -197,15 +197,10 @@ def main() -> None:
         if options.database is not None:
             results = run(options.database, Path(folder), **asked)
         else:
-            from tests.support.postgres import Postgres, find_postgres
+            from tests.support.postgres import needed_postgres
 
-            binaries = find_postgres()
-            if binaries is None:
-                raise SystemExit("PostgreSQL is not installed: name a database with --database")
-            with tempfile.TemporaryDirectory(prefix="f2l-postgres-") as data:
-                server = Postgres(Path(data), binaries)
+            with needed_postgres() as server:
                 results = run(server.new_database(), Path(folder), **asked)
-                server.stop()
     print(json.dumps(results, indent=1))
     if options.json is not None:
         from f2l_vllm.bench import record

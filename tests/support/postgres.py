@@ -8,7 +8,10 @@ import pwd
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +85,29 @@ class Postgres:
             options = {"user": self._user, "group": pwd.getpwnam(self._user).pw_gid, "extra_groups": []}
         command = [str(self._binaries / program), *arguments]
         return subprocess.Popen(command, stdout=log, stderr=log, cwd="/", preexec_fn=_quit_with_parent, **options)
+
+
+@contextmanager
+def temporary_postgres() -> Iterator[Postgres | None]:
+    """A server for a while; None if PostgreSQL is not installed."""
+    if (binaries := find_postgres()) is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="f2l-postgres-") as folder:
+        postgres = Postgres(Path(folder), binaries)
+        try:
+            yield postgres
+        finally:
+            postgres.stop()
+
+
+@contextmanager
+def needed_postgres() -> Iterator[Postgres]:
+    """As `temporary_postgres`, for programs that do nothing without one."""
+    with temporary_postgres() as postgres:
+        if postgres is None:
+            raise SystemExit("PostgreSQL is needed: apt-get install postgresql")
+        yield postgres
 
 
 def _quit_with_parent() -> None:

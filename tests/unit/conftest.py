@@ -1,24 +1,19 @@
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from f2l_vllm.catalog.catalog import Catalog
-from tests.support.postgres import Postgres, find_postgres
+from tests.support.postgres import Postgres, temporary_postgres
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """One real server for the session."""
-    binaries = find_postgres()
-    if binaries is None:
-        pytest.skip("PostgreSQL is not installed: no initdb and postgres on the PATH or under /usr/lib/postgresql")
-    # Not in pytest's own folder, which nobody but its owner may enter.
-    with tempfile.TemporaryDirectory(prefix="f2l-postgres-") as folder:
-        server = Postgres(Path(folder), binaries)
+    with temporary_postgres() as server:
+        if server is None:
+            pytest.skip("PostgreSQL is not installed: no initdb and postgres on the PATH or under /usr/lib/postgresql")
         yield server
-        server.stop()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ import openai
 import pytest
 
 from f2l_vllm.catalog.catalog import Catalog
-from tests.support.postgres import Postgres, find_postgres
+from tests.support.postgres import temporary_postgres
 from tests.support.server import Server
 from tests.support.videos import write_video
 
@@ -55,14 +54,8 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def postgres():
     """A real one; None where it is not installed, and these servers have SQLite."""
-    binaries = find_postgres()
-    if binaries is None:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="f2l-postgres-") as folder:
-        postgres = Postgres(Path(folder), binaries)
+    with temporary_postgres() as postgres:
         yield postgres
-        postgres.stop()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from types import SimpleNamespace
@@ -54,6 +58,22 @@ def test_version_is_the_one_this_was_written_for() -> None:
 def test_plugin_finds_the_built_in_probes() -> None:
     assert {"cuda", "rocm", "xpu", "tpu", "cpu"} <= set(builtin_platform_plugins)
     assert PLATFORM_PLUGINS_GROUP == "vllm.platform_plugins"
+
+
+def test_a_library_that_builds_gpu_kernels_when_imported_still_does_unless_it_is_told_not_to() -> None:
+    assert importlib.util.find_spec("vllm.utils.humming") is not None
+    count = """
+import sys
+sys.addaudithook(lambda name, args: name == "subprocess.Popen" and print(args[1]))
+{before}
+import humming.ops.utils, humming.utils.cpu, humming.utils.nvrtc
+"""
+    builds, environment = [], {k: v for k, v in os.environ.items() if not k.startswith("HUMMING")}
+    for before in ("", "from f2l_vllm.cpu import plugin; plugin._prepare_process()"):
+        command = [sys.executable, "-c", count.format(before=before)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        builds.append(done.stdout.count("import humming"))
+    assert builds == [2, 0]
 
 
 def test_platform_overrides_methods_that_exist() -> None:

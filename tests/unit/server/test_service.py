@@ -104,6 +104,25 @@ def test_a_restart_makes_what_was_used_last_resident(tmp_path):
     run(scenario)
 
 
+def test_an_adapter_that_was_deleted_is_not_removed_once_more_while_it_is_made_again(tmp_path):
+    async def scenario():
+        bench = Bench(tmp_path)
+        file = await bench.upload("video")
+        bench.work()
+        stale = bench.catalog.adapter(file.adapter_name)
+        await bench.service.remove(file.id, T)
+
+        def write(directory):
+            directory.mkdir()
+            (directory / "weights").write_text("fresh")
+
+        bench.store.publish_adapter(stale.name, write, {})  # by a worker that has not entered it yet
+        await bench.service.remake(stale, RuntimeError("as it was deleted"))
+        assert (bench.store.load_path(stale.name) / "weights").read_text() == "fresh"
+
+    run(scenario)
+
+
 def test_a_video_of_other_revisions_is_never_answered_from_its_old_adapter(tmp_path):
     async def scenario():
         bench = Bench(tmp_path)
