@@ -129,8 +129,10 @@ def with_frames(messages: Sequence[Any], urls: Mapping[Video, str]) -> list[Any]
             parts = []
             for part in content:
                 video = _video(part)
-                parts.append(part if video is None else _frames(urls[video]))
-                left.pop(video, None)  # type: ignore[arg-type]
+                if video is not None:
+                    part = _frames(urls[video])
+                    left.pop(video, None)
+                parts.append(part)
             message = {**message, "content": parts}
         replaced.append(message)
     if left:
