@@ -117,7 +117,7 @@ def _server(url: str, folder: Path, name: str) -> VideoService:
     home = folder / name
     store = open_store(home, url=f"slow://{folder / 'far'}")
     catalog = Catalog(url)
-    registry = Registry({}, _NoEngine(), store, base_model="base", host_slots=8, wanted=catalog.wanted)
+    registry = Registry({}, _NoEngine(), store, base_model="base", host_slots=8, wanted=catalog.refers_to)
     settings = Settings(home=home, queue_limit=1_000_000)
     return VideoService(settings, Revisions("base", "one", {}), catalog, store, registry, None, lambda: False)
 

@@ -9,7 +9,8 @@ from sqlalchemy import and_, case, delete, exists, func, insert, or_, select
 
 from f2l_vllm.catalog.database import Database
 from f2l_vllm.catalog.states import LIVE, VideoState
-from f2l_vllm.catalog.tables import AdapterRecord, FileRecord, Tombstone, adapters, files, parts
+from f2l_vllm.catalog.tables import ADAPTER, AdapterRecord, FileRecord, Tombstone, adapters, files, parts
+from f2l_vllm.catalog.tombstones import doom
 from f2l_vllm.catalog.transactions import (
     adapter_of,
     adapter_record,
@@ -21,6 +22,7 @@ from f2l_vllm.catalog.transactions import (
     move,
     standing,
 )
+from f2l_vllm.store.address import object_name
 
 _PARAMETERS = 500  # databases bound the number of parameters
 _PINNED = 4096  # more than the hot set holds
@@ -56,10 +58,13 @@ class Published(Database):
             return [adapter_record(row) for row in connection.execute(query)]
 
     def pinned_adapters(self) -> set[str]:
-        """The names of the adapters that the newest few thousand pinned files answer from."""
-        query = select(files.c.adapter_name).where(files.c.pinned.is_(True), files.c.state == VideoState.PROCESSED)
+        """The names in the store of the adapters that the newest few thousand pinned files answer from."""
+        query = select(adapters.c.name, adapters.c.generation).join(files, files.c.adapter_name == adapters.c.name)
+        query = query.where(files.c.pinned.is_(True), files.c.state == VideoState.PROCESSED)
         with self._read() as connection:
-            return set(connection.scalars(query.order_by(files.c.number.desc()).limit(_PINNED)))
+            return {
+                object_name(*row) for row in connection.execute(query.order_by(files.c.number.desc()).limit(_PINNED))
+            }
 
     def newest_adapter(self) -> int:
         """The largest adapter id; 0 if there is no adapter."""
@@ -87,6 +92,8 @@ class Published(Database):
             move(connection, waiting, VideoState.UPLOADED)
             if adapter.composed:
                 connection.execute(delete(parts).where(parts.c.composed == name))
+            else:
+                doom(connection, ADAPTER, [(name, adapter.generation)])
 
     def drop_abandoned(self) -> list[Tombstone]:
         """Remove some of the adapters that no file refers to: those of other revisions whose successors are made."""

@@ -1,11 +1,13 @@
 """The catalog's jobs: adapters to be made. A job makes one adapter, however many files wait for it.
 
 Pools of several servers may share a catalog. A running job belongs to the pool that claimed it until that pool has
-given no sign of life for `LEASE_SECONDS`; what the pool reports about the job after that is ignored.
+given no sign of life for `LEASE_SECONDS`. Each attempt has a token. It puts its adapter into the store under the token,
+and the token says whose report about a job counts: that of an attempt that was given up is ignored.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Collection
 from typing import Any
 
@@ -13,7 +15,7 @@ from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, or_,
 
 from f2l_vllm.catalog.database import Database, clock, write_tombstones
 from f2l_vllm.catalog.states import IN_WORK, LIVE, VideoState
-from f2l_vllm.catalog.tables import ADAPTER, AdapterRecord, Job, files, jobs, pools, serving
+from f2l_vllm.catalog.tables import ADAPTER, AdapterRecord, Job, adapters, files, jobs, pools, serving
 from f2l_vllm.catalog.tombstones import doom
 from f2l_vllm.catalog.transactions import (
     EXHAUSTED,
@@ -30,6 +32,7 @@ from f2l_vllm.store.errors import AdapterIdsExhausted
 
 __all__ = ["EXHAUSTED", "LEASE_SECONDS", "Jobs"]
 
+_TOKEN_BYTES = 8
 LEASE_SECONDS = 60.0  # many times the interval between two signs of life; servers' clocks may differ by less
 _WAITING = files.c.state == VideoState.UPLOADED
 
@@ -65,14 +68,15 @@ class Jobs(Database):
             chosen = update(jobs).where(jobs.c.id.in_(free.with_for_update(skip_locked=True)))
             if self.revision is not None:
                 chosen = chosen.where(exists(PRESENT.where(serving.c.revision == self.revision)))
-            taking = chosen.values(running=1, attempts=jobs.c.attempts + 1, pool=self.pool).returning(jobs.c.id)
-            taken = set(connection.scalars(taking))
+            token = secrets.token_hex(_TOKEN_BYTES)
+            values = {"running": 1, "attempts": jobs.c.attempts + 1, "pool": self.pool, "token": token}
+            taken = set(connection.scalars(chosen.values(values).returning(jobs.c.id)))
             rows = [(row, tenant) for row, tenant in rows if row.id in taken]
             for _, tenant in rows:
                 self._turn += 1
                 self._turns[tenant] = self._turn
             copies = {row.sha256: _generation(connection, row.sha256) or "" for row, _ in rows}
-            return [Job(row.adapter_name, row.sha256, row.attempts + 1, copies[row.sha256]) for row, _ in rows]
+            return [Job(row.adapter_name, row.sha256, row.attempts + 1, copies[row.sha256], token) for row, _ in rows]
 
     def _in_turns(self, connection: Connection, limit: int) -> list[tuple[Row[Any], str | None]]:
         """Up to `limit` waiting jobs in the order of their turns, each once, with the tenant whose turn it is.
@@ -113,34 +117,39 @@ class Jobs(Database):
         rows = connection.execute(select(known.c.tenant, oldest.label("oldest")).where(known.c.tenant.is_not(None)))
         return [row.tenant for row in sorted(rows, key=lambda row: (self._turns.get(row.tenant, 0), row.oldest))]
 
-    def advance(self, adapter_name: str, state: VideoState, progress: float) -> None:
+    # What becomes of a running job. `token` is that of the attempt that says so; without one, as in tools, the pool
+    # is enough.
+
+    def advance(self, adapter_name: str, state: VideoState, progress: float, *, token: str | None = None) -> None:
         """Note that a job's worker has reached `state`; `progress` is 0..1 within it."""
         with self._write(beside=()) as connection:
-            if not self._holds(connection, adapter_name):
+            if not self._holds(connection, adapter_name, token):
                 return
             waiting = [r for r in files_of(connection, adapter_name, hold=True) if r.state in IN_WORK]
             move(connection, [r for r in waiting if r.state is not state], state)
             at_work = and_(files.c.id.in_([record.id for record in waiting]), files.c.state == state)
             connection.execute(update(files).where(at_work).values(progress=progress))
 
-    def finish_job(self, adapter_name: str, *, rank: int, size: int, info: dict[str, Any]) -> AdapterRecord | None:
-        """Enter the published adapter and make its files ready. None if every file was deleted meanwhile.
+    def finish_job(
+        self, adapter_name: str, *, rank: int, size: int, info: dict[str, Any], token: str | None = None
+    ) -> AdapterRecord | None:
+        """Enter the published adapter and make its files ready. None if every file was deleted meanwhile, or if the
+        attempt was given up; what it has put into the store is to be removed then.
 
         If no adapter id is left, its files fail with `adapter_ids_exhausted`, and None is returned.
         """
         with self._read() as connection:
             video = connection.scalar(select(jobs.c.sha256).where(jobs.c.adapter_name == adapter_name))
         with self._write(beside=[video or ""]) as connection:
-            if not self._holds(connection, adapter_name):
+            if not self._holds(connection, adapter_name, token):
                 return None
             connection.execute(delete(jobs).where(jobs.c.adapter_name == adapter_name))
             waiting = [r for r in files_of(connection, adapter_name, hold=True) if r.state in IN_WORK]
             if not waiting:
-                if not is_referred_to(connection, adapter_name):
-                    write_tombstones(connection)
-                    doom(connection, ADAPTER, [adapter_name])
+                write_tombstones(connection)
+                doom(connection, ADAPTER, [(adapter_name, token or "")])
                 return None
-            values = {"name": adapter_name, "rank": rank, "bytes": size, "info": info}
+            values = {"name": adapter_name, "rank": rank, "bytes": size, "info": info, "generation": token or ""}
             try:
                 adapter = insert_adapter(connection, values)
             except AdapterIdsExhausted as error:
@@ -149,7 +158,15 @@ class Jobs(Database):
             move(connection, waiting, VideoState.PROCESSED, progress=1.0, previous_adapter=None)
             return adapter
 
-    def fail_job(self, adapter_name: str, code: str, message: str, *, generation: str | None = None) -> None:
+    def fail_job(
+        self,
+        adapter_name: str,
+        code: str,
+        message: str,
+        *,
+        generation: str | None = None,
+        token: str | None = None,
+    ) -> None:
         """End the job of a video that cannot be internalized; every file that waits for it gets the reason.
 
         Args:
@@ -157,7 +174,7 @@ class Jobs(Database):
                 job waits again instead, and the attempt does not count.
         """
         with self._write() as connection:
-            if not self._holds(connection, adapter_name):
+            if not self._holds(connection, adapter_name, token):
                 return
             sha256 = connection.scalar(select(jobs.c.sha256).where(jobs.c.adapter_name == adapter_name))
             if generation is not None and _generation(connection, sha256 or "") not in (generation, None):
@@ -168,14 +185,14 @@ class Jobs(Database):
             waiting = [r for r in files_of(connection, adapter_name, hold=True) if r.state in IN_WORK]
             move(connection, waiting, VideoState.ERROR, error_code=code, error_message=message[:2048])
 
-    def release_job(self, adapter_name: str, *, blameless: bool = False) -> None:
+    def release_job(self, adapter_name: str, *, blameless: bool = False, token: str | None = None) -> None:
         """Let a job wait again after its worker died. It is first in line: jobs are taken in the order they came.
 
         `blameless`: the video was not the cause, so the attempt does not count. A job that nobody waits for any more
         is deleted.
         """
         with self._write() as connection:
-            if not self._holds(connection, adapter_name):
+            if not self._holds(connection, adapter_name, token):
                 return
             _release(connection, adapter_name, blameless=blameless)
 
@@ -212,6 +229,13 @@ class Jobs(Database):
             with self._write(beside=()) as connection:
                 connection.execute(update(jobs).where(of_adapter).values(background=False))
 
+    def refers_to(self, name: str) -> bool:
+        """Whether an adapter is published whose files have this name in the store."""
+        address, _, generation = name.partition(".")
+        published = exists().where(adapters.c.name == address, adapters.c.generation == generation)
+        with self._read() as connection:
+            return bool(connection.scalar(select(published)))
+
     def wanted(self, adapter_name: str) -> bool:
         """Whether this adapter is published or any file waits for it."""
         with self._read() as connection:
@@ -219,12 +243,15 @@ class Jobs(Database):
                 return True
             return any(record.state is not VideoState.ERROR for record in files_of(connection, adapter_name))
 
-    def _holds(self, connection: Connection, adapter_name: str) -> bool:
-        """Whether a job is this pool's. Another pool may have taken it while this one gave no sign of life."""
-        if self.pool is None:
+    def _holds(self, connection: Connection, adapter_name: str, token: str | None) -> bool:
+        """Whether a job is this attempt's. Another may have begun while this one's pool gave no sign of life."""
+        if token is not None:
+            mine = jobs.c.token == token
+        elif self.pool is not None:
+            mine = jobs.c.pool == self.pool
+        else:
             return True
-        held = select(jobs.c.id).where(jobs.c.adapter_name == adapter_name, jobs.c.pool == self.pool)
-        return connection.scalar(held) is not None
+        return connection.scalar(select(jobs.c.id).where(jobs.c.adapter_name == adapter_name, mine)) is not None
 
 
 def _release_all(connection: Connection, chosen: Any, blameless: bool) -> int:

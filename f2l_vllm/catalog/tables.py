@@ -24,7 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import Dialect
 
 from f2l_vllm.catalog.states import LIVE, VideoState
-from f2l_vllm.store.address import video_name
+from f2l_vllm.store.address import object_name
 
 
 class _Text(TypeDecorator[str]):
@@ -93,6 +93,7 @@ adapters = Table(
     Column("created_at", Float, nullable=False),
     Column("last_used_at", Float),
     Column("composed", Boolean, nullable=False, server_default=false()),
+    Column("generation", String(32), nullable=False, server_default=""),  # the attempt that made it
     sqlite_autoincrement=True,
 )
 
@@ -117,6 +118,7 @@ jobs = Table(
     Column("attempts", Integer, nullable=False, default=0),
     Column("background", Boolean, nullable=False, server_default=false()),  # nobody waits for it
     Column("pool", String(64)),  # the pool that runs it
+    Column("token", String(32)),  # the attempt that runs, and no other, may say what becomes of it
     Column("created_at", Float, nullable=False),
     sqlite_autoincrement=True,
 )
@@ -213,7 +215,7 @@ class FileRecord:
     @property
     def video(self) -> str:
         """The name of its bytes in the store."""
-        return video_name(self.sha256, self.generation)
+        return object_name(self.sha256, self.generation)
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,12 @@ class AdapterRecord:
     created_at: float
     last_used_at: float | None = None
     composed: bool = False
+    generation: str = ""
+
+    @property
+    def object(self) -> str:
+        """The name of its files in the store."""
+        return object_name(self.name, self.generation)
 
 
 @dataclass(frozen=True)
@@ -240,22 +248,34 @@ class FileWithAdapter:
 
 @dataclass(frozen=True)
 class Job:
-    """One adapter to be made, whoever waits for it. `attempts` includes this attempt."""
+    """One adapter to be made, whoever waits for it.
+
+    Attributes:
+        attempts: how many there were, this one included.
+        generation: the copy of the video's bytes to read.
+        token: identifies this attempt.
+    """
 
     adapter_name: str
     sha256: str
     attempts: int
     generation: str = ""
+    token: str = ""
+
+    @property
+    def object(self) -> str:
+        """The name of the files that this attempt puts into the store."""
+        return object_name(self.adapter_name, self.token)
 
     @property
     def video(self) -> str:
         """The name of the video's bytes in the store."""
-        return video_name(self.sha256, self.generation)
+        return object_name(self.sha256, self.generation)
 
 
 @dataclass(frozen=True)
 class Tombstone:
-    """What has to be removed from the store: an adapter by its name, or one copy of a video's bytes."""
+    """What has to be removed from the store: one copy of an adapter, or of a video's bytes."""
 
     seq: int
     kind: str
@@ -270,7 +290,7 @@ class Tombstone:
     @property
     def object(self) -> str:
         """The name in the store."""
-        return video_name(self.name, self.generation)
+        return object_name(self.name, self.generation)
 
 
 @dataclass(frozen=True)
@@ -290,4 +310,4 @@ class Bytes:
     @property
     def video(self) -> str:
         """Their name in the store."""
-        return video_name(self.sha256, self.generation)
+        return object_name(self.sha256, self.generation)

@@ -19,9 +19,9 @@ from typing import Any
 from sqlalchemy import Connection, Row, and_, bindparam, case, delete, exists, func, insert, select, update
 
 from f2l_vllm.catalog.database import Database, clock, now, write_tombstones
-from f2l_vllm.catalog.states import LIVE, VideoState
-from f2l_vllm.catalog.tables import VIDEO, Bytes, Tombstone, adapters, duties, files, tombstones
-from f2l_vllm.store.address import video_name
+from f2l_vllm.catalog.states import LIVE
+from f2l_vllm.catalog.tables import VIDEO, Bytes, Tombstone, adapters, duties, files, jobs, tombstones
+from f2l_vllm.store.address import object_name
 
 LOST = "video_lost"  # the error of a file whose bytes a worker found missing or changed
 _RESERVED_SECONDS = 3600.0  # an upload that takes longer to put its bytes into the store begins again
@@ -91,26 +91,25 @@ class Tombstones(Database):
                 connection.execute(update(tombstones).where(chosen).values(done_at=clock(connection)))
 
     def named(self, names: Collection[str]) -> set[str]:
-        """Those of these store names that a row names: adapters that are published or waited for, and videos of live
-        files or of unfinished uploads."""
+        """Those of these store names that a row names: adapters that are published or in the making, and videos of
+        live files or of unfinished uploads."""
         asked, found = sorted(names), set()
         for start in range(0, len(asked), _AT_ONCE):
             found |= self._named(asked[start : start + _AT_ONCE])
         return found
 
     def _named(self, names: Sequence[str]) -> set[str]:
-        hashes = {name.partition(".")[0] for name in names}
-        of_files = select(files.c.sha256, files.c.generation).where(files.c.state.in_(LIVE), files.c.sha256.in_(hashes))
+        stems = {name.partition(".")[0] for name in names}
+        of_files = select(files.c.sha256, files.c.generation).where(files.c.state.in_(LIVE), files.c.sha256.in_(stems))
         reserved = select(tombstones.c.name, tombstones.c.generation).where(
-            tombstones.c.reserved.is_(True), tombstones.c.name.in_(hashes)
+            tombstones.c.reserved.is_(True), tombstones.c.name.in_(stems)
         )
-        published = select(adapters.c.name).where(adapters.c.name.in_(names))
-        waiting = and_(files.c.state.in_(LIVE), files.c.state != VideoState.ERROR)
-        waited_for = select(files.c.adapter_name).where(waiting, files.c.adapter_name.in_(names))
+        published = select(adapters.c.name, adapters.c.generation).where(adapters.c.name.in_(stems))
+        in_work = select(jobs.c.adapter_name, func.coalesce(jobs.c.token, ""))
+        in_work = in_work.where(jobs.c.running == 1, jobs.c.adapter_name.in_(stems))
         with self._read() as connection:
-            videos = [*connection.execute(of_files.distinct()), *connection.execute(reserved)]
-            found = {video_name(sha256, generation) for sha256, generation in videos}
-            found |= {*connection.scalars(published), *connection.scalars(waited_for.distinct())}
+            queries = (of_files.distinct(), reserved, published, in_work)
+            found = {object_name(*row) for query in queries for row in connection.execute(query)}
         return found & set(names)
 
     def take_duty(self, name: str, every: float) -> bool:
@@ -129,11 +128,11 @@ class Tombstones(Database):
             return connection.execute(update(duties).where(due).values(taken_at=now)).rowcount == 1
 
 
-def doom(connection: Connection, kind: str, names: Iterable[str], generation: str = "") -> list[Tombstone]:
-    """Write tombstones for what no row names any more."""
+def doom(connection: Connection, kind: str, objects: Iterable[tuple[str, str]]) -> list[Tombstone]:
+    """Write tombstones for what no row names any more: names, each with its generation."""
     doomed = []
-    for name in names:
-        values = {"kind": kind, "name": name, "generation": generation, "doomed_at": clock(connection)}
+    for name, generation in objects:
+        values = {"kind": kind, "name": name, "generation": generation, "doomed_at": now(connection)}
         (seq,) = connection.execute(insert(tombstones).values(values)).inserted_primary_key or (0,)
         doomed.append(Tombstone(seq, kind, name, generation))
     return doomed
@@ -142,7 +141,7 @@ def doom(connection: Connection, kind: str, names: Iterable[str], generation: st
 def doom_video_unless_named(connection: Connection, sha256: str, generation: str) -> list[Tombstone]:
     """After a file has left, write a tombstone for its bytes if no live file has the same bytes."""
     same_bytes = exists().where(files.c.sha256 == sha256, files.c.state.in_(LIVE))
-    return [] if connection.scalar(select(same_bytes)) else doom(connection, VIDEO, [sha256], generation)
+    return [] if connection.scalar(select(same_bytes)) else doom(connection, VIDEO, [(sha256, generation)])
 
 
 def name_video(connection: Connection, video: Bytes) -> str:
@@ -170,7 +169,7 @@ def name_video(connection: Connection, video: Bytes) -> str:
         connection.execute(select(files.c.id).where(same_bytes).order_by(files.c.id).with_for_update())
         connection.execute(update(files).where(same_bytes).values(generation=video.generation))
         write_tombstones(connection)
-        doom(connection, VIDEO, [video.sha256], live)
+        doom(connection, VIDEO, [(video.sha256, live)])
     return video.generation
 
 

@@ -253,8 +253,11 @@ def ensure_job(
 
 
 def release(connection: Connection, names: Collection[str]) -> None:
-    """Let running jobs and their files wait again."""
-    connection.execute(update(jobs).where(jobs.c.adapter_name.in_(names)).values(running=0, pool=None))
+    """Let running jobs and their files wait again. The attempt may have left an adapter in the store."""
+    chosen = and_(jobs.c.adapter_name.in_(names), jobs.c.token.is_not(None))
+    begun = connection.execute(select(jobs.c.adapter_name, jobs.c.token).where(chosen)).all()
+    connection.execute(update(jobs).where(jobs.c.adapter_name.in_(names)).values(running=0, pool=None, token=None))
+    doom(connection, ADAPTER, sorted((name, token) for name, token in begun))
     for name in names:
         at_work = [r for r in files_of(connection, name) if r.state in IN_WORK and r.state is not VideoState.UPLOADED]
         move(connection, at_work, VideoState.UPLOADED)
@@ -286,10 +289,10 @@ def drop_adapters(connection: Connection, names: Collection[str]) -> list[Tombst
         found = set(connection.scalars(made_of)) - doomed
     if not doomed:
         return []
-    there = set(connection.scalars(select(adapters.c.name).where(adapters.c.name.in_(doomed))))
-    connection.execute(delete(adapters).where(adapters.c.name.in_(there)))
+    removed = delete(adapters).where(adapters.c.name.in_(doomed)).returning(adapters.c.name, adapters.c.generation)
+    there = sorted((name, generation) for name, generation in connection.execute(removed))
     connection.execute(delete(parts).where(parts.c.composed.in_(doomed)))
-    return doom(connection, ADAPTER, sorted(there))
+    return doom(connection, ADAPTER, there)
 
 
 def is_referred_to(connection: Connection, adapter_name: str) -> bool:
@@ -311,8 +314,5 @@ def drop_unwanted(connection: Connection, names: Collection[str | None]) -> list
 
 def drop_jobs(connection: Connection, chosen: Any) -> list[Tombstone]:
     """Remove jobs that nobody waits for. A job that was begun may have left an adapter in the store."""
-    begun = select(jobs.c.adapter_name).where(chosen, jobs.c.attempts > 0)
-    begun = begun.where(~exists().where(adapters.c.name == jobs.c.adapter_name))
-    doomed = doom(connection, ADAPTER, sorted(connection.scalars(begun)))
-    connection.execute(delete(jobs).where(chosen))
-    return doomed
+    dropped = connection.execute(delete(jobs).where(chosen).returning(jobs.c.adapter_name, jobs.c.token))
+    return doom(connection, ADAPTER, sorted((name, token) for name, token in dropped if token is not None))

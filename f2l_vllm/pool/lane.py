@@ -94,7 +94,7 @@ class Lane(threading.Thread):
             jobs: dict[str, Job] = {}
             try:
                 self._ensure_actor()
-                jobs = {job.adapter_name: job for job in self._catalog.claim_jobs(self._work.batch)}
+                jobs = {job.object: job for job in self._catalog.claim_jobs(self._work.batch)}
                 if jobs:
                     self._run(jobs)
                 else:
@@ -111,19 +111,18 @@ class Lane(threading.Thread):
                     self._work.stopping.wait(_RESTART_SECONDS)
 
     def _give_back(self, jobs: dict[str, Job], *, blameless: bool) -> None:
-        for name in jobs:
-            self._enter(self._catalog.release_job, name, blameless=blameless)
+        for job in jobs.values():
+            self._enter(self._catalog.release_job, job, blameless=blameless)
 
-    def _enter(self, method: Callable[..., Any], name: str, *args: Any, **values: Any) -> None:
-        """Enter what became of a job, and try again while the catalog is busy, full or away."""
+    def _enter(self, method: Callable[..., Any], job: Job, *args: Any, **values: Any) -> Any:
+        """Enter what became of an attempt, and try again while the catalog is busy, full or away."""
         while True:
             try:
-                method(name, *args, **values)
-                return
+                return method(job.adapter_name, *args, token=job.token, **values)
             except Unavailable as error:
-                logger.warning("what became of %s cannot be entered yet: %s", name, error)
+                logger.warning("what became of %s cannot be entered yet: %s", job.object, error)
             if self._work.stopping.wait(_RESTART_SECONDS):
-                return  # the next start finds the job running and lets it wait again
+                return None  # the next start finds the job running and lets it wait again
 
     def _stopping(self) -> bool:
         return self._work.stopping.is_set()
@@ -185,7 +184,7 @@ class Lane(threading.Thread):
             for name, event in self._events(jobs):
                 self._work.on_event(event)
                 if isinstance(event, Progress):
-                    self._show(name, event)
+                    self._show(jobs[name], event)
                 else:
                     self._end(jobs.pop(name), event)
         except RayError as error:
@@ -209,11 +208,11 @@ class Lane(threading.Thread):
             for name in list(jobs):
                 self._fail_attempt(jobs.pop(name), error)
 
-    def _show(self, name: str, progress: Progress) -> None:
+    def _show(self, job: Job, progress: Progress) -> None:
         try:
-            self._catalog.advance(name, progress.state, progress.fraction)
+            self._catalog.advance(job.adapter_name, progress.state, progress.fraction, token=job.token)
         except Unavailable as error:
-            logger.warning("the progress of %s is not shown: %s", name, error)
+            logger.warning("the progress of %s is not shown: %s", job.object, error)
 
     def _events(self, jobs: dict[str, Job]) -> Iterator[tuple[str, Event]]:
         """The actor's events as they happen, until the last job has ended."""
@@ -221,7 +220,7 @@ class Lane(threading.Thread):
         seconds = self._work.job_seconds * len(jobs)
         deadline = time.monotonic() + seconds
         method = self._actor.internalize.options(num_returns="streaming")
-        events = method.remote([(job.adapter_name, job.video) for job in jobs.values()])
+        events = method.remote([(job.object, job.video) for job in jobs.values()])
         cancelled: set[str] = set()
         looked = time.monotonic()
         while jobs:
@@ -234,7 +233,7 @@ class Lane(threading.Thread):
                 continue
             looked = time.monotonic()
             for name in jobs.keys() - cancelled:
-                if not self._wanted(name):
+                if not self._wanted(jobs[name]):
                     logger.info("%s is given up: every file that waited for it was deleted", name)
                     self._actor.cancel.remote(name)
                     cancelled.add(name)
@@ -250,27 +249,27 @@ class Lane(threading.Thread):
             self._end(jobs.pop(name), outcome)
 
     def _end(self, job: Job, outcome: Outcome) -> None:
-        catalog, name = self._catalog, job.adapter_name
+        catalog = self._catalog
         if isinstance(outcome, Cancelled):
-            self._enter(catalog.release_job, name, blameless=True)  # deletes the job if still nobody waits for it
+            self._enter(catalog.release_job, job, blameless=True)  # deletes the job if still nobody waits for it
             return
         if isinstance(outcome, Failed):
             # Missing bytes may have been deleted and uploaded again meanwhile, as another copy.
             generation = job.generation if outcome.code == LOST else None
-            self._enter(catalog.fail_job, name, outcome.code, outcome.message, generation=generation)
+            self._enter(catalog.fail_job, job, outcome.code, outcome.message, generation=generation)
             return
-        self._enter(catalog.finish_job, name, rank=outcome.rank, size=outcome.bytes, info=outcome.info)
-        if not self._wanted(name):  # every file was deleted meanwhile
+        entered = self._enter(catalog.finish_job, job, rank=outcome.rank, size=outcome.bytes, info=outcome.info)
+        if entered is None and not self._stopping():  # every file was deleted, or the attempt was given up
             try:
-                self._work.store.remove_adapter(name)
+                self._work.store.remove_adapter(job.object)
             except Unavailable as error:
-                logger.warning("%s, which nobody waits for any more, is removed later: %s", name, error)
+                logger.warning("%s, which nobody waits for any more, is removed later: %s", job.object, error)
 
-    def _wanted(self, name: str) -> bool:
+    def _wanted(self, job: Job) -> bool:
         """Whether anybody waits for this adapter or it is published. True while the catalog is unavailable, so that the
         job is not given up for that."""
         try:
-            return self._catalog.wanted(name)
+            return self._catalog.wanted(job.adapter_name)
         except Unavailable:
             return True
 
@@ -278,7 +277,7 @@ class Lane(threading.Thread):
         """Let the job wait again, or end it if it has used all its attempts."""
         limit = self._work.job_attempts
         if job.attempts < limit:
-            self._enter(self._catalog.release_job, job.adapter_name)
+            self._enter(self._catalog.release_job, job)
             return
         cause = getattr(error, "cause", None) or error
         reason = (str(cause).splitlines() or [""])[0]

@@ -71,7 +71,7 @@ class HypernetworkWorker:
         `Outcome`. Errors that no video causes are raised, and the pool retries the jobs that have not ended.
 
         Args:
-            jobs: adapter names and the store names of their videos; several jobs pass through the models together.
+            jobs: adapters' and videos' names in the store; several jobs pass through the models together.
         """
         self._cancelled.clear()
         self._store.check_room_for_adapters()  # first, so that no work is wasted

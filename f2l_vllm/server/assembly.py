@@ -102,7 +102,7 @@ def open_service(
         store,
         base_model=served.names[0],
         host_slots=served.limits.host_slots,
-        wanted=catalog.wanted,
+        wanted=catalog.refers_to,
     )
     store.protect(registry.holds)
     workers = WorkerSpec.of(

@@ -1,7 +1,7 @@
 """The registry: the adapters that the engine can be asked for, each held by a lease while a question uses it.
 
-`add_lora` loads an adapter before the first question about it is generated, under its content-addressed name and the
-int id of the catalog. The adapter then enters vLLM's dynamic registry. The engine's host memory has a fixed number of
+`add_lora` loads an adapter before the first question about it is generated, under its name in the store and the int id
+of the catalog. The adapter then enters vLLM's dynamic registry. The engine's host memory has a fixed number of
 places, and only this registry evicts: unused adapters, least recently used first. The next adapter gets the place at
 once, so that the engine hears of the eviction and the load between the same two steps. A deleted adapter leaves when
 its last lease ends: first its name, then the engine, then its files, with those in the store if it was deleted here.
@@ -80,7 +80,7 @@ class Registry:
         wanted: Callable[[str], bool],
         place_seconds: float = _PLACE_SECONDS,
     ) -> None:
-        """`names` is vLLM's registry; `wanted(name)` says whether the catalog refers to an adapter's files.
+        """`names` is vLLM's registry; `wanted(name)` says whether the catalog refers to the files of this name.
 
         Raises:
             ValueError: the operator's own adapters in `names` leave no place in the engine.
@@ -98,9 +98,9 @@ class Registry:
         self._wanted = wanted
         self._place_seconds = place_seconds
         self._loop = asyncio.get_running_loop()
-        self._entries: dict[str, _Entry] = {}  # by adapter name: in use, or idle and resident
+        self._entries: dict[str, _Entry] = {}  # by name in the store: in use, or idle and resident
         self._idle: OrderedDict[str, _Entry] = OrderedDict()  # those without a lease, least recently used first
-        self._leaving: dict[str, asyncio.Task[None]] = {}  # by adapter name: being removed from the engine
+        self._leaving: dict[str, asyncio.Task[None]] = {}  # by name in the store: being removed from the engine
         self._free = places
         self._waiting: deque[asyncio.Future[None]] = deque()  # loads without a place; no adapter is idle while any wait
         self._used: dict[str, float] = {}  # adapter names, and when they were last asked for, Unix seconds
@@ -118,15 +118,16 @@ class Registry:
                 `adapter_unavailable`: the files are sound, but the engine cannot load them. After any error nothing
                 is registered.
         """
-        entry = self._entries.get(record.name)
+        name = record.object
+        entry = self._entries.get(name)
         if entry is None:
-            path = str(self._store.adapter_path(record.name))
-            request = vllm_api.new_lora_request(record.name, record.id, path, self._base_model)
-            entry = self._entries[record.name] = _Entry(record, f"{record.name}:{self._secret}", request)
-        # The weights behind a name never change. So an adapter that is deleted and published again while in use keeps
-        # the int id that the engine knows until its leases end.
+            path = str(self._store.adapter_path(name))
+            request = vllm_api.new_lora_request(name, record.id, path, self._base_model)
+            entry = self._entries[name] = _Entry(record, f"{name}:{self._secret}", request)
+        # The weights behind a name never change. So a composed adapter that is deleted and published again while in use
+        # keeps the int id that the engine knows until its leases end.
         entry.leases += 1
-        self._idle.pop(record.name, None)
+        self._idle.pop(name, None)
         self._used[record.name] = time.time()
         metrics.LEASES.inc()
         lease = Lease(self, entry)
@@ -155,7 +156,7 @@ class Registry:
     async def remove(self, record: AdapterRecord | Tombstone) -> None:
         """Remove an adapter once nobody uses it, and delete its files. Returns at once if there are leases."""
         # The removal continues if the caller is cancelled.
-        await asyncio.shield(self._start(self._remove(record.name, is_ours=True)))
+        await asyncio.shield(self._start(self._remove(record.object, is_ours=True)))
 
     async def forget(self, name: str) -> None:
         """Remove an adapter that another server deleted. That server deletes the files in the store."""
@@ -175,7 +176,7 @@ class Registry:
             await asyncio.shield(self._leaving[name])
 
         def remove_files() -> None:
-            if self._wanted(name):  # uploaded again meanwhile
+            if self._wanted(name):  # a composed one, made again meanwhile
                 return
             if is_ours:
                 self._store.remove_adapter(name)
@@ -185,7 +186,7 @@ class Registry:
         await asyncio.to_thread(remove_files)
 
     async def _load(self, entry: _Entry) -> None:
-        name = entry.record.name
+        name = entry.record.object
         try:
             if name in self._leaving:
                 await asyncio.shield(self._leaving[name])
@@ -203,7 +204,7 @@ class Registry:
         except BaseException:
             del self._entries[name]  # the next question starts a new load
             if entry.doomed:
-                self._start(self._remove(entry.record.name, is_ours=entry.is_ours))
+                self._start(self._remove(entry.record.object, is_ours=entry.is_ours))
             raise
         self._names[entry.key] = entry.request
         metrics.RESIDENT.inc()
@@ -212,7 +213,7 @@ class Registry:
 
     async def _add(self, entry: _Entry) -> None:
         """Make the engine load it. Retry a failure, because files may have been damaged since they were verified."""
-        name = entry.record.name
+        name = entry.record.object
         for _ in range(_LOADS):
             try:
                 await self._engine.add_lora(entry.request)
@@ -233,7 +234,7 @@ class Registry:
         return str(path)
 
     async def _confirm(self, entry: _Entry) -> bool:
-        name = entry.record.name
+        name = entry.record.object
         if self._entries.get(name) is not entry:
             return False
         if entry.request.lora_int_id in await self._engine.list_loras():
@@ -246,7 +247,7 @@ class Registry:
             self._store.distrust(name)
             self._give_place()
             if entry.doomed:
-                self._start(self._remove(entry.record.name, is_ours=entry.is_ours))
+                self._start(self._remove(entry.record.object, is_ours=entry.is_ours))
         return False
 
     async def _take_place(self) -> None:
@@ -285,27 +286,27 @@ class Registry:
     def _release(self, entry: _Entry) -> None:
         entry.leases -= 1
         metrics.LEASES.dec()
-        if entry.leases == 0 and self._entries.get(entry.record.name) is entry and entry.key in self._names:
+        if entry.leases == 0 and self._entries.get(entry.record.object) is entry and entry.key in self._names:
             self._rest(entry)
 
     def _rest(self, entry: _Entry) -> None:
         """Make an entry idle after its last lease has ended."""
-        self._idle[entry.record.name] = entry
+        self._idle[entry.record.object] = entry
         if entry.doomed:
-            self._start(self._remove(entry.record.name, is_ours=entry.is_ours))
+            self._start(self._remove(entry.record.object, is_ours=entry.is_ours))
         elif self._waiting:
             self._retire(entry)
             self._give_place()
 
     def _retire(self, entry: _Entry) -> None:
         """Hide an adapter at once and remove it from the engine soon. The caller must reuse or free its place."""
-        name = entry.record.name
+        name = entry.record.object
         del self._entries[name], self._idle[name], self._names[entry.key]
         metrics.RESIDENT.dec()
         self._leaving[name] = self._start(self._leave(entry))
 
     async def _leave(self, entry: _Entry) -> None:
-        name, deadline = entry.record.name, self._loop.time() + _LEAVE_SECONDS
+        name, deadline = entry.record.object, self._loop.time() + _LEAVE_SECONDS
         try:
             while not await self._engine.remove_lora(entry.request.lora_int_id):
                 if self._loop.time() > deadline:

@@ -19,10 +19,10 @@ _WEIGHTS = {".safetensors", ".pt", ".bin"}
 _TEXTS = {".json", ".jinja", ".txt", ".model"}
 
 
-def video_name(sha256: str, generation: str) -> str:
-    """The name of a video's bytes in the store: their hash and which copy it is. Catalogs of earlier versions know only
-    the empty generation."""
-    return f"{sha256}.{generation}" if generation else sha256
+def object_name(address: str, generation: str) -> str:
+    """The name in the store of a video, whose address is its hash, or of an adapter: the generation says which copy.
+    Catalogs of earlier versions know only the empty generation."""
+    return f"{address}.{generation}" if generation else address
 
 
 def fingerprint(path: Path) -> str:

@@ -31,7 +31,7 @@ from f2l_vllm.store.workspace import Workspace, remove
 __all__ = ["MANIFEST_FILE", "Store", "StoreError"]
 
 _VIDEO = re.compile(r"([0-9a-f]{64})(\.[0-9a-f]{16})?")
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,127}(\.[0-9a-f]{16})?")
 
 
 class Store:

@@ -22,6 +22,11 @@ class Server(ServerProcess):
         super().__init__(str(model), home, *common, *flags, env=env)
         self.client = OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=120)
 
+    def adapter_folder(self, name: str) -> Path:
+        """Where an adapter lies, or would lie if it was not made by a worker."""
+        folder = self.home / "adapters"
+        return next(folder.glob(f"{name}.*"), folder / name)
+
     def upload(self, path: Path | tuple[str, bytes], **options: Any) -> FileObject:
         """Upload a video and wait until it is processed, or has failed."""
         file = self.client.files.create(file=path, purpose="vision", **options)

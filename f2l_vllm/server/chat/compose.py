@@ -216,8 +216,8 @@ class Composer:
 
     def _read(self, record: AdapterRecord) -> dict[str, Any]:
         try:
-            self._store.verify_adapter(record.name)
-            return load_file(self._store.adapter_path(record.name) / WEIGHTS_FILE)
+            self._store.verify_adapter(record.object)
+            return load_file(self._store.adapter_path(record.object) / WEIGHTS_FILE)
         except (StoreError, OSError) as error:
             raise PartLost(record, error) from error
 

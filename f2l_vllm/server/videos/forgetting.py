@@ -99,9 +99,8 @@ class Forgetting:
     async def _forget(self, deletion: Tombstone) -> None:
         if deletion.is_video:
             await asyncio.to_thread(self._store.forget_video, deletion.object)
-        elif not await asyncio.to_thread(self._catalog.wanted, deletion.name):
-            await self._forget_adapter(deletion.name, deletion.seq)
-        # Otherwise the video was uploaded again: the same bytes make the same adapter.
+        elif not await asyncio.to_thread(self._catalog.refers_to, deletion.object):  # composed ones are made again
+            await self._forget_adapter(deletion.object, deletion.seq)
 
     async def _forget_adapter(self, name: str, seq: int) -> None:
         await self._registry.forget(name)

@@ -72,7 +72,7 @@ class Keeper:
                     await asyncio.to_thread(self._store.remove_video, one.object)
                 else:
                     await self._registry.remove(one)
-                    if self._registry.holds(one.name):  # a question still uses it
+                    if self._registry.holds(one.object):  # a question still uses it
                         continue
                 gone.append(one)
             except Unavailable as error:

@@ -177,21 +177,19 @@ class _Events(StreamingResponse):
 async def file_adapter(file_id: str, request: Request) -> Response:
     """The PEFT adapter as a tar archive; plain vLLM and peft load what it holds. A damaged one is made again first."""
     videos = service(request)
-    archive: tuple[int, Iterator[bytes]] | None = None
     wait = 0.0
-    while archive is None:
-        found = await videos.ready(file_id, tenant_of(request), wait)
-        name = found.file.adapter_name
+    while (adapter := (await videos.ready(file_id, tenant_of(request), wait)).adapter) is not None:
         try:
-            archive = await asyncio.to_thread(_tar, videos.store, name, request.app.state.f2l_base_model)
+            size, pieces = await asyncio.to_thread(_tar, videos.store, adapter, request.app.state.f2l_base_model)
         except (FileNotFoundError, StoreError) as error:
-            if found.adapter is None or wait:
+            if wait:
                 raise video_not_found(file_id) from error  # deleted between look-up and read
-            await videos.remake(found.adapter, error)
+            await videos.remake(adapter, error)
             wait = videos.settings.wait_seconds
-    size, pieces = archive
-    headers = {"Content-Disposition": f'attachment; filename="{name}.tar"', "Content-Length": str(size)}
-    return StreamingResponse(pieces, media_type="application/x-tar", headers=headers)
+        else:
+            headers = {"Content-Disposition": f'attachment; filename="{adapter.name}.tar"', "Content-Length": str(size)}
+            return StreamingResponse(pieces, media_type="application/x-tar", headers=headers)
+    raise video_not_found(file_id)  # deleted a moment ago
 
 
 @router.get("/v1/models")
@@ -323,15 +321,15 @@ def _model_card(base: dict[str, Any], record: FileRecord) -> dict[str, Any]:
     return {**base, **own, "owned_by": "f2l-vllm"}
 
 
-def _tar(store: Store, name: str, base_model: str) -> tuple[int, Iterator[bytes]]:
+def _tar(store: Store, adapter: AdapterRecord, base_model: str) -> tuple[int, Iterator[bytes]]:
     """The archive's length and its pieces. Its config names the base model by a name that the recipient can load. All
     files are opened first, so that the archive is sent whole even if they are deleted meanwhile."""
-    directory = store.load_path(name)
+    directory = store.load_path(adapter.object)
     files: list[tuple[tarfile.TarInfo, BinaryIO]] = []
     for path in sorted(directory.iterdir()):
         if path.name == MANIFEST_FILE:
             continue
-        entry, file = tarfile.TarInfo(f"{directory.name}/{path.name}"), cast(BinaryIO, path.open("rb"))
+        entry, file = tarfile.TarInfo(f"{adapter.name}/{path.name}"), cast(BinaryIO, path.open("rb"))
         status = os.fstat(file.fileno())
         entry.size, entry.mtime = status.st_size, int(status.st_mtime)
         if path.name == CONFIG_FILE:

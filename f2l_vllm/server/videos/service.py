@@ -211,8 +211,8 @@ class VideoService:
     async def remake(self, adapter: AdapterRecord, error: Exception) -> None:
         """Have an adapter with missing or damaged files made again; videos that use it go back to waiting."""
         logger.warning("making an adapter again: %s", error)
-        if await asyncio.to_thread(self.catalog.wanted, adapter.name):  # not deleted, and uploaded again, meanwhile
-            await asyncio.to_thread(self.store.remove_adapter, adapter.name)
+        if await asyncio.to_thread(self.catalog.refers_to, adapter.object):  # else it was deleted meanwhile
+            await asyncio.to_thread(self.store.remove_adapter, adapter.object)
         await self._write(self.catalog.forget_adapter, adapter)
 
     async def remove(self, file_id: str, tenant: str) -> list[Tombstone]:
@@ -350,7 +350,7 @@ class VideoService:
         for adapter in self.catalog.adapters_after(self._prepared, _PREPARED_AT_ONCE):
             self._prepared = adapter.id
             try:
-                self.store.prepare(adapter.name)
+                self.store.prepare(adapter.object)
             except StoreError as error:  # deleted meanwhile, or a question about it will report the error
                 logger.info("an adapter was not copied into memory: %s", error)
 

@@ -29,7 +29,7 @@ from f2l_vllm.settings import Settings
 async def main():
     home = Path(sys.argv[1])
     store, catalog = Store(home), Catalog(f"sqlite:///{home / 'catalog.sqlite3'}")
-    registry = Registry({}, None, store, base_model="base", host_slots=8, wanted=catalog.wanted)
+    registry = Registry({}, None, store, base_model="base", host_slots=8, wanted=catalog.refers_to)
     settings, revisions = Settings(home=home), Revisions("base", "one", {})
     app = FastAPI()
     app.include_router(router)

@@ -44,8 +44,9 @@ def test_a_killed_pool_is_replaced_and_a_stopped_one_leaves_nothing(tmp_path, hy
     monkeypatch.setenv("F2L_HOME", str(home))
     monkeypatch.setenv("F2L_JOB_ATTEMPTS", "1")
     bench = Bench(home, hypernetwork_model)  # for its catalog and store; its own pool is never started
+    bench.catalog.appoint("r")
     outcomes = []
-    pool = PoolProcess(bench.spec, lambda outcome, seconds: outcomes.append((outcome, seconds)))
+    pool = PoolProcess(bench.spec, "r", lambda outcome, seconds: outcomes.append((outcome, seconds)))
     pool.start()
     try:
         until(lambda: pool.workers == 1)
@@ -83,7 +84,7 @@ def test_a_pool_whose_server_is_gone_stops(tmp_path, hypernetwork_model):
         "spec = WorkerSpec(\n"
         "    model=model, hypernetwork=model / 'hypernetwork', home=home, base_name='base', max_rank=64, threads=1\n"
         ")\n"
-        "pool = PoolProcess(spec, lambda *_: None)\n"
+        "pool = PoolProcess(spec, 'r', lambda *_: None)\n"
         "pool.start()\n"
         f"end = time.monotonic() + {WAIT_SECONDS}\n"
         "while not pool.workers and time.monotonic() < end:\n"
@@ -110,7 +111,7 @@ def test_a_pool_whose_server_is_gone_stops(tmp_path, hypernetwork_model):
 def test_the_server_hears_why_no_worker_is_ready(tmp_path):
     folder = tmp_path / "any"
     spec = WorkerSpec(model=folder, hypernetwork=folder, home=folder, base_name="base", max_rank=64, threads=1)
-    pool = PoolProcess(spec, lambda *_: None)
+    pool = PoolProcess(spec, "r", lambda *_: None)
     assert pool.why == "the pool is starting"
     pool._hear('{"why": "a worker needs 0.3 GPU"}\n')
     assert pool.why == "a worker needs 0.3 GPU"

@@ -43,7 +43,9 @@ def copies(server, file):
     """Where the adapter lies: on disk, and in memory if it is there."""
     name = file.model_extra["f2l"]["adapter"]
     memory = f"f2l-{os.getuid()}-{hashlib.sha256(str(server.home).encode()).hexdigest()[:12]}"
-    return [path for path in (server.home / "adapters" / name, Path("/dev/shm") / memory / name) if path.is_dir()]
+    return [
+        path for folder in (server.home / "adapters", Path("/dev/shm") / memory) for path in folder.glob(f"{name}*")
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ class Life:
         return self.server.upload(path)
 
     def adapter(self, file):
-        return self.server.home / "adapters" / file.model_extra["f2l"]["adapter"]
+        return self.server.adapter_folder(file.model_extra["f2l"]["adapter"])
 
     def ask(self, file, stream):
         answer = self.server.client.chat.completions.create(model=file.id, stream=stream, **GREEDY)

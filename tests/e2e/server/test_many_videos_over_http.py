@@ -53,10 +53,6 @@ def metric(server, name):
     return float(next((line.rsplit(" ", 1)[1] for line in lines if line.startswith(f"{name} ")), 0))
 
 
-def adapter_folder(server, name):
-    return server.home / "adapters" / name
-
-
 @pytest.fixture(scope="module")
 def upload(server, tmp_path_factory):
     """`upload(frames)` makes a ready video of this length that no other test has."""
@@ -97,11 +93,11 @@ def test_two_videos_answer_as_transformers_does_from_the_composed_factors(server
         output = model.generate(**inputs, do_sample=False, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
     assert response.choices[0].model_extra["token_ids"] == output.tolist()
     assert response.usage.prompt_tokens == inputs["input_ids"].shape[1]
-    weights = load_file(adapter_folder(server, source(response)["adapter"]) / WEIGHTS_FILE)
+    weights = load_file(server.adapter_folder(source(response)["adapter"]) / WEIGHTS_FILE)
     assert source(response)["rank"] == 3 * rank
     for place, file_id in enumerate(ids):  # in the order named
         own = next(video.model_extra["f2l"]["adapter"] for video in videos if video.id == file_id)
-        for key, tensor in load_file(adapter_folder(server, own) / WEIGHTS_FILE).items():
+        for key, tensor in load_file(server.adapter_folder(own) / WEIGHTS_FILE).items():
             axis = 0 if "lora_A" in key else 1
             block = weights[key].narrow(axis, place * rank, rank)
             assert torch.equal(block, tensor.narrow(axis, 0, rank))
@@ -183,18 +179,18 @@ def test_a_composition_leaves_with_the_first_of_its_videos(server, videos, uploa
     mortal = upload(60)
     messages = about(part(videos[0].id), part(mortal.id))
     name = source(ask(server, messages))["adapter"]
-    assert adapter_folder(server, name).exists()
+    assert server.adapter_folder(name).exists()
     server.client.files.delete(mortal.id)
     with pytest.raises(openai.NotFoundError) as error:
         ask(server, messages)
     assert (error.value.code, mortal.id in error.value.message) == ("video_not_found", True)
-    assert not adapter_folder(server, name).exists()
+    assert not server.adapter_folder(name).exists()
     assert text(ask(server, about(part(videos[0].id))))
 
 
 def test_a_damaged_part_is_made_again_before_it_is_composed(server, videos, upload):
     fresh = upload(70)
-    weights = adapter_folder(server, fresh.model_extra["f2l"]["adapter"]) / WEIGHTS_FILE
+    weights = server.adapter_folder(fresh.model_extra["f2l"]["adapter"]) / WEIGHTS_FILE
     sound = weights.read_bytes()
     weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 0xFF]))
     response = ask(server, about(part(fresh.id), part(videos[0].id)))

@@ -140,5 +140,5 @@ def test_the_adapter_was_made_from_merged_tokens_under_a_name_of_its_own(
     merged, whole = (Revisions(*revisions, Settings(merge_rate=rate).sampling).name(sha256) for rate in (RATE, 0.0))
     assert details["adapter"] == merged != whole
     internalizer = Internalizer.load(hypernetwork_model, weights, dtype=torch.float32, merge_rate=RATE)
-    published = load_file(merging.home / "adapters" / merged / WEIGHTS_FILE)
+    published = load_file(merging.adapter_folder(merged) / WEIGHTS_FILE)
     torch.testing.assert_close(published, internalizer.internalize(path).tensors())

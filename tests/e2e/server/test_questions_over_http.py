@@ -15,6 +15,7 @@ import pytest
 import torch
 from openai import AsyncOpenAI
 
+from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE
 from tests.support.videos import write_video
 
 QUESTION = [{"role": "user", "content": "What is shown in the video?"}]
@@ -182,7 +183,7 @@ def test_files_of_the_same_bytes_share_an_adapter_until_the_last_is_deleted(serv
     assert error.value.code == "video_not_found"
     server.client.files.delete(second.id)
     deadline = time.monotonic() + 60
-    left = [server.home / "adapters" / name]
+    left = [server.adapter_folder(name)]
     left += [p for p in (server.home / "videos").rglob("*") if p.is_file() and p.read_bytes() == clips[2].read_bytes()]
     while any(path.exists() for path in left) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -210,11 +211,13 @@ def test_a_question_that_may_not_wait_is_told(server, slow_clip):
 
 def test_a_damaged_adapter_is_made_again_before_it_answers(server, clips):
     file = server.upload(clips[4])
-    weights = server.home / "adapters" / file.model_extra["f2l"]["adapter"] / "adapter_model.safetensors"
+    name = file.model_extra["f2l"]["adapter"]
+    weights = server.adapter_folder(name) / WEIGHTS_FILE
     sound = weights.read_bytes()
     weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 0xFF]))
     assert text(ask(server, file.id)) not in ("", text(ask(server, "base")))
-    assert weights.read_bytes() == sound
+    assert (server.adapter_folder(name) / WEIGHTS_FILE).read_bytes() == sound
+    assert not weights.exists()
 
 
 def test_progress_events_end_with_the_result(server, clips):
@@ -306,7 +309,7 @@ def test_a_video_deleted_in_mid_answer_answers_to_the_end(server, tmp_path):
     chunks += list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text(whole)
     deadline = time.monotonic() + 60
-    adapter = server.home / "adapters" / file.model_extra["f2l"]["adapter"]
+    adapter = server.adapter_folder(file.model_extra["f2l"]["adapter"])
     while adapter.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not adapter.exists()

@@ -111,16 +111,50 @@ def test_adapters_and_their_compositions_leave_tombstones(catalog):
 @pytest.mark.parametrize("end", ["finish", "release", "fail"])
 def test_what_a_worker_made_for_nobody_leaves_a_tombstone(catalog, end):
     record = add(catalog)
-    claim(catalog)
+    job = claim(catalog)
     catalog.remove_file(record.id, "t")
     catalog.bury(catalog.tombstones(100))
     if end == "finish":
-        assert catalog.finish_job("f2l-1", rank=1, size=1, info={}) is None
+        assert catalog.finish_job("f2l-1", rank=1, size=1, info={}, token=job.token) is None
     elif end == "release":
-        catalog.release_job("f2l-1")
+        catalog.release_job("f2l-1", token=job.token)
     else:
-        catalog.fail_job("f2l-1", "code", "message")
-    assert objects(catalog) == ["f2l-1"]
+        catalog.fail_job("f2l-1", "code", "message", token=job.token)
+    assert objects(catalog) == [job.object]
+
+
+def test_an_attempt_that_was_given_up_changes_nothing_more(catalog):
+    record = add(catalog)
+    first = claim(catalog)
+    catalog.release_job("f2l-1", token=first.token)
+    assert objects(catalog) == [first.object]  # it may have put it there
+    second = claim(catalog)
+    assert second.object != first.object
+    late = {"token": first.token}
+    catalog.advance("f2l-1", VideoState.PUBLISHING, 0.5, **late)
+    catalog.fail_job("f2l-1", "code", "message", **late)
+    catalog.release_job("f2l-1", **late)
+    assert catalog.finish_job("f2l-1", rank=1, size=1, info={}, **late) is None
+    assert catalog.file(record.id, "t").state is VideoState.UPLOADED
+    assert catalog.named({first.object, second.object}) == {second.object}
+    adapter = catalog.finish_job("f2l-1", rank=1, size=1, info={}, token=second.token)
+    assert adapter.object == second.object
+    assert catalog.finish_job("f2l-1", rank=1, size=1, info={}, **late) is None
+    assert catalog.named({first.object, second.object, "f2l-1"}) == {second.object}
+    assert catalog.refers_to(second.object)
+    assert not catalog.refers_to(first.object)
+    assert not catalog.refers_to("f2l-1")
+
+
+def test_an_adapter_that_is_made_again_is_another_copy(catalog):
+    add(catalog)
+    job = claim(catalog)
+    adapter = catalog.finish_job("f2l-1", rank=1, size=1, info={}, token=job.token)
+    catalog.forget_adapter(adapter)
+    assert objects(catalog) == [job.object]
+    job = claim(catalog)
+    again = catalog.finish_job("f2l-1", rank=1, size=1, info={}, token=job.token)
+    assert (again.name, again.object != adapter.object) == (adapter.name, True)
 
 
 def test_expiry_ends_some_at_a_time_and_leaves_tombstones(catalog):

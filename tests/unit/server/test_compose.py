@@ -51,7 +51,9 @@ class Bench:
         self.start(keep, max_rank)
 
     def start(self, keep=10, max_rank=8 * RANK):
-        registry = Registry({}, self.engine, self.store, base_model="base", host_slots=64, wanted=self.catalog.wanted)
+        registry = Registry(
+            {}, self.engine, self.store, base_model="base", host_slots=64, wanted=self.catalog.refers_to
+        )
         self.composer = Composer(
             self.catalog,
             self.store,

@@ -34,7 +34,7 @@ class Bench:
         self.catalog = Catalog(f"sqlite:///{folder / 'catalog.sqlite3'}", busy_seconds)
         self.engine = Engine()
         self.registry = Registry(
-            {}, self.engine, self.store, base_model="base", host_slots=8, wanted=self.catalog.wanted
+            {}, self.engine, self.store, base_model="base", host_slots=8, wanted=self.catalog.refers_to
         )
         self.revisions = Revisions("base", revision, {})
         self.service = VideoService(
@@ -62,8 +62,12 @@ class Bench:
                 directory.mkdir()
                 (directory / "weights").write_text(found[0].adapter_name)
 
-            self.store.publish_adapter(found[0].adapter_name, write, {})
-            self.catalog.finish_job(found[0].adapter_name, rank=16, size=1, info={})
+            self.store.publish_adapter(found[0].object, write, {})
+            self.catalog.finish_job(found[0].adapter_name, rank=16, size=1, info={}, token=found[0].token)
+
+    def object(self, file):
+        """The name of its adapter in the store."""
+        return self.catalog.adapter(file.adapter_name).object
 
     async def ask(self, file):
         found = await self.service.ready(file.id, T, 0.0)
@@ -98,7 +102,7 @@ def test_a_restart_makes_what_was_used_last_resident(tmp_path):
         again = Bench(tmp_path)
         again.service.adopt()
         await again.service.warm(2)
-        assert list(again.engine.paths) == [files[3].adapter_name, files[1].adapter_name]
+        assert list(again.engine.paths) == [bench.object(files[3]), bench.object(files[1])]
         await again.ask(files[0])
 
     run(scenario)
@@ -134,10 +138,10 @@ def test_a_video_of_other_revisions_is_never_answered_from_its_old_adapter(tmp_p
         with pytest.raises(APIError, match="still being internalized"):
             await again.ask(file)
         await again.service.tidy()
-        assert again.store.adapter_path(file.adapter_name).is_dir()  # until its successor is there
+        assert again.store.adapter_path(bench.object(file)).is_dir()  # until its successor is there
         again.work()
         await again.ask(file)
-        assert list(again.engine.paths) == [again.revisions.name(file.sha256)]
+        assert list(again.engine.paths) == [again.catalog.adapter(again.revisions.name(file.sha256)).object]
         third = Bench(tmp_path, revision="two")
         await third.service.tidy()
         assert [path.name for path in (third.store.home / "adapters").iterdir()] == list(again.engine.paths)
@@ -158,7 +162,7 @@ def test_without_its_bytes_a_video_of_other_revisions_fails_and_says_why(tmp_pat
         back = Bench(tmp_path)
         back.service.adopt()
         await back.ask(file)
-        assert list(back.engine.paths) == [file.adapter_name]
+        assert list(back.engine.paths) == [back.object(file)]
 
     run(scenario)
 
@@ -354,7 +358,7 @@ def test_what_was_published_lies_in_memory_before_its_first_question(tmp_path):
             file = await bench.upload("video")
             bench.work()
             await bench.service.tidy()
-            assert bench.store.load_path(file.adapter_name) != bench.store.adapter_path(file.adapter_name)
+            assert bench.store.load_path(bench.object(file)) != bench.store.adapter_path(bench.object(file))
         finally:
             bench.store.close()
 
