@@ -28,6 +28,7 @@ from sqlalchemy import (
 )
 
 from f2l_vllm.catalog.adapters import Published
+from f2l_vllm.catalog.duties import Duties
 from f2l_vllm.catalog.jobs import Jobs
 from f2l_vllm.catalog.revisions import Adoption
 from f2l_vllm.catalog.servers import Servers
@@ -91,7 +92,7 @@ class Removal:
         return any(one.is_video for one in self.doomed)
 
 
-class Catalog(Adoption, Jobs, Published, Servers, Tombstones):
+class Catalog(Adoption, Duties, Jobs, Published, Servers, Tombstones):
     """Files, adapters and jobs in one database."""
 
     # Files

@@ -174,12 +174,13 @@ serving = Table(
     Column("revision", String(128), nullable=False),
 )
 
-# Recurring work that one of all processes does, and when it was last done.
+# Work that one of all servers does: who, and when it was last done or renewed.
 duties = Table(
     "duties",
     metadata,
     Column("name", String(64), primary_key=True),
     Column("taken_at", Float, nullable=False),
+    Column("holder", String(64)),
 )
 
 

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Row, and_, bindparam, case, delete, exists, f
 
 from f2l_vllm.catalog.database import Database, clock, now, write_tombstones
 from f2l_vllm.catalog.states import LIVE
-from f2l_vllm.catalog.tables import VIDEO, Bytes, Tombstone, adapters, duties, files, jobs, tombstones
+from f2l_vllm.catalog.tables import VIDEO, Bytes, Tombstone, adapters, files, jobs, tombstones
 from f2l_vllm.store.address import object_name
 
 LOST = "video_lost"  # the error of a file whose bytes a worker found missing or changed
@@ -111,21 +111,6 @@ class Tombstones(Database):
             queries = (of_files.distinct(), reserved, published, in_work)
             found = {object_name(*row) for query in queries for row in connection.execute(query)}
         return found & set(names)
-
-    def take_duty(self, name: str, every: float) -> bool:
-        """Whether this process has to do it now, because nobody has for `every` seconds."""
-        of_name = duties.c.name == name
-        with self._read() as connection:
-            now = clock(connection)
-            taken_at = connection.scalar(select(duties.c.taken_at).where(of_name))
-        if taken_at is not None and taken_at > now - every:
-            return False
-        with self._write() as connection:
-            if taken_at is None and connection.scalar(select(duties.c.name).where(of_name)) is None:
-                connection.execute(insert(duties).values(name=name, taken_at=now))
-                return True
-            due = and_(of_name, duties.c.taken_at <= now - every)
-            return connection.execute(update(duties).where(due).values(taken_at=now)).rowcount == 1
 
 
 def doom(connection: Connection, kind: str, objects: Iterable[tuple[str, str]]) -> list[Tombstone]:

@@ -16,7 +16,6 @@ from f2l_vllm.catalog.tables import Tombstone
 from f2l_vllm.files import lasting_name
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.store.address import ADAPTER_PREFIX
-from f2l_vllm.store.errors import Unavailable
 from f2l_vllm.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,8 @@ class Forgetting:
     def __init__(self, catalog: Catalog, store: Store, registry: Registry, revision: str, write: Write) -> None:
         self._catalog, self._store, self._registry, self._write = catalog, store, registry, write
         self._revision = revision
-        self._server = ""
+        self.name = ""  # the server's lasting name, and its id in the catalog, once it has joined
+        self.server = ""
         self._seen = 0  # the last deletion that was handled
         self._in_use: dict[int, str] = {}  # deletions whose adapters are still used by answers
         self._said, self._said_at = -1, 0.0
@@ -48,8 +48,8 @@ class Forgetting:
         """Register this server and remove everything that was deleted while it was away. If this is interrupted by an
         error, it has not joined, and does so with the next `forget`."""
         self.has_joined = False
-        name = await asyncio.to_thread(_name, self._store.home)
-        self._server, self._seen = await self._write(self._catalog.join_server, name, self._revision)
+        self.name = await asyncio.to_thread(_name, self._store.home)
+        self.server, self._seen = await self._write(self._catalog.join_server, self.name, self._revision)
         self._in_use = {}
         kept = {*await asyncio.to_thread(self._store.kept), *self._registry.names()}
         gone = kept - await asyncio.to_thread(self._catalog.named, kept)
@@ -77,10 +77,7 @@ class Forgetting:
 
     def leave(self) -> None:
         """Tell the catalog that this server stops. Runs in a thread."""
-        try:
-            self._catalog.leave_server(self._server)
-        except Unavailable as error:
-            logger.info("the catalog was not told that this server stops: %s", error)
+        self._catalog.leave_server(self.server)
 
     async def erased(self, deletions: list[Tombstone], seconds: float) -> bool:
         """Wait at most `seconds` until no server has anything left of these deletions. Returns whether that is so."""
@@ -109,7 +106,7 @@ class Forgetting:
 
     async def _say(self) -> None:
         applied = self._applied
-        if not await self._write(self._catalog.beat_server, self._server, applied):
+        if not await self._write(self._catalog.beat_server, self.server, applied):
             logger.warning("the other servers have not heard from this one for too long: it joins them again")
             await self.join()
             return

@@ -85,11 +85,14 @@ class Keeper:
             except Unavailable as error:
                 logger.warning("%d removals are entered later: %s", len(gone), error)
 
-    async def bury_all(self) -> None:
-        """Remove what any server's deletions left in the store because it was killed or the store was unavailable."""
+    async def give_back_unused(self) -> None:
+        """Tell the catalog of refused uploads that it has not heard of yet."""
         unused, self._unused = self._unused, []
         for video in unused:
             await self._give_back(video)
+
+    async def bury_all(self) -> None:
+        """Remove what any server's deletions left in the store because it was killed or the store was unavailable."""
         await self.bury(await asyncio.to_thread(self._catalog.tombstones, _AT_ONCE))
 
     async def _give_back(self, video: Bytes) -> None:

@@ -21,6 +21,7 @@ from f2l_vllm.server import metrics
 from f2l_vllm.server.errors import APIError, HTTPStatus, shutting_down, video_failed, video_not_found, video_not_ready
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.videos.forgetting import Forgetting
+from f2l_vllm.server.videos.janitor import Janitor, try_all
 from f2l_vllm.server.videos.keeping import Keeper
 from f2l_vllm.server.videos.membership import Membership
 from f2l_vllm.server.videos.watcher import Watcher
@@ -34,9 +35,6 @@ logger = logging.getLogger(__name__)
 _MAINTENANCE_SECONDS = 5.0
 _CLEANING_SECONDS = 60.0
 _SWEEP_SECONDS = 3600.0
-_GONE_SECONDS = 3600.0  # how long a deleted file still works as the cursor of a file list
-_AT_ONCE = 200  # files that one transaction expires
-_EXPIRED_AT_ONCE = 20_000  # in one round of maintenance
 _PREPARED_AT_ONCE = 256
 _WRITERS = 4  # threads for catalog writes, so that questions, which only read, never wait for one
 
@@ -86,6 +84,7 @@ class VideoService:
         self._keeper = Keeper(catalog, store, registry, self._write)
         revision = revisions.name("")
         self.forgetting = Forgetting(catalog, store, registry, revision, self._write)
+        self.janitor = Janitor(catalog, self._keeper, lambda: self.forgetting.name, self._write)
         self.membership = Membership(catalog, self.forgetting, revision, self.adopt)
         self._used: dict[str, float] = {}  # file ids, and when they were asked about
         self._prepared: int | None = None  # the id of the last adapter that was copied into memory
@@ -190,6 +189,9 @@ class VideoService:
         started = time.monotonic()
         found = known or (await self.find([file_id], tenant, param))[0]
         self.note_use(found.file)
+        if _ends_soon(found.file):
+            with suppress(Unavailable):
+                await self._note_use()  # before the janitor, another server maybe, ends it
         if found.file.state is VideoState.UPLOADED and wait > 0:
             with suppress(Unavailable):  # then its job keeps its place in the queue
                 await asyncio.to_thread(self.catalog.hurry_job, found.file.adapter_name)
@@ -260,7 +262,11 @@ class VideoService:
         """Stop the pool, and close store and catalog. Runs in a thread after the last answer has ended."""
         if self.pool is not None:
             self.pool.stop()
-        self.forgetting.leave()
+        for part in (self.janitor, self.forgetting):
+            try:
+                part.leave()
+            except Unavailable as error:
+                logger.info("the catalog was not told that this server stops: %s", error)
         self.store.close()
         self.catalog.close()
 
@@ -287,43 +293,22 @@ class VideoService:
             await asyncio.sleep(_MAINTENANCE_SECONDS)
 
     async def tidy(self) -> None:
-        """Record use, expire files, remove deleted data, keep growing data within its bounds, and refresh gauges.
+        """Record use, remove deleted data, keep growing data within its bounds, refresh gauges, and do what this server
+        does for all.
 
         Raises:
-            Unavailable: the error of the first step that failed; all other steps were still tried.
+            Unavailable: as `try_all` does.
         """
-        failure: Unavailable | None = None
-        for step in (
-            self._note_use,
-            self._expire,
-            self._keeper.bury_all,
-            self._clean,
-            self._keep_in_memory,
-            self._show,
-        ):
-            try:
-                await step()
-            except Unavailable as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
-
-    async def _expire(self) -> None:
-        for _ in range(0, _EXPIRED_AT_ONCE, _AT_ONCE):
-            removals = await self._write(self.catalog.expire_files, time.time(), _AT_ONCE)
-            await self._keeper.bury([one for removal in removals for one in removal.doomed])
-            if len(removals) < _AT_ONCE:
-                return
+        steps = (self._note_use, self._keeper.give_back_unused, self.janitor.tidy, self._clean)
+        await try_all(*steps, self._keep_in_memory, self._show)
 
     async def _clean(self) -> None:
         if time.monotonic() - self._cleaned < _CLEANING_SECONDS:
             return
-        await self._write(self.catalog.purge, time.time() - _GONE_SECONDS)
-        await self._keeper.bury(await self._write(self.catalog.drop_abandoned))
         await asyncio.to_thread(self.store.clear)
         self._cleaned = time.monotonic()
         if time.monotonic() - self._swept >= _SWEEP_SECONDS:
-            far = await self._write(self.catalog.take_duty, "sweep", _SWEEP_SECONDS)
+            far = self.janitor.has_duty and await self._write(self.catalog.is_due, "sweep", _SWEEP_SECONDS)
             await asyncio.to_thread(functools.partial(self.store.sweep, self.catalog.named, far=far))
             self._swept = time.monotonic()
 
@@ -334,13 +319,7 @@ class VideoService:
             await asyncio.to_thread(self.store.trim, await asyncio.to_thread(self.catalog.videos_in_work))
 
     async def _show(self) -> None:
-        states, queued, running = await asyncio.to_thread(self.catalog.counts)
-        for state in VideoState:
-            metrics.VIDEOS.labels(state.value).set(states.get(state.value, 0))
-        metrics.JOBS.labels("queued").set(queued)
-        metrics.JOBS.labels("running").set(running)
         metrics.WORKERS.set(self.pool.workers if self.pool is not None else 0)
-        metrics.STORED_BYTES.set(await asyncio.to_thread(self.catalog.stored_bytes))
         metrics.FREE_BYTES.set(await asyncio.to_thread(self.store.reserve.free))
 
     def _prepare(self) -> None:
@@ -379,6 +358,13 @@ class VideoService:
     def _refuse_when_stopping(self) -> None:
         if self._is_stopping():
             raise shutting_down()
+
+
+def _ends_soon(record: FileRecord) -> bool:
+    """Whether its time is up, unless the present use is written down, before the next one but one is."""
+    if record.idle_seconds is None or record.expires_at is None or record.pinned:
+        return False
+    return record.expires_at - time.time() < 2 * _MAINTENANCE_SECONDS
 
 
 def count_outcome(outcome: str, seconds: dict[str, float]) -> None:

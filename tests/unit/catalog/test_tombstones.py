@@ -166,9 +166,9 @@ def test_expiry_ends_some_at_a_time_and_leaves_tombstones(catalog):
 
 def test_a_duty_is_one_processs_at_a_time(database_url):
     one, other = Catalog(database_url), Catalog(database_url)
-    assert one.take_duty("sweep", 100)
-    assert not other.take_duty("sweep", 100)
-    assert other.take_duty("sweep", 0)
+    assert one.is_due("sweep", 100)
+    assert not other.is_due("sweep", 100)
+    assert other.is_due("sweep", 0)
     one.close()
     other.close()
 

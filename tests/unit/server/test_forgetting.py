@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from sqlalchemy import update
 from typer.testing import CliRunner
 
 from f2l_vllm.catalog.catalog import Catalog
-from f2l_vllm.catalog.tables import servers
+from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.catalog.tables import duties, files, servers
 from f2l_vllm.cli.main import app
+from f2l_vllm.server import metrics
 from f2l_vllm.server.registry import AdapterLost, Registry
 from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
@@ -78,7 +81,7 @@ class Server:
     def be_silent(self):
         """For longer than it is waited for."""
         with self.catalog._write() as connection:
-            mine = servers.c.id == self.forgetting._server
+            mine = servers.c.id == self.forgetting.server
             connection.execute(update(servers).where(mine).values(seen_at=0.0))
 
 
@@ -159,12 +162,12 @@ def test_a_server_that_was_away_forgets_before_it_is_counted_again(tmp_path, dat
         one.forgetting._said_at = 0.0
         await one.forgetting.forget()  # and given up
         with one.catalog._write() as connection:
-            connection.execute(servers.delete().where(servers.c.id == two.forgetting._server))
-        before = two.forgetting._server
+            connection.execute(servers.delete().where(servers.c.id == two.forgetting.server))
+        before = two.forgetting.server
         two.forgetting._seen += 1  # as if the deletion were too old to be told
         two.forgetting._said_at = 0.0
         await two.forgetting.forget()
-        assert two.forgetting._server != before
+        assert two.forgetting.server != before
         assert two.forgetting.has_joined
         assert two.left == []
 
@@ -325,6 +328,63 @@ def test_a_catalog_that_moves_to_other_models_is_never_answered_by_the_earlier_s
         assert one.membership.why_not_ready is None
         assert (await one.service.ready(record.id, T, 0.0)).adapter == adapter  # nothing has removed it meanwhile
         other.service.close()
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_one_server_tidies_up_for_all_and_another_when_it_is_gone(tmp_path, database_url):
+    async def scenario(one, two):
+        for server in (one, two, one):
+            await server.service.tidy()
+        assert (one.service.janitor.has_duty, two.service.janitor.has_duty) == (True, False)
+        record, _ = await one.upload("a")
+        with one.catalog._write() as connection:
+            connection.execute(update(files).values(expires_at=1.0))
+        await two.service.tidy()
+        assert two.catalog.states([record.id]) == {record.id: "processed"}
+        await one.service.tidy()
+        assert one.catalog.states([record.id]) == {record.id: "expired"}
+        again = Server(tmp_path, "one", database_url)  # after a crash: it has the duty still
+        await again.membership.attend()
+        await two.service.tidy()
+        assert not two.service.janitor.has_duty
+        await again.service.tidy()
+        assert again.service.janitor.has_duty
+        await asyncio.to_thread(again.service.close)
+        await two.service.tidy()
+        assert two.service.janitor.has_duty
+        with two.catalog._write() as connection:
+            connection.execute(update(duties).values(taken_at=0.0))  # it was stopped in the middle
+        await one.service.tidy()
+        assert one.service.janitor.has_duty
+        await two.service.tidy()
+        assert not two.service.janitor.has_duty
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_what_the_catalog_holds_is_shown_once(tmp_path, database_url):
+    async def scenario(one, two):
+        await one.upload("a")
+
+        async def shown(server):
+            await server.service.tidy()
+            return sum(metrics.VIDEOS.labels(state.value)._value.get() for state in VideoState)
+
+        assert [await shown(server) for server in (one, two, one)] == [1, 0, 1]
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_a_use_just_before_the_end_counts_whichever_server_ends_files(tmp_path, database_url):
+    async def scenario(one, two):
+        record, _ = await one.upload("a")
+        await one.service.tidy()  # it has the duty
+        soon = time.time() + 5
+        with one.catalog._write() as connection:
+            connection.execute(update(files).values(expires_at=soon, idle_seconds=3600.0))
+        await two.service.ready(record.id, T, 0.0)
+        assert one.catalog.expire_files(soon + 1) == []
 
     run(scenario, tmp_path, database_url)
 
