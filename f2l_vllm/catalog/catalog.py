@@ -7,7 +7,6 @@ transaction. It raises `Unavailable` and changes nothing when the database is bu
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,7 +136,7 @@ class Catalog(Adoption, Duties, Jobs, Published, Servers, Tombstones):
         with self._write(beside=[sha256]) as connection:
             if from_address:
                 known = file_of_address(connection, tenant, sha256)
-                if known is not None and known.id != instead_of and not _is_due(known):
+                if known is not None and known.id != instead_of and not self._is_due(known):
                     if video is not None:
                         give_back(connection, video)
                     return known
@@ -157,7 +156,7 @@ class Catalog(Adoption, Duties, Jobs, Published, Servers, Tombstones):
                 "adapter_name": adapter_name,
                 "state": VideoState.PROCESSED if ready else VideoState.UPLOADED,
                 "progress": 1.0 if ready else 0.0,
-                "created_at": time.time(),
+                "created_at": self.now(),
                 "expires_at": expires_at,
                 "idle_seconds": idle_seconds,
                 "pinned": pinned,
@@ -183,13 +182,13 @@ class Catalog(Adoption, Duties, Jobs, Published, Servers, Tombstones):
         """The file; None if it is unknown, deleted, expired or another tenant's."""
         with self._read() as connection:
             record = file_of(connection, file_id, tenant)
-        return None if record is None or record.state in GONE or _is_due(record) else record
+        return None if record is None or record.state in GONE or self._is_due(record) else record
 
     def file_of_address(self, tenant: str, sha256: str) -> FileRecord | None:
         """The tenant's file with these bytes that was named by an address, if there is one."""
         with self._read() as connection:
             record = file_of_address(connection, tenant, sha256)
-        return None if record is None or _is_due(record) else record
+        return None if record is None or self._is_due(record) else record
 
     def find(self, file_ids: Sequence[str], tenant: str) -> dict[str, FileWithAdapter]:
         """Some of a tenant's files with their adapters, by id, in one query. A file for which `file` returns None is
@@ -200,7 +199,7 @@ class Catalog(Adoption, Duties, Jobs, Published, Servers, Tombstones):
                 asked = {"tenant": tenant, "ids": list(file_ids[start : start + _PARAMETERS])}
                 for row in connection.execute(_FIND, asked):
                     record = file_record(row[: len(files.c)])
-                    if record.state not in GONE and not _is_due(record):
+                    if record.state not in GONE and not self._is_due(record):
                         adapter = row[len(files.c) :]
                         found[record.id] = FileWithAdapter(
                             record, None if adapter[0] is None else adapter_record(adapter)
@@ -223,7 +222,7 @@ class Catalog(Adoption, Duties, Jobs, Published, Servers, Tombstones):
             KeyError: `after` names no file of this tenant.
         """
         of_state = files.c.state.in_(LIVE) if state is None else files.c.state == state
-        query = select(files).where(files.c.tenant == tenant, of_state, _not_due())
+        query = select(files).where(files.c.tenant == tenant, of_state, self._not_due())
         if purpose is not None:
             query = query.where(files.c.purpose == purpose)
         with self._read() as connection:
@@ -267,7 +266,7 @@ class Catalog(Adoption, Duties, Jobs, Published, Servers, Tombstones):
         """Keep a file from expiring, or let it expire again; None if there is no such file."""
         with self._write() as connection:
             record = file_of(connection, file_id, tenant)
-            if record is None or record.state in GONE or _is_due(record):
+            if record is None or record.state in GONE or self._is_due(record):
                 return None
             connection.execute(update(files).where(files.c.id == file_id).values(pinned=pinned))
             return file_of(connection, file_id, tenant)
@@ -330,6 +329,12 @@ class Catalog(Adoption, Duties, Jobs, Published, Servers, Tombstones):
             with self._write(beside=()) as connection:
                 forgotten += connection.execute(delete(number.table).where(number.in_(numbers))).rowcount
 
+    def _is_due(self, record: FileRecord) -> bool:
+        return not record.pinned and record.expires_at is not None and record.expires_at <= self.now()
+
+    def _not_due(self) -> ColumnElement[bool]:
+        return or_(files.c.pinned, files.c.expires_at.is_(None), files.c.expires_at > self.now())
+
     def counts(self) -> tuple[dict[str, int], int, int]:
         """Files by state, jobs waiting, jobs running."""
         with self._read() as connection:
@@ -338,14 +343,6 @@ class Catalog(Adoption, Duties, Jobs, Published, Servers, Tombstones):
             by_running = select(jobs.c.running, func.count()).group_by(jobs.c.running)
             running = {row[0]: row[1] for row in connection.execute(by_running)}
         return states, running.get(0, 0), running.get(1, 0)
-
-
-def _is_due(record: FileRecord) -> bool:
-    return not record.pinned and record.expires_at is not None and record.expires_at <= time.time()
-
-
-def _not_due() -> Any:
-    return or_(files.c.pinned, files.c.expires_at.is_(None), files.c.expires_at > time.time())
 
 
 def _remove(connection: Connection, record: FileRecord, state: VideoState) -> Removal:

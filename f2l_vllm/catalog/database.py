@@ -7,13 +7,17 @@ that name any of them. Transactions that write tombstones also run one after ano
 in the order of their commits, and so do those that enter a job if there is room for one. Locks are taken in this order:
 videos, tombstones, the count of a tenant's bytes, the queue of jobs. Rows of `files` are locked in the order of their
 ids. Readers never wait for writers.
+
+All moments are the database's: hosts' clocks may differ. What decides between processes asks the database (`clock`).
+Other moments (`moment`, `Database.now`) are this host's, corrected by how much the two clocks differed when they were
+last compared.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -66,14 +70,27 @@ class Database:
     """
 
     def __init__(self, url: str, busy_seconds: float = 10.0) -> None:
-        self._engine = _engine(url, busy_seconds)
+        self._ahead = 0.0  # how far the database's clock is ahead of this host's, in seconds
+        self._engine = _engine(url, busy_seconds).execution_options(now=self.now)
         self._headroom = _headroom(self._engine)
         with self._write() as connection:
             _create_tables(connection)
+            self._clock(connection)
 
     def close(self) -> None:
         """Close every connection."""
         self._engine.dispose()
+
+    def now(self) -> float:
+        """The time in Unix seconds by the database's clock, without asking it."""
+        return time.time() + self._ahead
+
+    def _clock(self, connection: Connection) -> float:
+        """As `clock`; this host's clock is compared with it."""
+        before = time.time()
+        found = clock(connection)
+        self._ahead = found - (before + time.time()) / 2
+        return found
 
     def _check_room(self) -> None:
         """Check for room before a change that makes the catalog larger.
@@ -153,6 +170,12 @@ def _key(video: str) -> int:
 def clock(connection: Connection) -> float:
     """The time in Unix seconds, by the clock that all processes sharing the database use."""
     return float(connection.scalar(select(now(connection))) or 0.0)
+
+
+def moment(connection: Connection) -> float:
+    """`Database.now`, for a step within a transaction."""
+    corrected: Callable[[], float] = connection.get_execution_options()["now"]
+    return corrected()
 
 
 def now(connection: Connection) -> ColumnElement[float]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, or_, select, update
 
-from f2l_vllm.catalog.database import Database, clock, write_tombstones
+from f2l_vllm.catalog.database import Database, write_tombstones
 from f2l_vllm.catalog.states import IN_WORK, LIVE, VideoState
 from f2l_vllm.catalog.tables import ADAPTER, AdapterRecord, Job, adapters, files, jobs, pools, serving
 from f2l_vllm.catalog.tombstones import doom
@@ -33,7 +33,7 @@ from f2l_vllm.store.errors import AdapterIdsExhausted
 __all__ = ["EXHAUSTED", "LEASE_SECONDS", "Jobs"]
 
 _TOKEN_BYTES = 8
-LEASE_SECONDS = 60.0  # many times the interval between two signs of life; servers' clocks may differ by less
+LEASE_SECONDS = 60.0  # many times the interval between two signs of life
 _WAITING = files.c.state == VideoState.UPLOADED
 
 
@@ -209,7 +209,7 @@ class Jobs(Database):
         """Note that this pool runs. Jobs of pools without a sign of life for `LEASE_SECONDS` wait again, and the
         attempt counts. Returns how many such jobs there were."""
         with self._write(beside=()) as connection:
-            now = clock(connection)
+            now = self._clock(connection)
             if connection.execute(update(pools).where(pools.c.id == self.pool).values(seen_at=now)).rowcount == 0:
                 connection.execute(insert(pools).values(id=self.pool, seen_at=now))
             gone = pools.c.seen_at < now - LEASE_SECONDS

@@ -40,7 +40,7 @@ class Servers(Database):
     def beat_server(self, server: str, applied: int) -> bool:
         """Note that a server runs and has forgotten every deletion up to `applied`. False: it has to join again."""
         with self._write(beside=()) as connection:
-            now = clock(connection)
+            now = self._clock(connection)
             known = update(servers).where(servers.c.id == server, servers.c.seen_at >= now - SERVER_SECONDS)
             is_known = connection.execute(known.values(seen_at=now, applied=applied)).rowcount == 1
             gone = servers.c.seen_at < now - SERVER_SECONDS

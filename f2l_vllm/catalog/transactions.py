@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from sqlalchemy import BindParameter, Connection, and_, bindparam, delete, exists, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from f2l_vllm.catalog.database import SPARE, Queue
+from f2l_vllm.catalog.database import SPARE, Queue, moment
 from f2l_vllm.catalog.states import GONE, IN_WORK, LIVE, VideoState, check_transition
 from f2l_vllm.catalog.tables import (
     ADAPTER,
@@ -127,7 +126,7 @@ def move(connection: Connection, records: Collection[FileRecord], state: VideoSt
     ids = [record.id for record in records]
     values = {"progress": 0.0, **values, "state": state}
     if state in GONE:
-        values["ended_at"] = time.time()
+        values["ended_at"] = moment(connection)
         for tenant in {record.tenant for record in records}:
             count_bytes(connection, tenant, -sum(record.bytes for record in records if record.tenant == tenant))
     for start in range(0, len(ids), 5000):  # databases bound the number of parameters
@@ -236,7 +235,7 @@ def ensure_job(
         "running": 0,
         "attempts": job_attempts - 1 if found.is_poisonous else 0,
         "background": background,
-        "created_at": time.time(),
+        "created_at": moment(connection),
     }
     if queue_limit is None:
         connection.execute(_ENTER_JOB, values)
@@ -269,7 +268,7 @@ def insert_adapter(connection: Connection, values: dict[str, Any]) -> AdapterRec
     Raises:
         AdapterIdsExhausted: no fresh id is left; nothing is entered.
     """
-    entered = connection.execute(insert(adapters).values({**values, "created_at": time.time()}))
+    entered = connection.execute(insert(adapters).values({**values, "created_at": moment(connection)}))
     (number,) = entered.inserted_primary_key or (0,)
     if number > LAST_ID:
         connection.execute(delete(adapters).where(adapters.c.id == number))

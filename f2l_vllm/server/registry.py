@@ -103,7 +103,7 @@ class Registry:
         self._leaving: dict[str, asyncio.Task[None]] = {}  # by name in the store: being removed from the engine
         self._free = places
         self._waiting: deque[asyncio.Future[None]] = deque()  # loads without a place; no adapter is idle while any wait
-        self._used: dict[str, float] = {}  # adapter names, and when they were last asked for, Unix seconds
+        self._used: dict[str, float] = {}  # adapter names, and when they were last asked for, this host's Unix seconds
         # vLLM's other routes accept any key of its registry as a model. Only this server's handlers know the keys, so
         # nobody can bypass them and use an adapter without a lease, or one of another caller's file.
         self._secret = secrets.token_hex(16)

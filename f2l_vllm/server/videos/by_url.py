@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from pathlib import Path
@@ -67,7 +66,7 @@ class RemoteVideos:
 
     async def _enter(self, temporary: Path, sha256: str, filename: str, tenant: str) -> FileRecord:
         known = await asyncio.to_thread(self._service.catalog.file_of_address, tenant, sha256)
-        if known is not None and not _may_do_better(known):
+        if known is not None and not self._may_do_better(known):
             return known
         await inspect(temporary, self._service.settings)
         size = (await asyncio.to_thread(temporary.stat)).st_size
@@ -79,17 +78,16 @@ class RemoteVideos:
             size=size,
             filename=filename,
             purpose=PURPOSE,
-            expires_at=time.time() + idle,
+            expires_at=self._service.catalog.now() + idle,
             idle_seconds=idle,
             from_address=True,
             instead_of=None if known is None else known.id,
         )
 
-
-def _may_do_better(record: FileRecord) -> bool:
-    """Whether to retry a failed video: the cause may have passed, and enough time has gone by."""
-    passing = record.state is VideoState.ERROR and record.error_code in _PASSING
-    return passing and time.time() - record.created_at > _AGAIN_SECONDS
+    def _may_do_better(self, record: FileRecord) -> bool:
+        """Whether to retry a failed video: the cause may have passed, and enough time has gone by."""
+        passing = record.state is VideoState.ERROR and record.error_code in _PASSING
+        return passing and self._service.catalog.now() - record.created_at > _AGAIN_SECONDS
 
 
 async def _once(running: _Running, key: tuple[str, str], work: Callable[[], _Work]) -> FileRecord:

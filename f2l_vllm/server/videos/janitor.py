@@ -57,7 +57,7 @@ class Janitor:
 
     async def _expire(self) -> None:
         for _ in range(0, _EXPIRED_AT_ONCE, _AT_ONCE):
-            removals = await self._write(self._catalog.expire_files, time.time(), _AT_ONCE)
+            removals = await self._write(self._catalog.expire_files, self._catalog.now(), _AT_ONCE)
             await self._keeper.bury([one for removal in removals for one in removal.doomed])
             if len(removals) < _AT_ONCE:
                 return
@@ -65,7 +65,7 @@ class Janitor:
     async def _clean(self) -> None:
         if time.monotonic() - self._cleaned < _CLEANING_SECONDS:
             return
-        await self._write(self._catalog.purge, time.time() - _GONE_SECONDS)
+        await self._write(self._catalog.purge, self._catalog.now() - _GONE_SECONDS)
         await self._keeper.bury(await self._write(self._catalog.drop_abandoned))
         self._cleaned = time.monotonic()
 

@@ -62,7 +62,7 @@ async def create_file(request: Request) -> JSONResponse:
             size=upload.bytes,
             filename=upload.filename,
             purpose=upload.purpose,
-            expires_at=upload.expires_at,
+            expires_at=None if upload.expires_seconds is None else videos.catalog.now() + upload.expires_seconds,
             idle_seconds=upload.idle_seconds,
             pinned=upload.pinned,
         )

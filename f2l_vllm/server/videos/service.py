@@ -172,7 +172,7 @@ class VideoService:
 
     def note_use(self, record: FileRecord) -> None:
         """Record that the file was asked about: its idle expiry counts from now."""
-        self._used[record.id] = time.time()
+        self._used[record.id] = self.catalog.now()
 
     async def ready(
         self, file_id: str, tenant: str, wait: float, param: str | None = None, known: FileWithAdapter | None = None
@@ -189,7 +189,7 @@ class VideoService:
         started = time.monotonic()
         found = known or (await self.find([file_id], tenant, param))[0]
         self.note_use(found.file)
-        if _ends_soon(found.file):
+        if _ends_soon(found.file, self.catalog.now()):
             with suppress(Unavailable):
                 await self._note_use()  # before the janitor, another server maybe, ends it
         if found.file.state is VideoState.UPLOADED and wait > 0:
@@ -335,7 +335,8 @@ class VideoService:
 
     async def _note_use(self) -> None:
         """Write all use since the last call to the catalog, in one transaction."""
-        used_files, used_adapters = self._used, self.registry.take_used()
+        used_files, ago = self._used, self.catalog.now() - time.time()
+        used_adapters = {name: at + ago for name, at in self.registry.take_used().items()}
         self._used = {}
         if used_files or used_adapters:
             try:
@@ -360,11 +361,11 @@ class VideoService:
             raise shutting_down()
 
 
-def _ends_soon(record: FileRecord) -> bool:
+def _ends_soon(record: FileRecord, now: float) -> bool:
     """Whether its time is up, unless the present use is written down, before the next one but one is."""
     if record.idle_seconds is None or record.expires_at is None or record.pinned:
         return False
-    return record.expires_at - time.time() < 2 * _MAINTENANCE_SECONDS
+    return record.expires_at - now < 2 * _MAINTENANCE_SECONDS
 
 
 def count_outcome(outcome: str, seconds: dict[str, float]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -46,7 +45,7 @@ class Upload:
     bytes: int
     filename: str
     purpose: str
-    expires_at: float | None
+    expires_seconds: float | None
     idle_seconds: float | None = None
     pinned: bool = False
 
@@ -79,12 +78,14 @@ async def receive(
     if not isinstance(upload, UploadFile):
         raise bad_request("invalid_request", "The field 'file' is missing: send the video's bytes in it.", "file")
     purpose = _purpose(form)
-    expires_at, idle_seconds = _expiry(form)
+    expires_seconds, idle_seconds = _expiry(form)
     pinned = _pinned(form)
     if target.size == 0:
         raise bad_request("empty_file", "The file is empty: send the video's bytes.", "file")
     sha256 = target.digest.hexdigest()
-    return Upload(temporary, sha256, target.size, _filename(upload.filename), purpose, expires_at, idle_seconds, pinned)
+    return Upload(
+        temporary, sha256, target.size, _filename(upload.filename), purpose, expires_seconds, idle_seconds, pinned
+    )
 
 
 async def inspect(path: Path, settings: Settings) -> VideoInfo:
@@ -205,7 +206,7 @@ def _purpose(form: FormData) -> str:
 
 
 def _expiry(form: FormData) -> tuple[float | None, float | None]:
-    """When the file expires, in Unix seconds, and how many seconds after each use it expires instead, if set."""
+    """After how many seconds the file expires, and after how many without use it does instead, if set."""
     anchor, seconds = form.get("expires_after[anchor]"), form.get("expires_after[seconds]")
     if anchor is None and seconds is None:
         return None, None
@@ -215,7 +216,7 @@ def _expiry(form: FormData) -> tuple[float | None, float | None]:
         message = f"expires_after needs the anchor 'created_at' or 'last_used_at' and between {low} and {high} seconds."
         raise bad_request("invalid_expires_after", message, "expires_after")
     length = float(str(seconds))
-    return time.time() + length, None if anchor == "created_at" else length
+    return length, None if anchor == "created_at" else length
 
 
 def _pinned(form: FormData) -> bool:

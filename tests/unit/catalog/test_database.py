@@ -177,6 +177,32 @@ def test_use_is_noted_while_the_same_files_are_made_and_expire(postgres):
     other.close()
 
 
+def test_a_host_whose_clock_is_wrong_ends_no_file_and_gives_up_no_server(postgres, monkeypatch):
+    url, real, off = postgres.new_database(), time.time, -7200.0
+    right = Catalog(url)
+    monkeypatch.setattr("time.time", lambda: real() + off)
+    wrong = Catalog(url)
+    wrong.pool = "pool"
+    server, _ = wrong.join_server("one", "r")
+    for off in (-7200.0, 7200.0):  # as when somebody sets it
+        assert wrong.beat_server(server, 0)
+        wrong.beat()
+        assert wrong.now() == pytest.approx(real(), abs=2)
+        record = add(wrong, "f2l-1", expires_at=real() + 60)
+        assert record.created_at == pytest.approx(real(), abs=2)
+        assert wrong.expire_files(wrong.now()) == []
+        assert wrong.file(record.id, "t") == record
+        wrong.remove_file(record.id, "t")
+        assert wrong.purge(wrong.now() - 60) == 0
+        late = add(wrong, "f2l-2", expires_at=real() - 1)
+        assert wrong.file(late.id, "t") is None
+    monkeypatch.undo()
+    assert right.file(late.id, "t") is None
+    assert right.revisions()[1] == {"r": 1}
+    right.close()
+    wrong.close()
+
+
 def test_a_writer_that_is_killed_leaves_no_lock_and_nothing_half_done(database_url):
     catalog = Catalog(database_url, busy_seconds=5)
     entered = _SPAWN.Event()
