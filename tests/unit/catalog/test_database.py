@@ -178,19 +178,19 @@ def test_use_is_noted_while_the_same_files_are_made_and_expire(postgres):
 
 
 def test_a_host_whose_clock_is_wrong_ends_no_file_and_gives_up_no_server(postgres, monkeypatch):
-    url, real, off = postgres.new_database(), time.time, -7200.0
+    url, real, clock = postgres.new_database(), time.time, {"off": -7200.0}
     right = Catalog(url)
-    monkeypatch.setattr("time.time", lambda: real() + off)
+    monkeypatch.setattr("time.time", lambda: real() + clock["off"])
     wrong = Catalog(url)
     wrong.pool = "pool"
     server, _ = wrong.join_server("one", "r")
-    for off in (-7200.0, 7200.0):  # as when somebody sets it
+    for clock["off"] in (-7200.0, 7200.0):  # as when somebody sets it
         assert wrong.beat_server(server, 0)
         wrong.beat()
         assert wrong.now() == pytest.approx(real(), abs=2)
         record = add(wrong, "f2l-1", expires_at=real() + 60)
         assert record.created_at == pytest.approx(real(), abs=2)
-        assert wrong.expire_files(wrong.now()) == []
+        assert record.id not in {removal.file.id for removal in wrong.expire_files(wrong.now())}
         assert wrong.file(record.id, "t") == record
         wrong.remove_file(record.id, "t")
         assert wrong.purge(wrong.now() - 60) == 0
