@@ -50,6 +50,13 @@ class Servers(Database):
                 connection.execute(delete(servers).where(gone))
         return is_known
 
+    def servers(self, revision: str) -> list[str]:
+        """The lasting names of the servers of a revision that run."""
+        with self._read() as connection:
+            running = servers.c.seen_at >= clock(connection) - SERVER_SECONDS
+            ids = connection.scalars(select(servers.c.id).where(running, servers.c.revision == revision))
+            return sorted(server.rpartition("-")[0] for server in ids)
+
     def leave_server(self, server: str) -> None:
         """Remove a server that stops and keeps nothing in memory."""
         with self._write(beside=()) as connection:

@@ -202,10 +202,13 @@ class Store:
             return False
         if self._hot.path(name) is not None:
             return True
-        try:
-            return self._hot.put(name, self.adapter_path(name), evict=False) is not None
-        except StoreError:  # missing here or damaged: `_checked` fetches it if there is a remote store
-            return self._hot.put(name, self._checked(name), evict=False) is not None
+        path = self.adapter_path(name)
+        if path.is_dir():
+            try:
+                return self._hot.put(name, path, evict=False) is not None
+            except StoreError:  # damaged
+                pass
+        return self._hot.put(name, self._checked(name), evict=False) is not None  # fetched, if there is a remote store
 
     def publish_adapter(
         self, name: str, write: Callable[[Path], Mapping[str, str] | None], manifest: dict[str, Any]

@@ -21,6 +21,7 @@ from f2l_vllm.server import metrics
 from f2l_vllm.server.errors import APIError, HTTPStatus, shutting_down, video_failed, video_not_found, video_not_ready
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.videos.forgetting import Forgetting
+from f2l_vllm.server.videos.homes import home
 from f2l_vllm.server.videos.janitor import Janitor, try_all
 from f2l_vllm.server.videos.keeping import Keeper
 from f2l_vllm.server.videos.membership import Membership
@@ -87,6 +88,7 @@ class VideoService:
         self.janitor = Janitor(catalog, self._keeper, lambda: self.forgetting.name, self._write)
         self.membership = Membership(catalog, self.forgetting, revision, self.adopt)
         self._used: dict[str, float] = {}  # file ids, and when they were asked about
+        self._servers: list[str] = []  # those with the same models, by their lasting names
         self._prepared: int | None = None  # the id of the last adapter that was copied into memory
         self._cleaned, self._swept = -_CLEANING_SECONDS, -_SWEEP_SECONDS
 
@@ -250,9 +252,10 @@ class VideoService:
             logger.warning(message, waiting, failed)
 
     async def warm(self, limit: int) -> None:
-        """Make the `limit` most recently used adapters resident, so that their next questions need no load."""
-        self.store.pin(await asyncio.to_thread(self.catalog.pinned_adapters))
-        for adapter in await asyncio.to_thread(self.catalog.recent_adapters, limit):
+        """Make the `limit` most recently used adapters resident whose home this is, so that questions need no load."""
+        await asyncio.to_thread(self._pin)
+        recent = await asyncio.to_thread(self.catalog.recent_adapters, limit * max(1, len(self._servers)))
+        for adapter in [adapter for adapter in recent if self._is_home(adapter.name)][:limit]:
             try:
                 (await self.registry.acquire(adapter)).release()
             except Exception as error:  # a question about it will report the error
@@ -313,7 +316,7 @@ class VideoService:
             self._swept = time.monotonic()
 
     async def _keep_in_memory(self) -> None:
-        self.store.pin(await asyncio.to_thread(self.catalog.pinned_adapters))
+        await asyncio.to_thread(self._pin)
         await asyncio.to_thread(self._prepare)
         if self.store.is_cache:
             await asyncio.to_thread(self.store.trim, await asyncio.to_thread(self.catalog.videos_in_work))
@@ -322,14 +325,25 @@ class VideoService:
         metrics.WORKERS.set(self.pool.workers if self.pool is not None else 0)
         metrics.FREE_BYTES.set(await asyncio.to_thread(self.store.reserve.free))
 
+    def _is_home(self, adapter_name: str) -> bool:
+        """Whether an adapter is kept ready at this server and no other."""
+        return home(adapter_name, self._servers) in (self.forgetting.name, None)
+
+    def _pin(self) -> None:
+        """Keep the pinned adapters in memory whose home this is. Runs in a thread."""
+        self._servers = self.catalog.servers(self._revisions.name(""))
+        self.store.pin({name for name in self.catalog.pinned_adapters() if self._is_home(name.partition(".")[0])})
+
     def _prepare(self) -> None:
-        """Copy newly published adapters into memory before their first question. Runs in a thread."""
+        """Copy newly published adapters whose home this is into memory before their first question. Runs in a
+        thread."""
         if self._prepared is None:
             self._prepared = self.catalog.newest_adapter()
         for adapter in self.catalog.adapters_after(self._prepared, _PREPARED_AT_ONCE):
             self._prepared = adapter.id
             try:
-                self.store.prepare(adapter.object)
+                if self._is_home(adapter.name):
+                    self.store.prepare(adapter.object)
             except StoreError as error:  # deleted meanwhile, or a question about it will report the error
                 logger.info("an adapter was not copied into memory: %s", error)
 

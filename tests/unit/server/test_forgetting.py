@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from f2l_vllm.catalog.tables import duties, files, servers
 from f2l_vllm.cli.main import app
 from f2l_vllm.server import metrics
 from f2l_vllm.server.registry import AdapterLost, Registry
+from f2l_vllm.server.videos.homes import home
 from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.cached_store import open_store
@@ -67,7 +69,7 @@ class Server:
     async def use(self, adapter, record):
         """Have everything of it that a server can have."""
         lease = await self.registry.acquire(adapter)
-        self.store.prepare(adapter.name)
+        self.store.prepare(adapter.object)
         self.store.fetch_video(record.video)
         return lease
 
@@ -361,6 +363,41 @@ def test_one_server_tidies_up_for_all_and_another_when_it_is_gone(tmp_path, data
         assert not two.service.janitor.has_duty
 
     run(scenario, tmp_path, database_url)
+
+
+def test_an_adapter_is_kept_ready_at_one_server(tmp_path, database_url):
+    async def scenario(one, two):
+        for server in (one, two):
+            await server.service.tidy()
+        found = [await one.upload(str(number)) for number in range(8)]
+        for record, _ in found[:6]:
+            await one.service.pin(record.id, T, True)
+        for server in (one, two):
+            await server.service.tidy()
+        ready = [set(server.store._hot.names()) for server in (one, two)]
+        assert ready[0] | ready[1] == {adapter.object for _, adapter in found}
+        assert ready[0] & ready[1] == set()
+        pinned = [server.store._hot.pinned for server in (one, two)]
+        assert pinned[0] <= ready[0]
+        assert pinned[1] <= ready[1]
+        assert len(pinned[0]) + len(pinned[1]) == 6
+        for server in (one, two):
+            await server.service.warm(8)
+        assert {*one.engine.names.values()} == ready[0]
+        assert {*two.engine.names.values()} == ready[1]
+        await asyncio.to_thread(two.forgetting.leave)
+        await one.service.tidy()
+        assert len(one.store._hot.pinned) == 6
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_few_adapters_move_when_a_server_comes_or_goes():
+    names, servers = [f"f2l-{number}" for number in range(2000)], [f"server-{number}" for number in range(8)]
+    before = {name: home(name, servers) for name in names}
+    assert min(Counter(before.values()).values()) > 150
+    after = {name: home(name, servers[:-1]) for name in names}
+    assert {name for name in names if after[name] != before[name]} == {n for n in names if before[n] == servers[-1]}
 
 
 def test_what_the_catalog_holds_is_shown_once(tmp_path, database_url):
