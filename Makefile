@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 TORCH_INDEX ?=
 FUZZ_SECONDS ?= 600
-# Unit tests run two modules at a time; end to end, servers use all cores by themselves.
+# Tests run two modules at a time: a server that starts or a model that loads leaves half of two cores idle.
 PARALLEL ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -38,7 +38,7 @@ unit: $(STAMP) ## Run the tests that start no server, no Ray and no engine
 	$(BIN)/python -m pytest tests/unit $(PARALLEL)
 
 test: unit ## Run the tests, unit and end to end
-	$(BIN)/python -m pytest tests/e2e
+	$(BIN)/python -m pytest tests/e2e $(PARALLEL)
 
 test-full-size: $(STAMP) ## Run the tests on models of the released shapes (10 minutes, 15 GB of memory)
 	$(BIN)/python -m pytest tests/soak/full_size -m full_size
