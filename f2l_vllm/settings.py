@@ -32,6 +32,9 @@ class Settings(BaseSettings):
 
     home: Path = Field(Path("~/.f2l"), description="Data folder: videos, adapters, catalog.")
     database_url: str | None = Field(None, description="Catalog: SQLite or PostgreSQL by URL; default: in the folder.")
+    listen_url: str | None = Field(
+        None, description="PostgreSQL past a pooler, for hearing of changes; default: the catalog's URL."
+    )
     store: str | None = Field(
         None, description="Where videos and adapters are kept, any fsspec URL; default: the folder."
     )

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
+    URL,
     ColumnElement,
     Connection,
     Engine,
@@ -43,6 +44,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.schema import CreateColumn
 
+from f2l_vllm.catalog.notices import create_triggers
 from f2l_vllm.catalog.tables import metadata
 from f2l_vllm.store.errors import CatalogBusy, StoreUnavailable, Unavailable
 from f2l_vllm.store.room import Headroom
@@ -76,6 +78,16 @@ class Database:
         with self._write() as connection:
             _create_tables(connection)
             self._clock(connection)
+
+    @property
+    def url(self) -> URL:
+        """Where it is."""
+        return self._engine.url
+
+    def notify(self, channel: str, payload: str) -> None:
+        """Tell whoever listens to a channel of PostgreSQL's."""
+        with self._append() as connection:
+            connection.execute(select(func.pg_notify(channel, payload)))
 
     def close(self) -> None:
         """Close every connection."""
@@ -274,7 +286,7 @@ def _headroom(engine: Engine) -> Headroom | None:
 
 
 def _create_tables(connection: Connection) -> None:
-    """Create missing tables, columns and indexes, so that a catalog of an earlier version can be opened."""
+    """Create missing tables, columns, indexes and triggers: a catalog of an earlier version can be opened."""
     metadata.create_all(connection)
     inspector = inspect(connection)
     for table in metadata.sorted_tables:
@@ -285,6 +297,7 @@ def _create_tables(connection: Connection) -> None:
                 connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {definition}"))
         for index in table.indexes:
             index.create(connection, checkfirst=True)
+    create_triggers(connection)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from pathlib import Path
 from f2l_vllm import logs, models
 from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.catalog.database import check_url as check_database
+from f2l_vllm.catalog.listener import check_url as check_listening
 from f2l_vllm.cli import checks
 from f2l_vllm.cpu.plugin import check_mode, openmp_defaults
 from f2l_vllm.engine import defaults, flags
@@ -72,6 +73,7 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], words: 
     checks.check_paths(chosen_flags)
     chosen = Settings.read(settings)
     check_database(chosen.catalog_url)
+    check_listening(chosen.listen_url, chosen.catalog_url)
     if chosen.store is not None:
         check_store(chosen.store)
     directory = models.resolve(model)

@@ -44,6 +44,7 @@ def main(spec_json: str) -> int:
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # otherwise a lane that is slow to stop would start another Ray
 
     from f2l_vllm.catalog.catalog import Catalog
+    from f2l_vllm.catalog.listener import listen
     from f2l_vllm.pool.actors import Actors
     from f2l_vllm.pool.config import PoolConfig
     from f2l_vllm.pool.messages import Event, Failed, Published, WorkerSpec
@@ -76,7 +77,8 @@ def main(spec_json: str) -> int:
         spec.home, url=settings.store, hot_bytes=settings.hot_bytes, reserve_bytes=settings.reserve_bytes
     )
     catalog.revision = words[1]
-    pool = Pool(config, actors, catalog, store, on_event)
+    listener = listen(catalog, settings.listen_url)
+    pool = Pool(config, actors, catalog, store, on_event, listener)
     waited = False
     while not orphaned.is_set() and not pool.start(wait_seconds=1.0):
         if not waited:
@@ -91,6 +93,8 @@ def main(spec_json: str) -> int:
             why = reason
             say(why=why)
     pool.stop()
+    if listener is not None:
+        listener.close()
     catalog.close()
     return int(pool.failed.is_set())
 

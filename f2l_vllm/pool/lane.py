@@ -20,6 +20,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.jobs import EXHAUSTED
+from f2l_vllm.catalog.listener import Listener
+from f2l_vllm.catalog.notices import JOBS, JOBS_SECONDS
 from f2l_vllm.catalog.tables import Job
 from f2l_vllm.catalog.tombstones import LOST
 from f2l_vllm.pool.messages import Cancelled, Event, Failed, Outcome, Progress, WorkerInfo
@@ -31,6 +33,10 @@ logger = logging.getLogger(__name__)
 _PATH = re.compile(r"(?<![\w.])/[^\s'\",:;)]+")
 _LONGEST_REASON = 300
 _IDLE_SECONDS = 0.05
+_REST_SECONDS = 1.0  # instead, while notices of jobs arrive; one may get lost
+# After a notice or a job a lane does not rest yet: the notice may stand for jobs that are still to come, and another
+# lane may have been about to take the very job that this one saw.
+_LIVELY_SECONDS = 2 * JOBS_SECONDS
 _CANCEL_SECONDS = 0.5  # between two checks whether a running job is still wanted
 _CANCELLED_SECONDS = 30.0  # a worker that has not given up a cancelled job by then is replaced
 _CHECK_SECONDS = 1.0
@@ -53,6 +59,7 @@ class Work:
         on_event: called with every event of a job.
         stopping: set when the pool stops.
         failed: a lane sets it when workers can no longer be started.
+        listener: hears of jobs.
     """
 
     catalog: Catalog
@@ -65,6 +72,7 @@ class Work:
     on_event: Callable[[Event], None]
     stopping: threading.Event
     failed: threading.Event
+    listener: Listener | None = None
 
 
 class Lane(threading.Thread):
@@ -81,8 +89,17 @@ class Lane(threading.Thread):
         self._actor: Any = None  # a Ray actor handle
         self._checked = 0.0
         self._failed_starts = 0
+        self._woken = threading.Event()
+        self._lively_until = 0.0
+        if work.listener is not None:
+            work.listener.on(JOBS, self.wake)
         self.info: WorkerInfo | None = None
         self.why = ""
+
+    def wake(self) -> None:
+        """Have it look for jobs, or notice that the pool stops, at once."""
+        self._lively_until = time.monotonic() + _LIVELY_SECONDS
+        self._woken.set()
 
     def kill(self) -> None:
         """End the actor at once, whatever it is doing."""
@@ -94,11 +111,13 @@ class Lane(threading.Thread):
             jobs: dict[str, Job] = {}
             try:
                 self._ensure_actor()
+                self._woken.clear()
                 jobs = {job.object: job for job in self._catalog.claim_jobs(self._work.batch)}
                 if jobs:
                     self._run(jobs)
-                else:
-                    self._work.stopping.wait(_IDLE_SECONDS)
+                    self.wake()
+                elif not self._stopping():
+                    self._woken.wait(self._idle_seconds())
             except Unavailable as error:  # the worker is idle and stays
                 logger.warning("the catalog cannot be asked for jobs: %s", error)
                 self._work.stopping.wait(_RESTART_SECONDS)
@@ -109,6 +128,11 @@ class Lane(threading.Thread):
                     self._lose_actor("is replaced")  # it may still be running the job
                     self._give_back(jobs, blameless=False)
                     self._work.stopping.wait(_RESTART_SECONDS)
+
+    def _idle_seconds(self) -> float:
+        listener = self._work.listener
+        may_rest = listener is not None and listener.is_heard and time.monotonic() > self._lively_until
+        return _REST_SECONDS if may_rest else _IDLE_SECONDS
 
     def _give_back(self, jobs: dict[str, Job], *, blameless: bool) -> None:
         for job in jobs.values():

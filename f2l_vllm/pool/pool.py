@@ -14,6 +14,7 @@ from collections.abc import Callable
 from filelock import FileLock, Timeout
 
 from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.listener import Listener
 from f2l_vllm.files import lasting_name
 from f2l_vllm.pool.actors import Actors
 from f2l_vllm.pool.config import PoolConfig
@@ -29,7 +30,8 @@ _LANE_SECONDS = 1.0  # how long `stop` waits for a lane to notice that its actor
 
 
 class Pool:
-    """Runs the workers of the store's data folder. Lane threads call `on_event` with every event of a job."""
+    """Runs the workers of the store's data folder. Lane threads call `on_event` with every event of a job; `listener`
+    is None when the catalog sends no notices."""
 
     def __init__(
         self,
@@ -38,6 +40,7 @@ class Pool:
         catalog: Catalog,
         store: Store,
         on_event: Callable[[Event], None] = lambda _event: None,
+        listener: Listener | None = None,
     ) -> None:
         self._actors = actors
         self._catalog = catalog
@@ -56,6 +59,7 @@ class Pool:
             on_event,
             self._stopping,
             self.failed,
+            listener,
         )
         self._lanes = [Lane(index, work) for index in range(config.workers)]
 
@@ -89,6 +93,7 @@ class Pool:
         if self._lock.is_locked:
             self._stopping.set()
             for lane in self._lanes:
+                lane.wake()
                 lane.kill()
             for lane in self._lanes:
                 lane.join(timeout=_LANE_SECONDS)

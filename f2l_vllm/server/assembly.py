@@ -15,6 +15,7 @@ from starlette.datastructures import State
 from f2l_vllm import models
 from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.listener import listen
 from f2l_vllm.engine.defaults import EngineLimits, check_limits
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.config_file import read_config
@@ -87,7 +88,7 @@ async def untried(_constraint: Constraint, _tenant: str) -> None:
 def open_service(
     settings: Settings, served: ServedModel, engine_client: Any, state: State, ending: Ending
 ) -> VideoService:
-    """Catalog, store, registry and pool behind one service; nothing runs yet."""
+    """Catalog, store, registry and pool behind one service; only the catalog's listener runs already."""
     store = open_store(
         settings.data_folder,
         url=settings.store,
@@ -115,7 +116,8 @@ def open_service(
     # Sampling options that are not set come from the files of model and hypernetwork, which the revisions cover.
     revisions = Revisions(fingerprint(served.model), fingerprint(served.hypernetwork), settings.sampling)
     pool = PoolProcess(workers, revisions.name(""), count_outcome) if settings.hypernetwork_workers else None
-    return VideoService(settings, revisions, catalog, store, registry, pool, lambda: ending.is_stopping)
+    listener = listen(catalog, settings.listen_url)
+    return VideoService(settings, revisions, catalog, store, registry, pool, lambda: ending.is_stopping, listener)
 
 
 def answer_from_videos(

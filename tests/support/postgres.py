@@ -36,7 +36,7 @@ class Postgres:
 
     def __init__(self, folder: Path, binaries: Path) -> None:
         self._binaries, self._folder, self._made = binaries, folder, 0
-        self._user = _unprivileged_user()
+        self._user = unprivileged_user()
         if self._user is not None:
             os.chown(folder, pwd.getpwnam(self._user).pw_uid, -1)
         with (folder / "initdb.log").open("w") as log:
@@ -115,7 +115,7 @@ def _quit_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGQUIT)
 
 
-def _unprivileged_user() -> str | None:
+def unprivileged_user() -> str | None:
     """Whom to run as: PostgreSQL refuses to run as root."""
     if os.getuid() != 0:
         return None

@@ -8,11 +8,15 @@ import logging
 from collections.abc import Callable
 
 from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.listener import Listener
+from f2l_vllm.catalog.notices import DELETIONS
+from f2l_vllm.server.videos.bell import Bell
 from f2l_vllm.server.videos.forgetting import Forgetting
 from f2l_vllm.store.errors import Unavailable
 
 logger = logging.getLogger(__name__)
 _TICK_SECONDS = 0.5
+_LEAST_SECONDS = 0.05  # between two calls of `attend`, however much is deleted
 
 
 class Membership:
@@ -21,10 +25,19 @@ class Membership:
     Args:
         revision: identifies this server's models and sampling.
         adopt: brings the catalog's files to this revision. Runs in a thread.
+        listener: hears of deletions.
     """
 
-    def __init__(self, catalog: Catalog, forgetting: Forgetting, revision: str, adopt: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        forgetting: Forgetting,
+        revision: str,
+        adopt: Callable[[], None],
+        listener: Listener | None = None,
+    ) -> None:
         self._catalog, self._forgetting, self._revision, self._adopt = catalog, forgetting, revision, adopt
+        self._bell = Bell(listener, DELETIONS)
         self._is_appointed: bool | None = None  # None: not known yet
         self.appointed = asyncio.Event()  # set when this server has answered for the first time, or may
         catalog.revision = revision
@@ -42,9 +55,11 @@ class Membership:
         self._is_appointed = is_appointed
 
     async def run(self) -> None:
-        """Call `attend` repeatedly, until cancelled."""
+        """Call `attend` repeatedly, and when something was deleted, until cancelled."""
         while True:
-            await asyncio.sleep(_TICK_SECONDS)
+            await asyncio.sleep(_LEAST_SECONDS)
+            await self._bell.wait(_TICK_SECONDS - _LEAST_SECONDS)
+            self._bell.silence()
             try:
                 await self.attend()
             except Unavailable as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from f2l_vllm.catalog.catalog import Catalog, QueueFull, QuotaExceeded
+from f2l_vllm.catalog.listener import Listener
 from f2l_vllm.catalog.states import IN_WORK, VideoState
 from f2l_vllm.catalog.tables import AdapterRecord, FileRecord, FileWithAdapter, Tombstone
 from f2l_vllm.pool.supervisor import PoolProcess
@@ -70,8 +71,10 @@ class VideoService:
         registry: Registry,
         pool: PoolProcess | None,
         is_stopping: Callable[[], bool],
+        listener: Listener | None = None,
     ) -> None:
-        """`pool` is None when other processes run the workers; `is_stopping`: whether the server is shutting down."""
+        """`pool` is None when other processes run the workers; `is_stopping`: whether the server is shutting down;
+        `listener` is None when the catalog sends no notices."""
         self.settings = settings
         self.catalog = catalog
         self.store = store
@@ -79,14 +82,15 @@ class VideoService:
         self.pool = pool
         self._revisions = revisions
         self._is_stopping = is_stopping
+        self._listener = listener
         share = settings.queue_share if settings.tenants is not None else 1.0
-        self.watcher = Watcher(catalog, is_stopping, share)
+        self.watcher = Watcher(catalog, is_stopping, share, listener)
         self._writers = ThreadPoolExecutor(_WRITERS, "f2l-catalog")
         self._keeper = Keeper(catalog, store, registry, self._write)
         revision = revisions.name("")
         self.forgetting = Forgetting(catalog, store, registry, revision, self._write)
         self.janitor = Janitor(catalog, self._keeper, lambda: self.forgetting.name, self._write)
-        self.membership = Membership(catalog, self.forgetting, revision, self.adopt)
+        self.membership = Membership(catalog, self.forgetting, revision, self.adopt, listener)
         self._used: dict[str, float] = {}  # file ids, and when they were asked about
         self._servers: list[str] = []  # those with the same models, by their lasting names
         self._prepared: int | None = None  # the id of the last adapter that was copied into memory
@@ -265,6 +269,8 @@ class VideoService:
         """Stop the pool, and close store and catalog. Runs in a thread after the last answer has ended."""
         if self.pool is not None:
             self.pool.stop()
+        if self._listener is not None:
+            self._listener.close()
         for part in (self.janitor, self.forgetting):
             try:
                 part.leave()

@@ -190,11 +190,12 @@ def test_a_composition_leaves_with_the_first_of_its_videos(server, videos, uploa
 
 def test_a_damaged_part_is_made_again_before_it_is_composed(server, videos, upload):
     fresh = upload(70)
-    weights = server.adapter_folder(fresh.model_extra["f2l"]["adapter"]) / WEIGHTS_FILE
+    name = fresh.model_extra["f2l"]["adapter"]
+    weights = server.adapter_folder(name) / WEIGHTS_FILE
     sound = weights.read_bytes()
     weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 0xFF]))
     response = ask(server, about(part(fresh.id), part(videos[0].id)))
-    assert weights.read_bytes() == sound
+    assert (server.adapter_folder(name) / WEIGHTS_FILE).read_bytes() == sound
     assert source(response)["waited_seconds"] > 0
 
 

@@ -74,6 +74,7 @@ def test_rates_of_merging_reach_vllm_and_the_workers(hypernetwork_model):
     [
         ("F2L_DATABASE_URL", "mysql://host/name", "SQLite or PostgreSQL, not 'mysql'"),
         ("F2L_DATABASE_URL", "not a url", "no database URL"),
+        ("F2L_LISTEN_URL", "postgresql://f2l@host/catalog", "for a catalog in PostgreSQL"),
         ("F2L_STORE", "nothing://bucket", "nothing"),
     ],
 )

@@ -14,11 +14,13 @@ from sqlalchemy import update
 from typer.testing import CliRunner
 
 from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.listener import listen
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tables import duties, files, servers
 from f2l_vllm.cli.main import app
 from f2l_vllm.server import metrics
 from f2l_vllm.server.registry import AdapterLost, Registry
+from f2l_vllm.server.videos import membership
 from f2l_vllm.server.videos.homes import home
 from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
@@ -32,16 +34,17 @@ T = "tenant"
 class Server:
     """One of several, without vLLM in front and with this test as its worker."""
 
-    def __init__(self, folder, name, url, revision="one"):
+    def __init__(self, folder, name, url, revision="one", listens=False):
         home = self.home = folder / name
         self.store = open_store(home, url=f"file://{folder / 'store'}", hot_bytes=1 << 20)
-        self.catalog = Catalog(url)
+        self.url, self.catalog = url, Catalog(url)
         self.engine = Engine()
         options = {"base_model": "base", "host_slots": 8, "wanted": self.catalog.refers_to}
         self.registry = Registry({}, self.engine, self.store, **options)
         revisions = Revisions("base", revision, {})
+        self.listener = listen(self.catalog) if listens else None
         self.service = VideoService(
-            Settings(home=home), revisions, self.catalog, self.store, self.registry, None, lambda: False
+            Settings(home=home), revisions, self.catalog, self.store, self.registry, None, lambda: False, self.listener
         )
         self.forgetting, self.membership = self.service.forgetting, self.service.membership
 
@@ -130,6 +133,31 @@ def test_what_one_deletes_all_forget(tmp_path, database_url):
         assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
 
     run(scenario, tmp_path, database_url)
+
+
+def test_a_server_that_hears_of_a_deletion_forgets_at_once(monkeypatch, tmp_path, postgres):
+    async def scenario(one, two):
+        hearing = Server(tmp_path, "hearing", one.url, listens=True)
+        await hearing.membership.attend()
+        monkeypatch.setattr(membership, "_TICK_SECONDS", 30.0)
+        attending = asyncio.create_task(hearing.membership.run())
+        record, adapter = await one.upload("a")
+        while not hearing.listener.is_heard:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)  # it attends once, as something may have been missed
+        (await hearing.use(adapter, record)).release()
+        await asyncio.sleep(0)
+        assert hearing.left != []
+        await one.service.remove(record.id, T)
+        started = time.monotonic()
+        while hearing.left:
+            assert time.monotonic() - started < 1.0
+            await asyncio.sleep(0.01)
+        attending.cancel()
+        await asyncio.to_thread(hearing.service.close)
+        assert not hearing.listener._thread.is_alive()
+
+    run(scenario, tmp_path, postgres.new_database())
 
 
 def test_an_answer_that_is_being_written_ends_first(tmp_path, database_url):

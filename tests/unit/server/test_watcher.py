@@ -1,12 +1,19 @@
 """Waiting for videos: one query for all who wait, woken by what they wait for."""
 
 import asyncio
+import contextlib
+import time
 
 import pytest
 
+from f2l_vllm.catalog import catalog as database
+from f2l_vllm.catalog.listener import listen
+from f2l_vllm.catalog.notices import CHANNEL
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.videos.watcher import Watcher
+from tests.support.catalog_steps import add, claim, publish
+from tests.support.pgbouncer import find_pgbouncer, pooled
 
 WAITING = (VideoState.UPLOADED, 0.0)
 READERS = 400
@@ -56,8 +63,6 @@ def test_a_slow_catalog_is_asked_less_often():
         quick = catalog.progress
 
         def slow(file_ids):
-            import time
-
             time.sleep(0.02)
             return quick(file_ids)
 
@@ -83,3 +88,137 @@ def test_readers_are_bounded_for_one_tenant_and_for_all_and_slow_down_together()
     assert watcher.event_seconds == 5.0
     watcher.remove_reader("a")
     watcher.add_reader("c")
+
+
+@contextlib.contextmanager
+def listening(postgres, listens=True):
+    """A real catalog, its listener that is heard or None, and the times at which the catalog was asked."""
+    catalog, asked = database.Catalog(postgres.new_database()), []
+    progress = catalog.progress
+    catalog.progress = lambda file_ids: asked.append(time.monotonic()) or progress(file_ids)
+    listener = listen(catalog) if listens else None
+    deadline = time.monotonic() + 30
+    while listener is not None and not listener.is_heard:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    yield catalog, listener, asked
+    if listener is not None:
+        listener.close()
+    catalog.close()
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_question_waits_with_few_queries_where_notices_arrive_and_is_woken_at_once(postgres, listens):
+    async def scenario(catalog, listener, asked):
+        record = add(catalog)
+        watcher = Watcher(catalog, lambda: False, listener=listener)
+        question = asyncio.create_task(watcher.wait(record.id, 30))
+        await asyncio.sleep(2.0)
+        assert len(asked) <= 4 if listens else len(asked) >= 20
+        await asyncio.to_thread(publish, catalog)
+        ended = time.monotonic()
+        assert await question is None
+        assert time.monotonic() - ended < 0.3
+
+    with listening(postgres, listens) as parts:
+        asyncio.run(scenario(*parts))
+
+
+def test_readers_of_events_see_progress_at_once_beside_questions(postgres):
+    async def scenario(catalog, listener, asked):
+        record = add(catalog)
+        claim(catalog)
+        watcher = Watcher(catalog, lambda: False, listener=listener)
+        question = asyncio.create_task(watcher.wait(record.id, 30))
+        await asyncio.sleep(0.3)
+        reader = asyncio.create_task(watcher.wait(record.id, 30, WAITING))
+        await asyncio.sleep(0.3)
+        await asyncio.to_thread(catalog.advance, "f2l-1", VideoState.DECODING, 0.5)
+        moved = time.monotonic()
+        assert await reader == (VideoState.DECODING, 0.5)
+        assert time.monotonic() - moved < 0.3
+        assert not question.done()
+        await asyncio.sleep(0.3)
+        rested = len(asked)
+        await asyncio.sleep(0.6)
+        assert len(asked) <= rested + 1
+        question.cancel()
+
+    with listening(postgres) as parts:
+        asyncio.run(scenario(*parts))
+
+
+def test_a_question_that_comes_after_the_notice_is_not_left_waiting(postgres):
+    async def scenario(catalog, listener, asked):
+        first, second = add(catalog), add(catalog, "f2l-2", sha="b")
+        watcher = Watcher(catalog, lambda: False, listener=listener)
+        question = asyncio.create_task(watcher.wait(second.id, 30))
+        await asyncio.to_thread(publish, catalog)
+        await asyncio.sleep(0.3)
+        started = time.monotonic()
+        assert await watcher.wait(first.id, 30) is None
+        assert time.monotonic() - started < 0.3
+        question.cancel()
+
+    with listening(postgres) as parts:
+        asyncio.run(scenario(*parts))
+
+
+def test_many_notices_during_a_query_cause_one_more(postgres):
+    async def scenario(catalog, listener, asked):
+        record = add(catalog)
+        watcher = Watcher(catalog, lambda: False, listener=listener)
+        progress = catalog.progress
+
+        def slow(file_ids):
+            found = progress(file_ids)
+            for _ in range(20):
+                catalog.notify(CHANNEL, "files")
+            time.sleep(0.02)
+            return found
+
+        catalog.progress = slow
+        question = asyncio.create_task(watcher.wait(record.id, 30))
+        await asyncio.sleep(0.05)
+        catalog.progress = progress
+        await asyncio.sleep(1.2)
+        assert 2 <= len(asked) <= 4
+        question.cancel()
+
+    with listening(postgres) as parts:
+        asyncio.run(scenario(*parts))
+
+
+def test_a_stop_of_the_server_is_noticed_while_nothing_is_asked(postgres):
+    async def scenario(catalog, listener, asked):
+        record, stopping = add(catalog), []
+        watcher = Watcher(catalog, lambda: bool(stopping), listener=listener)
+        question = asyncio.create_task(watcher.wait(record.id, 30))
+        await asyncio.sleep(0.3)
+        stopping.append(True)
+        started = time.monotonic()
+        assert await question is None
+        assert time.monotonic() - started < 0.4
+
+    with listening(postgres) as parts:
+        asyncio.run(scenario(*parts))
+
+
+@pytest.mark.skipif(find_pgbouncer() is None, reason="pgbouncer is not installed")
+def test_behind_a_pooler_questions_are_woken_by_polling(postgres):
+    async def scenario(catalog, listener):
+        record = add(catalog)
+        watcher = Watcher(catalog, lambda: False, listener=listener)
+        question = asyncio.create_task(watcher.wait(record.id, 30))
+        await asyncio.to_thread(publish, catalog)
+        ended = time.monotonic()
+        assert await question is None
+        assert time.monotonic() - ended < 0.5
+        assert not listener.is_heard
+
+    with pooled(postgres.new_database()) as url:
+        catalog = database.Catalog(url)
+        listener = listen(catalog)
+        asyncio.run(scenario(catalog, listener))
+        listener.close()
+        catalog.close()

@@ -1,0 +1,90 @@
+"""When idle lanes look for jobs, with lanes whose worker needs no Ray."""
+
+import contextlib
+import threading
+import time
+
+import pytest
+
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.listener import listen
+from f2l_vllm.pool.lane import Lane, Work
+from tests.support.catalog_steps import add
+
+
+class IdleLane(Lane):
+    """Finishes each job at once."""
+
+    def _ensure_actor(self):
+        pass
+
+    def _run(self, jobs):
+        for name in list(jobs):
+            self._catalog.finish_job(name, rank=1, size=1, info={})
+            del jobs[name]
+
+
+@contextlib.contextmanager
+def idle_lanes(url, listens, count=2):
+    """A catalog that nothing waits in, lanes, and the times at which they look for jobs."""
+    catalog, looks, stopping = Catalog(url), [], threading.Event()
+    claim = catalog.claim_jobs
+    catalog.claim_jobs = lambda limit: looks.append(time.monotonic()) or claim(limit)
+    listener = listen(catalog) if listens else None
+    work = Work(catalog, None, 1, 60, 3, None, None, print, stopping, threading.Event(), listener)
+    lanes = [IdleLane(index, work) for index in range(count)]
+    for lane in lanes:
+        lane.start()
+    deadline = time.monotonic() + 30
+    while listener is not None and not listener.is_heard:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    yield catalog, looks
+    stopping.set()
+    started = time.monotonic()
+    for lane in lanes:
+        lane.wake()
+        lane.join()
+    assert time.monotonic() - started < 0.3
+    if listener is not None:
+        listener.close()
+    catalog.close()
+
+
+def seconds_until_made(catalog, record):
+    started = time.monotonic()
+    while catalog.file(record.id, "t").state != "processed":
+        assert time.monotonic() < started + 30
+        time.sleep(0.005)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_idle_lanes_look_seldom_where_notices_arrive_and_take_jobs_at_once(postgres, listens):
+    with idle_lanes(postgres.new_database(), listens) as (catalog, looks):
+        time.sleep(1.0)  # lively ones rest again
+        looks.clear()
+        time.sleep(2.0)
+        assert len(looks) <= 6 if listens else len(looks) >= 20
+        assert seconds_until_made(catalog, add(catalog)) < 0.4
+
+
+def test_lanes_that_meet_at_one_job_leave_none_waiting(postgres):
+    with idle_lanes(postgres.new_database(), True, count=4) as (catalog, _):
+        for start in range(0, 40, 8):
+            records = [add(catalog, f"f2l-{n}", sha=f"{n:02d}"[-1], limit=99) for n in range(start, start + 8)]
+            assert sum(seconds_until_made(catalog, record) for record in records) < 0.9
+            time.sleep(0.3)
+
+
+def test_a_job_that_waits_again_is_taken_at_once(postgres):
+    with idle_lanes(postgres.new_database(), True) as (catalog, _):
+        other = Catalog(catalog.url.render_as_string(hide_password=False))
+        other.pool = "other"
+        record = add(catalog)
+        while not other.claim_jobs(1) and catalog.file(record.id, "t").state != "processed":
+            pass  # whoever is first
+        time.sleep(1.0)
+        other.release_all_jobs(blameless=True)
+        assert seconds_until_made(catalog, record) < 0.4
+        other.close()
