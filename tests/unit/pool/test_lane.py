@@ -19,9 +19,9 @@ class IdleLane(Lane):
         pass
 
     def _run(self, jobs):
-        for name in list(jobs):
-            self._catalog.finish_job(name, rank=1, size=1, info={})
-            del jobs[name]
+        for job in jobs.values():
+            self._catalog.finish_job(job.adapter_name, rank=1, size=1, info={}, token=job.token)
+        jobs.clear()
 
 
 @contextlib.contextmanager
@@ -39,16 +39,19 @@ def idle_lanes(url, listens, count=2):
     while listener is not None and not listener.is_heard:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    yield catalog, looks
-    stopping.set()
-    started = time.monotonic()
-    for lane in lanes:
-        lane.wake()
-        lane.join()
-    assert time.monotonic() - started < 0.3
-    if listener is not None:
-        listener.close()
-    catalog.close()
+    try:
+        yield catalog, looks
+    finally:
+        stopping.set()
+        started = time.monotonic()
+        for lane in lanes:
+            lane.wake()
+            lane.join()
+        took = time.monotonic() - started
+        if listener is not None:
+            listener.close()
+        catalog.close()
+    assert took < 0.3
 
 
 def seconds_until_made(catalog, record):
