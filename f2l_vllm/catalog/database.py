@@ -238,8 +238,12 @@ def _bound_waits(engine: Engine, busy_seconds: float) -> None:
     def _begin(connection: Connection) -> None:
         driver = connection.connection.driver_connection
         assert driver is not None
-        with driver.pipeline():  # with BEGIN in one round trip
-            driver.execute(bound)
+        try:
+            with driver.pipeline():  # with BEGIN in one round trip
+                driver.execute(bound)
+        except engine.dialect.loaded_dbapi.Error as error:  # SQLAlchemy translates those of its own statements only
+            connection.invalidate()
+            raise DBAPIError(bound, None, error) from error
 
 
 def _headroom(engine: Engine) -> Headroom | None:

@@ -212,6 +212,26 @@ def test_a_database_that_was_away_is_found_again(postgres):
     catalog.close()
 
 
+@pytest.mark.parametrize(
+    "step", [lambda catalog: catalog.counts(), lambda catalog: catalog.bury([])], ids=["read", "write"]
+)
+def test_a_database_that_goes_away_before_a_transaction_begins_is_away(postgres, step):
+    url = postgres.new_database()
+    catalog, other = Catalog(url), create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+
+    def end(connection, *_):
+        with other.connect() as killer:
+            killer.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": connection.info.backend_pid})
+
+    event.listen(catalog._engine, "checkout", end)  # which comes after the pool has found the connection alive
+    with pytest.raises(CatalogBusy):
+        step(catalog)
+    event.remove(catalog._engine, "checkout", end)
+    step(catalog)
+    other.dispose()
+    catalog.close()
+
+
 def test_a_full_disk_is_said_and_the_catalog_goes_on_afterwards(tmp_path):
     catalog = Catalog(f"sqlite:///{tmp_path / 'catalog.sqlite3'}")
     record = add(catalog)
