@@ -98,6 +98,7 @@ def _answers(history: Sequence[Operation], known: dict[str, File]) -> Iterator[V
 def _errors(history: Sequence[Operation], _known: dict[str, File]) -> Iterator[Violation]:
     """Nobody sees an error but of a server that was being harmed, or one that says when to ask again."""
     faults = defaultdict(list)
+    yield from (Violation("died", f"{one.server} ended by itself", (one,)) for one in history if one.kind == "died")
     for one in history:
         if one.kind == "fault":
             faults[one.server].append(one)

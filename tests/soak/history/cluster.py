@@ -12,6 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.support.postgres import Postgres
 
 TENANTS = ("red", "blue")
 _START_SECONDS = 120.0
+_LAST_LINES = 60
 _FORK = multiprocessing.get_context("forkserver")
 _COUNTS = {
     "files": "SELECT count(*) FROM files WHERE state NOT IN ('deleted', 'expired')",
@@ -53,13 +55,20 @@ class Member:
 
     def stop(self) -> None:
         """Let it stand still."""
-        assert self.process.pid is not None
-        os.kill(self.process.pid, signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def go_on(self) -> None:
         """After `stop`."""
+        self._signal(signal.SIGCONT)
+
+    def last_words(self) -> list[str]:
+        """The last lines of its log."""
+        return self.place.log.read_text().splitlines()[-_LAST_LINES:]
+
+    def _signal(self, number: int) -> None:
         assert self.process.pid is not None
-        os.kill(self.process.pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(self.process.pid, number)
 
     @property
     def url(self) -> str:

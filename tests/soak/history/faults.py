@@ -15,6 +15,7 @@ _BETWEEN_SECONDS = (0.3, 2.5)
 _DOWN_SECONDS = (0.1, 2.0)
 _STILL_SECONDS = (0.5, 4.0)
 _GIVEN_UP_SECONDS = (SILENT_SECONDS + 1, SILENT_SECONDS + 4)
+_WATCH_SECONDS = 0.2
 _TOLD_SECONDS = 4 * BEAT_SECONDS  # by then a server has noticed that it was given up
 KINDS = ("kill a server", "stop a server", "give up a server", "kill a worker", "stop a worker", "give up a worker")
 KINDS += ("restart postgres",)
@@ -36,6 +37,16 @@ class Faults:
             self._begin(coming.pop())
             await asyncio.sleep(self._dice.uniform(*_BETWEEN_SECONDS))
         await asyncio.gather(*self._tasks)
+
+    async def watch(self) -> None:
+        """Record who ends by himself, and start him again, until cancelled."""
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            for name, member in {**self._cluster.servers, **self._cluster.workers}.items():
+                if name not in self._harmed and not member.process.is_alive():
+                    now = time.time()
+                    self._history.append(Operation("died", now, now, server=name, found=member.last_words()))
+                    await asyncio.to_thread(member.start)
 
     def _begin(self, kind: str) -> None:
         what, _, whom = kind.rpartition(" a ")

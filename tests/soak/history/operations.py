@@ -17,8 +17,9 @@ class Operation:
     """One of a client's, a fault, or something that was looked at.
 
     Attributes:
-        kind: `upload`, `ask`, `content`, `delete`, `list`; `fault`, `calm` (all faults are over, clients have ended),
-            `ready`, `look` (what is left of one video that was erased), `left` (what is left of all).
+        kind: `upload`, `ask`, `content`, `delete`, `list`; `fault`; `died` (a process ended by itself); `calm` (all
+            faults are over, clients have ended), `ready`, `look` (what is left of one video that was erased), `left`
+            (what is left of all).
         start, end: Unix seconds.
         server: whom it was sent to, or what the fault met: `server-1`, `worker-0`, `postgres`.
         status: of HTTP; `NO_ANSWER` if the connection failed or the time was up.
@@ -28,7 +29,7 @@ class Operation:
         expires_at, idle_seconds: of an upload, as it was answered and asked for.
         retry_after: whether an error said when to ask again.
         erased: of a deletion with `wait=erased`, what it said.
-        found: what a list, a `look` or `left` found.
+        found: what a list, a `look` or `left` found; the last words of one that died.
     """
 
     kind: str

@@ -59,10 +59,12 @@ async def run(seconds: float, seed: int, postgres: Postgres, *, servers: int = 3
             await cluster.until_ready()
             until = time.monotonic() + seconds
             faults = Faults(cluster, history, dice)
+            watching = asyncio.create_task(faults.watch())
             await asyncio.gather(
                 faults.work(until), *(client.work(f"{seed} {client.name}", until) for client in clients)
             )
             await _end(cluster, [clients[0], clients[_CLIENTS]], history)
+            watching.cancel()
         finally:
             for client in clients:
                 await client.close()

@@ -55,10 +55,15 @@ class Place:
     tenants: Path
     store_seconds: float  # each call to the object store takes up to twice so long
 
+    @property
+    def log(self) -> Path:
+        """What the process says."""
+        return self.home.parent / f"{self.name}.log"
+
     def take(self) -> None:
         """Make this process one that ends with the history, hurries, and writes what it says into a log."""
         end_with_spawner()
-        log = os.open(self.home.parent / f"{self.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
         pace.hurry()
