@@ -34,7 +34,7 @@ class File:
 
     upload: Operation
     deletes: list[Operation] = field(default_factory=list)
-    last_use: float = 0.0
+    uses: list[Operation] = field(default_factory=list)
 
     @property
     def may_be_gone(self) -> float:
@@ -48,7 +48,9 @@ class File:
         """From when on it must be absent."""
         due = _FOREVER if self.upload.expires_at is None else self.upload.expires_at + 1
         if self.upload.idle_seconds is not None:
-            due = max(self.upload.end, self.last_use) + self.upload.idle_seconds + 1
+            for one in sorted(self.uses, key=lambda one: one.start):
+                if one.start <= due:  # a later one finds nothing to use
+                    due = max(due, one.end + self.upload.idle_seconds + 1)
         return min([due, *(one.end for one in self.deletes if one.is_done)])
 
 
@@ -68,8 +70,8 @@ def files(history: Sequence[Operation]) -> dict[str, File]:
             continue
         if one.kind == "delete":
             found.deletes.append(one)
-        elif one.kind in _READS:
-            found.last_use = max(found.last_use, one.end)
+        elif one.kind == "ask" and one.status != 404:
+            found.uses.append(one)
     return known
 
 
@@ -96,7 +98,8 @@ def _answers(history: Sequence[Operation], known: dict[str, File]) -> Iterator[V
 
 
 def _errors(history: Sequence[Operation], _known: dict[str, File]) -> Iterator[Violation]:
-    """Nobody sees an error but of a server that was being harmed, or one that says when to ask again."""
+    """Nobody sees an error but of a server that was being harmed, or one that says when to ask again. 500 is a bug
+    whatever was harmed: for what is away there is 503."""
     faults = defaultdict(list)
     yield from (Violation("died", f"{one.server} ended by itself", (one,)) for one in history if one.kind == "died")
     for one in history:
@@ -109,11 +112,11 @@ def _errors(history: Sequence[Operation], _known: dict[str, File]) -> Iterator[V
             continue  # judged by what is known of the file
         if one.status in _REFUSALS or (one.status == 503 and one.retry_after):
             continue
-        is_fault = one.status == NO_ANSWER or one.status >= 500
+        is_fault = one.status == NO_ANSWER or one.status > 500
         near = [fault for fault in (*faults[one.server], *faults["postgres"]) if _overlap(one, fault)]
         if not is_fault or not near:
             what = "no answer" if one.status == NO_ANSWER else f"{one.status} {one.code}"
-            yield Violation("error", f"{one.kind}: {what} of {one.server}, which nobody had harmed", (one,))
+            yield Violation("error", f"{one.kind}: {what} of {one.server}, which nothing excuses", (one,))
 
 
 def _lists(history: Sequence[Operation], known: dict[str, File]) -> Iterator[Violation]:

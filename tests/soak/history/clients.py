@@ -21,7 +21,7 @@ _TIMEOUT_SECONDS = 60.0  # longer than a transaction waits for those of a server
 _MOST_FILES = 14  # of a tenant; beyond this, clients delete
 _WAITS = (0.5, 3.0)
 _EXPIRIES = (1, 6)  # seconds, from and to
-_THINK_SECONDS = 0.04
+_THINK_SECONDS = 0.02
 
 
 @dataclass

@@ -34,7 +34,8 @@ class Faults:
         coming: list[str] = []
         while time.monotonic() < until:
             coming = coming or self._dice.sample(KINDS, len(KINDS))
-            self._begin(coming.pop())
+            if (kind := next((kind for kind in coming if self._begin(kind)), None)) is not None:
+                coming.remove(kind)
             await asyncio.sleep(self._dice.uniform(*_BETWEEN_SECONDS))
         await asyncio.gather(*self._tasks)
 
@@ -48,22 +49,25 @@ class Faults:
                     self._history.append(Operation("died", now, now, server=name, found=member.last_words()))
                     await asyncio.to_thread(member.start)
 
-    def _begin(self, kind: str) -> None:
-        what, _, whom = kind.rpartition(" a ")
+    def _begin(self, kind: str) -> bool:
+        """Harm somebody in this way; False if nobody can be now."""
         if kind == "restart postgres":
-            if "postgres" not in self._harmed:
+            is_well = "postgres" not in self._harmed
+            if is_well:
                 self._run(kind, "postgres", self._restart_postgres)
-            return
+            return is_well
+        what, _, whom = kind.rpartition(" a ")
         members = self._cluster.servers if whom == "server" else self._cluster.workers
         free = sorted(set(members) - self._harmed)
-        if not free or (whom == "server" and len(free) == 1):  # one server is left in peace
-            return
+        if len(free) < (2 if whom == "server" else 1):  # one server is left in peace
+            return False
         name = self._dice.choice(free)
         if what == "kill":
             self._run(kind, name, lambda: self._kill(name, members[name]))
         else:
             seconds = self._dice.uniform(*(_STILL_SECONDS if what == "stop" else _GIVEN_UP_SECONDS))
             self._run(kind, name, lambda: self._stop(name, members[name], seconds))
+        return True
 
     def _run(self, kind: str, name: str, harm: Callable[[], Awaitable[None]]) -> None:
         self._harmed.add(name)

@@ -21,7 +21,7 @@ from tests.soak.history.operations import Operation
 from tests.support.postgres import Postgres
 
 _STORE_SECONDS = (0.0, 0.002, 0.02)  # as far away as the seed says
-_CLIENTS = 3  # of each tenant
+_CLIENTS = 4  # of each tenant
 _SETTLE_SECONDS = 60.0
 _DELETES_AT_ONCE = 8
 
