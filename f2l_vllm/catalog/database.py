@@ -35,7 +35,7 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.schema import CreateColumn
 
@@ -241,9 +241,9 @@ def _bound_waits(engine: Engine, busy_seconds: float) -> None:
         try:
             with driver.pipeline():  # with BEGIN in one round trip
                 driver.execute(bound)
-        except engine.dialect.loaded_dbapi.Error as error:  # SQLAlchemy translates those of its own statements only
+        except engine.dialect.loaded_dbapi.OperationalError as error:  # SQLAlchemy wraps those of its own calls only
             connection.invalidate()
-            raise DBAPIError(bound, None, error) from error
+            raise OperationalError(bound, None, error) from error
 
 
 def _headroom(engine: Engine) -> Headroom | None:
@@ -299,5 +299,5 @@ def _unavailable(error: DBAPIError) -> Unavailable | None:
     if state == "25006":
         return closed
     if state is None:  # the server could not be reached, or hung up
-        return busy if type(error.orig).__name__ == "OperationalError" else None
+        return busy if isinstance(error, OperationalError) else None
     return busy if state.startswith(_BUSY_STATES) else None

@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -210,6 +211,12 @@ def test_a_database_that_was_away_is_found_again(postgres):
         postgres.start()
     assert catalog.file(record.id, "t") == record
     catalog.close()
+
+
+def test_a_database_that_does_not_answer_is_away(monkeypatch):
+    monkeypatch.setattr("f2l_vllm.catalog.database._CONNECT_SECONDS", 2)  # the least that libpq waits
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(CatalogBusy):
+        Catalog(f"postgresql://f2l@127.0.0.1:{silent.getsockname()[1]}/f2l")
 
 
 @pytest.mark.parametrize(
