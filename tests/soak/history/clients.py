@@ -22,6 +22,7 @@ _MOST_FILES = 14  # of a tenant; beyond this, clients delete
 _WAITS = (0.5, 3.0)
 _EXPIRIES = (1, 6)  # seconds, from and to
 _THINK_SECONDS = 0.02
+_LAST_LINES = 60  # of a traceback
 
 
 @dataclass
@@ -175,7 +176,7 @@ class Client:
         try:
             answer = await self._http.request(method, f"{url}{path}", **given)
             values |= {"status": answer.status_code, "retry_after": "retry-after" in answer.headers}
-            values |= read(answer) if answer.status_code == 200 else {"code": _code(answer)}
+            values |= read(answer) if answer.status_code == 200 else _refused(answer)
         except (httpx.TransportError, ValueError) as error:  # a broken answer is none
             values |= {"status": NO_ANSWER, "code": type(error).__name__}
         return self._note(kind, start, **values)
@@ -186,11 +187,12 @@ class Client:
         return done
 
 
-def _code(answer: httpx.Response) -> str:
+def _refused(answer: httpx.Response) -> dict[str, Any]:
+    """The error's code; of a bug, the server's traceback."""
     try:
-        return str(answer.json()["error"]["code"])
+        return {"code": str(answer.json()["error"]["code"])}
     except (ValueError, KeyError, TypeError):
-        return answer.text[:200]
+        return {"found": answer.text.splitlines()[-_LAST_LINES:]}
 
 
 def tiny_video(folder: Path) -> bytes:

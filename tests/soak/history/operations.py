@@ -29,7 +29,7 @@ class Operation:
         expires_at, idle_seconds: of an upload, as it was answered and asked for.
         retry_after: whether an error said when to ask again.
         erased: of a deletion with `wait=erased`, what it said.
-        found: what a list, a `look` or `left` found; the last words of one that died.
+        found: what a list, a `look` or `left` found; the last words of one that died, or of a bug.
     """
 
     kind: str

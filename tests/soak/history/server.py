@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import uvicorn
 import vllm.v1.engine.exceptions  # noqa: F401  (what `/ready` imports; loaded once, before servers are forked)
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse
 
 from f2l_vllm import torch_shims
 from f2l_vllm.catalog.catalog import Catalog
@@ -110,6 +112,11 @@ async def left(request: Request) -> list[str]:
     return sorted({*state.engine_client.names.values(), *state.f2l.registry.names()})
 
 
+async def _say_why(_request: Request, error: Exception) -> PlainTextResponse:
+    """500 with the traceback, for the history."""
+    return PlainTextResponse("".join(traceback.format_exception(error)), status_code=500)
+
+
 def serve(place: Place) -> None:
     """Serve until killed."""
     place.take()
@@ -122,6 +129,7 @@ def serve(place: Place) -> None:
     app.add_exception_handler(RequestValidationError, errors.answer_validation)
     app.add_exception_handler(HTTPException, errors.answer_http)
     app.add_exception_handler(Unavailable, errors.answer_unavailable)
+    app.add_exception_handler(Exception, _say_why)
     uvicorn.run(app, host="127.0.0.1", port=place.port, log_level="info", access_log=False)
 
 
