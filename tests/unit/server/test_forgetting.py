@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.tables import servers
+from f2l_vllm.catalog.tombstones import name_video
 from f2l_vllm.cli.main import app
 from f2l_vllm.server.registry import AdapterLost, Registry
 from f2l_vllm.server.videos.service import Revisions, VideoService
@@ -50,6 +51,14 @@ class Server:
         self.work()
         return record, self.catalog.adapter(record.adapter_name)
 
+    def keep(self, text):
+        """Where an upload of these bytes has put them, before it is entered."""
+        temporary = self.store.temporary()
+        temporary.write_text(text)
+        video = self.catalog.reserve_video(hashlib.sha256(text.encode()).hexdigest())
+        self.store.keep_video(temporary, video.video)
+        return video
+
     def work(self):
         """Make every adapter that waits."""
         while jobs := self.catalog.claim_jobs(1):
@@ -80,6 +89,12 @@ class Server:
         with self.catalog._write() as connection:
             mine = servers.c.id == self.forgetting._server
             connection.execute(update(servers).where(mine).values(seen_at=0.0))
+
+
+def entered_with(server, video):
+    """The generation that a file entered with these bytes has."""
+    with server.catalog._write(beside=[video.sha256]) as connection:
+        return name_video(connection, video)
 
 
 @contextlib.asynccontextmanager
@@ -203,6 +218,39 @@ def test_what_was_uploaded_again_stays(tmp_path, database_url):
         for server in (one, two):
             await server.forgetting.forget()
             assert server.store.verify_adapter(adapter.name)
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_bytes_that_were_uploaded_beside_the_same_bytes_are_forgotten(tmp_path, database_url):
+    async def scenario(one, two):
+        unrelated, _ = await one.upload("b")
+        video = two.keep("a")
+        record, _ = await one.upload("a")  # is entered first
+        await one.service.remove(unrelated.id, T)
+        await two.forgetting.forget()
+        assert entered_with(two, video) == record.generation
+        assert two.left != []
+        await one.service._keeper.bury_all()
+        await two.forgetting.forget()
+        assert two.left == []
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_bytes_of_an_upload_that_ended_with_its_server_are_forgotten(tmp_path, database_url, monkeypatch):
+    async def scenario(one, two):
+        two.keep("a")
+        unrelated, _ = await one.upload("b")
+        await one.service.remove(unrelated.id, T)
+        again = Server(tmp_path, "two", database_url)  # the first one was killed
+        await again.membership.attend()
+        monkeypatch.setattr("f2l_vllm.catalog.tombstones._RESERVED_SECONDS", -1.0)
+        await one.service._keeper.bury_all()
+        await again.forgetting.forget()
+        assert again.left == []
+        assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
+        again.service.close()
 
     run(scenario, tmp_path, database_url)
 
