@@ -1,4 +1,4 @@
-"""Clients that do at random what clients do, each one thing after another, and record it."""
+"""Clients that do at random what clients do, and record it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _MOST_FILES = 14  # of a tenant; beyond this, clients delete
 _WAITS = (0.5, 3.0)
 _EXPIRIES = (1, 6)  # seconds, from and to
 _THINK_SECONDS = 0.02
+_SOON_SECONDS = 0.05
 _LAST_LINES = 60  # of a traceback
 
 
@@ -83,6 +84,7 @@ class Client:
             weights[lambda: self.content(server, file_id)] = 4
             weights[lambda: self.delete(server, file_id)] = 12 if crowded else 5
             weights[lambda: self.delete(server, file_id, erased=True)] = 4 if crowded else 2
+            weights[lambda: self.everything(dice, file_id)] = 3
         if known.gone[self.tenant]:
             weights[lambda: self.ask(server, dice.choice(known.gone[self.tenant]))] = 8
         if theirs := [file_id for tenant in TENANTS if tenant != self.tenant for file_id in known.live[tenant]]:
@@ -147,6 +149,25 @@ class Client:
             found = await asyncio.to_thread(self._cluster.look, sha256)
             self._note("look", done.start, file_id=file_id, sha256=sha256, found=found)
         return done
+
+    async def everything(self, dice: Random, file_id: str) -> None:
+        """All that can be done with a file and its bytes, at the same time, in some order, anywhere."""
+        sha256 = self._known.live[self.tenant][file_id]
+        works: list[Callable[[str], Any]] = [
+            lambda server: self.delete(server, file_id, erased=dice.random() < 0.5),
+            lambda server: self.ask(server, file_id, 1.0),
+            lambda server: self.content(server, file_id),
+            lambda server: self.content(server, file_id),
+        ]
+        same = [content for content in self._known.contents if hashlib.sha256(content).hexdigest() == sha256]
+        works += [lambda server: self.upload(server, same[0])] if same and dice.random() < 0.5 else []
+        dice.shuffle(works)
+
+        async def soon(work: Callable[[str], Any]) -> None:
+            await asyncio.sleep(dice.uniform(0, _SOON_SECONDS))
+            await work(dice.choice([*self._cluster.servers]))
+
+        await asyncio.gather(*(soon(work) for work in works))
 
     async def list(self, server: str) -> Operation:
         """All files of the tenant's."""

@@ -115,4 +115,4 @@ class Faults:
     async def _restart_postgres(self) -> None:
         await asyncio.to_thread(self._cluster.postgres.stop)
         await asyncio.sleep(self._dice.uniform(*_DOWN_SECONDS))
-        await asyncio.to_thread(self._cluster.postgres.start)
+        self._cluster.postgres.start()  # in this thread: it ends with the thread that starts it
