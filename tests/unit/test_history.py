@@ -61,8 +61,9 @@ CLEAN = [
     done("delete", 12, status=404),
     done("ask", 14, status=404),
     done("ask", 25, "file-3", status=404),
+    done("delete", 25, "file-3"),  # due, and nobody has tidied up
     upload(26, "file-5", sha256=A),
-    done("look", 27, "file-1", sha256=A, found=["store"]),  # the same bytes were uploaded again
+    done("look", 27, "file-1", sha256=A, found=["store videos/aa"]),  # the same bytes were uploaded again
     calm(30),
     Operation("ready", 30, 31, server="server-0"),
     *(done("ask", 31, "file-2", tenant="blue", sha256=B, server=f"server-{number}") for number in range(2)),
@@ -106,10 +107,10 @@ BROKEN = {
         [upload(0, "", name="x.mp4", status=429), replace(listed(1), found=[["file-9", "x.mp4"]])],
     ),
     "a file of nobody's": ("another tenant's", [listed(1, "file-9")]),
-    "left of one": ("not erased", [upload(0), done("delete", 1), done("look", 1, found=["server-0 disk"])]),
+    "left of one": ("not erased", [upload(0), done("delete", 1), done("look", 1, found=["server-0 videos/aa"])]),
     "left of one elsewhere": (
         "not erased",
-        [upload(0), fault(1, 2, "server-1"), done("delete", 1), done("look", 1, found=["server-0 memory"])],
+        [upload(0), fault(1, 2, "server-1"), done("delete", 1), done("look", 1, found=["server-0 f2l-1"])],
     ),
     "not erased in the end": (
         "not erased",

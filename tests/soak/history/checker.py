@@ -51,7 +51,12 @@ class File:
             for one in sorted(self.uses, key=lambda one: one.start):
                 if one.start <= due:  # a later one finds nothing to use
                     due = max(due, one.end + self.upload.idle_seconds + 1)
-        return min([due, *(one.end for one in self.deletes if one.is_done)])
+        return min(due, self.deleted)
+
+    @property
+    def deleted(self) -> float:
+        """From when on it cannot be deleted any more. One that is due can, until somebody has tidied up."""
+        return min((one.end for one in self.deletes if one.is_done), default=_FOREVER)
 
 
 def violations(history: Sequence[Operation]) -> list[Violation]:
@@ -88,9 +93,8 @@ def _answers(history: Sequence[Operation], known: dict[str, File]) -> Iterator[V
         elif one.is_done:
             if one.kind in _READS and one.sha256 != found.upload.sha256:
                 yield Violation("another video's", f"{one.kind} came from {one.sha256[:12]}", shown)
-            if one.start > found.must_be_gone:
-                late = one.start - found.must_be_gone
-                yield Violation("after its end", f"{one.kind} {late:.3f} s after the file was gone", shown)
+            if one.start > (found.must_be_gone if one.kind in _READS else found.deleted):
+                yield Violation("after its end", f"{one.kind} of a file that was gone", shown)
         elif one.status == 404 and one.end < found.may_be_gone:
             yield Violation("lost", f"{one.kind} found no file that nobody had deleted", shown)
         elif one.status == 422:

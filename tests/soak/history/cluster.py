@@ -135,17 +135,18 @@ class Cluster:
             shutil.rmtree(member.memory, ignore_errors=True)
 
     def look(self, sha256: str) -> list[str]:
-        """Where there is something of a video: `store`, or a server's name and a folder."""
+        """Where there is something of a video: `store` or a server's name, and a path there."""
         adapter = REVISIONS.name(sha256)
-
-        def has(folder: Path) -> bool:
-            return any(folder.glob(f"videos/{sha256[:2]}/{sha256}*")) or any(folder.glob(f"adapters/{adapter}*"))
-
-        found = ["store"] if has(self.folder / "store") else []
+        patterns = (f"videos/{sha256[:2]}/{sha256}*", f"adapters/{adapter}*")
+        places = [("store", self.folder / "store", patterns)]
         for name, server in self.servers.items():
-            found += [f"{name} disk"] if has(server.place.home) else []
-            found += [f"{name} memory"] if any(server.memory.glob(f"{adapter}*")) else []
-        return found
+            places += [(name, server.place.home, patterns), (name, server.memory, (f"{adapter}*",))]
+        return [
+            f"{name} {path.relative_to(folder)}"
+            for name, folder, patterns in places
+            for pattern in patterns
+            for path in folder.glob(pattern)
+        ]
 
     async def left(self) -> dict[str, Any]:
         """What there is anywhere, of all videos; empty if there is nothing."""
