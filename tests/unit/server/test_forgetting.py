@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import update
@@ -15,7 +16,9 @@ from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.tables import servers
 from f2l_vllm.catalog.tombstones import name_video
 from f2l_vllm.cli.main import app
+from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.registry import AdapterLost, Registry
+from f2l_vllm.server.videos.routes import file_content
 from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.cached_store import open_store
@@ -251,6 +254,28 @@ def test_bytes_of_an_upload_that_ended_with_its_server_are_forgotten(tmp_path, d
         assert again.left == []
         assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
         again.service.close()
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_bytes_that_are_being_sent_are_sent_whole(tmp_path, database_url):
+    async def scenario(one, two):
+        record, _ = await one.upload("the bytes")
+        state = SimpleNamespace(f2l=two.service)
+        asked = SimpleNamespace(app=SimpleNamespace(state=state), state=SimpleNamespace(tenant=T))
+        answer = await file_content(record.id, asked)
+        await one.service.remove(record.id, T)
+        await two.forgetting.forget()
+        assert two.left == []
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        await answer({"type": "http", "method": "GET", "headers": [], "asgi": {"spec_version": "2.4"}}, None, send)
+        assert b"".join(message.get("body", b"") for message in sent) == b"the bytes"
+        with pytest.raises(APIError, match="No video"):
+            await file_content(record.id, asked)
 
     run(scenario, tmp_path, database_url)
 
