@@ -8,11 +8,12 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 TORCH_INDEX ?=
 FUZZ_SECONDS ?= 600
+SOAK_SECONDS ?= 3600
 # Tests run two modules at a time: a server that starts or a model that loads leaves half of two cores idle.
 PARALLEL ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo check unit test test-full-size fuzz lint format bench page model clean
+.PHONY: help setup serve demo check unit test test-full-size fuzz soak lint format bench page model clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +46,9 @@ test-full-size: $(STAMP) ## Run the tests on models of the released shapes (10 m
 
 fuzz: $(STAMP) ## Attack a server of its own with mutated requests (10 minutes; FUZZ_SECONDS=60 for one)
 	$(BIN)/python -m tests.soak.fuzz --seconds $(FUZZ_SECONDS) --json build/fuzz.json
+
+soak: $(STAMP) ## Harm servers of one PostgreSQL and one store, and check what clients saw (an hour; SOAK_SECONDS=300 for less)
+	$(BIN)/python -m tests.soak.history --seconds $(SOAK_SECONDS) --json build/history.json
 
 lint: $(STAMP) ## Check style, types and who imports whom
 	$(BIN)/ruff check .

@@ -40,7 +40,7 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.schema import CreateColumn
 
@@ -273,8 +273,12 @@ def _bound_waits(engine: Engine, busy_seconds: float) -> None:
     def _begin(connection: Connection) -> None:
         driver = connection.connection.driver_connection
         assert driver is not None
-        with driver.pipeline():  # with BEGIN in one round trip
-            driver.execute(bound)
+        try:
+            with driver.pipeline():  # with BEGIN in one round trip
+                driver.execute(bound)
+        except engine.dialect.loaded_dbapi.OperationalError as error:  # SQLAlchemy wraps those of its own calls only
+            connection.invalidate()
+            raise OperationalError(bound, None, error) from error
 
 
 def _headroom(engine: Engine) -> Headroom | None:
@@ -331,5 +335,5 @@ def _unavailable(error: DBAPIError) -> Unavailable | None:
     if state == "25006":
         return closed
     if state is None:  # the server could not be reached, or hung up
-        return busy if type(error.orig).__name__ == "OperationalError" else None
+        return busy if isinstance(error, OperationalError) else None
     return busy if state.startswith(_BUSY_STATES) else None

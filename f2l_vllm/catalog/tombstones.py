@@ -76,8 +76,9 @@ class Tombstones(Database):
             late = and_(tombstones.c.reserved.is_(True), tombstones.c.doomed_at < before)
             is_late = connection.scalar(select(exists().where(open_, late)))
         if is_late:
-            with self._write() as connection:
-                connection.execute(update(tombstones).where(open_, late).values(reserved=False))
+            with self._write(deletes=True) as connection:
+                ended = delete(tombstones).where(open_, late).returning(tombstones.c.name, tombstones.c.generation)
+                doom(connection, VIDEO, [(name, generation) for name, generation in connection.execute(ended)])
         with self._read() as connection:
             query = select(tombstones).where(open_, tombstones.c.reserved.is_(False)).order_by(tombstones.c.seq)
             return [tombstone_record(row) for row in connection.execute(query.limit(limit))]
@@ -159,10 +160,12 @@ def name_video(connection: Connection, video: Bytes) -> str:
 
 
 def give_back(connection: Connection, video: Bytes) -> list[Tombstone]:
-    """End an unused reservation: its bytes may be removed."""
-    found = [tombstone_record(row) for row in connection.execute(select(tombstones).where(_reservation(video)))]
-    connection.execute(update(tombstones).where(_reservation(video)).values(reserved=False))
-    return found
+    """End an unused reservation: its bytes may be removed. The tombstone gets a number of its own, because servers may
+    have forgotten everything up to the reservation's."""
+    write_tombstones(connection)
+    if connection.execute(delete(tombstones).where(_reservation(video))).rowcount == 0:
+        return []
+    return doom(connection, VIDEO, [(video.sha256, video.generation)])
 
 
 def _reservation(video: Bytes) -> Any:

@@ -125,10 +125,23 @@ async def file_content(file_id: str, request: Request) -> FileResponse:
     videos = service(request)
     (found,) = await videos.find([file_id], tenant_of(request))
     try:
-        path = await asyncio.to_thread(videos.store.fetch_video, found.file.video)
-    except StoreError as error:
+        return await asyncio.to_thread(_Content, videos.store, found.file)
+    except (FileNotFoundError, StoreError) as error:
         raise video_not_found(file_id) from error  # deleted between look-up and read
-    return FileResponse(path, media_type="application/octet-stream", filename=found.file.filename)
+
+
+class _Content(FileResponse):
+    """A video's bytes. The file is opened first, so that it is sent whole even if it is deleted meanwhile."""
+
+    def __init__(self, store: Store, record: FileRecord) -> None:
+        """Runs in a thread. Raises as `Store.fetch_video`, and FileNotFoundError."""
+        self._file = store.fetch_video(record.video).open("rb")
+        path = f"/dev/fd/{self._file.fileno()}"
+        super().__init__(path, media_type="application/octet-stream", filename=record.filename)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._file:
+            await super().__call__(scope, receive, send)
 
 
 @router.get("/v1/files/{file_id}/events")

@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -235,6 +236,32 @@ def test_a_database_that_was_away_is_found_again(postgres):
     finally:
         postgres.start()
     assert catalog.file(record.id, "t") == record
+    catalog.close()
+
+
+def test_a_database_that_does_not_answer_is_away(monkeypatch):
+    monkeypatch.setattr("f2l_vllm.catalog.database._CONNECT_SECONDS", 2)  # the least that libpq waits
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(CatalogBusy):
+        Catalog(f"postgresql://f2l@127.0.0.1:{silent.getsockname()[1]}/f2l")
+
+
+@pytest.mark.parametrize(
+    "step", [lambda catalog: catalog.counts(), lambda catalog: catalog.bury([])], ids=["read", "write"]
+)
+def test_a_database_that_goes_away_before_a_transaction_begins_is_away(postgres, step):
+    url = postgres.new_database()
+    catalog, other = Catalog(url), create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+
+    def end(connection, *_):
+        with other.connect() as killer:
+            killer.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": connection.info.backend_pid})
+
+    event.listen(catalog._engine, "checkout", end)  # which comes after the pool has found the connection alive
+    with pytest.raises(CatalogBusy):
+        step(catalog)
+    event.remove(catalog._engine, "checkout", end)
+    step(catalog)
+    other.dispose()
     catalog.close()
 
 

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import update
@@ -17,11 +18,14 @@ from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.listener import listen
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tables import duties, files, servers
+from f2l_vllm.catalog.tombstones import name_video
 from f2l_vllm.cli.main import app
 from f2l_vllm.server import metrics
+from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.registry import AdapterLost, Registry
 from f2l_vllm.server.videos import membership
 from f2l_vllm.server.videos.homes import home
+from f2l_vllm.server.videos.routes import file_content
 from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.cached_store import open_store
@@ -58,6 +62,14 @@ class Server:
         self.work()
         return record, self.catalog.adapter(record.adapter_name)
 
+    def keep(self, text):
+        """Where an upload of these bytes has put them, before it is entered."""
+        temporary = self.store.temporary()
+        temporary.write_text(text)
+        video = self.catalog.reserve_video(hashlib.sha256(text.encode()).hexdigest())
+        self.store.keep_video(temporary, video.video)
+        return video
+
     def work(self):
         """Make every adapter that waits."""
         while jobs := self.catalog.claim_jobs(1):
@@ -88,6 +100,12 @@ class Server:
         with self.catalog._write() as connection:
             mine = servers.c.id == self.forgetting.server
             connection.execute(update(servers).where(mine).values(seen_at=0.0))
+
+
+def entered_with(server, video):
+    """The generation that a file entered with these bytes has."""
+    with server.catalog._write(beside=[video.sha256]) as connection:
+        return name_video(connection, video)
 
 
 @contextlib.asynccontextmanager
@@ -236,6 +254,61 @@ def test_what_was_uploaded_again_stays(tmp_path, database_url):
             await server.forgetting.forget()
             assert server.store.verify_adapter(new.object)
         assert list(two.engine.names.values()) == [new.object]
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_bytes_that_were_uploaded_beside_the_same_bytes_are_forgotten(tmp_path, database_url):
+    async def scenario(one, two):
+        unrelated, _ = await one.upload("b")
+        video = two.keep("a")
+        record, _ = await one.upload("a")  # is entered first
+        await one.service.remove(unrelated.id, T)
+        await two.forgetting.forget()
+        assert entered_with(two, video) == record.generation
+        assert two.left != []
+        await one.service._keeper.bury_all()
+        await two.forgetting.forget()
+        assert two.left == []
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_bytes_of_an_upload_that_ended_with_its_server_are_forgotten(tmp_path, database_url, monkeypatch):
+    async def scenario(one, two):
+        two.keep("a")
+        unrelated, _ = await one.upload("b")
+        await one.service.remove(unrelated.id, T)
+        again = Server(tmp_path, "two", database_url)  # the first one was killed
+        await again.membership.attend()
+        monkeypatch.setattr("f2l_vllm.catalog.tombstones._RESERVED_SECONDS", -1.0)
+        await one.service._keeper.bury_all()
+        await again.forgetting.forget()
+        assert again.left == []
+        assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
+        again.service.close()
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_bytes_that_are_being_sent_are_sent_whole(tmp_path, database_url):
+    async def scenario(one, two):
+        record, _ = await one.upload("the bytes")
+        state = SimpleNamespace(f2l=two.service)
+        asked = SimpleNamespace(app=SimpleNamespace(state=state), state=SimpleNamespace(tenant=T))
+        answer = await file_content(record.id, asked)
+        await one.service.remove(record.id, T)
+        await two.forgetting.forget()
+        assert two.left == []
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        await answer({"type": "http", "method": "GET", "headers": [], "asgi": {"spec_version": "2.4"}}, None, send)
+        assert b"".join(message.get("body", b"") for message in sent) == b"the bytes"
+        with pytest.raises(APIError, match="No video"):
+            await file_content(record.id, asked)
 
     run(scenario, tmp_path, database_url)
 

@@ -1,0 +1,28 @@
+"""Servers of one catalog and one store, killed, stopped and cut off at random: what clients may never see."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+from tests.soak.history.faults import KINDS
+from tests.soak.history.run import run
+from tests.support.postgres import temporary_postgres
+
+SEEDS = (11, 12)
+SECONDS = 40
+QUESTIONS = 300
+DONE = ("upload 200", "ask 200", "content 200", "delete 200", "list 200", "look 200")
+
+
+def test_whatever_happens_to_servers_workers_and_postgres_clients_see_nothing_wrong():
+    counts = Counter()
+    with temporary_postgres() as postgres:
+        if postgres is None:
+            pytest.skip("PostgreSQL is not installed")
+        for seed in SEEDS:
+            history = asyncio.run(run(SECONDS, seed, postgres))
+            assert not history.violations, f"seed {seed}: {history.violations[:3]}"
+            counts.update(history.counts)
+    assert {name for name in (*DONE, *(f"fault {kind}" for kind in KINDS)) if not counts[name]} == set()
+    assert counts["ask 200"] > QUESTIONS
