@@ -84,12 +84,14 @@ class Tombstones(Database):
             return [tombstone_record(row) for row in connection.execute(query.limit(limit))]
 
     def bury(self, removed: Collection[Tombstone]) -> None:
-        """Note that what these tombstones name is gone from the store."""
+        """Note that what these tombstones name is gone from the store. An attempt that still runs may put its adapter
+        there later; its tombstone stays open."""
+        runs = exists().where(jobs.c.adapter_name == tombstones.c.name, jobs.c.token == tombstones.c.generation)
         with self._write(beside=()) as connection:
             numbers = [tombstone.seq for tombstone in removed]
             for start in range(0, len(numbers), _AT_ONCE):
                 chosen = tombstones.c.seq.in_(numbers[start : start + _AT_ONCE])
-                connection.execute(update(tombstones).where(chosen).values(done_at=clock(connection)))
+                connection.execute(update(tombstones).where(chosen, ~runs).values(done_at=now(connection)))
 
     def named(self, names: Collection[str]) -> set[str]:
         """Those of these store names that a row names: adapters that are published or in the making, and videos of

@@ -306,9 +306,11 @@ def drop_unwanted(connection: Connection, names: Collection[str | None]) -> list
     if not unwanted:
         return []
     # A running job stays: its worker finds that nobody waits and drops the result.
-    return drop_jobs(connection, and_(jobs.c.adapter_name.in_(unwanted), jobs.c.running == 0)) + drop_adapters(
-        connection, unwanted
-    )
+    chosen = and_(jobs.c.adapter_name.in_(unwanted), jobs.c.token.is_not(None))
+    running = connection.execute(select(jobs.c.adapter_name, jobs.c.token).where(chosen)).all()
+    doomed = doom(connection, ADAPTER, sorted((name, token) for name, token in running))
+    doomed += drop_jobs(connection, and_(jobs.c.adapter_name.in_(unwanted), jobs.c.running == 0))
+    return doomed + drop_adapters(connection, unwanted)
 
 
 def drop_jobs(connection: Connection, chosen: Any) -> list[Tombstone]:

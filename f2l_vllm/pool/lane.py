@@ -274,6 +274,8 @@ class Lane(threading.Thread):
 
     def _end(self, job: Job, outcome: Outcome) -> None:
         catalog = self._catalog
+        if not self._wanted(job):  # its bytes may have been fetched after they were deleted
+            self._work.store.forget_video(job.video)
         if isinstance(outcome, Cancelled):
             self._enter(catalog.release_job, job, blameless=True)  # deletes the job if still nobody waits for it
             return

@@ -157,7 +157,7 @@ class F2LEndpointPlugin:
 
 async def _warm(service: VideoService, limit: int) -> None:
     await service.membership.appointed.wait()
-    await service.warm(limit)
+    await service.residents.warm(limit)
 
 
 async def _welcome(service: VideoService, state: State, url: str) -> None:

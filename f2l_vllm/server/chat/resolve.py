@@ -139,7 +139,7 @@ class Asking:
     def _path(self, record: FileRecord) -> Path:
         """Runs in a thread."""
         try:
-            return self._service.store.fetch_video(record.video)
+            return self._service.fetch_video(record)
         except StoreError as error:
             raise video_not_found(record.id, "messages") from error  # deleted between look-up and read
 

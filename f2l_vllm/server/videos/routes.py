@@ -125,7 +125,7 @@ async def file_content(file_id: str, request: Request) -> FileResponse:
     videos = service(request)
     (found,) = await videos.find([file_id], tenant_of(request))
     try:
-        return await asyncio.to_thread(_Content, videos.store, found.file)
+        return await asyncio.to_thread(_Content, videos, found.file)
     except (FileNotFoundError, StoreError) as error:
         raise video_not_found(file_id) from error  # deleted between look-up and read
 
@@ -133,9 +133,9 @@ async def file_content(file_id: str, request: Request) -> FileResponse:
 class _Content(FileResponse):
     """A video's bytes. The file is opened first, so that it is sent whole even if it is deleted meanwhile."""
 
-    def __init__(self, store: Store, record: FileRecord) -> None:
-        """Runs in a thread. Raises as `Store.fetch_video`, and FileNotFoundError."""
-        self._file = store.fetch_video(record.video).open("rb")
+    def __init__(self, videos: VideoService, record: FileRecord) -> None:
+        """Runs in a thread. Raises as `VideoService.fetch_video`, and FileNotFoundError."""
+        self._file = videos.fetch_video(record).open("rb")
         path = f"/dev/fd/{self._file.fileno()}"
         super().__init__(path, media_type="application/octet-stream", filename=record.filename)
 

@@ -22,10 +22,10 @@ from f2l_vllm.server import metrics
 from f2l_vllm.server.errors import APIError, HTTPStatus, shutting_down, video_failed, video_not_found, video_not_ready
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.videos.forgetting import Forgetting
-from f2l_vllm.server.videos.homes import home
 from f2l_vllm.server.videos.janitor import Janitor, try_all
 from f2l_vllm.server.videos.keeping import Keeper
 from f2l_vllm.server.videos.membership import Membership
+from f2l_vllm.server.videos.residents import Residents
 from f2l_vllm.server.videos.watcher import Watcher
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.address import adapter_name
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 _MAINTENANCE_SECONDS = 5.0
 _CLEANING_SECONDS = 60.0
 _SWEEP_SECONDS = 3600.0
-_PREPARED_AT_ONCE = 256
 _WRITERS = 4  # threads for catalog writes, so that questions, which only read, never wait for one
 
 
@@ -91,9 +90,8 @@ class VideoService:
         self.forgetting = Forgetting(catalog, store, registry, revision, self._write)
         self.janitor = Janitor(catalog, self._keeper, lambda: self.forgetting.name, self._write)
         self.membership = Membership(catalog, self.forgetting, revision, self.adopt, listener)
+        self.residents = Residents(catalog, store, registry, revision, lambda: self.forgetting.name)
         self._used: dict[str, float] = {}  # file ids, and when they were asked about
-        self._servers: list[str] = []  # those with the same models, by their lasting names
-        self._prepared: int | None = None  # the id of the last adapter that was copied into memory
         self._cleaned, self._swept = -_CLEANING_SECONDS, -_SWEEP_SECONDS
 
     async def enter(
@@ -176,6 +174,19 @@ class VideoService:
                 raise video_not_found(file_id, param)
         return [found[file_id] for file_id in file_ids]
 
+    def fetch_video(self, record: FileRecord) -> Path:
+        """A file's bytes as a local file. Runs in a thread.
+
+        Raises:
+            StoreError: they are missing, or were deleted meanwhile.
+            Unavailable: catalog or store cannot be asked now.
+        """
+        path = self.store.fetch_video(record.video)
+        if self.store.is_cache and not self.catalog.named([record.video]):  # it came after it was to be forgotten
+            self.store.forget_video(record.video)
+            raise StoreError(f"the video {record.video} was deleted a moment ago")
+        return path
+
     def note_use(self, record: FileRecord) -> None:
         """Record that the file was asked about: its idle expiry counts from now."""
         self._used[record.id] = self.catalog.now()
@@ -255,16 +266,6 @@ class VideoService:
             message = "%d videos were read by other models or in another way and are read again; %d have no bytes left"
             logger.warning(message, waiting, failed)
 
-    async def warm(self, limit: int) -> None:
-        """Make the `limit` most recently used adapters resident whose home this is, so that questions need no load."""
-        await asyncio.to_thread(self._pin)
-        recent = await asyncio.to_thread(self.catalog.recent_adapters, limit * max(1, len(self._servers)))
-        for adapter in [adapter for adapter in recent if self._is_home(adapter.name)][:limit]:
-            try:
-                (await self.registry.acquire(adapter)).release()
-            except Exception as error:  # a question about it will report the error
-                logger.warning("adapter %s was not made resident: %s", adapter.name, error)
-
     def close(self) -> None:
         """Stop the pool, and close store and catalog. Runs in a thread after the last answer has ended."""
         if self.pool is not None:
@@ -322,36 +323,13 @@ class VideoService:
             self._swept = time.monotonic()
 
     async def _keep_in_memory(self) -> None:
-        await asyncio.to_thread(self._pin)
-        await asyncio.to_thread(self._prepare)
+        await asyncio.to_thread(self.residents.keep)
         if self.store.is_cache:
             await asyncio.to_thread(self.store.trim, await asyncio.to_thread(self.catalog.videos_in_work))
 
     async def _show(self) -> None:
         metrics.WORKERS.set(self.pool.workers if self.pool is not None else 0)
         metrics.FREE_BYTES.set(await asyncio.to_thread(self.store.reserve.free))
-
-    def _is_home(self, adapter_name: str) -> bool:
-        """Whether an adapter is kept ready at this server and no other."""
-        return home(adapter_name, self._servers) in (self.forgetting.name, None)
-
-    def _pin(self) -> None:
-        """Keep the pinned adapters in memory whose home this is. Runs in a thread."""
-        self._servers = self.catalog.servers(self._revisions.name(""))
-        self.store.pin({name for name in self.catalog.pinned_adapters() if self._is_home(name.partition(".")[0])})
-
-    def _prepare(self) -> None:
-        """Copy newly published adapters whose home this is into memory before their first question. Runs in a
-        thread."""
-        if self._prepared is None:
-            self._prepared = self.catalog.newest_adapter()
-        for adapter in self.catalog.adapters_after(self._prepared, _PREPARED_AT_ONCE):
-            self._prepared = adapter.id
-            try:
-                if self._is_home(adapter.name):
-                    self.store.prepare(adapter.object)
-            except StoreError as error:  # deleted meanwhile, or a question about it will report the error
-                logger.info("an adapter was not copied into memory: %s", error)
 
     async def _note_use(self) -> None:
         """Write all use since the last call to the catalog, in one transaction."""

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,12 +25,13 @@ from f2l_vllm.server import metrics
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.registry import AdapterLost, Registry
 from f2l_vllm.server.videos import membership
-from f2l_vllm.server.videos.homes import home
+from f2l_vllm.server.videos.residents import home
 from f2l_vllm.server.videos.routes import file_content
 from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.cached_store import open_store
 from f2l_vllm.store.errors import CatalogBusy, OtherModels
+from f2l_vllm.store.manifest import StoreError
 from tests.support.engine import Engine
 
 T = "tenant"
@@ -237,6 +239,31 @@ def test_a_server_that_starts_forgets_what_was_deleted_while_it_was_down(tmp_pat
         names = {path.name for path in (copy / "adapters").iterdir()} | {path.name for path in copy.glob("videos/*/*")}
         assert names == {kept_adapter.object, kept.video}
         again.service.close()
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_bytes_that_arrive_after_they_were_deleted_do_not_stay(tmp_path, database_url):
+    async def scenario(one, two):
+        record, _ = await one.upload("a")
+        fetched, deleted = threading.Event(), threading.Event()
+        fetch = two.store._remote.get_video
+
+        def late(video, target):
+            fetch(video, target)
+            fetched.set()
+            deleted.wait()
+
+        two.store._remote.get_video = late
+        fetching = asyncio.create_task(asyncio.to_thread(two.service.fetch_video, record))
+        await asyncio.to_thread(fetched.wait)
+        await one.service.remove(record.id, T)
+        for server in (one, two):
+            await server.forgetting.forget()
+        deleted.set()
+        with pytest.raises(StoreError, match="deleted a moment ago"):
+            await fetching
+        assert two.left == []
 
     run(scenario, tmp_path, database_url)
 
@@ -483,7 +510,7 @@ def test_an_adapter_is_kept_ready_at_one_server(tmp_path, database_url):
         assert pinned[1] <= ready[1]
         assert len(pinned[0]) + len(pinned[1]) == 6
         for server in (one, two):
-            await server.service.warm(8)
+            await server.service.residents.warm(8)
         assert {*one.engine.names.values()} == ready[0]
         assert {*two.engine.names.values()} == ready[1]
         await asyncio.to_thread(two.forgetting.leave)

@@ -101,7 +101,7 @@ def test_a_restart_makes_what_was_used_last_resident(tmp_path):
         await bench.service.tidy()
         again = Bench(tmp_path)
         again.service.adopt()
-        await again.service.warm(2)
+        await again.service.residents.warm(2)
         assert list(again.engine.paths) == [bench.object(files[3]), bench.object(files[1])]
         await again.ask(files[0])
 
@@ -134,7 +134,7 @@ def test_a_video_of_other_revisions_is_never_answered_from_its_old_adapter(tmp_p
         bench.work()
         again = Bench(tmp_path, revision="two")
         again.service.adopt()
-        await again.service.warm(9)
+        await again.service.residents.warm(9)
         with pytest.raises(APIError, match="still being internalized"):
             await again.ask(file)
         await again.service.tidy()
@@ -394,7 +394,7 @@ def test_the_event_loop_never_reads_or_writes_the_catalog(tmp_path):
         (await bench.registry.acquire(found)).release()
         used.clear()
         await bench.service.tidy()
-        await bench.service.warm(10)
+        await bench.service.residents.warm(10)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=True)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             path = f"/v1/files/{file.id}"
