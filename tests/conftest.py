@@ -1,4 +1,5 @@
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,15 @@ os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # as in the pool's process
 from f2l_vllm import torch_shims
 
 torch_shims.install()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Number the tests of one name, as schemathesis makes them: of these, xdist runs one alone."""
+    known: Counter[str] = Counter()
+    for item in items:
+        known[item.nodeid] += 1
+        if (number := known[item.nodeid]) > 1:
+            item._nodeid = f"{item.nodeid}[{number}]"
 
 
 @pytest.fixture(scope="session")
