@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from _pytest.nodeid import coerce_node_id
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a thread for each, and for what it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,12 +17,13 @@ torch_shims.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Number the tests of one name, as schemathesis makes them: of these, xdist runs one alone."""
+    """Number tests of one name, as schemathesis makes them: xdist would run one of them and pass over the others."""
     known: Counter[str] = Counter()
     for item in items:
         known[item.nodeid] += 1
         if (number := known[item.nodeid]) > 1:
-            item._nodeid = f"{item.nodeid}[{number}]"
+            item._id = coerce_node_id(f"{item.nodeid}[{number}]")
+    assert len({item.nodeid for item in items}) == len(items)
 
 
 @pytest.fixture(scope="session")
