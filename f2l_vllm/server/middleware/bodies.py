@@ -155,11 +155,13 @@ def _parsed(body: bytes, content_type: str) -> Any:
     if kind in ("", "application/json") or kind.endswith("+json"):
         return json_bodies.parse(body) if body else None
     try:
-        return json.loads(body)  # accepts all encodings that a route's own parser would read
+        value = json.loads(body)  # accepts all encodings that a route's own parser would read
     except ValueError:
         return None
     except RecursionError as error:
         raise json_bodies.too_deep() from error
+    json_bodies.check(value)
+    return value
 
 
 async def _while_connected(work: Awaitable[None], receive: Receive) -> None:

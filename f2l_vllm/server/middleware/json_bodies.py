@@ -38,7 +38,7 @@ def parse(body: bytes) -> Any:
         raise too_deep() from error
     except ValueError as error:  # thousands of digits
         raise _invalid("it holds a number with more digits than any number has here") from error
-    _check(value)
+    check(value)
     return value
 
 
@@ -47,7 +47,12 @@ def too_deep() -> APIError:
     return _too_complex(f"{MAX_DEPTH} levels of nesting")
 
 
-def _check(value: Any) -> None:
+def check(value: Any) -> None:
+    """Check a value that was parsed from JSON.
+
+    Raises:
+        APIError: as `parse`.
+    """
     level, depth = [value], 0
     while level:
         if depth > MAX_DEPTH:

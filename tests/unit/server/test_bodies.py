@@ -142,3 +142,17 @@ def test_a_null_of_a_response_is_its_default():
     for path, kept in (("/v1/responses", {"input": "x"}), ("/any", {"input": "x", "background": None})):
         found = client.post(path, json={"input": "x", "background": None})
         assert json.loads(found.json()["body"]) == kept
+
+
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=", "text/plain", ""])
+def test_json_of_whatever_type_holds_no_half_characters(kind):
+    seen = []
+
+    async def check(constraint, _tenant):
+        seen.append(constraint.text.encode())
+
+    client = TestClient(bodies(check=check, max_body_bytes=1000), raise_server_exceptions=False)
+    body = json.dumps({"messages": [], "structured_outputs": {"grammar": "\ud800"}})
+    found = client.post("/v1/chat/completions", content=body, headers={"Content-Type": kind})
+    assert (found.status_code, found.json()["error"]["code"]) == (400, "invalid_json")
+    assert seen == []
