@@ -154,6 +154,8 @@ class Jobs(Database):
                 adapter = insert_adapter(connection, values)
             except AdapterIdsExhausted as error:
                 move(connection, waiting, VideoState.ERROR, error_code=error.code, error_message=str(error))
+                write_tombstones(connection)
+                doom(connection, ADAPTER, [(adapter_name, token or "")])
                 return None
             move(connection, waiting, VideoState.PROCESSED, progress=1.0, previous_adapter=None)
             return adapter
@@ -180,8 +182,7 @@ class Jobs(Database):
             if generation is not None and _generation(connection, sha256 or "") not in (generation, None):
                 _release(connection, adapter_name, blameless=True)
                 return
-            _drop_unwanted(connection, [adapter_name])
-            connection.execute(delete(jobs).where(jobs.c.adapter_name == adapter_name))
+            drop_jobs(connection, jobs.c.adapter_name == adapter_name)
             waiting = [r for r in files_of(connection, adapter_name, hold=True) if r.state in IN_WORK]
             move(connection, waiting, VideoState.ERROR, error_code=code, error_message=message[:2048])
 

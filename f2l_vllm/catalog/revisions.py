@@ -16,7 +16,7 @@ from f2l_vllm.catalog.database import Database, clock
 from f2l_vllm.catalog.servers import SERVER_SECONDS
 from f2l_vllm.catalog.states import GONE, LIVE, VideoState
 from f2l_vllm.catalog.tables import FileRecord, files, jobs, servers, serving, usage
-from f2l_vllm.catalog.transactions import PRESENT, adapter_of, ensure_job, file_of, files_of, move, standing
+from f2l_vllm.catalog.transactions import PRESENT, adapter_of, drop_jobs, ensure_job, file_of, files_of, move, standing
 
 OTHER_REVISION = "adapter_of_other_revision"
 _ADOPTED_AT_ONCE = 200
@@ -125,5 +125,5 @@ def _adopt(
     chosen = update(files).where(files.c.id == record.id)
     connection.execute(chosen.values(adapter_name=name, previous_adapter=None if previous == name else previous))
     if not files_of(connection, old):
-        connection.execute(delete(jobs).where(jobs.c.adapter_name == old))
+        drop_jobs(connection, jobs.c.adapter_name == old)
     return state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
@@ -35,7 +35,8 @@ def check_fit(model: nn.Module, config: HypernetworkConfig) -> None:
     from f2l_vllm.base_models.text_layers import module_sizes, name_of, text_layers_of, text_model_of  # loads torch
 
     layers = text_layers_of(model)
-    hidden_size = text_model_of(model).config.hidden_size  # type: ignore[union-attr]
+    text_config: Any = text_model_of(model).config
+    hidden_size = text_config.hidden_size
     differences = []
     if len(layers) != config.num_layers:
         differences.append(f"{config.num_layers} text layers expected, the model has {len(layers)}")

@@ -140,6 +140,7 @@ class Lane(threading.Thread):
 
     def _enter(self, method: Callable[..., Any], job: Job, *args: Any, **values: Any) -> Any:
         """Enter what became of an attempt, and try again while the catalog is busy, full or away."""
+        self._forget_if_deleted(job)
         while True:
             try:
                 return method(job.adapter_name, *args, token=job.token, **values)
@@ -147,6 +148,14 @@ class Lane(threading.Thread):
                 logger.warning("what became of %s cannot be entered yet: %s", job.object, error)
             if self._work.stopping.wait(_RESTART_SECONDS):
                 return None  # the next start finds the job running and lets it wait again
+
+    def _forget_if_deleted(self, job: Job) -> None:
+        """Drop bytes that were deleted while the worker fetched them."""
+        try:
+            if not self._catalog.named([job.video]):
+                self._work.store.forget_video(job.video)
+        except Unavailable as error:
+            logger.warning("%s is not dropped yet if it was deleted: %s", job.video, error)
 
     def _stopping(self) -> bool:
         return self._work.stopping.is_set()
@@ -274,8 +283,6 @@ class Lane(threading.Thread):
 
     def _end(self, job: Job, outcome: Outcome) -> None:
         catalog = self._catalog
-        if not self._wanted(job):  # its bytes may have been fetched after they were deleted
-            self._work.store.forget_video(job.video)
         if isinstance(outcome, Cancelled):
             self._enter(catalog.release_job, job, blameless=True)  # deletes the job if still nobody waits for it
             return

@@ -97,13 +97,13 @@ def install_handlers(app: FastAPI) -> None:
     stay, because they end the server."""
     from vllm.exceptions import VLLMError
 
-    stock = app.exception_handlers[VLLMError]
+    stock: Any = app.exception_handlers[VLLMError]
 
     async def judge(request: Request, error: Exception) -> Any:
         if (refused := refusal(error, request.scope)) is not None:
             return errors.response(refused, request.scope)
         if isinstance(error, VLLMError):
-            return await stock(request, error)  # type: ignore[misc]
+            return await stock(request, error)
         logger.error("%s %r failed", request.method, request.url.path, exc_info=error)
         return errors.response(errors.internal_error(), request.scope)
 

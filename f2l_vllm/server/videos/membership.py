@@ -68,6 +68,11 @@ class Membership:
                 logger.exception("this server heard nothing of the others, and goes on")
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether files are answered by servers of another revision."""
+        return self._is_appointed is False
+
+    @property
     def why_not_ready(self) -> str | None:
         """Why no question should come here now; None if they may."""
         if not self._forgetting.has_joined:

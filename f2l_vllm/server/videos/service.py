@@ -155,11 +155,14 @@ class VideoService:
         return record
 
     def check_room(self, more: int) -> None:
-        """Check that there is room to receive this many bytes of a video.
+        """Check that this server may receive this many bytes of a video, before it does.
 
         Raises:
             StoreUnavailable: they would cut into the disk reserve.
+            OtherModels: the video could not be entered here.
         """
+        if self.membership.is_waiting:
+            raise OtherModels
         self.store.reserve.check("keep a video", more)
 
     async def find(self, file_ids: Sequence[str], tenant: str, param: str | None = None) -> list[FileWithAdapter]:

@@ -146,6 +146,20 @@ def test_an_attempt_that_was_given_up_changes_nothing_more(catalog):
     assert not catalog.refers_to("f2l-1")
 
 
+@pytest.mark.parametrize("end", ["fail", "ids", "adopt"])
+def test_what_an_attempt_left_is_removed_however_it_ended(catalog, end, monkeypatch):
+    add(catalog)
+    job = claim(catalog)
+    if end == "fail":
+        catalog.fail_job("f2l-1", "code", "message", token=job.token)
+    elif end == "ids":
+        monkeypatch.setattr("f2l_vllm.catalog.transactions.LAST_ID", 0)
+        assert catalog.finish_job("f2l-1", rank=1, size=1, info={}, token=job.token) is None
+    else:
+        catalog.adopt(lambda sha256: "f2l-2", lambda video: True)
+    assert objects(catalog) == [job.object]
+
+
 def test_what_a_running_attempt_may_still_make_is_not_erased(catalog):
     record = add(catalog)
     job = claim(catalog)

@@ -1,6 +1,7 @@
 """When idle lanes look for jobs, with lanes whose worker needs no Ray."""
 
 import contextlib
+import hashlib
 import threading
 import time
 
@@ -9,6 +10,7 @@ import pytest
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.listener import listen
 from f2l_vllm.pool.lane import Lane, Work
+from f2l_vllm.store.cached_store import open_store
 from tests.support.catalog_steps import add
 
 
@@ -91,3 +93,25 @@ def test_a_job_that_waits_again_is_taken_at_once(postgres):
         other.release_all_jobs(blameless=True)
         assert seconds_until_made(catalog, record) < 0.4
         other.close()
+
+
+def test_bytes_that_were_fetched_after_they_were_deleted_are_dropped(tmp_path):
+    catalog = Catalog(f"sqlite:///{tmp_path / 'catalog.sqlite3'}")
+    store = open_store(tmp_path / "home", url=f"file://{tmp_path / 'far'}")
+    fetched = {}
+    for name in ("kept", "deleted"):
+        (tmp_path / name).write_text(name)
+        sha256 = hashlib.sha256(name.encode()).hexdigest()
+        video = catalog.reserve_video(sha256)
+        store.keep_video(tmp_path / name, video.video)
+        details = {"tenant": "t", "filename": "v", "purpose": "vision", "size": 1, "expires_at": None, "queue_limit": 9}
+        file = catalog.add_file(sha256=sha256, adapter_name=f"f2l-{name}", video=video, **details)
+        fetched[name] = catalog.claim_jobs(1)[0], store.video_path(video.video), file
+    catalog.remove_file(fetched["deleted"][2].id, "t")
+    lane = IdleLane(0, Work(catalog, store, 1, 60, 3, None, None, print, threading.Event(), threading.Event(), None))
+    for job, path, _ in fetched.values():
+        assert path.is_file()
+        lane._give_back({job.object: job}, blameless=True)
+    assert [path.is_file() for _, path, _ in fetched.values()] == [True, False]
+    assert catalog.counts()[1:] == (1, 0)
+    catalog.close()

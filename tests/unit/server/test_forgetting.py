@@ -407,6 +407,8 @@ def test_a_server_with_other_models_waits_until_those_that_run_have_stopped(tmp_
             with pytest.raises(OtherModels):
                 await other.service.ready(record.id, T, 0.0)
             with pytest.raises(OtherModels):
+                other.service.check_room(0)  # before a byte is received
+            with pytest.raises(OtherModels):
                 await other.upload("b")
         assert other.catalog.claim_jobs(1) == []
         assert [path for path in other.home.rglob("videos/*/*") if path.is_file()] == []
