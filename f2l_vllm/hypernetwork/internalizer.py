@@ -177,7 +177,7 @@ class Internalizer:
     def internalize_frames(self, sampled: SampledVideo, on_progress: Progress | None = None) -> Adapter:
         """As `internalize`, from frames that were decoded elsewhere."""
         report = on_progress or _no_progress
-        (generated,) = self._run([sampled], [self._tokens(sampled)], report)
+        (generated,) = self._run([sampled], [self.tokens(sampled)], report)
         report("compose", 0.0)
         adapter = self._compose([generated])
         report("compose", 1.0)
@@ -199,6 +199,7 @@ class Internalizer:
 
         Raises:
             NotEnoughMemoryError: a video does not fit even alone; the error holds the others' adapters.
+            VideoError: `video_too_long`, of any of them: `tokens` tells which.
             ValueError: `max_tokens` is not positive.
         """
         return [self._compose([generated]) for generated in self._generate(videos, max_tokens)]
@@ -224,7 +225,7 @@ class Internalizer:
             decoding = perf_counter() - started
             if index == 0:
                 report("decode", 1.0)
-            (one,) = self._run([sampled], [self._tokens(sampled)], part)
+            (one,) = self._run([sampled], [self.tokens(sampled)], part)
             one.info["seconds"] = {"decode": decoding, **one.info["seconds"]}
             generated.append(one)
         report("generate", 1.0)
@@ -235,7 +236,12 @@ class Internalizer:
         report("compose", 1.0)
         return adapter
 
-    def _tokens(self, sampled: SampledVideo) -> Tensor:
+    def tokens(self, sampled: SampledVideo) -> Tensor:
+        """The token ids that the text layers read for this video.
+
+        Raises:
+            VideoError: `video_too_long`: more than the model reads.
+        """
         ids = self.encoder.tokens(sampled)
         try:
             check_length(self.model, len(ids))
@@ -244,7 +250,7 @@ class Internalizer:
         return ids
 
     def _generate(self, videos: Sequence[SampledVideo], max_tokens: int | None) -> list[_Generated]:
-        ids = [self.encoder.tokens(sampled) for sampled in videos]
+        ids = [self.tokens(sampled) for sampled in videos]
         lengths = [len(one) for one in ids]
 
         def run(group: Sequence[int]) -> list[_Generated]:

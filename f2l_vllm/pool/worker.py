@@ -139,9 +139,11 @@ class HypernetworkWorker:
             self._decoding = name
             try:
                 path = self._store.fetch_video(video)
-                videos[name] = sample_video(
+                sampled = sample_video(
                     path, internalizer.processor, internalizer.limits, internalizer.sampling, self._decoder
                 )
+                internalizer.tokens(sampled)  # refuses a video that is too long, and the others go on
+                videos[name] = sampled
             except DecoderStopped:
                 yield name, Cancelled()
             except FileNotFoundError:

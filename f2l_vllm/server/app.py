@@ -29,6 +29,7 @@ from f2l_vllm.server.middleware.auth import AuthMiddleware, keep_listed_routes  
 from f2l_vllm.server.middleware.bodies import Bodies  # noqa: E402
 from f2l_vllm.server.middleware.ending import Ending, LastWords  # noqa: E402
 from f2l_vllm.server.middleware.faults import Faults  # noqa: E402
+from f2l_vllm.server.middleware.lingering import Lingering  # noqa: E402
 from f2l_vllm.server.tenants import Keys  # noqa: E402
 from f2l_vllm.server.videos.routes import router  # noqa: E402
 from f2l_vllm.server.videos.service import VideoService  # noqa: E402
@@ -121,6 +122,7 @@ class F2LEndpointPlugin:
         always = [path for path in open_routes if path != "/ready"]
         self._app.user_middleware[:0] = [
             Middleware(LastWords, ending=ending, always=always),
+            Middleware(Lingering),
             Middleware(AuthMiddleware, keys=keys, open_routes=open_routes),
             Middleware(Faults, idle_seconds=settings.body_idle_seconds),
             Middleware(

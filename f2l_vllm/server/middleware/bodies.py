@@ -20,6 +20,7 @@ from f2l_vllm.server.chat.content import admit
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.middleware import costs, json_bodies
 from f2l_vllm.server.middleware.auth import UPLOAD_ROUTE, VLLM_ROUTES
+from f2l_vllm.server.middleware.lingering import announces_a_body
 from f2l_vllm.server.middleware.pace import Pace
 from f2l_vllm.server.tenants import DEFAULT_TENANT, asking_tenant
 
@@ -67,7 +68,7 @@ class Bodies:
         asking_tenant.set(tenant)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         headers, held = Headers(scope=scope), _Held(self, tenant)
-        if path.rstrip("/") == UPLOAD_ROUTE or (scope["method"] in _WITHOUT_BODY and not _announces_a_body(headers)):
+        if path.rstrip("/") == UPLOAD_ROUTE or (scope["method"] in _WITHOUT_BODY and not announces_a_body(headers)):
             await self._app(scope, receive, send)
             return
         try:
@@ -143,10 +144,6 @@ class _Held:
         held[self._tenant] -= self._bytes
         if not held[self._tenant]:
             del held[self._tenant]
-
-
-def _announces_a_body(headers: Headers) -> bool:
-    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 
 def _parsed(body: bytes, content_type: str) -> Any:
