@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from f2l_vllm.bench import record
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.states import LIVE
 from f2l_vllm.catalog.tables import files
+from f2l_vllm.evaluation.percentiles import percentiles
 from f2l_vllm.server_process import ServerProcess
 
 _QUESTION = "Describe the video."
@@ -156,15 +158,14 @@ async def run(server: ServerProcess, paths: list[Path], options: argparse.Namesp
             await client.files.delete(video.file_id)
         await asyncio.sleep(1.0)
         catalog.close()
-        ordered = sorted(work.seconds)
         return {
             "distinct_answers": distinct,
             "counts": dict(work.counts),
             "wrong": work.wrong[:20],
             "questions_per_second": round(options.questions / seconds, 1),
             "seconds_per_answer": {
-                "median": round(ordered[len(ordered) // 2], 3),
-                "p99": round(ordered[int(len(ordered) * 0.99)], 3),
+                "median": round(statistics.median(work.seconds), 3),
+                **{name: round(value, 3) for name, value in percentiles(work.seconds, (99,)).items()},
             },
             "left_1_s_after_the_last_delete": left_behind(server),
         }

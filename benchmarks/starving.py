@@ -12,6 +12,7 @@ import asyncio
 import base64
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import sqlite3
@@ -22,6 +23,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +35,7 @@ import numpy as np
 
 from f2l_vllm.bench import record
 from f2l_vllm.bench.films import Films
+from f2l_vllm.evaluation.percentiles import percentiles
 from f2l_vllm.server_process import ServerProcess
 
 _KEYS = {"asker": "asker-key", "attacker": "attacker-key"}
@@ -254,31 +257,41 @@ async def _uploaded(client: httpx.AsyncClient, path: Path) -> str:
     return str(response.raise_for_status().json()["id"])
 
 
-async def questions(client: httpx.AsyncClient, file_id: str, seconds: float, **options: Any) -> list[float]:
-    """How long each question of the asker took, one after the other for so many seconds."""
+def questions(url: str, file_id: str, options: dict[str, Any], seconds: float) -> list[float]:
+    """How long each question of the asker took, one after the other for so many seconds.
+
+    Runs in a process of its own: in the attackers' one, a question would wait for their requests to be written.
+    """
     taken: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        body = {"model": file_id, "messages": _QUESTION, "max_tokens": 16, "temperature": 0, **options}
-        started = time.perf_counter()
-        response = await client.post("/v1/chat/completions", json=body)
-        response.raise_for_status()
-        taken.append(time.perf_counter() - started)
-        await asyncio.sleep(0.02)
+    body = {"model": file_id, "messages": _QUESTION, "max_tokens": 16, "temperature": 0, **options}
+    with httpx.Client(base_url=url, headers=_head("asker"), timeout=600) as client:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            started = time.perf_counter()
+            client.post("/v1/chat/completions", json=body).raise_for_status()
+            taken.append(time.perf_counter() - started)
+            time.sleep(0.02)
     return taken
 
 
+def _head(tenant: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {_KEYS[tenant]}"}
+
+
 async def measure(
-    server: ServerProcess, names: list[str], seconds: float, folder: Path, several: int | None
+    server: ServerProcess, asking: Executor, names: list[str], seconds: float, folder: Path, several: int | None
 ) -> dict[str, Any]:
     """Each attack beside the quiet time before it."""
     pid = api_server(server)
     results: dict[str, Any] = {}
 
     def client(tenant: str) -> httpx.AsyncClient:
-        headers = {"Authorization": f"Bearer {_KEYS[tenant]}"}
         limits = httpx.Limits(max_connections=None)
-        return httpx.AsyncClient(base_url=server.url, headers=headers, timeout=600, limits=limits)
+        return httpx.AsyncClient(base_url=server.url, headers=_head(tenant), timeout=600, limits=limits)
+
+    async def ask(name: str, seconds: float) -> list[float]:
+        work = partial(questions, server.url, file_id, _ASKED_BESIDE.get(name, {}), seconds)
+        return await asyncio.get_running_loop().run_in_executor(asking, work)
 
     async with client("asker") as asker, client("attacker") as hostile:
         file_id = await _uploaded(asker, Films(folder).make(8, 160, "asked"))
@@ -290,14 +303,13 @@ async def measure(
             attacker = Attacker(hostile, server, folder)
             attack = await prepare(attacker)
             attacker.answers.clear()
-            ask = partial(questions, asker, file_id, **_ASKED_BESIDE.get(name, {}))
-            await ask(2)
-            quiet = await ask(seconds)
+            await ask(name, 2)
+            quiet = await ask(name, seconds)
             before = resident_mib(pid)
             running = [asyncio.create_task(_again(attack)) for _ in range(at_once)]
             watching = asyncio.create_task(_peak(pid))
             await asyncio.sleep(2)
-            attacked = await ask(seconds)
+            attacked = await ask(name, seconds)
             for task in [*running, watching]:
                 task.cancel()
             peak = (await asyncio.gather(watching, *running, return_exceptions=True))[0]
@@ -334,9 +346,8 @@ async def _peak(pid: int) -> float:
 
 
 def _summary(seconds: list[float]) -> dict[str, Any]:
-    ordered = sorted(seconds)
-    slowest = {"p90_ms": round(1000 * ordered[int(len(ordered) * 0.9)], 1)} if len(ordered) >= 20 else {}
-    return {"questions": len(ordered), "median_ms": round(1000 * statistics.median(ordered), 1), **slowest}
+    slowest = {f"{name}_ms": round(1000 * value, 1) for name, value in percentiles(seconds, (90,)).items()}
+    return {"questions": len(seconds), "median_ms": round(1000 * statistics.median(seconds), 1), **slowest}
 
 
 def api_server(server: ServerProcess) -> int:
@@ -365,14 +376,15 @@ def main() -> None:
     names = options.attacks.split(",")
     if unknown := set(names) - ATTACKS.keys():
         parser.error(f"no such attack: {', '.join(sorted(unknown))}; there are {', '.join(ATTACKS)}")
-    with tempfile.TemporaryDirectory(prefix="f2l-starving-") as name:
+    asking = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    with asking, tempfile.TemporaryDirectory(prefix="f2l-starving-") as name:
         folder = Path(name)
         tenants = folder / "tenants.json"
         tenants.write_text(json.dumps({tenant: [key] for tenant, key in _KEYS.items()}))
         server = ServerProcess(_BASE, folder / "home", env={"F2L_TENANTS": str(tenants)})
         try:
             server.wait_ready()
-            results = asyncio.run(measure(server, names, options.seconds, folder, options.at_once))
+            results = asyncio.run(measure(server, asking, names, options.seconds, folder, options.at_once))
         finally:
             server.stop()
     record.write(options.json, {"attacks": names, "seconds": options.seconds, "at_once": options.at_once}, results)

@@ -14,13 +14,20 @@ from f2l_vllm.bench.costs import Costs, write_adapter
 from f2l_vllm.bench.results_file import ResultsFile, Row, Say
 from f2l_vllm.bench.servers import ENGINE_ENV, EngineProcess, Servers
 from f2l_vllm.bench.shapes import Subject
+from f2l_vllm.evaluation.percentiles import is_carried
 from f2l_vllm.hypernetwork.config_file import read_config
 from f2l_vllm.hypernetwork.ranks import smallest_rank
 from f2l_vllm.server_process import ServerProcess
 
 _NAME = "base"
-_SPREADS = tuple(f"{p}_{of}_ms" for of in ("ttft", "tpot", "itl", "e2el") for p in ("mean", "median", "p90", "p99"))
-FIGURES = ("output_throughput", "request_throughput", "total_input_tokens", "total_output_tokens", *_SPREADS)
+_FIGURES = ("output_throughput", "request_throughput", "total_input_tokens", "total_output_tokens")
+_TIMES = ("ttft", "tpot", "itl", "e2el")
+
+
+def figures(requests: int) -> tuple[str, ...]:
+    """The keys of vLLM's that are kept of so many requests."""
+    carried = [f"p{p}" for p in (90, 99) if is_carried(p, requests)]
+    return _FIGURES + tuple(f"{spread}_{of}_ms" for of in _TIMES for spread in ("mean", "median", *carried))
 
 
 async def run(suite: suites.Tax, subject: Subject, folder: Path, results: ResultsFile, say: Say) -> None:
@@ -43,7 +50,7 @@ async def run(suite: suites.Tax, subject: Subject, folder: Path, results: Result
         found = await vllm_client.random_text(
             url, _NAME, subject.directory, adapters=list(names)[:adapters], log=log, **what
         )
-        return {name: found[name] for name in FIGURES}
+        return {name: found[name] for name in figures(what["requests"])}
 
     async def warm(kind: ServerKind, server: ServerProcess) -> None:
         most = max(suite.adapters) if kind == with_lora else 0
@@ -171,7 +178,7 @@ def _adapters(subject: Subject, folder: Path, count: int, rank: int) -> dict[str
 
 
 def _medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    medians = {name: round(statistics.median(one[name] for one in rounds), 4) for name in FIGURES}
+    medians = {name: round(statistics.median(one[name] for one in rounds), 4) for name in rounds[0]}
     return medians | {"rounds": [{name: round(value, 4) for name, value in one.items()} for one in rounds]}
 
 

@@ -34,6 +34,13 @@ def test_ratios_are_speeds_so_that_less_is_a_tax() -> None:
     assert len(ratios) == 5
 
 
+def test_percentiles_that_few_requests_cannot_carry_are_left_out() -> None:
+    assert not [name for name in tax.figures(9) if name.startswith("p")]
+    assert {name[:3] for name in tax.figures(99) if name.startswith("p")} == {"p90"}
+    assert {name[:3] for name in tax.figures(10_000) if name.startswith("p")} == {"p90", "p99"}
+    assert "median_ttft_ms" in tax.figures(1)
+
+
 def test_a_cell_has_no_more_adapters_than_streams() -> None:
     suite = suites.load("tax")
     assert isinstance(suite, suites.Tax)

@@ -61,17 +61,20 @@ def asked(port, head, body=b"", pieces=1, pause=0.0):
 def test_an_unknown_key_is_told_to_a_client_that_still_sends(port, path, last):
     head = [*last.format(path=path).split("|"), f"Content-Length: {8 << 20}"]
     found = asked(port, head, bytes(1 << 20), pieces=8, pause=0.005)
-    assert found.startswith(b"HTTP/1.1 401") and b"invalid_api_key" in found
+    assert found.startswith(b"HTTP/1.1 401")
+    assert b"invalid_api_key" in found
 
 
 def test_a_body_above_the_cap_is_told_to_a_client_that_still_sends(port):
     key = "Authorization: Bearer key"
     head = ["POST /v1/completions HTTP/1.1", "Connection: close", key]
     found = asked(port, [*head, f"Content-Length: {8 << 20}"], bytes(1 << 20), pieces=8, pause=0.005)
-    assert found.startswith(b"HTTP/1.1 413") and b"request_too_large" in found
+    assert found.startswith(b"HTTP/1.1 413")
+    assert b"request_too_large" in found
     chunk = b"100000\r\n" + bytes(1 << 20) + b"\r\n"
     found = asked(port, [*head, "Transfer-Encoding: chunked"], chunk, pieces=8, pause=0.005)
-    assert found.startswith(b"HTTP/1.1 413") and b"request_too_large" in found
+    assert found.startswith(b"HTTP/1.1 413")
+    assert b"request_too_large" in found
 
 
 def test_an_answer_arrives_before_the_rest_of_the_body(port):
