@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from f2l_vllm.store import manifest
+from tests.support.videos import write_video
 
 QUESTION = [{"role": "user", "content": "What is shown?"}]
 WEIGHTS = "adapter_model.safetensors"
@@ -49,9 +50,15 @@ def copies(server, file):
 
 
 @pytest.fixture(scope="module")
-def sound(server, clips):
+def clip(tmp_path_factory):
+    """A video that no other test uploads: its adapter lives as long as the file here."""
+    return write_video(tmp_path_factory.mktemp("damaged") / "own.mp4", frames=31, size=(176, 144))
+
+
+@pytest.fixture(scope="module")
+def sound(server, clip):
     """What the video answers, and its adapter, before anything happens to it."""
-    file = server.upload(clips[1])
+    file = server.upload(clip)
     answer, base = ask(server, file.id), ask(server, "base")
     assert answer != base
     weights = (copies(server, file)[0] / WEIGHTS).read_bytes()
@@ -60,8 +67,8 @@ def sound(server, clips):
 
 
 @pytest.fixture
-def file(server, clips, sound):
-    file = server.upload(clips[1])
+def file(server, clip, sound):
+    file = server.upload(clip)
     yield file
     server.client.files.delete(file.id)
     assert copies(server, file) == []

@@ -24,11 +24,13 @@ _CONSTANTS: dict[str, Any] = {
     "server.videos.routes._ERASED_SECONDS": 4 * SILENT_SECONDS,
     "server.videos.service._MAINTENANCE_SECONDS": 1.0,
     "server.videos.service._CLEANING_SECONDS": 5.0,
+    "server.videos.service._SWEEP_SECONDS": 5.0,
     "server.videos.janitor._CLEANING_SECONDS": 5.0,
     "server.videos.janitor._GONE_SECONDS": 60.0,
     "server.videos.uploads._EXPIRY_SECONDS": (1, 2592000),
 }
 _YOUNG_SECONDS = 2.0
+_SWEPT_SECONDS = 20.0  # longer than anybody stands still
 _FAR_CALLS = frozenset({"put_file", "get_file", "rm_file", "rm", "info"})
 
 
@@ -40,6 +42,7 @@ def hurry() -> None:
         assert hasattr(found, constant), name
         setattr(found, constant, value)
     CachedStore.trim.__defaults__ = (_YOUNG_SECONDS,)
+    CachedStore.sweep.__defaults__ = (_SWEPT_SECONDS,)
 
 
 def put_far(store: Store, most_seconds: float) -> None:
