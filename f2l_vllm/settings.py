@@ -7,6 +7,7 @@ in `VLLM_PLUGINS` therefore starts the same server.
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -179,6 +180,12 @@ class Settings(BaseSettings):
     def catalog_url(self) -> str:
         """The catalog's SQLAlchemy URL."""
         return self.database_url or f"sqlite:///{self.data_folder / 'catalog.sqlite3'}"
+
+
+@functools.cache
+def current() -> Settings:
+    """The settings in this process's environment, read once: reading them takes milliseconds."""
+    return Settings()
 
 
 def listed(text: str) -> list[str]:

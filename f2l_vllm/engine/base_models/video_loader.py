@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
-from f2l_vllm.settings import Settings
+from f2l_vllm.settings import current
 from f2l_vllm.video.decoder import Decoders, IsolatedDecoder, Shrink
 from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.probe import Limits, VideoInfo
@@ -77,7 +77,7 @@ class SampledVideoLoader(VideoLoader):
         try:
             with _decoders().lend() as isolated:
                 decoder = _Shrinking(isolated, cls._resize)
-                video = sample_video(path, cls._processor(), Settings().video_limits, sampling, decoder)
+                video = sample_video(path, cls._processor(), current().video_limits, sampling, decoder)
         except VideoError as error:
             raise ValueError(error.message) from error
         metadata = dict(video.metadata)
@@ -113,4 +113,4 @@ class _Shrinking:
 
 @cache
 def _decoders() -> Decoders:
-    return Decoders(2, replace(Settings().decode_limits, nice=10))  # gives way to answering
+    return Decoders(2, replace(current().decode_limits, nice=10))  # gives way to answering

@@ -34,7 +34,7 @@ from f2l_vllm.server.errors import APIError, bad_request
 from f2l_vllm.server.local_videos import LocalVideo, video_at
 from f2l_vllm.server.media.turns import Turns
 from f2l_vllm.server.tenants import asking_tenant
-from f2l_vllm.settings import Settings
+from f2l_vllm.settings import current
 from f2l_vllm.store.manifest import sha256_of
 from f2l_vllm.video.decoder import DecodeLimits, Decoders
 from f2l_vllm.video.errors import VideoError
@@ -150,7 +150,7 @@ class GuardedMediaConnector(MediaConnector):
         if (local := video_at(url)) is not None:
             return await self._load_local(local, media_io)
         check_address(url)
-        settings = Settings()
+        settings = current()
         if isinstance(media_io, ImageMediaIO):
             cap = settings.max_image_bytes
         elif isinstance(media_io, VideoMediaIO):  # read into memory, like files for answers from frames
@@ -198,7 +198,7 @@ class GuardedMediaConnector(MediaConnector):
 
 def _picture(path: Path, media: MediaOfQuestion, background: Sequence[int]) -> MediaWithBytes[Image.Image]:
     """Runs in a thread."""
-    settings = Settings()
+    settings = current()
     if media.pixels_left is None:
         media.pixels_left = settings.max_image_pixels
     with _decoders(settings.decode_memory_bytes, settings.max_image_pixels).lend() as decoder:
@@ -228,7 +228,7 @@ def _frames(path: Path, media_io: VideoMediaIO, sha256: str | None = None) -> An
 
 def _key(path: Path, sha256: str | None = None) -> bytes:
     """vLLM's cache key for the processed medium, besides the processing options: its bytes and its owner."""
-    settings = Settings()
+    settings = current()
     owner = asking_tenant.get() if settings.tenants is not None and not settings.share_caches else ""
     return hashlib.sha256(owner.encode()).digest() + bytes.fromhex(sha256 or sha256_of(path))
 

@@ -78,7 +78,7 @@ class Bodies:
                 return
             if self._pace is not None and len(body) > _SMALL_BYTES:
                 await self._pace.turn(tenant)
-                with self._pace.taking(tenant):
+                with self._pace.taking(tenant, len(body)):
                     body, constraints = self._admitted(path, headers, body, tenant)
             else:
                 body, constraints = self._admitted(path, headers, body, tenant)

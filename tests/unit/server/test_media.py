@@ -19,6 +19,7 @@ from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.media import connector as media
 from f2l_vllm.server.media.turns import Turns
 from f2l_vllm.server.tenants import asking_tenant
+from f2l_vllm.settings import current
 from tests.unit.video.test_picture import bomb
 
 
@@ -58,6 +59,19 @@ def url():
     server.server_close()
 
 
+@pytest.fixture(autouse=True)
+def operator(monkeypatch):
+    """`operator(name, value)` sets one of the server's variables."""
+
+    def set_variable(name, value):
+        monkeypatch.setenv(name, value)
+        current.cache_clear()
+
+    current.cache_clear()
+    yield set_variable
+    current.cache_clear()
+
+
 def connector():
     return MEDIA_CONNECTOR_REGISTRY.load("http", media_io_kwargs=None, allowed_local_media_path="")
 
@@ -84,17 +98,17 @@ def test_vllm_builds_its_connector_by_this_name_and_all_it_reads_comes_here():
 
 
 @pytest.mark.parametrize("sync", [True, False])
-def test_only_from_where_the_operator_allows_and_without_redirects(url, monkeypatch, sync):
+def test_only_from_where_the_operator_allows_and_without_redirects(url, operator, sync):
     def load(path):
         if sync:
             return connector().fetch_image(url + path)
         return asyncio.run(connector().fetch_image_async(url + path))
 
     assert code_of(lambda: load("/picture")) == "url_not_allowed"
-    monkeypatch.setenv("F2L_ALLOWED_MEDIA_DOMAINS", "127.0.0.1")
+    operator("F2L_ALLOWED_MEDIA_DOMAINS", "127.0.0.1")
     assert load("/picture").media.size == (5, 1)
     assert code_of(lambda: load("/moved")) == "url_unreachable"
-    monkeypatch.setenv("F2L_MAX_IMAGE_BYTES", "6")
+    operator("F2L_MAX_IMAGE_BYTES", "6")
     assert code_of(lambda: load("/picture")) == "file_too_large"
 
 
@@ -127,8 +141,8 @@ def test_sound_and_embeddings_are_refused():
         assert code_of(lambda: getattr(connector(), f"fetch_{name}_embedding")("AAAA")) == "unsupported_part"  # noqa: B023
 
 
-def test_the_pixels_of_a_question_are_counted_together(monkeypatch):
-    monkeypatch.setenv("F2L_MAX_IMAGE_PIXELS", "100")
+def test_the_pixels_of_a_question_are_counted_together(operator):
+    operator("F2L_MAX_IMAGE_PIXELS", "100")
 
     async def load(widths):
         with media.question():
@@ -138,8 +152,8 @@ def test_the_pixels_of_a_question_are_counted_together(monkeypatch):
     assert code_of(lambda: asyncio.run(load([50, 51]))) == "image_too_large"
 
 
-def test_a_question_holds_its_place_to_its_end_and_not_while_it_fetches(url, monkeypatch):
-    monkeypatch.setenv("F2L_ALLOWED_MEDIA_DOMAINS", "127.0.0.1")
+def test_a_question_holds_its_place_to_its_end_and_not_while_it_fetches(url, monkeypatch, operator):
+    operator("F2L_ALLOWED_MEDIA_DOMAINS", "127.0.0.1")
     turns = Turns(1)
     monkeypatch.setattr(media, "_turns", lambda: turns)
 
@@ -192,7 +206,7 @@ def test_a_client_that_leaves_gives_its_place_back_when_its_work_has_ended(monke
     assert asyncio.run(run())
 
 
-def test_what_vllm_keeps_of_a_picture_is_the_tenants_own_unless_the_operator_shares(monkeypatch, tmp_path):
+def test_what_vllm_keeps_of_a_picture_is_the_tenants_own_unless_the_operator_shares(operator, tmp_path):
     """vLLM's caches of processed media and its prefixes go by the hash of `original_bytes`."""
     from vllm.multimodal.hasher import MultiModalHasher
 
@@ -204,9 +218,9 @@ def test_what_vllm_keeps_of_a_picture_is_the_tenants_own_unless_the_operator_sha
 
     try:
         assert key("a") == key("b") != key("a", 4)
-        monkeypatch.setenv("F2L_TENANTS", str(tmp_path / "tenants.json"))
+        operator("F2L_TENANTS", str(tmp_path / "tenants.json"))
         assert key("a") == key("a") != key("b")
-        monkeypatch.setenv("F2L_SHARE_CACHES", "1")
+        operator("F2L_SHARE_CACHES", "1")
         assert key("a") == key("b")
     finally:
         asking_tenant.set("default")

@@ -12,7 +12,7 @@ from tests.unit.server.test_bodies import bodies
 
 async def taken(pace: Pace, tenant: str, seconds: float) -> None:
     await pace.turn(tenant)
-    with pace.taking(tenant):
+    with pace.taking(tenant, 0):
         time.sleep(seconds)
 
 
@@ -32,9 +32,23 @@ def test_who_held_up_the_loop_waits_and_nobody_else():
 def test_what_is_brief_costs_no_turn():
     async def run() -> None:
         pace = Pace()
-        with pace.taking("asker"):
+        with pace.taking("asker", 20_000):
             pass
         assert pace._next == {}
+
+    asyncio.run(run())
+
+
+def test_a_large_body_costs_a_turn_though_it_is_read_in_no_time():
+    """A picture's base64 is one string, parsed at once; its bytes are copied, checked and decoded later."""
+
+    async def run() -> None:
+        pace = Pace()
+        with pace.taking("attacker", 20_000_000):
+            pass
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(pace.turn("attacker"), 0.3)
+        await asyncio.wait_for(pace.turn("other"), 0.1)
 
     asyncio.run(run())
 
