@@ -41,7 +41,8 @@ class Bell:
         """Wait until it rings, at most so long. Returns whether it rang."""
         self._hear()
         try:
-            await asyncio.wait_for(self._rung.wait(), seconds)
+            async with asyncio.timeout(seconds):  # Python 3.11's `wait_for` may lose a cancellation
+                await self._rung.wait()
         except TimeoutError:
             return False
         return True
