@@ -29,6 +29,7 @@ from sqlalchemy import (
 from f2l_vllm.catalog.adapters import Published
 from f2l_vllm.catalog.duties import Duties
 from f2l_vllm.catalog.jobs import Jobs
+from f2l_vllm.catalog.keys import Keys
 from f2l_vllm.catalog.revisions import Adoption
 from f2l_vllm.catalog.servers import Servers
 from f2l_vllm.catalog.states import GONE, LIVE, VideoState
@@ -91,8 +92,8 @@ class Removal:
         return any(one.is_video for one in self.doomed)
 
 
-class Catalog(Adoption, Duties, Jobs, Published, Servers, Tombstones):
-    """Files, adapters and jobs in one database."""
+class Catalog(Adoption, Duties, Jobs, Keys, Published, Servers, Tombstones):
+    """Files, adapters, jobs and keys in one database."""
 
     # Files
 

@@ -23,8 +23,11 @@ SERVER_SECONDS = 60.0  # many times the interval between two signs of life
 class Servers(Database):
     """What servers tell each other about deletions."""
 
-    def join_server(self, name: str, revision: str) -> tuple[str, int]:
+    def join_server(self, name: str, revision: str, place: str = "") -> tuple[str, int]:
         """Enter a server that has forgotten nothing yet, instead of an earlier one of the same name.
+
+        Args:
+            place: where it runs, for people.
 
         Returns:
             Its id, and the newest deletion, up to which it has to compare.
@@ -34,15 +37,17 @@ class Servers(Database):
             now = clock(connection)
             over = or_(servers.c.id.startswith(f"{name}-", autoescape=True), servers.c.seen_at < now - SERVER_SECONDS)
             connection.execute(delete(servers).where(over))
-            connection.execute(insert(servers).values(id=server, seen_at=now, applied=-1, revision=revision))
+            values = {"id": server, "seen_at": now, "applied": -1, "heard": -1, "revision": revision, "place": place}
+            connection.execute(insert(servers).values(values))
             return server, connection.scalar(select(func.max(tombstones.c.seq))) or 0
 
-    def beat_server(self, server: str, applied: int) -> bool:
-        """Note that a server runs and has forgotten every deletion up to `applied`. False: it has to join again."""
+    def beat_server(self, server: str, applied: int, heard: int | None = None) -> bool:
+        """Note that a server runs and has forgotten every deletion up to `applied`, and up to `heard` all but adapters
+        that answers still use. False: it has to join again."""
         with self._write(beside=()) as connection:
             now = self._clock(connection)
             known = update(servers).where(servers.c.id == server, servers.c.seen_at >= now - SERVER_SECONDS)
-            is_known = connection.execute(known.values(seen_at=now, applied=applied)).rowcount == 1
+            is_known = connection.execute(known.values(seen_at=now, applied=applied, heard=heard)).rowcount == 1
             gone = servers.c.seen_at < now - SERVER_SECONDS
             any_gone = connection.scalar(select(exists().where(gone)))
         if any_gone:
@@ -77,3 +82,10 @@ class Servers(Database):
             since = clock(connection) - SERVER_SECONDS
             behind = exists().where(servers.c.seen_at >= since, servers.c.applied < max(deletions))
             return not connection.scalar(select(left)) and not connection.scalar(select(behind))
+
+    def unaware(self, seq: int) -> list[str]:
+        """Where the running servers are that have not heard of this tombstone."""
+        with self._read() as connection:
+            running = servers.c.seen_at >= clock(connection) - SERVER_SECONDS
+            behind = select(servers.c.place).where(running, servers.c.heard < seq)
+            return list(connection.scalars(behind.order_by(servers.c.place)))

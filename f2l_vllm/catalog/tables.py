@@ -37,7 +37,8 @@ class _Text(TypeDecorator[str]):
         return None if value is None else value.replace("\0", "\ufffd")
 
 
-VIDEO, ADAPTER = "video", "adapter"  # kinds of tombstones
+VIDEO, ADAPTER, KEY = "video", "adapter", "key"  # kinds of tombstones
+LONGEST_TENANT, LONGEST_LABEL = 128, 64
 metadata = MetaData()
 _Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite autoincrements INTEGER columns only
 
@@ -46,7 +47,7 @@ files = Table(
     metadata,
     Column("number", _Number, primary_key=True, autoincrement=True),  # upload order: the list's cursor
     Column("id", _Text(64), nullable=False, unique=True),
-    Column("tenant", String(128), nullable=False),
+    Column("tenant", String(LONGEST_TENANT), nullable=False),
     Column("filename", _Text(1024), nullable=False),
     Column("purpose", _Text(32), nullable=False),
     Column("bytes", BigInteger, nullable=False),
@@ -133,7 +134,8 @@ pools = Table(
 )
 
 # The servers that answer from this catalog or did a moment ago. `applied`: their engine, disk and memory have forgotten
-# every deletion up to this tombstone.
+# every deletion up to this tombstone. `heard`: the same, but for adapters that answers still use; null: the server
+# takes no keys from the catalog.
 servers = Table(
     "servers",
     metadata,
@@ -141,15 +143,18 @@ servers = Table(
     Column("seen_at", Float, nullable=False),
     Column("applied", BigInteger, nullable=False),
     Column("revision", String(128), nullable=False, server_default=""),  # of models and sampling
+    Column("heard", BigInteger),
+    Column("place", _Text, nullable=False, server_default=""),  # host and data folder, for people
 )
 
-# What is in the store although no row names it any more, or yet. `done_at` is set once it is removed.
+# What is in the store although no row names it any more, or yet. `done_at` is set once it is removed. Also the keys
+# that were revoked, of which nothing is in the store.
 tombstones = Table(
     "tombstones",
     metadata,
     Column("seq", _Number, primary_key=True, autoincrement=True),
     Column("kind", String(8), nullable=False),
-    Column("name", String(128), nullable=False),  # an adapter's name or a video's hash
+    Column("name", String(128), nullable=False),  # an adapter's name, a video's hash or a key's
     Column("generation", String(32), nullable=False, server_default=""),
     Column("doomed_at", Float, nullable=False),
     Column("reserved", Boolean, nullable=False, server_default=false()),  # an upload writes it and may still name it
@@ -162,7 +167,7 @@ Index("tombstones_by_name", tombstones.c.name)
 usage = Table(
     "usage",
     metadata,
-    Column("tenant", String(128), primary_key=True),
+    Column("tenant", String(LONGEST_TENANT), primary_key=True),
     Column("bytes", BigInteger, nullable=False),
 )
 
@@ -181,6 +186,16 @@ duties = Table(
     Column("name", String(64), primary_key=True),
     Column("taken_at", Float, nullable=False),
     Column("holder", String(64)),
+)
+
+# API keys, with `F2L_TENANTS=catalog`.
+keys = Table(
+    "keys",
+    metadata,
+    Column("sha256", String(64), primary_key=True),
+    Column("tenant", String(LONGEST_TENANT), nullable=False),
+    Column("label", String(LONGEST_LABEL), nullable=False),
+    Column("created_at", Float, nullable=False),
 )
 
 
@@ -276,7 +291,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Tombstone:
-    """What has to be removed from the store: one copy of an adapter, or of a video's bytes."""
+    """What has to be removed from the store, one copy of an adapter or of a video's bytes, or a key that every server
+    has to forget."""
 
     seq: int
     kind: str
@@ -289,9 +305,24 @@ class Tombstone:
         return self.kind == VIDEO
 
     @property
+    def is_key(self) -> bool:
+        """Whether it is a key, by its hash."""
+        return self.kind == KEY
+
+    @property
     def object(self) -> str:
         """The name in the store."""
         return object_name(self.name, self.generation)
+
+
+@dataclass(frozen=True)
+class KeyRecord:
+    """One API key by its SHA-256 in hex; `label` is for people, `created_at` Unix seconds."""
+
+    sha256: str
+    tenant: str
+    label: str
+    created_at: float
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import text
 
 from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.keys import key_hash
 from f2l_vllm.catalog.notices import CHANNEL, JOBS_SECONDS
 from f2l_vllm.catalog.states import VideoState
 from tests.support.catalog_steps import add, claim, publish
@@ -93,6 +94,13 @@ def test_deletions_are_told(catalog, told):
     assert told() == ["deletions"]
     catalog.bury(catalog.tombstones(10))
     assert told() == []
+
+
+def test_a_revoked_key_is_told(catalog, told):
+    key = catalog.add_key("news")
+    assert told() == []  # who is asked with it looks by itself
+    catalog.revoke_key(key_hash(key))
+    assert told() == ["deletions"]
 
 
 def test_nothing_is_told_of_use_progress_and_signs_of_life(catalog, told):
