@@ -21,6 +21,7 @@ from f2l_vllm.video.fetch import FetchPolicy
 from f2l_vllm.video.probe import Limits
 
 PREFIX = "F2L_"
+CATALOG: Literal["catalog"] = "catalog"  # as `tenants`: the keys are the catalog's
 SERVER_LOCK = "server.lock"  # in the data folder; the server that uses the folder holds it
 # Variables with our prefix that are not fields: `cpu/` reads them when vLLM looks for a platform.
 OTHER_VARIABLES = ("F2L_CPU_PLATFORM", "F2L_CPU_KV_BYTES")
@@ -86,7 +87,9 @@ class Settings(BaseSettings):
     decode_memory_bytes: int = Field(4 << 30, ge=1 << 28, description="Address space of a decoding process, bytes.")
     decode_seconds: float = Field(300.0, gt=0, description="CPU seconds a video may take to decode.")
     max_decoded_bytes: int = Field(2 << 30, ge=1, description="Decoded frames of a video or chunk, bytes.")
-    tenants: Path | None = Field(None, description="JSON or TOML file of tenants, each with its list of API keys.")
+    tenants: Literal["catalog"] | Path | None = Field(
+        None, description="`catalog`: keys that `f2l-vllm keys` made; else a JSON or TOML file of tenants' keys."
+    )
     open_routes: str = Field(
         "/health,/ready,/ping,/version,/metrics", description="Routes that need no API key, by comma."
     )

@@ -10,6 +10,7 @@ import typer
 from f2l_vllm import __version__
 from f2l_vllm.cli import measuring, serving, training
 from f2l_vllm.cli.files import Overwrite, keep
+from f2l_vllm.cli.keys import app as keys_app
 from f2l_vllm.cli.manifest import app as manifest_app
 from f2l_vllm.cli.options import (
     DEFAULT_MODEL,
@@ -274,6 +275,7 @@ def targets(
 
 
 app.add_typer(manifest_app, name="manifest")
+app.add_typer(keys_app, name="keys")
 
 
 def main() -> None:

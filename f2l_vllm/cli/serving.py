@@ -59,6 +59,16 @@ def _repeated(args: list[str], flag: str) -> list[str]:
     return words
 
 
+def _tenants(given: str | None) -> str | None:
+    """`catalog`, or an absolute path."""
+    if given in (None, "catalog"):
+        return given
+    path = Path(given)
+    if not path.is_file():
+        raise typer.BadParameter(f"there is no file {given}; for keys of the catalog give 'catalog'")
+    return str(path.absolute())
+
+
 def _launch(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Shipped model, directory, or hub id.")] = None,
@@ -95,7 +105,8 @@ def _launch(
         int | None, typer.Option(min=0, help="Adapters made resident at start, those used last first.")
     ] = None,
     tenants: Annotated[
-        Path | None, typer.Option(help="JSON or TOML file of tenants and their API keys.", exists=True, dir_okay=False)
+        str | None,
+        typer.Option(help="catalog: keys of f2l-vllm keys; or a JSON or TOML file of them.", callback=_tenants),
     ] = None,
     host: Annotated[
         str | None, typer.Option(help="Address to listen at; default: 127.0.0.1.", rich_help_panel=_VLLM)
@@ -141,7 +152,7 @@ def _launch(
         "F2L_SHUTDOWN_SECONDS": shutdown_seconds,
         "F2L_LOG_LEVEL": log_level.lower() if log_level is not None else None,
         "F2L_WARM_ADAPTERS": warm_adapters,
-        "F2L_TENANTS": tenants.absolute() if tenants is not None else None,
+        "F2L_TENANTS": tenants,
     }
     # What click took for the model may be one of vLLM's flags, or its value: click does not know them.
     words = [*([model] if model is not None else []), *context.args]

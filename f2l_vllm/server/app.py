@@ -33,7 +33,7 @@ from f2l_vllm.server.middleware.lingering import Lingering  # noqa: E402
 from f2l_vllm.server.tenants import Keys  # noqa: E402
 from f2l_vllm.server.videos.routes import router  # noqa: E402
 from f2l_vllm.server.videos.service import VideoService  # noqa: E402
-from f2l_vllm.settings import Settings, listed  # noqa: E402
+from f2l_vllm.settings import CATALOG, Settings, listed  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +96,12 @@ class F2LEndpointPlugin:
             lambda: vllm_api.is_stopping(state),
         )
         self._grammars = assembly.open_grammars(engine_client, settings)
-        self._put_in_front(settings, keys, ending)
         served = assembly.served_model(engine_client, state, args, settings)
         self._lock = assembly.hold(settings.data_folder)
         service = self._service = assembly.open_service(settings, served, engine_client, state, ending)
+        if settings.tenants == CATALOG:
+            keys = service.keys
+        self._put_in_front(settings, keys, ending)
         await service.membership.attend()
         if service.pool is not None:
             service.pool.start()
@@ -113,6 +115,8 @@ class F2LEndpointPlugin:
         logger.info("model %s, hypernetwork %s, data in %s", served.names[0], served.hypernetwork, settings.data_folder)
         if keys.is_open:
             logger.info("no API key is set: whoever reaches this server may use it (--api-key, --tenants)")
+        elif keys is service.keys and service.keys.is_empty:
+            logger.warning("the catalog has no API keys, so every request is refused: f2l-vllm keys add TENANT")
 
     def _put_in_front(self, settings: Settings, keys: Keys, ending: Ending) -> None:
         """Install our middleware and error handlers. The middleware goes outermost, before vLLM's key check, because

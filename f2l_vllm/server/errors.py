@@ -88,6 +88,11 @@ def shutting_down() -> APIError:
 async def answer_unavailable(request: Request, error: Exception) -> JSONResponse:
     """The exception handler for a catalog or store that is unavailable now; the answer says when to retry."""
     assert isinstance(error, Unavailable)
+    return await answer(request, unavailable(error))
+
+
+def unavailable(error: Unavailable) -> APIError:
+    """507 or 503: catalog or store cannot be used now."""
     advice = (
         "delete files, or have the operator make room."
         if error.full
@@ -96,7 +101,7 @@ async def answer_unavailable(request: Request, error: Exception) -> JSONResponse
     status = HTTPStatus.INSUFFICIENT_STORAGE if error.full else HTTPStatus.SERVICE_UNAVAILABLE
     text = str(error)
     message = f"{text[:1].upper()}{text[1:]}: {advice}"
-    return await answer(request, APIError(status, error.code, message, headers={"Retry-After": "5"}))
+    return APIError(status, error.code, message, headers={"Retry-After": "5"})
 
 
 async def answer_http(request: Request, error: Exception) -> JSONResponse:

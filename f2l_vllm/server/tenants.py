@@ -6,21 +6,21 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from starlette.requests import Request
+
+from f2l_vllm.catalog.keys import key_hash
+from f2l_vllm.catalog.tables import LONGEST_TENANT
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TENANT = "default"
 _HASHED = "sha256:"
-_LONGEST_NAME = 128  # the length of the catalog's column
-
 
 # The tenant of the current request, for code that does not get the request itself.
 asking_tenant: ContextVar[str] = ContextVar("asking_tenant", default=DEFAULT_TENANT)
@@ -40,31 +40,29 @@ class Keys:
 
     Args:
         server_keys: keys of the tenant `default`.
-        path: the tenants' file, or None.
+        tenants: the tenants' file; or `catalog`, whose keys `CatalogKeys` adds.
+
+    Attributes:
+        is_open: whether no key is needed.
+        has_tenants: whether keys distinguish callers.
 
     Raises:
         ValueError: both are given, or the file cannot be read; the message says what to do.
     """
 
-    def __init__(self, server_keys: Sequence[str], path: Path | None) -> None:
-        if server_keys and path is not None:
+    def __init__(self, server_keys: Sequence[str], tenants: Path | Literal["catalog"] | None) -> None:
+        if server_keys and tenants is not None:
             raise ValueError(
-                "set either --api-key (or VLLM_API_KEY) or F2L_TENANTS: with tenants, write the key into their file, "
-                f"under a tenant '{DEFAULT_TENANT}' if the files uploaded with it so far are to stay its own"
+                "set either --api-key (or VLLM_API_KEY) or F2L_TENANTS: with tenants every key belongs to one, "
+                f"and files uploaded without tenants belong to '{DEFAULT_TENANT}'"
             )
-        self._path = path
-        self._stamp = _stamp(path) if path is not None else None
-        self._tenants = {_digest(key): DEFAULT_TENANT for key in server_keys} if path is None else _read(path)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether no key is needed."""
-        return self._path is None and not self._tenants
-
-    @property
-    def has_tenants(self) -> bool:
-        """Whether keys distinguish callers."""
-        return self._path is not None
+        self.is_open = not server_keys and tenants is None
+        self.has_tenants = tenants is not None
+        self._path = tenants if isinstance(tenants, Path) else None
+        self._stamp = _stamp(self._path) if self._path is not None else None
+        self._tenants = {key_hash(key): DEFAULT_TENANT for key in server_keys}
+        if self._path is not None:
+            self._tenants = _read(self._path)
 
     def tenant(self, authorization: str | None) -> str | None:
         """The tenant of an `Authorization` header; None when it holds no valid key."""
@@ -72,11 +70,11 @@ class Keys:
             return DEFAULT_TENANT
         self._refresh()
         scheme, _, key = (authorization or "").partition(" ")
-        digest, found = _digest(key), None
-        for known, tenant in self._tenants.items():  # all of them, so that timing reveals nothing
-            if secrets.compare_digest(digest, known):
-                found = tenant
+        found = self._tenants.get(key_hash(key))  # by hash, so that timing reveals nothing
         return found if scheme.lower() == "bearer" else None
+
+    async def look_again(self) -> None:
+        """Learn of keys that `tenant` may have missed. Called when it knows none, before the request is refused."""
 
     def _refresh(self) -> None:
         if self._path is None or (stamp := _stamp(self._path)) == self._stamp:
@@ -97,7 +95,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def _read(path: Path) -> dict[bytes, str]:
+def _read(path: Path) -> dict[str, str]:
     try:
         text = path.read_text(encoding="utf-8")
         given: Any = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
@@ -105,28 +103,24 @@ def _read(path: Path) -> dict[bytes, str]:
         raise ValueError(f"F2L_TENANTS: {path} cannot be read: {error}") from error
     if not isinstance(given, Mapping) or not given:
         raise ValueError(f"F2L_TENANTS: {path} must hold an object of tenants, each with a list of keys")
-    tenants: dict[bytes, str] = {}
+    tenants: dict[str, str] = {}
     for tenant, keys in given.items():
-        if not 0 < len(tenant) <= _LONGEST_NAME:
-            raise ValueError(f"F2L_TENANTS: a tenant's name has 1 to {_LONGEST_NAME} characters, got {tenant!r}")
+        if not 0 < len(tenant) <= LONGEST_TENANT:
+            raise ValueError(f"F2L_TENANTS: a tenant's name has 1 to {LONGEST_TENANT} characters, got {tenant!r}")
         if not isinstance(keys, list) or not all(isinstance(key, str) and key for key in keys):
             raise ValueError(f"F2L_TENANTS: tenant {tenant!r} needs a list of keys, each a string that is not empty")
         for key in keys:
-            digest = _digest(key) if not key.startswith(_HASHED) else _from_hex(tenant, key.removeprefix(_HASHED))
+            digest = key_hash(key) if not key.startswith(_HASHED) else _from_hex(tenant, key.removeprefix(_HASHED))
             if tenants.setdefault(digest, tenant) != tenant:
                 raise ValueError(f"F2L_TENANTS: tenants {tenants[digest]!r} and {tenant!r} share a key")
     return tenants
 
 
-def _from_hex(tenant: str, text: str) -> bytes:
+def _from_hex(tenant: str, text: str) -> str:
     try:
         digest = bytes.fromhex(text)
     except ValueError:
         digest = b""
     if len(digest) != hashlib.sha256().digest_size:
         raise ValueError(f"F2L_TENANTS: a key of tenant {tenant!r} is no sha256 in hex: {_HASHED} and 64 digits")
-    return digest
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return digest.hex()

@@ -13,9 +13,10 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from f2l_vllm.server.errors import APIError, response
+from f2l_vllm.server.errors import APIError, response, unavailable
 from f2l_vllm.server.tenants import Keys
 from f2l_vllm.server.videos.routes import router
+from f2l_vllm.store.errors import Unavailable
 
 # vLLM's routes that answer about videos, or refuse them with a clear error.
 VLLM_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
@@ -49,10 +50,19 @@ class AuthMiddleware:
             return
         headers = Headers(scope=scope)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        tenant = self._keys.tenant(headers.get("authorization"))
+        authorization = headers.get("authorization")
+        tenant = self._keys.tenant(authorization)
         if tenant is None and path.rstrip("/") not in self._open:
-            await self._refuse(_invalid_key(), scope, receive, send)
-            return
+            refusal = _invalid_key()
+            try:
+                if authorization is not None:
+                    await self._keys.look_again()
+                    tenant = self._keys.tenant(authorization)
+            except Unavailable as error:
+                refusal = unavailable(error)
+            if tenant is None:
+                await self._refuse(refusal, scope, receive, send)
+                return
         if tenant is not None:
             scope.setdefault("state", {})["tenant"] = tenant
         await self._app(scope, receive, send)

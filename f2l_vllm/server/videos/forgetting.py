@@ -14,6 +14,7 @@ from typing import Any
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.tables import Tombstone
 from f2l_vllm.files import lasting_name
+from f2l_vllm.server.catalog_keys import CatalogKeys
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.store.address import ADAPTER_PREFIX
 from f2l_vllm.store.store import Store
@@ -30,27 +31,32 @@ class Forgetting:
     """One server's part in every deletion. Lives on that server's event loop.
 
     Args:
+        keys: those that this server knows.
         revision: identifies this server's models and sampling.
         write: runs a catalog method that may wait for other writers.
     """
 
-    def __init__(self, catalog: Catalog, store: Store, registry: Registry, revision: str, write: Write) -> None:
+    def __init__(
+        self, catalog: Catalog, store: Store, registry: Registry, keys: CatalogKeys, revision: str, write: Write
+    ) -> None:
         self._catalog, self._store, self._registry, self._write = catalog, store, registry, write
-        self._revision = revision
+        self._keys, self._revision = keys, revision
         self.name = ""  # the server's lasting name, and its id in the catalog, once it has joined
         self.server = ""
         self._seen = 0  # the last deletion that was handled
         self._in_use: dict[int, str] = {}  # deletions whose adapters are still used by answers
-        self._said, self._said_at = -1, 0.0
+        self._said, self._said_at = (-1, -1), 0.0
         self.has_joined = False
 
     async def join(self) -> None:
         """Register this server and remove everything that was deleted while it was away. If this is interrupted by an
         error, it has not joined, and does so with the next `forget`."""
         self.has_joined = False
-        self.name = await asyncio.to_thread(_name, self._store.home)
-        self.server, self._seen = await self._write(self._catalog.join_server, self.name, self._revision)
+        place = f"{socket.gethostname()}:{self._store.home.resolve()}"
+        self.name = await asyncio.to_thread(_name, self._store.home, place)
+        self.server, self._seen = await self._write(self._catalog.join_server, self.name, self._revision, place)
         self._in_use = {}
+        await self._keys.read()
         kept = {*await asyncio.to_thread(self._store.kept), *self._registry.names()}
         gone = kept - await asyncio.to_thread(self._catalog.named, kept)
         for name in gone:
@@ -71,9 +77,8 @@ class Forgetting:
             for deletion in page:
                 await self._forget(deletion)
                 self._seen = deletion.seq
-        self._in_use = {seq: name for seq, name in self._in_use.items() if self._registry.holds(name)}
-        if self._applied != self._said or time.monotonic() - self._said_at >= _BEAT_SECONDS:
-            await self._say()
+            await self._beat()
+        await self._beat()
 
     def leave(self) -> None:
         """Tell the catalog that this server stops. Runs in a thread."""
@@ -93,8 +98,16 @@ class Forgetting:
     def _applied(self) -> int:
         return min(self._in_use, default=self._seen + 1) - 1
 
+    async def _beat(self) -> None:
+        """Tell how far this server has come if that is news, and that it runs."""
+        self._in_use = {seq: name for seq, name in self._in_use.items() if self._registry.holds(name)}
+        if (self._applied, self._seen) != self._said or time.monotonic() - self._said_at >= _BEAT_SECONDS:
+            await self._say()
+
     async def _forget(self, deletion: Tombstone) -> None:
-        if deletion.is_video:
+        if deletion.is_key:
+            await self._keys.forget(deletion.name)
+        elif deletion.is_video:
             await asyncio.to_thread(self._store.forget_video, deletion.object)
         elif not await asyncio.to_thread(self._catalog.refers_to, deletion.object):  # composed ones are made again
             await self._forget_adapter(deletion.object, deletion.seq)
@@ -105,15 +118,16 @@ class Forgetting:
             self._in_use[seq] = name
 
     async def _say(self) -> None:
-        applied = self._applied
-        if not await self._write(self._catalog.beat_server, self.server, applied):
+        said, started = (self._applied, self._seen), time.monotonic()
+        if not await self._write(self._catalog.beat_server, self.server, *said):
             logger.warning("the other servers have not heard from this one for too long: it joins them again")
             await self.join()
             return
-        self._said, self._said_at = applied, time.monotonic()
+        self._said, self._said_at = said, time.monotonic()
+        self._keys.hear(started)
 
 
-def _name(home: Path) -> str:
+def _name(home: Path, place: str) -> str:
     """The lasting name of the server that runs on this data folder. A copy of the folder has another one."""
-    name = f"{lasting_name(home / 'server.name')}@{socket.gethostname()}:{home.resolve()}"
+    name = f"{lasting_name(home / 'server.name')}@{place}"
     return hashlib.sha256(name.encode()).hexdigest()[:32]

@@ -19,6 +19,7 @@ from f2l_vllm.catalog.states import IN_WORK, VideoState
 from f2l_vllm.catalog.tables import AdapterRecord, FileRecord, FileWithAdapter, Tombstone
 from f2l_vllm.pool.supervisor import PoolProcess
 from f2l_vllm.server import metrics
+from f2l_vllm.server.catalog_keys import CatalogKeys
 from f2l_vllm.server.errors import APIError, HTTPStatus, shutting_down, video_failed, video_not_found, video_not_ready
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.videos.forgetting import Forgetting
@@ -87,7 +88,8 @@ class VideoService:
         self._writers = ThreadPoolExecutor(_WRITERS, "f2l-catalog")
         self._keeper = Keeper(catalog, store, registry, self._write)
         revision = revisions.name("")
-        self.forgetting = Forgetting(catalog, store, registry, revision, self._write)
+        self.keys = CatalogKeys(catalog)
+        self.forgetting = Forgetting(catalog, store, registry, self.keys, revision, self._write)
         self.janitor = Janitor(catalog, self._keeper, lambda: self.forgetting.name, self._write)
         self.membership = Membership(catalog, self.forgetting, revision, self.adopt, listener)
         self.residents = Residents(catalog, store, registry, revision, lambda: self.forgetting.name)
