@@ -1,8 +1,8 @@
 """`python -m benchmarks.many_servers`: servers of one catalog and one store behind HAProxy, one of them killed.
 
 PostgreSQL, the store (a folder) and HAProxy with `launch/haproxy.cfg` run on this machine. Clients ask about videos at
-random, each of which has to answer as it did alone, while videos are deleted and uploaded again; from the moment a
-deletion is answered, every server has to say that the file is not there. In the middle one server is killed, and later
+random, each of which has to answer as it did alone, while videos are deleted, expire, and are uploaded again; from the
+moment a file is gone, every server has to say that it is not there. In the middle one server is killed, and later
 started again. In the end every video is deleted with `wait=erased`, and what is left anywhere is counted.
 """
 
@@ -26,9 +26,12 @@ from typing import Any
 
 import httpx
 from openai import APIError, APIStatusError, AsyncOpenAI
+from sqlalchemy import update
 
 from f2l_vllm import torch_shims
 from f2l_vllm.bench import record
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.tables import files
 from f2l_vllm.server_process import ServerProcess
 
 torch_shims.install()
@@ -44,6 +47,7 @@ class Cluster:
     def __init__(self, folder: Path, database: str, count: int) -> None:
         self._folder = folder
         self._env = {"F2L_DATABASE_URL": database, "F2L_STORE": f"file://{folder / 'store'}"}
+        self._catalog = Catalog(database)
         self.servers = [self._start(number) for number in range(count)]
 
     def _start(self, number: int) -> ServerProcess:
@@ -61,6 +65,11 @@ class Cluster:
         """Serve the same data folder again."""
         self.servers[number] = self._start(number)
         self.servers[number].wait_ready()
+
+    def expire(self, file_id: str) -> None:
+        """Let the file's time have come."""
+        with self._catalog._write() as connection:
+            connection.execute(update(files).where(files.c.id == file_id).values(expires_at=time.time() - 1))
 
     def left(self) -> dict[str, int]:
         """Files of adapters and videos anywhere, and adapters in engines."""
@@ -127,22 +136,35 @@ class Run:
             self.counts[f"error {type(error).__name__}"] += 1
 
     async def change(self) -> None:
-        """Delete one, ask every server that lives for it, and upload it again."""
+        """Delete one or let it expire, ask every server that lives for it, and upload it again; or upload it once more
+        beside itself, and delete the first of both."""
         path = self._rng.choice(self._paths)
         file_id = self.ids.pop(path, None)
         if file_id is None:
             return
-        await self._proxy.files.delete(file_id)
+        kind = self._rng.choice(("deleted", "expired", "uploaded beside itself"))
+        self.counts[kind] += 1
+        if kind == "uploaded beside itself":
+            await self.upload(path)
+        if kind == "expired":
+            self._cluster.expire(file_id)
+        else:
+            await self._proxy.files.delete(file_id)
+        await self._ask_everywhere(file_id)
+        if path not in self.ids:
+            await self.upload(path)
+
+    async def _ask_everywhere(self, file_id: str) -> None:
+        """A file that has gone."""
         for server in self._cluster.servers:
             if server.process.poll() is None:
                 try:
                     await self.ask(file_id, server.url)
-                    self.counts["answered after a deletion"] += 1
+                    self.counts["answered after it was gone"] += 1
                 except APIStatusError as error:
-                    self.counts["gone after a deletion" if error.status_code == 404 else f"error {error.code}"] += 1
+                    self.counts["gone everywhere" if error.status_code == 404 else f"error {error.code}"] += 1
                 except APIError:
                     self.counts["not there yet"] += 1  # it starts
-        await self.upload(path)
 
     async def end(self) -> None:
         """Delete everything."""
