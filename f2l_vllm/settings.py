@@ -10,15 +10,17 @@ import difflib
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from f2l_vllm.grammar_limits import GrammarLimits
-from f2l_vllm.video.decoder import DecodeLimits
-from f2l_vllm.video.fetch import FetchPolicy
-from f2l_vllm.video.probe import Limits
+
+if TYPE_CHECKING:  # they load libraries that the command line's help does not need
+    from f2l_vllm.video.decoder import DecodeLimits
+    from f2l_vllm.video.fetch import FetchPolicy
+    from f2l_vllm.video.probe import Limits
 
 PREFIX = "F2L_"
 CATALOG: Literal["catalog"] = "catalog"  # as `tenants`: the keys are the catalog's
@@ -33,34 +35,40 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True, allow_inf_nan=False)
 
     home: Path = Field(Path("~/.f2l"), description="Data folder: videos, adapters, catalog.")
-    database_url: str | None = Field(None, description="Catalog: SQLite or PostgreSQL by URL; default: in the folder.")
+    database_url: str | None = Field(
+        None,
+        description="Catalog in SQLite or PostgreSQL; default: in the folder. Others see flags: a password belongs in "
+        "F2L_DATABASE_URL.",
+    )
     listen_url: str | None = Field(
         None, description="PostgreSQL past a pooler, for hearing of changes; default: the catalog's URL."
     )
     store: str | None = Field(
-        None, description="Where videos and adapters are kept, any fsspec URL; default: the folder."
+        None, description="Where videos and adapters are kept, any fsspec URL; default: the data folder."
     )
     cache_bytes: int = Field(
         16 << 30, ge=0, description="How much of a remote store is kept in the folder; 0: no limit."
     )
-    hot_bytes: int = Field(256 << 20, ge=0, description="Memory (/dev/shm) for adapters used most, bytes; 0: none.")
+    hot_bytes: int = Field(256 << 20, ge=0, description="Memory (/dev/shm) for the adapters used most, bytes; 0: none.")
     reserve_bytes: int | None = Field(
         None, ge=0, description="Disk that uploads leave free; default: 256 MiB, or an eighth of it if that is less."
     )
     tenant_bytes: int | None = Field(None, ge=1, description="Bytes of one tenant's files; default: no limit.")
     warm_adapters: int = Field(256, ge=0, description="Adapters made resident at start, those used last first.")
-    hypernetwork: str | None = Field(None, description="Hypernetwork: directory, released .pt file, or hub id.")
+    hypernetwork: str | None = Field(
+        None, description="Directory, released .pt file, or hub id; default: the model's own."
+    )
     hypernetwork_workers: int = Field(1, ge=0, description="Ray actors that internalize videos; 0: none here.")
     max_frames: int | None = Field(None, ge=1, description="Frames read of a video or chunk; default: as trained.")
-    fps: float | None = Field(None, gt=0, description="Frames read per second, up to `max_frames`.")
+    fps: float | None = Field(None, gt=0, description="Frames read per second, up to --max-frames.")
     chunk_seconds: float | None = Field(None, gt=0, description="Cut videos into chunks of this many seconds.")
     chunk_frames: int | None = Field(None, ge=1, description="Cut videos into chunks of this many frames.")
     merge_rate: float = Field(
         0.0, ge=0, lt=1, description="Part of a video's visual tokens merged away before it is internalized, [0, 1)."
     )
-    max_chunks: int = Field(3, ge=1, description="Chunks there is room for: `serve` makes the LoRA rank large enough.")
+    max_chunks: int = Field(3, ge=1, description="Most chunks of a video; each adds to the LoRA rank.")
     batch_tokens: int = Field(
-        0, ge=0, description="Internalize waiting videos together, up to this many tokens a pass."
+        0, ge=0, description="Internalize waiting videos together, up to this many tokens a pass; 0: one at a time."
     )
     batch_videos: int = Field(8, ge=1, description="Videos that a worker takes at a time when `batch_tokens` is set.")
     worker_cpus: float = Field(1.0, ge=0, description="CPUs that Ray reserves for each worker.")
@@ -74,10 +82,10 @@ class Settings(BaseSettings):
     job_seconds: float = Field(600.0, gt=0, description="Longest a worker may take over one video, seconds.")
     wait_seconds: float = Field(30.0, ge=0, description="How long a question waits for a video in work, seconds.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="How much is logged; debug: all that vLLM, Ray and transformers say, too."
+        "info", description="debug, info, warning or error; debug: all that vLLM, Ray and transformers say, too."
     )
     shutdown_seconds: float = Field(
-        30.0, ge=0, description="How long answers may go on that are being written when the server is told to stop."
+        30.0, ge=0, description="How long open answers may go on when the server is told to stop."
     )
     max_upload_bytes: int = Field(1 << 30, ge=1, description="Largest upload, bytes.")
     max_frames_bytes: int = Field(64 << 20, ge=1, description="Largest video answered from its frames, bytes.")
@@ -155,6 +163,8 @@ class Settings(BaseSettings):
     @property
     def decode_limits(self) -> DecodeLimits:
         """Limits on decoding a video."""
+        from f2l_vllm.video.decoder import DecodeLimits
+
         return DecodeLimits(self.decode_memory_bytes, self.decode_seconds, self.max_decoded_bytes)
 
     @property
@@ -165,11 +175,15 @@ class Settings(BaseSettings):
     @property
     def video_limits(self) -> Limits:
         """Limits on the size and header of an uploaded video."""
+        from f2l_vllm.video.probe import Limits
+
         return Limits(self.max_upload_bytes, self.max_video_seconds, self.max_video_pixels)
 
     @property
     def fetch_policy(self) -> FetchPolicy:
         """What may be fetched for a question; nothing unless hosts are listed."""
+        from f2l_vllm.video.fetch import FetchPolicy
+
         return FetchPolicy(tuple(listed(self.allowed_media_domains)), self.max_upload_bytes, self.fetch_seconds)
 
     @property

@@ -59,8 +59,8 @@ def internalize(
     fps: Fps = None,
     chunk_seconds: ChunkSeconds = None,
     chunk_frames: ChunkFrames = None,
-    max_chunks: MaxChunks = None,
-    merge_rate: MergeRate = None,
+    max_chunks: MaxChunks = 15,
+    merge_rate: MergeRate = 0.0,
 ) -> None:
     """Read a video once and write its LoRA adapter, without a server."""
     from f2l_vllm.cli.local import Reading
@@ -68,7 +68,7 @@ def internalize(
 
     if chunk_seconds is not None and chunk_frames is not None:
         raise typer.BadParameter("videos are cut by seconds or by frames: give one of them")
-    reading = Reading(max_frames, fps, chunk_seconds, chunk_frames, max_chunks or 15, merge_rate or 0.0)
+    reading = Reading(max_frames, fps, chunk_seconds, chunk_frames, max_chunks, merge_rate)
     run(video, output, model, hypernetwork, reading)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from f2l_vllm import models
 from f2l_vllm.cli.files import Overwrite, keep
+from f2l_vllm.cli.options import Hypernetwork
 
 SHAPES = ("tiny", "500m", "2.2b")
 
@@ -25,9 +26,7 @@ def bench(
         str | None, typer.Option(help="tiny (the default), or random weights of a released shape: 500m, 2.2b.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Any other model: directory or hub id.")] = None,
-    hypernetwork: Annotated[
-        str | None, typer.Option(help="Directory, released .pt file, or hub id; default: the model's own.")
-    ] = None,
+    hypernetwork: Hypernetwork = None,
     arms: Annotated[str | None, typer.Option(help="Ways of answering, by comma.")] = None,
     frames: Annotated[str | None, typer.Option(help="Frames of the videos, by comma.")] = None,
     resolution: Annotated[str | None, typer.Option(help="Longest edges of the files, pixels, by comma.")] = None,

@@ -1,24 +1,35 @@
-"""Options that several commands take."""
+"""Options that several commands take. Those that set a setting have its name, bounds and words from `Settings`."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from annotated_types import Ge, Gt
+
+from f2l_vllm.settings import Settings
+
+_ABOVE_ZERO = 0.001  # typer knows no open bounds
 
 DEFAULT_MODEL = "f2l-tiny"
 Model = Annotated[str, typer.Option("--model", help="Shipped model, directory, or hub id.")]
-Hypernetwork = Annotated[
-    str | None,
-    typer.Option("--hypernetwork", help="Directory, released .pt file, or hub id; default: the model's own."),
-]
 
-MaxFrames = Annotated[int | None, typer.Option(min=1, help="Frames read of a video or chunk; default: as trained.")]
-Fps = Annotated[float | None, typer.Option(min=0.001, help="Frames read per second, up to --max-frames.")]
-ChunkSeconds = Annotated[float | None, typer.Option(min=0.001, help="Cut videos into chunks of this many seconds.")]
-ChunkFrames = Annotated[int | None, typer.Option(min=1, help="Cut videos into chunks of this many frames.")]
-MergeRate = Annotated[
-    float | None, typer.Option(help="Part of a video's visual tokens to merge away before it is internalized.")
-]
-_MAX_CHUNKS = "Most chunks of a video (each adds to the LoRA rank); default: serve 3, internalize 15."
-MaxChunks = Annotated[int | None, typer.Option(min=1, help=_MAX_CHUNKS)]
+
+def sets(name: str, **more: Any) -> Any:
+    """The option that sets `Settings.<name>`; `more` is what else typer should know."""
+    field = Settings.model_fields[name]
+    match field.metadata:  # a field with an upper bound is checked by `Settings` alone
+        case [Ge() as bound]:
+            more["min"] = bound.ge
+        case [Gt()]:
+            more["min"] = _ABOVE_ZERO
+    return typer.Option(f"--{name.replace('_', '-')}", help=field.description, **more)
+
+
+Hypernetwork = Annotated[str | None, sets("hypernetwork")]
+MaxFrames = Annotated[int | None, sets("max_frames")]
+Fps = Annotated[float | None, sets("fps")]
+ChunkSeconds = Annotated[float | None, sets("chunk_seconds")]
+ChunkFrames = Annotated[int | None, sets("chunk_frames")]
+MaxChunks = Annotated[int, sets("max_chunks")]
+MergeRate = Annotated[float, sets("merge_rate")]

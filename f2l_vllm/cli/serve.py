@@ -54,7 +54,7 @@ class Launch:
     workers: WorkerSpec | None
 
 
-def plan(model: str, hypernetwork: str | None, settings: dict[str, str], words: list[str]) -> Launch:
+def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
     """The `vllm serve` command for a model. Flags given by the user override the defaults here.
 
     Args:
@@ -78,7 +78,7 @@ def plan(model: str, hypernetwork: str | None, settings: dict[str, str], words: 
         check_store(chosen.store)
     directory = models.resolve(model)
     shapes = BaseShapes.read(directory)  # refuses a directory that is not a base model
-    weights = models.resolve_hypernetwork(model, hypernetwork or chosen.hypernetwork)
+    weights = models.resolve_hypernetwork(model, chosen.hypernetwork or None)
     config = read_config(weights)
     check_shapes(shapes, config)
     rank = _rank(chosen, config, chosen_flags)

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 import os
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
 
-from f2l_vllm.cli.options import (
-    DEFAULT_MODEL,
-    ChunkFrames,
-    ChunkSeconds,
-    Fps,
-    Hypernetwork,
-    MaxChunks,
-    MaxFrames,
-    MergeRate,
-)
+from f2l_vllm.cli.options import DEFAULT_MODEL, sets
+from f2l_vllm.settings import PREFIX, Settings
 
 if TYPE_CHECKING:
     from f2l_vllm.cli.serve import Launch
 
 _SERVE = """Start Ray, the hypernetwork workers and vLLM's OpenAI server.
 
-Every flag of `vllm serve` may be given, too: --help=all lists them, --help=WORD those with a word in their name. The
-first to know are below.
+Settings are variables, too: --max-frames is F2L_MAX_FRAMES. Every flag of `vllm serve` may be given: --help=all lists
+them, --help=WORD those with a word in their name. The first to know are below.
 """
 _DOCTOR = "Say what is installed, which device there is, and whether `serve` with the same flags would start."
 _VLLM = "Of vLLM, and any other of its flags (--help=all)"
+# The settings that are flags, too, in the order of the help.
+_FLAGS = (
+    *("hypernetwork", "hypernetwork_workers", "worker_cpus", "worker_gpus", "queue_limit"),
+    *("max_frames", "fps", "chunk_seconds", "chunk_frames", "max_chunks", "merge_rate", "batch_tokens"),
+    *("home", "store", "database_url", "cache_bytes", "hot_bytes", "warm_adapters", "tenants"),
+    *("log_level", "shutdown_seconds"),
+)
 
 
 class _Command(TyperCommand):
@@ -69,45 +68,18 @@ def _tenants(given: str | None) -> str | None:
     return str(path.absolute())
 
 
+def _lower(given: str | None) -> str | None:
+    return None if given is None else given.lower()
+
+
+_MORE = {"tenants": {"callback": _tenants}, "log_level": {"callback": _lower}}
+
+
 def _launch(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Shipped model, directory, or hub id.")] = None,
     model_option: Annotated[str | None, typer.Option("--model", hidden=True)] = None,
-    hypernetwork: Hypernetwork = None,
-    hypernetwork_workers: Annotated[int | None, typer.Option(min=0, help="Ray actors that internalize videos.")] = None,
-    worker_cpus: Annotated[float | None, typer.Option(min=0, help="CPUs Ray reserves for each worker.")] = None,
-    worker_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs, or a fraction, for each worker.")] = None,
-    queue_limit: Annotated[int | None, typer.Option(min=1, help="Videos that may wait before queue_full.")] = None,
-    max_frames: MaxFrames = None,
-    fps: Fps = None,
-    chunk_seconds: ChunkSeconds = None,
-    chunk_frames: ChunkFrames = None,
-    max_chunks: MaxChunks = None,
-    merge_rate: MergeRate = None,
-    batch_tokens: Annotated[
-        int | None, typer.Option(min=0, help="Tokens a pass: internalize waiting videos together.")
-    ] = None,
-    home: Annotated[Path | None, typer.Option(help="Data folder (F2L_HOME).")] = None,
-    store: Annotated[
-        str | None, typer.Option(help="Where videos and adapters are kept, any fsspec URL; default: the data folder.")
-    ] = None,
-    database_url: Annotated[
-        str | None,
-        typer.Option(help="Catalog in SQLite or PostgreSQL. Others see flags: a password belongs in F2L_DATABASE_URL."),
-    ] = None,
-    cache_bytes: Annotated[
-        int | None, typer.Option(min=0, help="How much of a remote store is kept in the folder; 0: no limit.")
-    ] = None,
-    hot_bytes: Annotated[
-        int | None, typer.Option(min=0, help="Memory (/dev/shm) for the adapters used most; 0: none.")
-    ] = None,
-    warm_adapters: Annotated[
-        int | None, typer.Option(min=0, help="Adapters made resident at start, those used last first.")
-    ] = None,
-    tenants: Annotated[
-        str | None,
-        typer.Option(help="catalog: keys of f2l-vllm keys; or a JSON or TOML file of them.", callback=_tenants),
-    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the vllm command and stop.")] = False,
     host: Annotated[
         str | None, typer.Option(help="Address to listen at; default: 127.0.0.1.", rich_help_panel=_VLLM)
     ] = None,
@@ -121,39 +93,11 @@ def _launch(
             rich_help_panel=_VLLM,
         ),
     ] = None,
-    log_level: Annotated[
-        str | None, typer.Option(help="debug, info, warning or error; debug: all that vLLM and Ray say, too.")
-    ] = None,
-    shutdown_seconds: Annotated[
-        float | None, typer.Option(min=0, help="How long open answers may go on when the server is told to stop.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the vllm command and stop.")] = False,
+    **settings: Any,
 ) -> Any:  # a Launch; its module is only imported when needed
     from f2l_vllm.cli.serve import plan
     from f2l_vllm.engine import flags
 
-    given = {
-        "F2L_HYPERNETWORK_WORKERS": hypernetwork_workers,
-        "F2L_WORKER_CPUS": worker_cpus,
-        "F2L_WORKER_GPUS": worker_gpus,
-        "F2L_QUEUE_LIMIT": queue_limit,
-        "F2L_MAX_FRAMES": max_frames,
-        "F2L_FPS": fps,
-        "F2L_CHUNK_SECONDS": chunk_seconds,
-        "F2L_CHUNK_FRAMES": chunk_frames,
-        "F2L_MAX_CHUNKS": max_chunks,
-        "F2L_MERGE_RATE": merge_rate,
-        "F2L_BATCH_TOKENS": batch_tokens,
-        "F2L_HOME": home,
-        "F2L_STORE": store,
-        "F2L_DATABASE_URL": database_url,
-        "F2L_CACHE_BYTES": cache_bytes,
-        "F2L_HOT_BYTES": hot_bytes,
-        "F2L_SHUTDOWN_SECONDS": shutdown_seconds,
-        "F2L_LOG_LEVEL": log_level.lower() if log_level is not None else None,
-        "F2L_WARM_ADAPTERS": warm_adapters,
-        "F2L_TENANTS": tenants,
-    }
     # What click took for the model may be one of vLLM's flags, or its value: click does not know them.
     words = [*([model] if model is not None else []), *context.args]
     own = [name for param in context.command.params for name in param.opts if name.startswith("--")]
@@ -165,8 +109,8 @@ def _launch(
         named = found.model  # from the file that --config names
     words += [f"--host={host}"] * (host is not None) + [f"--port={port}"] * (port is not None)
     words += ["--api-key", *api_key] if api_key else []
-    chosen = {name: str(value) for name, value in given.items() if value is not None}
-    return plan(named or model_option or DEFAULT_MODEL, hypernetwork, chosen, words)
+    given = {f"{PREFIX}{name.upper()}": str(value) for name, value in settings.items() if value is not None}
+    return plan(named or model_option or DEFAULT_MODEL, given, words)
 
 
 def _serve(context: typer.Context, launch: Callable[[], Launch]) -> None:
@@ -195,8 +139,24 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _taking_flags(run: Callable[[typer.Context, Callable[[], Launch]], None]) -> Callable[..., None]:
-    @functools.wraps(_launch)  # its signature is what typer reads
+    """A command whose signature, which is what typer reads, is `_launch`'s with every flag that is a setting."""
+
     def command(context: typer.Context, **values: Any) -> None:
         run(context, lambda: _launch(context, **values))
 
+    context, model, model_option, *others, _ = inspect.signature(_launch, eval_str=True).parameters.values()
+    parameters = [context, model, model_option, *map(_flag, _FLAGS), *others]
+    vars(command)["__signature__"] = inspect.Signature(parameters)
     return command
+
+
+def _flag(name: str) -> inspect.Parameter:
+    field = Settings.model_fields[name]
+    default = None if field.default is None else str(field.default)
+    kind: Any = field.annotation
+    if any(get_origin(one) is Literal for one in (kind, *get_args(kind))):
+        kind = str  # `Settings` says which words
+    option = sets(name, show_default=default or False, **_MORE.get(name, {}))
+    return inspect.Parameter(
+        name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=Annotated[kind | None, option]
+    )

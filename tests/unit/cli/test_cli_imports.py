@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-HEAVY = {"torch", "transformers", "vllm", "ray", "scipy", "matplotlib"}
+HEAVY = {"torch", "transformers", "vllm", "ray", "scipy", "matplotlib", "numpy", "av", "httpx"}
 
 
 def test_naming_the_commands_loads_no_heavy_library():

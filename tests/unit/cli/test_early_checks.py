@@ -134,11 +134,11 @@ def test_help_names_the_first_flags_of_vllm_and_where_the_others_are():
 def test_a_config_file_counts_as_flags(tmp_path):
     path = tmp_path / "vllm.yaml"
     path.write_text("max-loras: 4\nport: 9000\nenforce-eager: true\n")
-    argv = plan("f2l-tiny", None, {}, ["--config", str(path)]).argv
+    argv = plan("f2l-tiny", {}, ["--config", str(path)]).argv
     assert "--max-loras" not in argv  # our default would win over the file
     path.write_text("max-lorras: 4\n")
     with pytest.raises(ValueError, match="did you mean --max-loras"):
-        plan("f2l-tiny", None, {}, ["--config", str(path)])
+        plan("f2l-tiny", {}, ["--config", str(path)])
 
 
 def test_vllms_ways_of_writing_flags_are_read():
