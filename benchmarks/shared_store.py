@@ -119,7 +119,7 @@ def _server(url: str, folder: Path, name: str) -> VideoService:
     catalog = Catalog(url)
     registry = Registry({}, _NoEngine(), store, base_model="base", host_slots=8, wanted=catalog.refers_to)
     settings = Settings(home=home, queue_limit=1_000_000)
-    return VideoService(settings, Revisions("base", "one", {}), catalog, store, registry, None, lambda: False)
+    return VideoService(settings, Revisions("base", "one"), catalog, store, registry, None, lambda: False)
 
 
 def _serve(url: str, folder: Path, index: int, pairs: int, options: dict[str, Any], results: Any) -> None:

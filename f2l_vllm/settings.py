@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from f2l_vllm.grammar_limits import GrammarLimits
+from f2l_vllm.video.reading import ReadingOptions
 
 if TYPE_CHECKING:  # they load libraries that the command line's help does not need
     from f2l_vllm.video.decoder import DecodeLimits
@@ -140,9 +141,8 @@ class Settings(BaseSettings):
             raise ValueError("; ".join(_in_words(dict(one), given) for one in error.errors())) from error
 
     @model_validator(mode="after")
-    def _one_way_to_cut(self) -> Settings:
-        if self.chunk_seconds is not None and self.chunk_frames is not None:
-            raise ValueError("videos are cut by seconds or by frames: set one of chunk_seconds and chunk_frames")
+    def _can_be_read(self) -> Settings:
+        _ = self.reading  # raises if the options contradict each other
         return self
 
     @property
@@ -151,9 +151,10 @@ class Settings(BaseSettings):
         return self.home.expanduser().absolute()
 
     @property
-    def is_chunked(self) -> bool:
-        """Whether videos are cut into chunks."""
-        return self.chunk_seconds is not None or self.chunk_frames is not None
+    def reading(self) -> ReadingOptions:
+        """How videos are read."""
+        cut = self.chunk_seconds, self.chunk_frames, self.max_chunks
+        return ReadingOptions(self.max_frames, self.fps, *cut, self.merge_rate)
 
     @property
     def tenant_queue_limit(self) -> int | None:
@@ -185,13 +186,6 @@ class Settings(BaseSettings):
         from f2l_vllm.video.fetch import FetchPolicy
 
         return FetchPolicy(tuple(listed(self.allowed_media_domains)), self.max_upload_bytes, self.fetch_seconds)
-
-    @property
-    def sampling(self) -> dict[str, float]:
-        """The operator's settings of how videos are read; they shape the adapters and are part of their names."""
-        names = ("max_frames", "fps", "chunk_seconds", "chunk_frames")
-        merging = {"merge_rate": self.merge_rate} if self.merge_rate else {}
-        return {name: value for name in names if (value := getattr(self, name)) is not None} | merging
 
     @property
     def catalog_url(self) -> str:

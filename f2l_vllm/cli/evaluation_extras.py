@@ -79,13 +79,7 @@ class Extras:
             from f2l_vllm.evaluation.diagnostics.measure import diagnose
             from f2l_vllm.evaluation.in_process import TransformersAnswers
 
-            answers = TransformersAnswers(
-                setup.model,
-                setup.hypernetwork,
-                max_frames=setup.max_frames,
-                max_tokens=setup.max_tokens,
-                merge_rate=setup.merge_rate,
-            )
+            answers = TransformersAnswers(setup.model, setup.hypernetwork, setup.reading, max_tokens=setup.max_tokens)
             found["diagnostics"] = diagnose(
                 answers, questions, on_progress=lambda n, of: progress("diagnostics", n, of)
             )

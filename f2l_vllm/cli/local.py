@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +12,7 @@ from rich.console import Console
 from f2l_vllm import models, torch_shims
 from f2l_vllm.cli.progress import progress, status
 from f2l_vllm.hypernetwork.locate import locate
+from f2l_vllm.video.reading import ReadingOptions
 
 if TYPE_CHECKING:
     from f2l_vllm.hypernetwork.adapter import Adapter
@@ -21,42 +21,25 @@ if TYPE_CHECKING:
 console = Console()
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How a video is read; None means as the hypernetwork was trained, in one pass."""
-
-    max_frames: int | None = None
-    fps: float | None = None
-    chunk_seconds: float | None = None
-    chunk_frames: int | None = None
-    max_chunks: int = 1
-    merge_rate: float = 0.0
-
-
 _STAGES = ("decode", "encode", "generate")
 
 
-def _internalizer(model: str, hypernetwork: str | None, merge_rate: float = 0.0) -> tuple[Internalizer, Path]:
+def _internalizer(
+    model: str, hypernetwork: str | None, reading: ReadingOptions | None = None
+) -> tuple[Internalizer, Path]:
     try:
         directory, weights = models.resolve(model), models.resolve_hypernetwork(model, hypernetwork)
         torch_shims.install()
         from f2l_vllm.hypernetwork.internalizer import Internalizer
 
         with status(console, "loading model and hypernetwork"):
-            return Internalizer.load(directory, weights, merge_rate=merge_rate), directory
+            return Internalizer.load(directory, weights, reading=reading), directory
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def _read(internalizer: Internalizer, video: Path, reading: Reading) -> Adapter:
-    from f2l_vllm.video.chunks import Chunking
+def _read(internalizer: Internalizer, video: Path) -> Adapter:
     from f2l_vllm.video.errors import VideoError
-    from f2l_vllm.video.sample import Sampling
-
-    internalizer.sampling = Sampling(reading.max_frames, reading.fps).or_else(internalizer.sampling)
-    chunking = None
-    if reading.chunk_seconds is not None or reading.chunk_frames is not None:
-        chunking = Chunking(reading.chunk_seconds, reading.chunk_frames, reading.max_chunks)
 
     with progress(console) as tell:
 
@@ -65,19 +48,19 @@ def _read(internalizer: Internalizer, video: Path, reading: Reading) -> Adapter:
                 tell(stage, fraction, 1)
 
         try:
-            return internalizer.internalize(video, on_progress=report, chunking=chunking)
+            return internalizer.internalize(video, on_progress=report)
         except VideoError as error:
             console.print(f"[red]{error.code}[/]: {error}")
             raise typer.Exit(1) from error
 
 
-def internalize(video: Path, output: Path, model: str, hypernetwork: str | None, reading: Reading) -> None:
+def internalize(video: Path, output: Path, model: str, hypernetwork: str | None, reading: ReadingOptions) -> None:
     """Write a video's PEFT adapter to `output`."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise typer.BadParameter(f"{output} exists already; name a new directory")
-    internalizer, directory = _internalizer(model, hypernetwork, reading.merge_rate)
+    internalizer, directory = _internalizer(model, hypernetwork, reading)
     started = time.perf_counter()
-    adapter = _read(internalizer, video, reading)
+    adapter = _read(internalizer, video)
     adapter.save(output, base_model=models.loadable_name(directory), family=internalizer.encoder.family)
     info = adapter.info
     console.print(
@@ -102,7 +85,7 @@ def ask(video: Path, question: str, model: str, hypernetwork: str | None, max_to
         check_length(base, inputs["input_ids"].shape[1], max_tokens)  # before the video is read
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    adapter = _read(internalizer, video, Reading())
+    adapter = _read(internalizer, video)
     with status(console, "answering"), apply_adapter(base, adapter):
         output = base.generate(**inputs, do_sample=False, max_new_tokens=max_tokens)
     answer = output[0, inputs["input_ids"].shape[1] :]

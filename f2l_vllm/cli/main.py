@@ -24,6 +24,7 @@ from f2l_vllm.cli.options import (
     Model,
 )
 from f2l_vllm.cli.plain import PlainGroup
+from f2l_vllm.video.reading import ReadingOptions
 
 app = typer.Typer(
     name="f2l-vllm",
@@ -63,12 +64,12 @@ def internalize(
     merge_rate: MergeRate = 0.0,
 ) -> None:
     """Read a video once and write its LoRA adapter, without a server."""
-    from f2l_vllm.cli.local import Reading
     from f2l_vllm.cli.local import internalize as run
 
-    if chunk_seconds is not None and chunk_frames is not None:
-        raise typer.BadParameter("videos are cut by seconds or by frames: give one of them")
-    reading = Reading(max_frames, fps, chunk_seconds, chunk_frames, max_chunks, merge_rate)
+    try:
+        reading = ReadingOptions(max_frames, fps, chunk_seconds, chunk_frames, max_chunks, merge_rate)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     run(video, output, model, hypernetwork, reading)
 
 

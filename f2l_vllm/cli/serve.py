@@ -148,7 +148,7 @@ def _rank(settings: Settings, config: HypernetworkConfig, flags: Namespace) -> i
         limit = f"vLLM's largest is {RANKS[-1]}, which is two of rank {RANKS[-1] // 2}: the video's and the bias"
         raise ValueError(f"this hypernetwork makes adapters of rank {2 * config.rank}; {limit}")
     chunks = settings.max_chunks
-    if not (settings.is_chunked or "max_chunks" in settings.model_fields_set):
+    if not (settings.reading.is_chunked or "max_chunks" in settings.model_fields_set):
         chunks = min(chunks, most)
     rank = smallest_rank((chunks + 1) * config.rank)  # the bias takes the rank of one chunk
     if rank is None:

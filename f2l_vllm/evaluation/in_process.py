@@ -30,6 +30,7 @@ from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.video.chunks import Chunking
 from f2l_vllm.video.errors import VideoError
+from f2l_vllm.video.reading import ReadingOptions
 from f2l_vllm.video.sample import SampledVideo, Sampling, open_source, sample_video
 
 _AT_ONCE = 12  # questions of one video answered together
@@ -39,28 +40,18 @@ class TransformersAnswers:
     """Gives greedy answers, to all questions about a video together.
 
     Args:
-        max_frames: frames read of a video or chunk; as the hypernetwork was trained when None.
+        reading: how videos are read, in context and in internalization.
         max_tokens: limit of an answer.
-        merge_rate: part of the visual tokens to save, in context and in internalization.
 
     Raises:
         ValueError: no such model or hypernetwork, the two do not fit together, or the rate is outside [0, 1).
     """
 
-    def __init__(
-        self,
-        model: str,
-        hypernetwork: str | None,
-        *,
-        max_frames: int | None,
-        max_tokens: int,
-        merge_rate: float = 0.0,
-    ) -> None:
+    def __init__(self, model: str, hypernetwork: str | None, reading: ReadingOptions, *, max_tokens: int) -> None:
         directory, weights = models.resolve(model), models.resolve_hypernetwork(model, hypernetwork)
         in_fp32 = model in models.shipped() and not torch.cuda.is_available()  # as the server runs it
         dtype = torch.float32 if in_fp32 else None
-        self.internalizer = Internalizer.load(directory, weights, dtype=dtype, merge_rate=merge_rate)
-        self.internalizer.sampling = Sampling(max_frames).or_else(self.internalizer.sampling)
+        self.internalizer = Internalizer.load(directory, weights, dtype=dtype, reading=reading)
         self._model = cast(Any, self.internalizer.model)  # transformers leaves `generate` untyped
         self._processor = self.internalizer.processor
         self._processor.tokenizer.padding_side = "left"

@@ -133,13 +133,7 @@ def _answer(asks: list[Ask], setup: Setup, log: AnswerLog, skipped: list[Skipped
     if in_process:
         from f2l_vllm.evaluation.in_process import TransformersAnswers
 
-        answerer = TransformersAnswers(
-            setup.model,
-            setup.hypernetwork,
-            max_frames=setup.max_frames,
-            max_tokens=setup.max_tokens,
-            merge_rate=setup.merge_rate,
-        )
+        answerer = TransformersAnswers(setup.model, setup.hypernetwork, setup.reading, max_tokens=setup.max_tokens)
         answerer.answer(in_process, on_reply, skipped.append)
 
 

@@ -8,6 +8,7 @@ from f2l_vllm import models
 from f2l_vllm.base_models.rate import check_rate
 from f2l_vllm.evaluation.questions import ARMS
 from f2l_vllm.evaluation.scores import EQUIVALENCE_MARGIN, JUDGE, METRICS
+from f2l_vllm.video.reading import ReadingOptions
 
 SERVER, TRANSFORMERS = WAYS = ("server", "transformers")
 
@@ -79,3 +80,8 @@ class Setup:
             raise ValueError("the metric 'judge' needs a judge: name its endpoint and model")
         if not all(margin > 0 for margin in (self.margin or 1, self.equivalence_margin)):
             raise ValueError("a margin is the largest difference that counts as none: it must be positive")
+
+    @property
+    def reading(self) -> ReadingOptions:
+        """How videos are read."""
+        return ReadingOptions(self.max_frames, merge_rate=self.merge_rate)

@@ -27,6 +27,7 @@ from f2l_vllm.video.chunks import ChunkedVideo, Chunking, cut_video
 from f2l_vllm.video.decoder import Decoder
 from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.probe import Limits
+from f2l_vllm.video.reading import ReadingOptions
 from f2l_vllm.video.sample import SampledVideo, Sampling, sample_video
 
 TOKENS_PER_PASS = 16384  # about sixteen videos as the released checkpoints sample them
@@ -65,11 +66,12 @@ class Internalizer:
         model: a transformers model of a known family; its device and dtype are kept.
         hyper: hypernetwork made for this model; moved to the model's device, its dtype is kept.
         processor: the model's processor; when None, loaded from where the model came from.
-        sampling: which frames are read; as in the hypernetwork's training when None.
+        reading: how videos are read.
         limits: which videos are accepted; the defaults of `Limits` when None.
-        merge_rate: part of a video's visual tokens to save before the text layers read them, in [0, 1).
 
     Attributes:
+        sampling: which frames are read: the options', and for what they leave open those of the hypernetwork's
+            training; may be set.
         decoder: reads video files instead of this process; may be set.
 
     Raises:
@@ -81,9 +83,8 @@ class Internalizer:
         model: nn.Module,
         hyper: Hypernetwork,
         processor: Any = None,
-        sampling: Sampling | None = None,
+        reading: ReadingOptions | None = None,
         limits: Limits | None = None,
-        merge_rate: float = 0.0,
     ) -> None:
         check_fit(model, hyper.config)
         if processor is None:
@@ -93,8 +94,10 @@ class Internalizer:
         self.model = model.eval()
         self.hyper = hyper.to(next(model.parameters()).device).eval()
         self.processor = processor
-        self.encoder = VideoEncoder(model, processor, merge_rate)
-        self.sampling = sampling or Sampling(hyper.config.max_frames, longest_edge=hyper.config.longest_edge)
+        self.reading = reading or ReadingOptions()
+        self.encoder = VideoEncoder(model, processor, self.reading.merge_rate)
+        trained = Sampling(hyper.config.max_frames, longest_edge=hyper.config.longest_edge)
+        self.sampling = Sampling(self.reading.max_frames, self.reading.fps).or_else(trained)
         self.limits = limits or Limits()
         self.decoder: Decoder | None = None
 
@@ -105,9 +108,8 @@ class Internalizer:
         hypernetwork_ref: str | Path,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        sampling: Sampling | None = None,
+        reading: ReadingOptions | None = None,
         limits: Limits | None = None,
-        merge_rate: float = 0.0,
     ) -> Internalizer:
         """Load all three parts.
 
@@ -131,7 +133,7 @@ class Internalizer:
             processor = AutoProcessor.from_pretrained(str(model_ref))
         except OSError as error:
             raise ValueError(f"The base model {str(model_ref)!r} cannot be loaded: {error}") from error
-        return cls(model.to(device), hyper, processor, sampling, limits, merge_rate)
+        return cls(model.to(device), hyper, processor, reading, limits)
 
     @property
     def device(self) -> torch.device:
@@ -145,8 +147,8 @@ class Internalizer:
 
         Args:
             path: a local video file.
-            chunking: cut the video and compose the chunks' adapters in rank space, with the bias once; one pass over
-                the whole video when None.
+            chunking: cut the video and compose the chunks' adapters in rank space, with the bias once; as the reading
+                options say when None.
             on_progress: called with a stage ("decode", "encode", "generate", "compose") and the part of it that is
                 done, at the start and the end of every stage and after each text layer.
 
@@ -162,6 +164,7 @@ class Internalizer:
         """
         report = on_progress or _no_progress
         report("decode", 0.0)
+        chunking = chunking or Chunking.of(self.reading)
         if chunking is not None:
             return self._internalize_chunks(
                 cut_video(path, self.processor, chunking, self.limits, self.sampling, self.decoder), report

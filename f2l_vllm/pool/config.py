@@ -30,5 +30,5 @@ class PoolConfig:
             job_attempts=settings.job_attempts,
             job_seconds=settings.job_seconds,
             # Chunked videos are long: each one fills a pass by itself.
-            batch=settings.batch_videos if settings.batch_tokens and not settings.is_chunked else 1,
+            batch=settings.batch_videos if settings.batch_tokens and not settings.reading.is_chunked else 1,
         )

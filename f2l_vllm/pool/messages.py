@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,12 @@ from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.settings import Settings
 from f2l_vllm.video.decoder import DecodeLimits
 from f2l_vllm.video.probe import Limits
+from f2l_vllm.video.reading import ReadingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
-    """What a worker loads at start, and how it reads videos. Paths are on a file system shared with the server.
-
-    `max_chunks` is 0 when videos are read in one pass.
-    """
+    """What a worker loads at start, and how it reads videos. Paths are on a file system shared with the server."""
 
     model: Path
     hypernetwork: Path
@@ -26,12 +24,7 @@ class WorkerSpec:
     max_rank: int
     threads: int
     limits: Limits = field(default_factory=Limits)
-    max_frames: int | None = None
-    fps: float | None = None
-    chunk_seconds: float | None = None
-    chunk_frames: int | None = None
-    max_chunks: int = 0
-    merge_rate: float = 0.0
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
     batch_tokens: int = 0
     store: str | None = None
     reserve_bytes: int | None = None
@@ -50,13 +43,8 @@ class WorkerSpec:
             max_rank=max_rank,
             limits=settings.video_limits,
             threads=max(1, int(settings.worker_cpus)),
-            max_frames=settings.max_frames,
-            fps=settings.fps,
-            chunk_seconds=settings.chunk_seconds,
-            chunk_frames=settings.chunk_frames,
             # The bias uses as much rank as one chunk.
-            max_chunks=max_rank // rank - 1 if settings.is_chunked else 0,
-            merge_rate=settings.merge_rate,
+            reading=replace(settings.reading, max_chunks=max_rank // rank - 1),
             batch_tokens=settings.batch_tokens,
             decode=settings.decode_limits,
         )

@@ -20,7 +20,6 @@ from f2l_vllm.store.store import StoreError
 
 if TYPE_CHECKING:
     from f2l_vllm.hypernetwork.adapter import Adapter
-    from f2l_vllm.video.chunks import Chunking
 
 # The internalizer's stages as the catalog's states.
 _STATES = {"decode": VideoState.DECODING, "encode": VideoState.ENCODING, "generate": VideoState.ENCODING}
@@ -39,26 +38,17 @@ class HypernetworkWorker:
 
         from f2l_vllm.hypernetwork.adapter_check import AdapterCheck
         from f2l_vllm.hypernetwork.internalizer import Internalizer
-        from f2l_vllm.video.chunks import Chunking
         from f2l_vllm.video.decoder import IsolatedDecoder
-        from f2l_vllm.video.sample import Sampling
 
         torch.set_num_threads(max(1, spec.threads))
         self._spec = spec
         self._store = open_store(spec.home, url=spec.store, reserve_bytes=spec.reserve_bytes)
         self._shapes = BaseShapes.read(spec.model)
-        self._internalizer = Internalizer.load(
-            spec.model, spec.hypernetwork, limits=spec.limits, merge_rate=spec.merge_rate
-        )
+        self._internalizer = Internalizer.load(spec.model, spec.hypernetwork, limits=spec.limits, reading=spec.reading)
         self._decoder = self._internalizer.decoder = IsolatedDecoder(spec.decode)
         self._check = AdapterCheck(self._internalizer.model, self._internalizer.processor.tokenizer)
         self._cancelled: set[str] = set()
         self._decoding: str | None = None  # the job whose video is being read
-        asked = Sampling(spec.max_frames, spec.fps)
-        self._internalizer.sampling = asked.or_else(self._internalizer.sampling)
-        self._chunking: Chunking | None = None
-        if spec.max_chunks:
-            self._chunking = Chunking(spec.chunk_seconds, spec.chunk_frames, spec.max_chunks)
 
     def info(self) -> WorkerInfo:
         """Describe this worker. An answer also tells the pool that the worker has loaded and is alive."""
@@ -101,7 +91,7 @@ class HypernetworkWorker:
                     raise _GivenUp
                 report(stage, fraction)
 
-            return self._internalizer.internalize(path, on_progress=report_unless_cancelled, chunking=self._chunking)
+            return self._internalizer.internalize(path, on_progress=report_unless_cancelled)
 
         self._decoding = name
         try:

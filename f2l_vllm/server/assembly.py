@@ -113,8 +113,8 @@ def open_service(
         rank=served.config.rank,
         max_rank=served.limits.max_rank,
     )
-    # Sampling options that are not set come from the files of model and hypernetwork, which the revisions cover.
-    revisions = Revisions(fingerprint(served.model), fingerprint(served.hypernetwork), settings.sampling)
+    # Reading options that are not set come from the files of model and hypernetwork, which the revisions cover.
+    revisions = Revisions(fingerprint(served.model), fingerprint(served.hypernetwork), settings.reading)
     pool = PoolProcess(workers, revisions.name(""), count_outcome) if settings.hypernetwork_workers else None
     listener = listen(catalog, settings.listen_url)
     return VideoService(settings, revisions, catalog, store, registry, pool, lambda: ending.is_stopping, listener)

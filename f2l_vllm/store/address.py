@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from f2l_vllm.video.reading import ReadingOptions
 
 FORMAT_VERSION = 1
 ADAPTER_PREFIX = "f2l-"
@@ -54,14 +54,12 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def adapter_name(
-    *, video_sha256: str, sampling: Mapping[str, Any], base_revision: str, hypernetwork_revision: str
-) -> str:
-    """The adapter's name: `f2l-` and 32 hex digits over video bytes, sampling, both revisions and the file format."""
+def adapter_name(*, video_sha256: str, reading: ReadingOptions, base_revision: str, hypernetwork_revision: str) -> str:
+    """The adapter's name: `f2l-` and 32 hex digits over video bytes, reading options, both revisions, file format."""
     record = {
         "format": FORMAT_VERSION,
         "video": video_sha256,
-        "sampling": dict(sampling),
+        "sampling": reading.named,
         "base": base_revision,
         "hypernetwork": hypernetwork_revision,
     }

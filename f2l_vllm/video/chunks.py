@@ -12,6 +12,7 @@ from typing import Any
 from f2l_vllm.video.decoder import Decoder
 from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.probe import Limits
+from f2l_vllm.video.reading import ReadingOptions
 from f2l_vllm.video.sample import SampledVideo, Sampling, Source, open_source
 
 
@@ -39,6 +40,11 @@ class Chunking:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"Chunking.{name} must be positive, got {value!r}.")
+
+    @classmethod
+    def of(cls, reading: ReadingOptions) -> Chunking | None:
+        """As the options say; None: the video is read in one pass."""
+        return cls(reading.chunk_seconds, reading.chunk_frames, reading.max_chunks) if reading.is_chunked else None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from f2l_vllm.settings import Settings
 from f2l_vllm.store.address import adapter_name
 from f2l_vllm.store.errors import OtherModels, Unavailable
 from f2l_vllm.store.store import Store, StoreError
+from f2l_vllm.video.reading import ReadingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +44,17 @@ _WRITERS = 4  # threads for catalog writes, so that questions, which only read, 
 
 @dataclass(frozen=True)
 class Revisions:
-    """What an adapter's name depends on besides the video: content hashes of both models, and the frame sampling."""
+    """What an adapter's name depends on besides the video: content hashes of both models, and how videos are read."""
 
     base: str
     hypernetwork: str
-    sampling: dict[str, Any]
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
 
     def name(self, sha256: str) -> str:
         """The adapter's content-addressed name for a video with these bytes."""
         return adapter_name(
             video_sha256=sha256,
-            sampling=self.sampling,
+            reading=self.reading,
             base_revision=self.base,
             hypernetwork_revision=self.hypernetwork,
         )

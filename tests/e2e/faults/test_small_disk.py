@@ -30,7 +30,7 @@ async def main():
     home = Path(sys.argv[1])
     store, catalog = Store(home), Catalog(f"sqlite:///{home / 'catalog.sqlite3'}")
     registry = Registry({}, None, store, base_model="base", host_slots=8, wanted=catalog.refers_to)
-    settings, revisions = Settings(home=home), Revisions("base", "one", {})
+    settings, revisions = Settings(home=home), Revisions("base", "one")
     app = FastAPI()
     app.include_router(router)
     app.add_exception_handler(errors.APIError, errors.answer)

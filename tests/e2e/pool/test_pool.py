@@ -24,6 +24,7 @@ from f2l_vllm.pool.config import PoolConfig
 from f2l_vllm.pool.messages import Cancelled, Failed, Progress, Published, WorkerSpec
 from f2l_vllm.pool.pool import Pool
 from f2l_vllm.store.store import Store
+from f2l_vllm.video.reading import ReadingOptions
 from tests.support.videos import write_video
 
 WAIT_SECONDS = 180
@@ -314,7 +315,7 @@ def test_a_video_deleted_while_its_chunks_are_read_is_given_up(tmp_path, hyperne
 
     bench = Bench(tmp_path, hypernetwork_model)
     record = bench.add(videos[1])
-    worker = HypernetworkWorker(replace(bench.spec, chunk_frames=6, max_chunks=7))
+    worker = HypernetworkWorker(replace(bench.spec, reading=ReadingOptions(chunk_frames=6, max_chunks=7)))
     events = []
     for _, event in worker.internalize([("f2l-deleted", record.sha256)]):
         events.append(event)

@@ -12,11 +12,12 @@ from f2l_vllm.evaluation.sources import world_questions
 from f2l_vllm.recipes.f2l_tiny import make_model
 from f2l_vllm.recipes.f2l_tiny.score import IN_CONTEXT, NEITHER, Scorer
 from f2l_vllm.synthetic.world import sample_scenes
+from f2l_vllm.video.reading import ReadingOptions
 
 
 def test_adapters_of_fresh_mp4_files_answer_far_above_the_controls(tmp_path):
     right = defaultdict(list)
-    answers = TransformersAnswers(models.DEFAULT_MODEL, None, max_frames=None, max_tokens=40)
+    answers = TransformersAnswers(models.DEFAULT_MODEL, None, ReadingOptions(), max_tokens=40)
     asks = plan(world_questions("held-out", 12, 90210, tmp_path).clips, ARMS)
 
     def count(ask: Ask, reply: Reply) -> None:

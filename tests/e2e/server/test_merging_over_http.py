@@ -21,6 +21,7 @@ from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.server.videos.service import Revisions
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.address import fingerprint
+from f2l_vllm.video.reading import ReadingOptions
 from tests.support.reference_model import Reference
 from tests.support.server import Server
 from tests.support.videos import write_video
@@ -137,8 +138,10 @@ def test_the_adapter_was_made_from_merged_tokens_under_a_name_of_its_own(
     weights = hypernetwork_model / "hypernetwork"
     revisions = fingerprint(hypernetwork_model), fingerprint(weights)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    merged, whole = (Revisions(*revisions, Settings(merge_rate=rate).sampling).name(sha256) for rate in (RATE, 0.0))
+    merged, whole = (Revisions(*revisions, Settings(merge_rate=rate).reading).name(sha256) for rate in (RATE, 0.0))
     assert details["adapter"] == merged != whole
-    internalizer = Internalizer.load(hypernetwork_model, weights, dtype=torch.float32, merge_rate=RATE)
+    internalizer = Internalizer.load(
+        hypernetwork_model, weights, dtype=torch.float32, reading=ReadingOptions(merge_rate=RATE)
+    )
     published = load_file(merging.adapter_folder(merged) / WEIGHTS_FILE)
     torch.testing.assert_close(published, internalizer.internalize(path).tensors())

@@ -39,7 +39,7 @@ from tests.support import engine
 torch_shims.install()
 
 RANK = 4
-REVISIONS = Revisions("base", "one", {})
+REVISIONS = Revisions("base", "one")
 WEIGHTS = "weights"
 _ANSWER_SECONDS = 0.005
 _own = APIRouter()

@@ -15,13 +15,14 @@ from f2l_vllm.evaluation.diagnostics.measure import diagnose
 from f2l_vllm.evaluation.in_process import TransformersAnswers
 from f2l_vllm.evaluation.questions import ADAPTER, NONE, Clip, QuestionSet, plan
 from f2l_vllm.evaluation.sources import world_questions
+from f2l_vllm.video.reading import ReadingOptions
 
 LAYERS, RANK = 4, 16
 
 
 @pytest.fixture(scope="module")
 def answers() -> TransformersAnswers:
-    return TransformersAnswers("f2l-tiny", None, max_frames=None, max_tokens=16)
+    return TransformersAnswers("f2l-tiny", None, ReadingOptions(), max_tokens=16)
 
 
 @pytest.fixture(scope="module")

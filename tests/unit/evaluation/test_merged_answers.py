@@ -7,6 +7,7 @@ import pytest
 from f2l_vllm.evaluation.in_process import TransformersAnswers
 from f2l_vllm.evaluation.questions import ADAPTER, FRAMES, Ask, Clip, Question, Reply
 from f2l_vllm.evaluation.setup import Setup
+from f2l_vllm.video.reading import ReadingOptions
 from tests.support.videos import write_video
 
 NOTHING_MERGED = 1e-20  # a rate that takes merging's way through the code
@@ -18,7 +19,7 @@ def answers(path: Path, rate: float) -> dict[str, list[Reply]]:
     questions = tuple(Question(text, text, "", "type", "set") for text in texts)
     clip = Clip("clip", path, "clip", questions)
     replies: dict[str, list[Reply]] = {FRAMES: [], ADAPTER: []}
-    TransformersAnswers("f2l-tiny", None, max_frames=None, max_tokens=16, merge_rate=rate).answer(
+    TransformersAnswers("f2l-tiny", None, ReadingOptions(merge_rate=rate), max_tokens=16).answer(
         [Ask(clip, question, arm, clip) for arm in replies for question in questions],
         lambda ask, reply: replies[ask.arm].append(reply),
         lambda skipped: pytest.fail(skipped.reason),

@@ -5,6 +5,7 @@ import torch
 
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.video.chunks import Chunking, cut_video
+from f2l_vllm.video.reading import ReadingOptions
 from tests.support.videos import write_video
 
 
@@ -34,6 +35,14 @@ def test_the_chunks_factors_stand_in_order_and_the_bias_once(internalizer, video
     for name, (a, b) in adapter.factors.items():
         torch.testing.assert_close(a[:, 3 * rank :], internalizer.hyper.bias_A[name].detach())
         torch.testing.assert_close(b[:, 3 * rank :], internalizer.hyper.bias_B[name].detach())
+
+
+def test_reading_options_cut_too(internalizer, video):
+    options = ReadingOptions(max_frames=4, chunk_seconds=10, max_chunks=3)
+    cutting = Internalizer(internalizer.model, internalizer.hyper, internalizer.processor, options)
+    adapter = cutting.internalize(video)
+    assert len(adapter.spans) == 3
+    assert adapter.info["frames"] == 3 * 4
 
 
 def test_what_is_said_of_a_chunked_video_covers_all_chunks(internalizer, video):

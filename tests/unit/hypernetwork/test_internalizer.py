@@ -16,6 +16,7 @@ from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.probe import Limits
+from f2l_vllm.video.reading import ReadingOptions
 from f2l_vllm.video.sample import Sampling, sample_video
 from tests.support.videos import write_video
 from tests.unit.hypernetwork.test_blocks import LargestTensor
@@ -178,7 +179,7 @@ def test_training_time_sampling_is_the_default_and_can_be_replaced(
     trained_on_three = Hypernetwork.from_tensors(config, hyper.state_dict())
     processor = AutoProcessor.from_pretrained(smolvlm_dir)
     assert Internalizer(model, trained_on_three, processor).internalize(video).info["frames"] == 3
-    two = Internalizer(model, trained_on_three, processor, sampling=Sampling(max_frames=2))
+    two = Internalizer(model, trained_on_three, processor, ReadingOptions(max_frames=2))
     assert two.internalize(video).info["frames"] == 2
 
 

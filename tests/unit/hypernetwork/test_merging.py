@@ -11,6 +11,7 @@ from torch import Tensor
 from f2l_vllm.base_models.merging import merge_tokens, tokens_of_frames, without_merged
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.video.chunks import Chunking
+from f2l_vllm.video.reading import ReadingOptions
 from f2l_vllm.video.sample import SampledVideo, sample_video
 from tests.support.videos import write_video
 
@@ -100,7 +101,7 @@ def internalizer(hypernetwork_model: Path) -> Internalizer:
 
 @pytest.fixture(scope="module")
 def merging(internalizer: Internalizer) -> Internalizer:
-    return Internalizer(internalizer.model, internalizer.hyper, internalizer.processor, merge_rate=0.5)
+    return Internalizer(internalizer.model, internalizer.hyper, internalizer.processor, ReadingOptions(merge_rate=0.5))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,9 @@ def videos(internalizer: Internalizer, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_rate_zero_is_the_same_adapter(internalizer: Internalizer, videos: list[SampledVideo]) -> None:
-    at_zero = Internalizer(internalizer.model, internalizer.hyper, internalizer.processor, merge_rate=0.0)
+    at_zero = Internalizer(
+        internalizer.model, internalizer.hyper, internalizer.processor, ReadingOptions(merge_rate=0.0)
+    )
     want, have = internalizer.internalize_frames(videos[0]), at_zero.internalize_frames(videos[0])
     for name, (a, b) in want.factors.items():
         assert torch.equal(have.factors[name][0], a)
@@ -175,4 +178,4 @@ def test_every_chunk_begins_with_a_whole_frame(merging: Internalizer, tmp_path: 
 
 def test_a_rate_of_one_is_refused(internalizer: Internalizer) -> None:
     with pytest.raises(ValueError, match="less than 1"):
-        Internalizer(internalizer.model, internalizer.hyper, internalizer.processor, merge_rate=1.0)
+        Internalizer(internalizer.model, internalizer.hyper, internalizer.processor, ReadingOptions(merge_rate=1.0))

@@ -47,7 +47,7 @@ class Server:
         self.engine = Engine()
         options = {"base_model": "base", "host_slots": 8, "wanted": self.catalog.refers_to}
         self.registry = Registry({}, self.engine, self.store, **options)
-        revisions = Revisions("base", revision, {})
+        revisions = Revisions("base", revision)
         self.listener = listen(self.catalog) if listens else None
         self.service = VideoService(
             Settings(home=home), revisions, self.catalog, self.store, self.registry, None, lambda: False, self.listener

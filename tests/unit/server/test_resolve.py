@@ -46,7 +46,7 @@ class Bench:
         home = folder / "home"
         self.store, self.catalog = Store(home), Catalog(f"sqlite:///{folder / 'catalog.sqlite3'}")
         registry = Registry({}, Engine(), self.store, base_model="base", host_slots=64, wanted=self.catalog.refers_to)
-        self.revisions, self.settings = Revisions("base", "one", {}), Settings(home=home, url_seconds=500)
+        self.revisions, self.settings = Revisions("base", "one"), Settings(home=home, url_seconds=500)
         self.service = VideoService(
             self.settings, self.revisions, self.catalog, self.store, registry, None, lambda: False
         )

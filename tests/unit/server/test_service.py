@@ -36,7 +36,7 @@ class Bench:
         self.registry = Registry(
             {}, self.engine, self.store, base_model="base", host_slots=8, wanted=self.catalog.refers_to
         )
-        self.revisions = Revisions("base", revision, {})
+        self.revisions = Revisions("base", revision)
         self.service = VideoService(
             Settings(home=home), self.revisions, self.catalog, self.store, self.registry, None, lambda: False
         )

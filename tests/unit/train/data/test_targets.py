@@ -19,6 +19,7 @@ from f2l_vllm.train.data.manifest import Example, read_manifest, write_manifest
 from f2l_vllm.train.data.targets import Shard, partial_path, write_targets
 from f2l_vllm.train.data.teacher import Answer, LocalTeacher, TeacherError
 from f2l_vllm.train.data.world_manifest import write_world
+from f2l_vllm.video.reading import ReadingOptions
 from f2l_vllm.video.sample import Sampling
 
 NAME = models.DEFAULT_MODEL
@@ -45,7 +46,7 @@ def answered(world, teacher, tmp_path_factory) -> Path:
 
 
 def test_the_answers_are_the_models_with_the_frames_in_context(world, answered):
-    reference = TransformersAnswers(NAME, None, max_frames=None, max_tokens=40)
+    reference = TransformersAnswers(NAME, None, ReadingOptions(), max_tokens=40)
     before, after = read_manifest(world), read_manifest(answered)
     assert [example.id for example in after] == [example.id for example in before]
     for first in range(0, len(before), 3):
