@@ -20,6 +20,7 @@ from sqlalchemy import func, select
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tables import metadata
+from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.store import Store
 
 _STAGES = (VideoState.DECODING, VideoState.ENCODING, VideoState.PUBLISHING)
@@ -51,7 +52,7 @@ def churn(cycles: int, warm_up: int, folder: Path, url: str | None = None) -> di
             file_id, name = _publish(catalog, store, str(index))
             composed = f"f2l-c{hashlib.sha256(name.encode()).hexdigest()[:30]}"
             _publish_adapter(store, composed)
-            record = catalog.add_composed(composed, [kept[index % _KEPT][1], name], rank=32, size=1, info={})
+            record = catalog.add_composed(composed, [kept[index % _KEPT][1], name], rank=32, size=1, info=AdapterInfo())
             assert record is not None
             assert record.id > last_id, "an id was used twice"
             last_id = record.id
@@ -125,7 +126,7 @@ def _publish(catalog: Catalog, store: Store, text: str) -> tuple[str, str]:
     for stage in _STAGES:
         catalog.advance(job.adapter_name, stage, 0.5)
     _publish_adapter(store, name)
-    assert catalog.finish_job(name, rank=16, size=_ADAPTER_BYTES, info={"frames": 8}) is not None
+    assert catalog.finish_job(name, rank=16, size=_ADAPTER_BYTES, info=AdapterInfo(frames=8)) is not None
     return file.id, name
 
 

@@ -108,12 +108,12 @@ def measure(internalizer: Internalizer, video: Path, target: Path) -> dict[str, 
     base_model = internalizer.hyper.config.base_model
     started = time.perf_counter()
     adapter.save(target, base_model=base_model)
-    seconds = {**adapter.info["seconds"], "export": time.perf_counter() - started}
+    seconds = {**adapter.info.seconds, "export": time.perf_counter() - started}
     peaks = peaks_of(internalizer, video, target.with_name(f"{target.name}-again"))
-    tokens = adapter.info["prompt_tokens"]
+    tokens = adapter.info.prompt_tokens
     hidden = tokens * internalizer.hyper.config.feature_size * next(internalizer.model.parameters()).element_size()
     return {
-        "frames": adapter.info["frames"],
+        "frames": adapter.info.frames,
         "prompt_tokens": tokens,
         "rank": adapter.rank,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from sqlalchemy import and_, case, delete, exists, func, insert, or_, select
 
@@ -22,6 +21,7 @@ from f2l_vllm.catalog.transactions import (
     move,
     standing,
 )
+from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.address import object_name
 
 _PARAMETERS = 500  # databases bound the number of parameters
@@ -110,7 +110,7 @@ class Published(Database):
     # Composed adapters
 
     def add_composed(
-        self, name: str, made_of: Sequence[str], *, rank: int, size: int, info: dict[str, Any]
+        self, name: str, made_of: Sequence[str], *, rank: int, size: int, info: AdapterInfo
     ) -> AdapterRecord | None:
         """Enter an adapter composed of others, or return the existing one. It is removed with its first part to go.
 

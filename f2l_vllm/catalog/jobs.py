@@ -28,6 +28,7 @@ from f2l_vllm.catalog.transactions import (
     move,
     release,
 )
+from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.errors import AdapterIdsExhausted
 
 __all__ = ["EXHAUSTED", "LEASE_SECONDS", "Jobs"]
@@ -131,7 +132,7 @@ class Jobs(Database):
             connection.execute(update(files).where(at_work).values(progress=progress))
 
     def finish_job(
-        self, adapter_name: str, *, rank: int, size: int, info: dict[str, Any], token: str | None = None
+        self, adapter_name: str, *, rank: int, size: int, info: AdapterInfo, token: str | None = None
     ) -> AdapterRecord | None:
         """Enter the published adapter and make its files ready. None if every file was deleted meanwhile, or if the
         attempt was given up; what it has put into the store is to be removed then.

@@ -24,6 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import Dialect
 
 from f2l_vllm.catalog.states import LIVE, VideoState
+from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.address import object_name
 
 
@@ -35,6 +36,19 @@ class _Text(TypeDecorator[str]):
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
         return None if value is None else value.replace("\0", "\ufffd")
+
+
+class _Info(TypeDecorator[AdapterInfo]):
+    """An `AdapterInfo` as JSON."""
+
+    impl = JSON
+    cache_ok = True
+
+    def process_bind_param(self, value: AdapterInfo | None, dialect: Dialect) -> dict[str, Any] | None:
+        return None if value is None else value.to_json()
+
+    def process_result_value(self, value: dict[str, Any] | None, dialect: Dialect) -> AdapterInfo | None:
+        return None if value is None else AdapterInfo.of_json(value)
 
 
 VIDEO, ADAPTER, KEY = "video", "adapter", "key"  # kinds of tombstones
@@ -90,7 +104,7 @@ adapters = Table(
     Column("name", String(128), nullable=False, unique=True),
     Column("rank", Integer, nullable=False),
     Column("bytes", BigInteger, nullable=False),
-    Column("info", JSON, nullable=False),
+    Column("info", _Info, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("last_used_at", Float),
     Column("composed", Boolean, nullable=False, server_default=false()),
@@ -236,13 +250,13 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """One published adapter; `id` is its LoRA int id; `info` holds frames, duration, tokens and timings."""
+    """One published adapter; `id` is its LoRA int id."""
 
     id: int
     name: str
     rank: int
     bytes: int
-    info: dict[str, Any]
+    info: AdapterInfo
     created_at: float
     last_used_at: float | None = None
     composed: bool = False

@@ -64,7 +64,7 @@ def internalize(video: Path, output: Path, model: str, hypernetwork: str | None,
     adapter.save(output, base_model=models.loadable_name(directory), family=internalizer.encoder.family)
     info = adapter.info
     console.print(
-        f"rank {adapter.rank} adapter from {info['frames']} frames ({info['visual_tokens']} visual tokens) "
+        f"rank {adapter.rank} adapter from {info.frames} frames ({info.visual_tokens} visual tokens) "
         f"in {time.perf_counter() - started:.2f} s: {output}"
     )
 

@@ -22,6 +22,7 @@ from f2l_vllm.base_models.registry import DEFAULT
 from f2l_vllm.base_models.spec import BaseModelSpec
 from f2l_vllm.base_models.text_layers import name_of, target_linear, text_layers_of
 from f2l_vllm.files import atomic_directory
+from f2l_vllm.store.adapter_info import AdapterInfo
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
@@ -38,7 +39,7 @@ class Adapter:
         scale: factor s on the adapter's output, not folded into the factors.
         spans: (start, end) in seconds of the video for each chunk, in the order of their rank blocks; the last block,
             which holds the bias, has none. Empty when the whole video is one chunk.
-        info: how the adapter was made (frames, durations ...); not saved.
+        info: how the adapter was made; not saved.
 
     Raises:
         ValueError: factors whose shapes contradict each other.
@@ -47,7 +48,7 @@ class Adapter:
     factors: Factors
     scale: float
     spans: tuple[tuple[float, float], ...] = ()
-    info: dict[str, Any] = field(default_factory=dict)
+    info: AdapterInfo = field(default_factory=AdapterInfo)
 
     def __post_init__(self) -> None:
         if not self.factors:
@@ -76,7 +77,7 @@ class Adapter:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
         """The same adapter on another device or in another dtype."""
         factors = {name: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in self.factors.items()}
-        return Adapter(factors, self.scale, self.spans, dict(self.info))
+        return Adapter(factors, self.scale, self.spans, self.info)
 
     def tensors(self, dtype: torch.dtype = torch.bfloat16, family: BaseModelSpec = DEFAULT) -> dict[str, Tensor]:
         """PEFT's tensors: `lora_A` [R, I] and `lora_B` [O, R] per layer, with the scale folded into B.

@@ -9,7 +9,7 @@ Source: Frames2LoRA (arXiv 2606.04351), section 3.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,6 +23,7 @@ from f2l_vllm.hypernetwork.batching import group_by_length, run_groups
 from f2l_vllm.hypernetwork.encoder import VideoEncoder, pad_mask
 from f2l_vllm.hypernetwork.fit import check_fit
 from f2l_vllm.hypernetwork.model import Hypernetwork
+from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.video.chunks import ChunkedVideo, Chunking, cut_video
 from f2l_vllm.video.decoder import Decoder
 from f2l_vllm.video.errors import VideoError
@@ -56,7 +57,7 @@ class _Generated:
     """One video's factors, before the learned bias is appended, and its part of `Adapter.info`."""
 
     factors: Factors
-    info: dict[str, Any]
+    info: AdapterInfo
 
 
 class Internalizer:
@@ -153,10 +154,7 @@ class Internalizer:
                 done, at the start and the end of every stage and after each text layer.
 
         Returns:
-            the adapter, on the model's device; `info` holds frames, timestamps, duration_s, width, height,
-            visual_tokens and prompt_tokens (as the text layers read them), merge_rate, rank, and the `seconds` of
-            "decode", "vision" (frames to merged visual tokens), "text" (the text layers), "perceiver" and "head"
-            (latents to factors).
+            the adapter, on the model's device.
 
         Raises:
             VideoError: the video cannot be used; its message says why and what to do.
@@ -171,10 +169,10 @@ class Internalizer:
             )
         started = perf_counter()
         sampled = sample_video(path, self.processor, self.limits, self.sampling, self.decoder)
-        seconds = {"decode": perf_counter() - started}
+        decoding = perf_counter() - started
         report("decode", 1.0)
         adapter = self.internalize_frames(sampled, report)
-        adapter.info["seconds"] = seconds | adapter.info["seconds"]
+        adapter.info = adapter.info.decoded_in(decoding)
         return adapter
 
     def internalize_frames(self, sampled: SampledVideo, on_progress: Progress | None = None) -> Adapter:
@@ -229,13 +227,12 @@ class Internalizer:
             if index == 0:
                 report("decode", 1.0)
             (one,) = self._run([sampled], [self.tokens(sampled)], part)
-            one.info["seconds"] = {"decode": decoding, **one.info["seconds"]}
-            generated.append(one)
+            generated.append(_Generated(one.factors, one.info.decoded_in(decoding)))
         report("generate", 1.0)
         report("compose", 0.0)
         adapter = self._compose(generated)
         adapter.spans = tuple(chunked.spans)
-        adapter.info["spans"] = [list(span) for span in chunked.spans]
+        adapter.info = replace(adapter.info, spans=adapter.spans)
         report("compose", 1.0)
         return adapter
 
@@ -294,17 +291,17 @@ class Internalizer:
         return [
             _Generated(
                 {name: (a[row], b[row]) for name, (a, b) in factors.items()},
-                {
-                    "frames": len(sampled.frames),
-                    "timestamps": sampled.timestamps,
-                    "duration_s": sampled.info.duration_s,
-                    "width": sampled.info.width,
-                    "height": sampled.info.height,
-                    "visual_tokens": len(visual[row]),
-                    "merge_rate": self.encoder.merge_rate,
-                    "prompt_tokens": len(ids[row]),
-                    "seconds": {stage: seconds / len(videos) for stage, seconds in clock.seconds.items()},
-                },
+                AdapterInfo(
+                    frames=len(sampled.frames),
+                    timestamps=tuple(sampled.timestamps),
+                    duration_s=sampled.info.duration_s,
+                    width=sampled.info.width,
+                    height=sampled.info.height,
+                    visual_tokens=len(visual[row]),
+                    merge_rate=self.encoder.merge_rate,
+                    prompt_tokens=len(ids[row]),
+                    seconds={stage: seconds / len(videos) for stage, seconds in clock.seconds.items()},
+                ),
             )
             for row, sampled in enumerate(videos)
         ]
@@ -312,13 +309,16 @@ class Internalizer:
     def _compose(self, chunks: Sequence[_Generated]) -> Adapter:
         adapter = self.hyper.compose([chunk.factors for chunk in chunks])
         infos = [chunk.info for chunk in chunks]
-        info = dict(infos[0])
-        if len(infos) > 1:
-            info |= {name: sum(one[name] for one in infos) for name in ("frames", "visual_tokens", "prompt_tokens")}
-            info["timestamps"] = [second for one in infos for second in one["timestamps"]]
-            info["seconds"] = {stage: sum(one["seconds"][stage] for one in infos) for stage in info["seconds"]}
-            info["chunks"] = len(infos)
-        adapter.info |= {**info, "rank": adapter.rank}
+        adapter.info = replace(
+            infos[0],
+            frames=sum(one.frames for one in infos),
+            timestamps=tuple(second for one in infos for second in one.timestamps),
+            visual_tokens=sum(one.visual_tokens for one in infos),
+            prompt_tokens=sum(one.prompt_tokens for one in infos),
+            seconds={stage: sum(one.seconds[stage] for one in infos) for stage in infos[0].seconds},
+            chunks=len(infos) if len(infos) > 1 else 0,
+            rank=adapter.rank,
+        )
         return adapter
 
 

@@ -61,7 +61,7 @@ def main(spec_json: str) -> int:
 
     def on_event(event: Event) -> None:
         if isinstance(event, Published):
-            say(outcome="published", seconds=event.info.get("seconds", {}))
+            say(outcome="published", seconds=event.info.seconds)
         elif isinstance(event, Failed):
             say(outcome="failed", seconds={})
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.settings import Settings
+from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.video.decoder import DecodeLimits
 from f2l_vllm.video.probe import Limits
 from f2l_vllm.video.reading import ReadingOptions
@@ -73,7 +73,7 @@ class Published:
 
     rank: int
     bytes: int
-    info: dict[str, Any] = field(default_factory=dict)
+    info: AdapterInfo
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -161,7 +162,7 @@ class HypernetworkWorker:
                 yield name, Failed("not_enough_memory", "the worker has not enough memory for this video, even alone")
                 continue
             yield name, Progress(VideoState.PUBLISHING, 0.0)
-            adapter.info["seconds"] = {"decode": (decoded - started) / len(jobs), **adapter.info["seconds"]}
+            adapter.info = adapter.info.decoded_in((decoded - started) / len(jobs))
             yield name, self._publish(name, adapter, time.perf_counter() - started)
 
     def _publish(self, name: str, adapter: Adapter, seconds: float) -> Outcome:
@@ -173,7 +174,7 @@ class HypernetworkWorker:
         except ValueError as error:  # not finite, too large, or without effect
             return Failed("adapter_rejected", f"the generated adapter failed its check: {error}")
         files: AdapterFiles
-        info = {**adapter.info, "internalize_seconds": seconds, "probe_effect": finding.effect, "norm": finding.norm}
+        info = replace(adapter.info, internalize_seconds=seconds, probe_effect=finding.effect, norm=finding.norm)
 
         def write(directory: Path) -> Mapping[str, str]:
             nonlocal files
@@ -182,7 +183,7 @@ class HypernetworkWorker:
             return files.sha256
 
         try:
-            self._store.publish_adapter(name, write, {"base_model": spec.base_name, "info": info})
+            self._store.publish_adapter(name, write, {"base_model": spec.base_name, "info": info.to_json()})
         except ValueError as error:  # not finite, or not of the base model's shape
             return Failed("adapter_rejected", f"the generated adapter failed its checks: {error}")
         return Published(files.rank, files.bytes, info)

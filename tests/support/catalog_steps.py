@@ -1,6 +1,7 @@
 """Steps that tests of the catalog share."""
 
 from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.store.adapter_info import AdapterInfo
 
 STAGES = (VideoState.DECODING, VideoState.ENCODING, VideoState.PUBLISHING)
 
@@ -30,4 +31,4 @@ def publish(catalog, adapter="f2l-1"):
     assert claim(catalog).adapter_name == adapter
     for stage in STAGES:
         catalog.advance(adapter, stage, 0.5)
-    return catalog.finish_job(adapter, rank=16, size=100, info={"frames": 8})
+    return catalog.finish_job(adapter, rank=16, size=100, info=AdapterInfo(frames=8))

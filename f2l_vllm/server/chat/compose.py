@@ -28,6 +28,7 @@ from f2l_vllm.server import metrics
 from f2l_vllm.server.chat.request import Span
 from f2l_vllm.server.errors import APIError, bad_request
 from f2l_vllm.server.registry import AdapterLost, Lease, Registry
+from f2l_vllm.store.adapter_info import AdapterInfo, Part
 from f2l_vllm.store.address import ADAPTER_PREFIX, FORMAT_VERSION
 from f2l_vllm.store.store import Store, StoreError
 
@@ -61,10 +62,9 @@ class AdapterChunks:
     def visual_tokens(self) -> int:
         """How many visual tokens the chunks replace: those of the frames inside them."""
         info = self.record.info
-        tokens, times = info.get("visual_tokens", 0), info.get("timestamps", ())
+        tokens, times = info.visual_tokens, info.timestamps
         inside = sum(any(start <= time < end for start, end in self.covered) for time in times)
-        spans = info.get("spans")
-        return round(tokens * inside / len(times)) if spans and len(self.chunks) < len(spans) and times else tokens
+        return round(tokens * inside / len(times)) if times and len(self.chunks) < len(info.spans) else tokens
 
 
 class Composer:
@@ -94,12 +94,10 @@ class Composer:
         Raises:
             APIError: `span_not_available`: the video was read in one pass, or has no such seconds.
         """
-        spans = [(float(start), float(end)) for start, end in record.info.get("spans") or ()]
+        spans = record.info.spans
         if span is None:
-            end = float(record.info.get("duration_s") or 0.0)
-            return AdapterChunks(
-                record, tuple(range(record.rank // self._chunk_rank - 1)), _joined(spans) or ((0.0, end),)
-            )
+            whole = _joined(spans) or ((0.0, record.info.duration_s),)
+            return AdapterChunks(record, tuple(range(record.rank // self._chunk_rank - 1)), whole)
         if not spans:
             message = (
                 f"Video '{name}' was read in one pass and cannot be asked about in part: leave out start and end, or "
@@ -180,7 +178,7 @@ class Composer:
     async def _compose(self, name: str, parts: Sequence[AdapterChunks]) -> AdapterRecord:
         # Parts are read as files, not leased, because places in the engine are for adapters that answer.
         files = await asyncio.to_thread(self._publish, name, parts)
-        info = {"visual_tokens": sum(part.visual_tokens for part in parts), "parts": _described(parts)}
+        info = AdapterInfo(visual_tokens=sum(part.visual_tokens for part in parts), parts=_described(parts))
         names = [part.record.name for part in parts]
         record = await asyncio.to_thread(
             self._catalog.add_composed, name, names, rank=files.rank, size=files.bytes, info=info
@@ -210,7 +208,7 @@ class Composer:
             files = validate_adapter(directory, self._shapes, max_rank=self._max_rank)
             return files.sha256
 
-        manifest = {"base_model": self._base_name, "info": {"parts": _described(parts)}}
+        manifest = {"base_model": self._base_name, "info": AdapterInfo(parts=_described(parts)).to_json()}
         self._store.publish_adapter(name, write, manifest)
         return files
 
@@ -241,10 +239,8 @@ def _each_chunk_once(parts: Sequence[AdapterChunks]) -> list[AdapterChunks]:
     return left
 
 
-def _described(parts: Sequence[AdapterChunks]) -> list[dict[str, Any]]:
-    return [
-        {"adapter": p.record.name, "chunks": list(p.chunks), "covered": [list(c) for c in p.covered]} for p in parts
-    ]
+def _described(parts: Sequence[AdapterChunks]) -> tuple[Part, ...]:
+    return tuple(Part(part.record.name, part.chunks, part.covered) for part in parts)
 
 
 def _overlap(start: float, end: float, span: Span) -> float:

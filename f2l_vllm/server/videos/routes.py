@@ -254,7 +254,8 @@ def file_object(record: FileRecord, adapter: AdapterRecord | None, why: str | No
     if why is not None and record.state is VideoState.UPLOADED:
         details["waits_for"] = why
     if adapter is not None:
-        details |= {"adapter": adapter.name, "rank": adapter.rank, "adapter_bytes": adapter.bytes, **adapter.info}
+        details |= {"adapter": adapter.name, "rank": adapter.rank, "adapter_bytes": adapter.bytes}
+        details |= adapter.info.to_json()
     if record.state is VideoState.ERROR:
         details["error"] = {"code": record.error_code, "message": record.error_message}
     return {

@@ -132,8 +132,8 @@ def test_videos_become_checked_adapters(bench, videos):
         directory = bench.store.adapter_path(adapter.object)
         files = validate_adapter(directory, bench.shapes)
         assert (adapter.rank, adapter.bytes) == (files.rank, files.bytes)
-        assert adapter.info["frames"] > 0
-        assert bench.store.verify_adapter(adapter.object)["info"] == adapter.info
+        assert adapter.info.frames > 0
+        assert bench.store.verify_adapter(adapter.object)["info"] == adapter.info.to_json()
     assert sum(isinstance(event, Published) for event in bench.events) >= len(records)
 
 
@@ -277,7 +277,7 @@ def test_an_adapter_without_effect_is_an_error_not_a_silent_base_answer(bench, v
     worker._internalizer.internalize = make
     *_, (_, outcome) = worker.internalize([("f2l-one", record.sha256)])
     assert isinstance(outcome, Published)
-    assert outcome.info["probe_effect"] > 0.01
+    assert outcome.info.probe_effect > 0.01
     worker._decoder.close()
 
 

@@ -83,8 +83,8 @@ def test_a_video_becomes_an_adapter_of_the_released_rank(
 ) -> None:
     internalizer = Internalizer.load(model, released)
     adapter = internalizer.internalize(video)
-    assert adapter.info["frames"] == FRAMES
-    assert adapter.info["visual_tokens"] == FRAMES * shape.tokens_per_frame
+    assert adapter.info.frames == FRAMES
+    assert adapter.info.visual_tokens == FRAMES * shape.tokens_per_frame
     adapter.save(tmp_path / "adapter", base_model=str(model))
     files = validate_adapter(tmp_path / "adapter", BaseShapes.read(model), max_rank=32)
     assert files.rank == 32

@@ -16,6 +16,7 @@ from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tables import Job
 from f2l_vllm.catalog.tombstones import LOST
 from f2l_vllm.files import lasting_name
+from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.cached_store import open_store
 from f2l_vllm.store.errors import Unavailable
 from f2l_vllm.store.store import Store, StoreError
@@ -52,7 +53,7 @@ def make(catalog: Catalog, store: Store, job: Job) -> None:
 
     store.publish_adapter(job.object, write, {})
     _pause()
-    entered = _insist(lambda: catalog.finish_job(name, rank=2 * RANK, size=len(_FILLER), info={}, **mine))
+    entered = _insist(lambda: catalog.finish_job(name, rank=2 * RANK, size=len(_FILLER), info=AdapterInfo(), **mine))
     if entered is None:
         store.remove_adapter(job.object)
 

@@ -11,6 +11,7 @@ from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.states import LIVE, VideoState
 from f2l_vllm.catalog.tables import adapters, files, jobs, tombstones, usage
 from f2l_vllm.catalog.tombstones import VideoGone
+from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.errors import CatalogBusy
 
 SECONDS, WRITERS = 4.0, 6
@@ -48,7 +49,7 @@ def work(catalog, dice):
         if dice.random() < 0.2:
             catalog.release_job(job.adapter_name)
         else:
-            catalog.finish_job(job.adapter_name, rank=4, size=1, info={})
+            catalog.finish_job(job.adapter_name, rank=4, size=1, info=AdapterInfo())
         return "worked"
     return "idle"
 

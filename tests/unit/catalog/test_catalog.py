@@ -5,6 +5,7 @@ import pytest
 
 from f2l_vllm.catalog.catalog import QueueFull
 from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.store.adapter_info import AdapterInfo
 from tests.support.catalog_steps import add, claim, publish
 
 
@@ -40,7 +41,7 @@ def test_a_file_that_joins_a_job_in_work_is_ready_with_it(catalog):
     catalog.advance(job.adapter_name, VideoState.ENCODING, 0.5)
     third = add(catalog)
     catalog.advance(job.adapter_name, VideoState.PUBLISHING, 0.0)
-    catalog.finish_job(job.adapter_name, rank=16, size=100, info={})
+    catalog.finish_job(job.adapter_name, rank=16, size=100, info=AdapterInfo())
     assert set(catalog.states([first.id, second.id, third.id]).values()) == {VideoState.PROCESSED}
     assert catalog.counts()[1:] == (0, 0)
 
@@ -119,7 +120,7 @@ def test_deleting_while_queued_drops_the_job_and_while_running_drops_the_result(
     claim(catalog)
     catalog.remove_file(running.id, "t")
     assert not catalog.wanted("f2l-1")
-    assert catalog.finish_job("f2l-1", rank=1, size=1, info={}) is None
+    assert catalog.finish_job("f2l-1", rank=1, size=1, info=AdapterInfo()) is None
     assert catalog.adapter("f2l-1") is None
 
 
@@ -171,7 +172,7 @@ def test_adapters_of_more_files_than_a_query_takes(catalog, monkeypatch):
 def publish_next(catalog):
     name = claim(catalog).adapter_name
     catalog.advance(name, VideoState.PUBLISHING, 0.0)
-    catalog.finish_job(name, rank=16, size=100, info={})
+    catalog.finish_job(name, rank=16, size=100, info=AdapterInfo())
 
 
 def test_a_damaged_adapter_sends_its_files_back_to_work(catalog):

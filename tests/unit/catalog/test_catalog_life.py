@@ -7,6 +7,7 @@ from sqlalchemy import text
 
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.transactions import LAST_ID
+from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.errors import AdapterIdsExhausted
 from tests.support.catalog_steps import add, claim, publish
 
@@ -63,7 +64,7 @@ def test_rows_of_files_that_are_gone_are_purged_and_no_others(catalog):
 
 
 def compose(catalog, name, *made_of):
-    return catalog.add_composed(name, made_of, rank=32, size=9, info={"videos": len(made_of)})
+    return catalog.add_composed(name, made_of, rank=32, size=9, info=AdapterInfo(visual_tokens=len(made_of)))
 
 
 def test_a_composed_adapter_leaves_with_the_first_of_its_parts(catalog):

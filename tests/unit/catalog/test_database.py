@@ -17,6 +17,7 @@ from sqlalchemy import create_engine, event, insert, make_url, text
 from f2l_vllm.catalog.catalog import Catalog, QueueFull
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tables import files
+from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.errors import CatalogBusy, StoreUnavailable
 from tests.support import ROOT
 from tests.support.catalog_steps import add, claim, publish
@@ -48,7 +49,7 @@ def _upload_and_publish(url, worker):
         add(catalog, adapter=f"f2l-shared-{index}", sha="s", limit=1000)
         for job in catalog.claim_jobs(2):
             catalog.advance(job.adapter_name, VideoState.PUBLISHING, 0.5)
-            assert catalog.finish_job(job.adapter_name, rank=16, size=1, info={}) is not None
+            assert catalog.finish_job(job.adapter_name, rank=16, size=1, info=AdapterInfo()) is not None
     catalog.close()
 
 
@@ -61,7 +62,7 @@ def test_processes_that_write_at_once_lose_nothing(database_url):
         writer.join()
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
     while (job := claim(catalog)) is not None:
-        catalog.finish_job(job.adapter_name, rank=16, size=1, info={})
+        catalog.finish_job(job.adapter_name, rank=16, size=1, info=AdapterInfo())
     files, _ = catalog.files("t", after=None, limit=100, descending=False)
     assert len(files) == 36
     assert {record.state for record in files} == {VideoState.PROCESSED}
@@ -81,7 +82,7 @@ def test_a_file_entered_while_its_adapter_is_published_never_waits_for_ever(data
 
         def finish(name=name, begin=begin):
             begin.wait()
-            catalog.finish_job(name, rank=1, size=1, info={})
+            catalog.finish_job(name, rank=1, size=1, info=AdapterInfo())
 
         thread = threading.Thread(target=finish)
         thread.start()
@@ -169,7 +170,7 @@ def test_use_is_noted_while_the_same_files_are_made_and_expire(postgres):
         claim(catalog)
         for progress in range(10):
             catalog.advance(name, VideoState.DECODING, progress / 10)
-        catalog.finish_job(name, rank=1, size=1, info={})
+        catalog.finish_job(name, rank=1, size=1, info=AdapterInfo())
         assert len(catalog.expire_files(2000.0)) == 60
     stopped.set()
     thread.join()

@@ -10,6 +10,7 @@ from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.jobs import LEASE_SECONDS
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tables import files, jobs, pools
+from f2l_vllm.store.adapter_info import AdapterInfo
 from tests.support.catalog_steps import add, claim
 
 
@@ -57,7 +58,7 @@ def test_a_pool_that_starts_leaves_another_ones_jobs_alone(servers):
     assert claim(two) is None
     assert two.file(record.id, "t").state is VideoState.ENCODING
     two.release_all_jobs(blameless=True)  # it stops, too
-    one.finish_job("f2l-1", rank=16, size=1, info={})
+    one.finish_job("f2l-1", rank=16, size=1, info=AdapterInfo())
     assert one.file(record.id, "t").state is VideoState.PROCESSED
     assert job.attempts == 1
 
@@ -86,11 +87,11 @@ def test_jobs_of_a_dead_pool_are_taken_over_and_it_is_heard_no_more(servers):
     dead.advance("f2l-1", VideoState.PUBLISHING, 0.9)
     dead.fail_job("f2l-1", "code", "message")
     dead.release_job("f2l-1")
-    assert dead.finish_job("f2l-1", rank=16, size=1, info={}) is None
+    assert dead.finish_job("f2l-1", rank=16, size=1, info=AdapterInfo()) is None
     assert dead.release_all_jobs(blameless=True) == 0
     found = alive.file(record.id, "t")
     assert (found.state, found.progress) == (VideoState.DECODING, 0.1)
-    assert alive.finish_job("f2l-1", rank=16, size=1, info={}) is not None
+    assert alive.finish_job("f2l-1", rank=16, size=1, info=AdapterInfo()) is not None
     assert dead.beat() == 0  # it was only away
     add(dead, adapter="f2l-2", sha="b")
     assert claim(dead).adapter_name == "f2l-2"

@@ -9,6 +9,7 @@ import pytest
 from f2l_vllm.catalog import listener as module
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.listener import check_url, listen
+from f2l_vllm.store.adapter_info import AdapterInfo
 from tests.support.catalog_steps import add, claim
 from tests.support.pgbouncer import find_pgbouncer, pooled
 
@@ -148,7 +149,7 @@ def test_behind_a_pooler_that_swallows_notices_nothing_is_believed_heard(postgre
         past = Ear(catalog, direct)
         until(lambda: past.listener.is_heard)
         past.heard.clear()
-        catalog.finish_job("f2l-1", rank=1, size=1, info={})
+        catalog.finish_job("f2l-1", rank=1, size=1, info=AdapterInfo())
         until(lambda: past.heard == {"files": 1})
         for one in (ear, past):
             one.listener.close()

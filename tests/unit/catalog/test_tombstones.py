@@ -8,6 +8,7 @@ from sqlalchemy import text
 from f2l_vllm.catalog.catalog import Catalog, QuotaExceeded
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tombstones import VideoGone
+from f2l_vllm.store.adapter_info import AdapterInfo
 from tests.support.catalog_steps import add, claim, publish
 
 A = "a" * 64
@@ -103,7 +104,7 @@ def test_a_worker_that_finds_no_bytes_fails_only_the_copy_it_looked_for(catalog)
 def test_adapters_and_their_compositions_leave_tombstones(catalog):
     record = add(catalog, video=catalog.reserve_video(A))
     publish(catalog)
-    catalog.add_composed("f2l-c", ["f2l-1"], rank=32, size=1, info={})
+    catalog.add_composed("f2l-c", ["f2l-1"], rank=32, size=1, info=AdapterInfo())
     catalog.remove_file(record.id, "t")
     assert sorted(objects(catalog)) == sorted(["f2l-1", "f2l-c", record.video])
 
@@ -115,7 +116,7 @@ def test_what_a_worker_made_for_nobody_leaves_a_tombstone(catalog, end):
     catalog.remove_file(record.id, "t")
     catalog.bury(catalog.tombstones(100))
     if end == "finish":
-        assert catalog.finish_job("f2l-1", rank=1, size=1, info={}, token=job.token) is None
+        assert catalog.finish_job("f2l-1", rank=1, size=1, info=AdapterInfo(), token=job.token) is None
     elif end == "release":
         catalog.release_job("f2l-1", token=job.token)
     else:
@@ -134,12 +135,12 @@ def test_an_attempt_that_was_given_up_changes_nothing_more(catalog):
     catalog.advance("f2l-1", VideoState.PUBLISHING, 0.5, **late)
     catalog.fail_job("f2l-1", "code", "message", **late)
     catalog.release_job("f2l-1", **late)
-    assert catalog.finish_job("f2l-1", rank=1, size=1, info={}, **late) is None
+    assert catalog.finish_job("f2l-1", rank=1, size=1, info=AdapterInfo(), **late) is None
     assert catalog.file(record.id, "t").state is VideoState.UPLOADED
     assert catalog.named({first.object, second.object}) == {second.object}
-    adapter = catalog.finish_job("f2l-1", rank=1, size=1, info={}, token=second.token)
+    adapter = catalog.finish_job("f2l-1", rank=1, size=1, info=AdapterInfo(), token=second.token)
     assert adapter.object == second.object
-    assert catalog.finish_job("f2l-1", rank=1, size=1, info={}, **late) is None
+    assert catalog.finish_job("f2l-1", rank=1, size=1, info=AdapterInfo(), **late) is None
     assert catalog.named({first.object, second.object, "f2l-1"}) == {second.object}
     assert catalog.refers_to(second.object)
     assert not catalog.refers_to(first.object)
@@ -154,7 +155,7 @@ def test_what_an_attempt_left_is_removed_however_it_ended(catalog, end, monkeypa
         catalog.fail_job("f2l-1", "code", "message", token=job.token)
     elif end == "ids":
         monkeypatch.setattr("f2l_vllm.catalog.transactions.LAST_ID", 0)
-        assert catalog.finish_job("f2l-1", rank=1, size=1, info={}, token=job.token) is None
+        assert catalog.finish_job("f2l-1", rank=1, size=1, info=AdapterInfo(), token=job.token) is None
     else:
         catalog.adopt(lambda sha256: "f2l-2", lambda video: True)
     assert objects(catalog) == [job.object]
@@ -177,11 +178,11 @@ def test_what_a_running_attempt_may_still_make_is_not_erased(catalog):
 def test_an_adapter_that_is_made_again_is_another_copy(catalog):
     add(catalog)
     job = claim(catalog)
-    adapter = catalog.finish_job("f2l-1", rank=1, size=1, info={}, token=job.token)
+    adapter = catalog.finish_job("f2l-1", rank=1, size=1, info=AdapterInfo(), token=job.token)
     catalog.forget_adapter(adapter)
     assert objects(catalog) == [job.object]
     job = claim(catalog)
-    again = catalog.finish_job("f2l-1", rank=1, size=1, info={}, token=job.token)
+    again = catalog.finish_job("f2l-1", rank=1, size=1, info=AdapterInfo(), token=job.token)
     assert (again.name, again.object != adapter.object) == (adapter.name, True)
 
 

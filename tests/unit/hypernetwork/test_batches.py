@@ -74,7 +74,7 @@ def test_a_batch_gives_every_video_the_adapter_it_gets_alone_in_order(
     for have, want in zip(adapters, alone, strict=True):
         assert_same(have, want)
         keys = ("frames", "visual_tokens", "prompt_tokens", "timestamps", "rank")
-        assert [have.info[key] for key in keys] == [want.info[key] for key in keys]
+        assert [getattr(have.info, key) for key in keys] == [getattr(want.info, key) for key in keys]
 
 
 def test_chunks_pass_together_and_are_composed_as_they_are_alone(
@@ -84,13 +84,13 @@ def test_chunks_pass_together_and_are_composed_as_they_are_alone(
 ) -> None:
     rank = internalizer.hyper.config.rank
     composed = internalizer.internalize_chunks(videos[:3])
-    assert composed.rank == composed.info["rank"] == 4 * rank
+    assert composed.rank == composed.info.rank == 4 * rank
     for name, pair in composed.factors.items():
         for place, factor in enumerate(pair):
             parts = [adapter.factors[name][place][:, :rank] for adapter in alone[:3]]
             bias = alone[0].factors[name][place][:, rank:]
             torch.testing.assert_close(factor, torch.cat([*parts, bias], dim=1), rtol=1e-4, atol=1e-5)
-    assert (composed.info["chunks"], composed.info["frames"]) == (3, sum(len(v.frames) for v in videos[:3]))
+    assert (composed.info.chunks, composed.info.frames) == (3, sum(len(v.frames) for v in videos[:3]))
     with pytest.raises(ValueError, match="nothing to compose"):
         internalizer.internalize_chunks([])
 

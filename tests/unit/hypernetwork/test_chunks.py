@@ -42,15 +42,15 @@ def test_reading_options_cut_too(internalizer, video):
     cutting = Internalizer(internalizer.model, internalizer.hyper, internalizer.processor, options)
     adapter = cutting.internalize(video)
     assert len(adapter.spans) == 3
-    assert adapter.info["frames"] == 3 * 4
+    assert adapter.info.frames == 3 * 4
 
 
 def test_what_is_said_of_a_chunked_video_covers_all_chunks(internalizer, video):
     info = internalizer.internalize(video, chunking=Chunking(seconds=10, max_chunks=3)).info
-    assert info["spans"] == [[0.0, 10.0], [10.0, 20.0], [20.0, 30.0]]
-    assert len(info["timestamps"]) == info["frames"]
-    assert info["timestamps"] == sorted(info["timestamps"])
-    assert set(info["seconds"]) == {"decode", "vision", "text", "perceiver", "head"}
+    assert info.spans == ((0.0, 10.0), (10.0, 20.0), (20.0, 30.0))
+    assert len(info.timestamps) == info.frames
+    assert list(info.timestamps) == sorted(info.timestamps)
+    assert set(info.seconds) == {"decode", "vision", "text", "perceiver", "head"}
 
 
 def test_one_chunk_is_the_video_in_one_pass(internalizer, video):

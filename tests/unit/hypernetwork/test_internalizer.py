@@ -157,10 +157,10 @@ def test_internalizing_equals_its_steps_and_reports_them(internalizer: Internali
     assert list(dict.fromkeys(stage for stage, _ in reports)) == ["decode", "encode", "generate", "compose"]
     assert all(0.0 <= fraction <= 1.0 for _, fraction in reports)
     info = adapter.info
-    assert (info["frames"], info["visual_tokens"], info["rank"]) == (6, 24, 6)
-    assert info["duration_s"] == pytest.approx(6.0)
-    assert list(info["seconds"]) == ["decode", "vision", "text", "perceiver", "head"]
-    assert all(seconds >= 0 for seconds in info["seconds"].values())
+    assert (info.frames, info.visual_tokens, info.rank) == (6, 24, 6)
+    assert info.duration_s == pytest.approx(6.0)
+    assert list(info.seconds) == ["decode", "vision", "text", "perceiver", "head"]
+    assert all(seconds >= 0 for seconds in info.seconds.values())
 
 
 def test_different_videos_give_different_adapters_and_the_same_video_the_same(
@@ -178,9 +178,9 @@ def test_training_time_sampling_is_the_default_and_can_be_replaced(
     config = HypernetworkConfig.from_dict(hyper.config.to_dict() | {"max_frames": 3, "longest_edge": 16})
     trained_on_three = Hypernetwork.from_tensors(config, hyper.state_dict())
     processor = AutoProcessor.from_pretrained(smolvlm_dir)
-    assert Internalizer(model, trained_on_three, processor).internalize(video).info["frames"] == 3
+    assert Internalizer(model, trained_on_three, processor).internalize(video).info.frames == 3
     two = Internalizer(model, trained_on_three, processor, ReadingOptions(max_frames=2))
-    assert two.internalize(video).info["frames"] == 2
+    assert two.internalize(video).info.frames == 2
 
 
 def test_longest_edge_scales_frames_before_the_models_own_size(internalizer: Internalizer, video: Path) -> None:

@@ -119,7 +119,7 @@ def test_rate_zero_is_the_same_adapter(internalizer: Internalizer, videos: list[
     for name, (a, b) in want.factors.items():
         assert torch.equal(have.factors[name][0], a)
         assert torch.equal(have.factors[name][1], b)
-    assert want.info["merge_rate"] == have.info["merge_rate"] == 0.0
+    assert want.info.merge_rate == have.info.merge_rate == 0.0
 
 
 def test_text_layers_read_merged_tokens_between_the_same_text(
@@ -151,10 +151,10 @@ def test_merging_gives_another_adapter_and_says_what_was_read(
 ) -> None:
     merged, whole = merging.internalize_frames(videos[0]), internalizer.internalize_frames(videos[0])
     assert (merged.factors["down_proj"][1] - whole.factors["down_proj"][1]).abs().max() > 1e-4
-    assert merged.info["merge_rate"] == 0.5
-    assert merged.info["visual_tokens"] == whole.info["visual_tokens"] // 2
-    saved = whole.info["visual_tokens"] - merged.info["visual_tokens"]
-    assert merged.info["prompt_tokens"] == whole.info["prompt_tokens"] - saved
+    assert merged.info.merge_rate == 0.5
+    assert merged.info.visual_tokens == whole.info.visual_tokens // 2
+    saved = whole.info.visual_tokens - merged.info.visual_tokens
+    assert merged.info.prompt_tokens == whole.info.prompt_tokens - saved
 
 
 def test_a_batch_of_merged_videos_gives_each_what_it_gets_alone(
@@ -162,7 +162,7 @@ def test_a_batch_of_merged_videos_gives_each_what_it_gets_alone(
 ) -> None:
     for have, sampled in zip(merging.internalize_many(videos), videos, strict=True):
         want = merging.internalize_frames(sampled)
-        assert have.info["visual_tokens"] == want.info["visual_tokens"]
+        assert have.info.visual_tokens == want.info.visual_tokens
         for name, (a, b) in want.factors.items():
             torch.testing.assert_close(have.factors[name][0], a, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(have.factors[name][1], b, rtol=1e-4, atol=1e-5)
@@ -172,8 +172,8 @@ def test_every_chunk_begins_with_a_whole_frame(merging: Internalizer, tmp_path: 
     path = write_video(tmp_path / "long.mp4", frames=80, fps=10)
     info = merging.internalize(path, chunking=Chunking(seconds=4, max_chunks=2)).info
     per_frame = merging.processor.image_seq_len
-    assert info["frames"] == 8
-    assert info["visual_tokens"] == 2 * sum(tokens_of_frames(4, per_frame, 0.5))
+    assert info.frames == 8
+    assert info.visual_tokens == 2 * sum(tokens_of_frames(4, per_frame, 0.5))
 
 
 def test_a_rate_of_one_is_refused(internalizer: Internalizer) -> None:

@@ -10,6 +10,7 @@ import pytest
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.listener import listen
 from f2l_vllm.pool.lane import Lane, Work
+from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.cached_store import open_store
 from tests.support.catalog_steps import add
 
@@ -22,7 +23,7 @@ class IdleLane(Lane):
 
     def _run(self, jobs):
         for job in jobs.values():
-            self._catalog.finish_job(job.adapter_name, rank=1, size=1, info={}, token=job.token)
+            self._catalog.finish_job(job.adapter_name, rank=1, size=1, info=AdapterInfo(), token=job.token)
         jobs.clear()
 
 

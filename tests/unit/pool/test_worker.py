@@ -33,7 +33,7 @@ def test_a_video_too_long_for_the_model_fails_alone_and_the_others_go_on(worker,
     for index, frames in enumerate([10, 80, 12]):
         path = write_video(tmp_path / f"{index}.mp4", frames=frames, fps=2)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        lengths.append(internalizer.internalize(path).info["prompt_tokens"])
+        lengths.append(internalizer.internalize(path).info.prompt_tokens)
         copy = store.temporary()
         shutil.copy(path, copy)
         store.keep_video(copy, sha256)

@@ -15,11 +15,12 @@ from f2l_vllm.server.chat.compose import AdapterChunks, Composer, PartGone, Part
 from f2l_vllm.server.chat.request import Span
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.registry import Registry
+from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.store import Store
 
 RANK = 2
 SHAPES = BaseShapes(layers=1, modules={"down_proj": (6, 4)})
-CHUNKS = [[0.0, 10.0], [10.0, 20.033], [20.033, 25.0]]
+CHUNKS = ((0.0, 10.0), (10.0, 20.033), (20.033, 25.0))
 
 
 class Engine:
@@ -81,7 +82,7 @@ class Bench:
         )  # fmt: skip
         self.files[name] = file.id
         self.catalog.claim_jobs(1)
-        return self.catalog.finish_job(name, rank=RANK * (chunks + 1), size=1, info={"visual_tokens": 10})
+        return self.catalog.finish_job(name, rank=RANK * (chunks + 1), size=1, info=AdapterInfo(visual_tokens=10))
 
     def delete(self, name):
         self.catalog.remove_file(self.files[name], "a")
@@ -189,10 +190,10 @@ def test_one_who_goes_away_stops_the_composition_for_nobody(tmp_path):
     asyncio.run(scenario())
 
 
-def long_video(**info):
-    times = [0.5, 5.5, 10.5, 15.5, 20.5]
-    details = {"spans": CHUNKS, "duration_s": 25.0, "visual_tokens": 50, "timestamps": times, **info}
-    return SimpleNamespace(name="f2l-long", rank=4 * RANK, info=details)
+def long_video(spans=CHUNKS):
+    times = (0.5, 5.5, 10.5, 15.5, 20.5)
+    info = AdapterInfo(spans=spans, duration_s=25.0, visual_tokens=50, timestamps=times)
+    return SimpleNamespace(name="f2l-long", rank=4 * RANK, info=info)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_spans_that_are_not_there_and_too_many_chunks_say_what_there_is(tmp_path
             composer.choose(long_video(), Span(25, 30), "file-1")
         assert error.value.code == "span_not_available"
         with pytest.raises(APIError, match="one pass"):
-            composer.choose(long_video(spans=None), Span(0, 3), "file-1")
+            composer.choose(long_video(spans=()), Span(0, 3), "file-1")
         with pytest.raises(APIError, match=r"2 videos of 3 chunks need LoRA rank 8, and this server has 6") as error:
             composer.check(3, 2)
         assert error.value.code == "too_many_videos"

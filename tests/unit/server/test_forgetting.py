@@ -29,6 +29,7 @@ from f2l_vllm.server.videos.residents import home
 from f2l_vllm.server.videos.routes import file_content
 from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
+from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.cached_store import open_store
 from f2l_vllm.store.errors import CatalogBusy, OtherModels
 from f2l_vllm.store.manifest import StoreError
@@ -81,7 +82,7 @@ class Server:
                 (directory / "weights").write_text(jobs[0].adapter_name)
 
             self.store.publish_adapter(jobs[0].object, write, {})
-            self.catalog.finish_job(jobs[0].adapter_name, rank=4, size=9, info={}, token=jobs[0].token)
+            self.catalog.finish_job(jobs[0].adapter_name, rank=4, size=9, info=AdapterInfo(), token=jobs[0].token)
 
     async def use(self, adapter, record):
         """Have everything of it that a server can have."""

@@ -23,6 +23,7 @@ from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.videos import by_url
 from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
+from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.store import Store
 from tests.support.videos import write_video
 
@@ -79,8 +80,8 @@ class Bench:
             key.replace("lora_A", "lora_B"): torch.ones(4, RANK * (chunks + 1)).bfloat16(),
         }
         self.store.publish_adapter(name, lambda directory: save_tensors(tensors, directory, "base"), {})
-        spans = [[CHUNK * i, CHUNK * (i + 1)] for i in range(chunks)]
-        info = {"visual_tokens": 20, "timestamps": [1.0, 11.0], "spans": spans, "duration_s": CHUNK * chunks}
+        spans = tuple((CHUNK * i, CHUNK * (i + 1)) for i in range(chunks))
+        info = AdapterInfo(visual_tokens=20, timestamps=(1.0, 11.0), spans=spans, duration_s=CHUNK * chunks)
         self.catalog.finish_job(name, rank=RANK * (chunks + 1), size=1, info=info)
 
     async def upload(self, text):

@@ -18,6 +18,7 @@ from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.videos.routes import router
 from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
+from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.cached_store import open_store
 from f2l_vllm.store.errors import CatalogBusy, StoreUnavailable
 from tests.support.engine import Engine
@@ -63,7 +64,7 @@ class Bench:
                 (directory / "weights").write_text(found[0].adapter_name)
 
             self.store.publish_adapter(found[0].object, write, {})
-            self.catalog.finish_job(found[0].adapter_name, rank=16, size=1, info={}, token=found[0].token)
+            self.catalog.finish_job(found[0].adapter_name, rank=16, size=1, info=AdapterInfo(), token=found[0].token)
 
     def object(self, file):
         """The name of its adapter in the store."""
