@@ -19,6 +19,7 @@ from sqlalchemy import event
 
 from f2l_vllm.bench import record
 from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.tables import Upload
 from tests.support.postgres import needed_postgres
 
 _SPAWN = multiprocessing.get_context("spawn")
@@ -81,17 +82,8 @@ def _serve(url: str, server: int, writers: int, round_trip: float, seconds: floa
             number += 1
             sha256 = hashlib.sha256(f"{server}/{writer}/{number}".encode()).hexdigest()
             video = catalog.reserve_video(sha256)
-            catalog.add_file(
-                tenant=f"tenant-{writer}",
-                filename="video.mp4",
-                purpose="vision",
-                size=1000,
-                sha256=sha256,
-                adapter_name=f"f2l-{sha256[:32]}",
-                expires_at=None,
-                queue_limit=1_000_000,
-                video=video,
-            )
+            upload = Upload(f"tenant-{writer}", sha256, 1000, "video.mp4", "vision")
+            catalog.add_file(upload, f"f2l-{sha256[:32]}", queue_limit=1_000_000, video=video)
             entered[writer] += 1
 
     threads = [threading.Thread(target=enter, args=(writer,)) for writer in range(writers)]

@@ -19,7 +19,7 @@ from sqlalchemy import func, select
 
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.states import VideoState
-from f2l_vllm.catalog.tables import metadata
+from f2l_vllm.catalog.tables import Upload, metadata
 from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.store import Store
 
@@ -110,17 +110,8 @@ def _publish(catalog: Catalog, store: Store, text: str) -> tuple[str, str]:
     video = catalog.reserve_video(sha256)
     store.keep_video(temporary, video.video)
     name = f"f2l-{sha256[:32]}"
-    file = catalog.add_file(
-        tenant="t",
-        filename="video.mp4",
-        purpose="vision",
-        size=len(data),
-        sha256=sha256,
-        adapter_name=name,
-        expires_at=None,
-        queue_limit=10,
-        video=video,
-    )
+    upload = Upload("t", sha256, len(data), "video.mp4", "vision")
+    file = catalog.add_file(upload, name, queue_limit=10, video=video)
     (job,) = catalog.claim_jobs(1)
     assert store.fetch_video(job.video).stat().st_size == len(data)
     for stage in _STAGES:

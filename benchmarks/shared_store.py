@@ -26,6 +26,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.tables import Upload
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
@@ -142,15 +143,8 @@ async def _ask(url: str, folder: Path, index: int, pairs: int, options: dict[str
             data = f"video {dice.randrange(options['videos'])}".encode()
             temporary = service.store.temporary()
             temporary.write_bytes(data)
-            record = await service.enter(
-                temporary,
-                tenant=_TENANT,
-                sha256=hashlib.sha256(data).hexdigest(),
-                size=len(data),
-                filename="v.mp4",
-                purpose="vision",
-                expires_at=None,
-            )
+            upload = Upload(_TENANT, hashlib.sha256(data).hexdigest(), len(data), "v.mp4", "vision")
+            record = await service.enter(temporary, upload)
             service.store.discard(temporary)
             counts["accepted"] += 1
             shutil.rmtree(elsewhere.home / "videos")

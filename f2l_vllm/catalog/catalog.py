@@ -38,6 +38,7 @@ from f2l_vllm.catalog.tables import (
     FileRecord,
     FileWithAdapter,
     Tombstone,
+    Upload,
     adapters,
     files,
     jobs,
@@ -99,29 +100,18 @@ class Catalog(Adoption, Duties, Jobs, Keys, Published, Servers, Tombstones):
 
     def add_file(
         self,
-        *,
-        tenant: str,
-        filename: str,
-        purpose: str,
-        size: int,
-        sha256: str,
+        upload: Upload,
         adapter_name: str,
-        expires_at: float | None,
+        *,
         queue_limit: int,
-        idle_seconds: float | None = None,
-        pinned: bool = False,
         tenant_limit: int | None = None,
         tenant_bytes: int | None = None,
         job_attempts: int = 1,
         video: Bytes | None = None,
-        from_address: bool = False,
-        instead_of: str | None = None,
     ) -> FileRecord:
         """Enter a file. It is ready at once if its adapter exists, else it waits for the adapter's job.
 
         Args:
-            from_address: the file is named by an address. A tenant has one such file for the same bytes: if there is
-                one, it is returned, unless it is `instead_of`.
             tenant_bytes: how many bytes all files of a tenant may hold.
             video: where the bytes are, from `reserve_video`; None: under their plain hash, and nobody deletes them
                 meanwhile.
@@ -134,10 +124,10 @@ class Catalog(Adoption, Duties, Jobs, Keys, Published, Servers, Tombstones):
             OtherModels: files are answered by servers of another revision. In all cases nothing is entered.
         """
         self._check_room()
-        with self._write(beside=[sha256]) as connection:
-            if from_address:
-                known = file_of_address(connection, tenant, sha256)
-                if known is not None and known.id != instead_of and not self._is_due(known):
+        with self._write(beside=[upload.sha256]) as connection:
+            if upload.from_address:
+                known = file_of_address(connection, upload.tenant, upload.sha256)
+                if known is not None and known.id != upload.instead_of and not self._is_due(known):
                     if video is not None:
                         give_back(connection, video)
                     return known
@@ -146,35 +136,35 @@ class Catalog(Adoption, Duties, Jobs, Keys, Published, Servers, Tombstones):
             generation = "" if video is None else name_video(connection, video)
             found = standing(connection, adapter_name, self.revision)
             ready = found.is_published
-            file_id = f"file-{secrets.token_hex(12)}"
+            now = self.now()
             values = {
-                "id": file_id,
-                "tenant": tenant,
-                "filename": filename,
-                "purpose": purpose,
-                "bytes": size,
-                "sha256": sha256,
+                "id": f"file-{secrets.token_hex(12)}",
+                "tenant": upload.tenant,
+                "filename": upload.filename,
+                "purpose": upload.purpose,
+                "bytes": upload.bytes,
+                "sha256": upload.sha256,
                 "adapter_name": adapter_name,
                 "state": VideoState.PROCESSED if ready else VideoState.UPLOADED,
                 "progress": 1.0 if ready else 0.0,
-                "created_at": self.now(),
-                "expires_at": expires_at,
-                "idle_seconds": idle_seconds,
-                "pinned": pinned,
+                "created_at": now,
+                "expires_at": None if upload.expires_seconds is None else now + upload.expires_seconds,
+                "idle_seconds": upload.idle_seconds,
+                "pinned": upload.pinned,
                 "generation": generation,
-                "from_address": from_address,
+                "from_address": upload.from_address,
             }
             row = connection.execute(_ENTER_FILE, values).one()
             # Late: from here on the tenant's other uploads wait, and others that need a job.
-            count_bytes(connection, tenant, size, tenant_bytes, hold=found.queue(queue_limit))
+            count_bytes(connection, upload.tenant, upload.bytes, tenant_bytes, hold=found.queue(queue_limit))
             ensure_job(
                 connection,
                 adapter_name,
-                sha256,
+                upload.sha256,
                 found,
                 job_attempts=job_attempts,
                 queue_limit=queue_limit,
-                tenant=tenant,
+                tenant=upload.tenant,
                 tenant_limit=tenant_limit,
             )
             return file_record(row)

@@ -214,6 +214,31 @@ keys = Table(
 
 
 @dataclass(frozen=True)
+class Upload:
+    """A received video that becomes a tenant's file.
+
+    Attributes:
+        bytes: how many it has.
+        expires_seconds: how long after its entry it expires; None: it does not.
+        idle_seconds: each use moves its expiry to this many seconds later.
+        pinned: it does not expire, and its adapter stays in the hot set.
+        from_address: it was named by an address. A tenant has one such file for the same bytes: if there is one, it
+            is the file, unless it is `instead_of`.
+    """
+
+    tenant: str
+    sha256: str
+    bytes: int
+    filename: str
+    purpose: str
+    expires_seconds: float | None = None
+    idle_seconds: float | None = None
+    pinned: bool = False
+    from_address: bool = False
+    instead_of: str | None = None
+
+
+@dataclass(frozen=True)
 class FileRecord:
     """One file id of one tenant. Times are Unix seconds; `progress` is 0..1 within the state.
 

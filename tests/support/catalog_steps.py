@@ -1,24 +1,17 @@
 """Steps that tests of the catalog share."""
 
 from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.catalog.tables import Upload
 from f2l_vllm.store.adapter_info import AdapterInfo
 
 STAGES = (VideoState.DECODING, VideoState.ENCODING, VideoState.PUBLISHING)
 
 
-def add(catalog, adapter="f2l-1", sha="a", tenant="t", expires_at=None, limit=10, filename="v.mp4", **options):
-    """Enter a file."""
-    return catalog.add_file(
-        tenant=tenant,
-        filename=filename,
-        purpose="vision",
-        size=3,
-        sha256=sha * 64,
-        adapter_name=adapter,
-        expires_at=expires_at,
-        queue_limit=limit,
-        **options,
-    )
+def add(catalog, adapter="f2l-1", sha="a", tenant="t", limit=10, filename="v.mp4", **options):
+    """Enter a file. `options`: of its `Upload`, or of `Catalog.add_file`."""
+    of_upload = {name: options.pop(name) for name in set(options) & set(Upload.__dataclass_fields__)}
+    upload = Upload(tenant, sha * 64, 3, filename, "vision", **of_upload)
+    return catalog.add_file(upload, adapter, queue_limit=limit, **options)
 
 
 def claim(catalog):

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from f2l_vllm.catalog.jobs import EXHAUSTED
 from f2l_vllm.catalog.states import VideoState
-from f2l_vllm.catalog.tables import FileRecord
+from f2l_vllm.catalog.tables import FileRecord, Upload
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.videos.service import VideoService
 from f2l_vllm.server.videos.uploads import inspect
@@ -71,18 +71,9 @@ class RemoteVideos:
         await inspect(temporary, self._service.settings)
         size = (await asyncio.to_thread(temporary.stat)).st_size
         idle = self._service.settings.url_seconds
-        return await self._service.enter(
-            temporary,
-            tenant=tenant,
-            sha256=sha256,
-            size=size,
-            filename=filename,
-            purpose=PURPOSE,
-            expires_at=self._service.catalog.now() + idle,
-            idle_seconds=idle,
-            from_address=True,
-            instead_of=None if known is None else known.id,
-        )
+        instead_of = None if known is None else known.id
+        upload = Upload(tenant, sha256, size, filename, PURPOSE, idle, idle, from_address=True, instead_of=instead_of)
+        return await self._service.enter(temporary, upload)
 
     def _may_do_better(self, record: FileRecord) -> bool:
         """Whether to retry a failed video: the cause may have passed, and enough time has gone by."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from f2l_vllm.catalog.catalog import Catalog
-from f2l_vllm.catalog.tables import Bytes, FileRecord, Tombstone
+from f2l_vllm.catalog.tables import Bytes, FileRecord, Tombstone, Upload
 from f2l_vllm.catalog.tombstones import VideoGone
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.store.errors import CatalogBusy, Unavailable
@@ -35,16 +35,16 @@ class Keeper:
         self._movers = ThreadPoolExecutor(_MOVERS, "f2l-store")
         self._unused: list[Bytes] = []  # bytes of refused uploads that the catalog could not be told about
 
-    async def enter(self, temporary: Path, sha256: str, size: int, add: Callable[..., FileRecord]) -> FileRecord:
+    async def enter(self, temporary: Path, upload: Upload, add: Callable[..., FileRecord]) -> FileRecord:
         """Enter a file with `add(video=…)`, sharing the bytes of other files if they exist, else storing its own.
 
         Raises:
             Unavailable: store or catalog cannot take it now. Errors of `add` also pass through. Nothing is kept then.
         """
         run = asyncio.get_running_loop().run_in_executor
-        video: Bytes = await self._write(self._catalog.reserve_video, sha256)
+        video: Bytes = await self._write(self._catalog.reserve_video, upload.sha256)
         if not video.is_new:
-            is_whole = await run(self._movers, self._store.has_video, video.video, size)
+            is_whole = await run(self._movers, self._store.has_video, video.video, upload.bytes)
             if is_whole:
                 try:
                     record: FileRecord = await self._write(add, video=video)
@@ -52,7 +52,7 @@ class Keeper:
                 except VideoGone:  # deleted a moment ago
                     pass
             replaces = None if is_whole else video.generation
-            video = await self._write(self._catalog.reserve_video, sha256, anew=True, replaces=replaces)
+            video = await self._write(self._catalog.reserve_video, upload.sha256, anew=True, replaces=replaces)
         try:
             await run(self._movers, self._store.keep_video, temporary, video.video)
             record = await self._write(add, video=video)

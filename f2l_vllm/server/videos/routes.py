@@ -55,17 +55,7 @@ async def create_file(request: Request) -> JSONResponse:
     try:
         upload = await receive(request, temporary, videos.settings, videos.check_room)
         await inspect(temporary, videos.settings)
-        record = await videos.enter(
-            temporary,
-            tenant=tenant_of(request),
-            sha256=upload.sha256,
-            size=upload.bytes,
-            filename=upload.filename,
-            purpose=upload.purpose,
-            expires_at=None if upload.expires_seconds is None else videos.catalog.now() + upload.expires_seconds,
-            idle_seconds=upload.idle_seconds,
-            pinned=upload.pinned,
-        )
+        record = await videos.enter(temporary, upload)
     finally:
         videos.store.discard(temporary)
     return await _one(videos, record)

@@ -16,7 +16,7 @@ from typing import Any
 from f2l_vllm.catalog.catalog import Catalog, QueueFull, QuotaExceeded
 from f2l_vllm.catalog.listener import Listener
 from f2l_vllm.catalog.states import IN_WORK, VideoState
-from f2l_vllm.catalog.tables import AdapterRecord, FileRecord, FileWithAdapter, Tombstone
+from f2l_vllm.catalog.tables import AdapterRecord, FileRecord, FileWithAdapter, Tombstone, Upload
 from f2l_vllm.pool.supervisor import PoolProcess
 from f2l_vllm.server import metrics
 from f2l_vllm.server.catalog_keys import CatalogKeys
@@ -97,29 +97,8 @@ class VideoService:
         self._used: dict[str, float] = {}  # file ids, and when they were asked about
         self._cleaned, self._swept = -_CLEANING_SECONDS, -_SWEEP_SECONDS
 
-    async def enter(
-        self,
-        temporary: Path,
-        *,
-        tenant: str,
-        sha256: str,
-        size: int,
-        filename: str,
-        purpose: str,
-        expires_at: float | None,
-        idle_seconds: float | None = None,
-        pinned: bool = False,
-        from_address: bool = False,
-        instead_of: str | None = None,
-    ) -> FileRecord:
+    async def enter(self, temporary: Path, upload: Upload) -> FileRecord:
         """Keep an uploaded and inspected video and enter it in the catalog.
-
-        Args:
-            from_address: return the tenant's file with the same bytes from another address if there is one, except the
-                file `instead_of`.
-            expires_at: when it expires, Unix seconds.
-            idle_seconds: each use moves `expires_at` to this many seconds later.
-            pinned: the file does not expire, and its adapter stays in the hot set.
 
         Raises:
             APIError: `queue_full`, with `Retry-After`, or `storage_quota_exceeded`; nothing is kept then.
@@ -128,24 +107,15 @@ class VideoService:
         """
         add = functools.partial(
             self.catalog.add_file,
-            tenant=tenant,
-            filename=filename,
-            purpose=purpose,
-            size=size,
-            sha256=sha256,
-            adapter_name=self._revisions.name(sha256),
-            expires_at=expires_at,
-            idle_seconds=idle_seconds,
-            pinned=pinned,
-            from_address=from_address,
-            instead_of=instead_of,
+            upload,
+            self._revisions.name(upload.sha256),
             queue_limit=self.settings.queue_limit,
             tenant_limit=self.settings.tenant_queue_limit,
             tenant_bytes=self.settings.tenant_bytes,
             job_attempts=self.settings.job_attempts,
         )
         try:
-            record = await self._keeper.enter(temporary, sha256, size, add)
+            record = await self._keeper.enter(temporary, upload, add)
         except QueueFull as error:
             message = f"{error}. Try again in about {error.retry_after} s."
             headers = {"Retry-After": str(error.retry_after)}
@@ -154,7 +124,7 @@ class VideoService:
             message = f"There is no room for this video among your files: {error} MB. Delete some of them."
             raise APIError(HTTPStatus.FORBIDDEN, "storage_quota_exceeded", message, param="file") from error
         metrics.UPLOADS.labels(str(record.state is VideoState.PROCESSED).lower()).inc()
-        metrics.UPLOAD_BYTES.inc(size)
+        metrics.UPLOAD_BYTES.inc(upload.bytes)
         return record
 
     def check_room(self, more: int) -> None:

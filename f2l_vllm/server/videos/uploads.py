@@ -8,7 +8,6 @@ import re
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from functools import cache
 from http import HTTPStatus
 from pathlib import Path
@@ -18,7 +17,9 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from f2l_vllm.catalog.tables import Upload
 from f2l_vllm.server.errors import APIError, bad_request
+from f2l_vllm.server.tenants import tenant_of
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.errors import disk_errors
 from f2l_vllm.video.decoder import DecodeLimits, Decoders
@@ -34,20 +35,6 @@ _IDLE_ANCHORS = ("last_used_at", "last_active_at")  # our name, and the name tha
 _DIGITS = re.compile("[0-9]{1,9}")  # `isdecimal` accepts the digits of every script
 _PLAIN, _EXTENDED = re.compile(rb"(?i);\s*filename\s*="), re.compile(rb"(?i);\s*filename\*\s*=")
 _STATUS = {"file_too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE}
-
-
-@dataclass(frozen=True)
-class Upload:
-    """A received and hashed file in a temporary place."""
-
-    path: Path
-    sha256: str
-    bytes: int
-    filename: str
-    purpose: str
-    expires_seconds: float | None
-    idle_seconds: float | None = None
-    pinned: bool = False
 
 
 async def receive(
@@ -82,10 +69,8 @@ async def receive(
     pinned = _pinned(form)
     if target.size == 0:
         raise bad_request("empty_file", "The file is empty: send the video's bytes.", "file")
-    sha256 = target.digest.hexdigest()
-    return Upload(
-        temporary, sha256, target.size, _filename(upload.filename), purpose, expires_seconds, idle_seconds, pinned
-    )
+    tenant, sha256, name = tenant_of(request), target.digest.hexdigest(), _filename(upload.filename)
+    return Upload(tenant, sha256, target.size, name, purpose, expires_seconds, idle_seconds, pinned)
 
 
 async def inspect(path: Path, settings: Settings) -> VideoInfo:

@@ -15,6 +15,7 @@ import hashlib, json, sys
 from pathlib import Path
 import torch
 from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.tables import Upload
 from f2l_vllm.store.errors import Unavailable, disk_errors
 from f2l_vllm.store.store import Store
 from f2l_vllm.hypernetwork.adapter import save_tensors
@@ -37,8 +38,7 @@ def publish(name):
 
 def enter(name):
     for index in range(200):
-        catalog.add_file(tenant="t", filename="x" * 1000, purpose="vision", size=1, sha256=name, adapter_name=name,
-                         expires_at=None, queue_limit=10)
+        catalog.add_file(Upload("t", name, 1, "x" * 1000, "vision"), name, queue_limit=10)
 
 for line in sys.stdin:
     method, argument = json.loads(line)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.catalog.tables import Upload
 from f2l_vllm.hypernetwork.peft_format import validate_adapter
 from f2l_vllm.pool.actors import Actors
 from f2l_vllm.pool.config import PoolConfig
@@ -65,16 +66,8 @@ class Bench:
         temporary = self.store.temporary()
         shutil.copy(path, temporary)
         self.store.keep_video(temporary, sha256)
-        return self.catalog.add_file(
-            tenant="t",
-            filename=path.name,
-            purpose="vision",
-            size=path.stat().st_size,
-            sha256=sha256,
-            adapter_name=name or f"f2l-{sha256[:16]}",
-            expires_at=None,
-            queue_limit=100,
-        )
+        upload = Upload("t", sha256, path.stat().st_size, path.name, "vision")
+        return self.catalog.add_file(upload, name or f"f2l-{sha256[:16]}", queue_limit=100)
 
     def wait(self, record, *states):
         deadline = time.monotonic() + WAIT_SECONDS

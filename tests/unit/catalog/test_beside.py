@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.states import LIVE, VideoState
-from f2l_vllm.catalog.tables import adapters, files, jobs, tombstones, usage
+from f2l_vllm.catalog.tables import Upload, adapters, files, jobs, tombstones, usage
 from f2l_vllm.catalog.tombstones import VideoGone
 from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.errors import CatalogBusy
@@ -22,10 +22,9 @@ TENANTS = ("alice", "bob")
 def enter(catalog, dice):
     sha256, tenant = dice.choice(HASHES), dice.choice(TENANTS)
     video = catalog.reserve_video(sha256)
-    details = {"filename": "v.mp4", "purpose": "vision", "size": 10, "queue_limit": 100, "video": video}
-    details["expires_at"] = time.time() + dice.choice([0.05, 3600.0])
+    upload = Upload(tenant, sha256, 10, "v.mp4", "vision", expires_seconds=dice.choice([0.05, 3600.0]))
     try:
-        catalog.add_file(tenant=tenant, sha256=sha256, adapter_name=f"f2l-{sha256[-4:]}", **details)
+        catalog.add_file(upload, f"f2l-{sha256[-4:]}", queue_limit=100, video=video)
     except VideoGone:
         return "gone"
     if dice.random() < 0.1:  # as an upload that was refused at the last moment

@@ -140,7 +140,7 @@ def test_another_tenants_file_does_not_exist(catalog):
 
 
 def test_expired_files_are_gone_at_once_and_swept_later(catalog):
-    record = add(catalog, expires_at=time.time() - 1)
+    record = add(catalog, expires_seconds=-1.0)
     assert catalog.file(record.id, "t") is None
     (removal,) = catalog.expire_files(time.time())
     assert removal.orphaned_video

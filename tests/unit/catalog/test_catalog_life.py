@@ -17,7 +17,7 @@ def names(records):
 
 
 def test_a_pinned_file_outlives_its_time_until_it_is_let_go(catalog):
-    record = add(catalog, expires_at=time.time() - 1, pinned=True)
+    record = add(catalog, expires_seconds=-1.0, pinned=True)
     assert catalog.pin_file(record.id, "t", True).pinned
     assert catalog.expire_files(time.time()) == []
     assert catalog.file(record.id, "t").pinned
@@ -32,8 +32,9 @@ def test_a_pinned_file_outlives_its_time_until_it_is_let_go(catalog):
 
 def test_what_expires_by_disuse_lives_on_with_each_use(catalog):
     now = time.time()
-    idle = add(catalog, expires_at=now + 100, idle_seconds=100)
-    fixed = add(catalog, expires_at=now + 100)
+    idle = add(catalog, expires_seconds=100.0, idle_seconds=100)
+    fixed = add(catalog, expires_seconds=100.0)
+    assert fixed.expires_at == fixed.created_at + 100
     catalog.touch({idle.id: now + 50, fixed.id: now + 50}, {})
     assert catalog.file(idle.id, "t").expires_at == pytest.approx(now + 150)
     assert catalog.file(fixed.id, "t").expires_at == pytest.approx(now + 100)

@@ -166,12 +166,12 @@ def test_use_is_noted_while_the_same_files_are_made_and_expire(postgres):
     for number in range(4):
         sha, name = str(number), f"f2l-{number}"
         for index in range(60):
-            ids[add(catalog, name, sha=sha, expires_at=1000.0 - index).id] = 1.0
+            ids[add(catalog, name, sha=sha, expires_seconds=-1000.0 - index).id] = 1.0
         claim(catalog)
         for progress in range(10):
             catalog.advance(name, VideoState.DECODING, progress / 10)
         catalog.finish_job(name, rank=1, size=1, info=AdapterInfo())
-        assert len(catalog.expire_files(2000.0)) == 60
+        assert len(catalog.expire_files(time.time())) == 60
     stopped.set()
     thread.join()
     assert failures == []
@@ -190,13 +190,13 @@ def test_a_host_whose_clock_is_wrong_ends_no_file_and_gives_up_no_server(postgre
         assert wrong.beat_server(server, 0)
         wrong.beat()
         assert wrong.now() == pytest.approx(real(), abs=2)
-        record = add(wrong, "f2l-1", expires_at=real() + 60)
+        record = add(wrong, "f2l-1", expires_seconds=60.0)
         assert record.created_at == pytest.approx(real(), abs=2)
         assert record.id not in {removal.file.id for removal in wrong.expire_files(wrong.now())}
         assert wrong.file(record.id, "t") == record
         wrong.remove_file(record.id, "t")
         assert wrong.purge(wrong.now() - 60) == 0
-        late = add(wrong, "f2l-2", expires_at=real() - 1)
+        late = add(wrong, "f2l-2", expires_seconds=-1.0)
         assert wrong.file(late.id, "t") is None
     monkeypatch.undo()
     assert right.file(late.id, "t") is None

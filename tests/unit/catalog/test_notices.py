@@ -81,7 +81,7 @@ def test_the_end_of_work_is_told_once_for_all_files(catalog, told):
 
 def test_deletions_are_told(catalog, told):
     record = add(catalog)
-    add(catalog, "f2l-2", sha="b", expires_at=1.0)
+    add(catalog, "f2l-2", sha="b", expires_seconds=-1.0)
     publish(catalog)
     told()
     catalog.remove_file(record.id, "t")

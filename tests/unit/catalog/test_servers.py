@@ -83,7 +83,7 @@ def test_the_same_bytes_at_whatever_address_are_one_file_of_a_tenants(catalog):
     assert catalog.file_of_address("t", first.sha256) == instead
     catalog.remove_file(instead.id, "t")
     assert catalog.file_of_address("t", first.sha256) is None
-    late = add(catalog, from_address=True, expires_at=1.0)
+    late = add(catalog, from_address=True, expires_seconds=-1.0)
     assert catalog.file_of_address("t", first.sha256) is None  # it is due
     assert add(catalog, from_address=True).id != late.id
 

@@ -187,7 +187,7 @@ def test_an_adapter_that_is_made_again_is_another_copy(catalog):
 
 
 def test_expiry_ends_some_at_a_time_and_leaves_tombstones(catalog):
-    records = [add(catalog, f"f2l-{i}", str(i), expires_at=time.time() - 1, limit=99) for i in range(5)]
+    records = [add(catalog, f"f2l-{i}", str(i), expires_seconds=-1.0, limit=99) for i in range(5)]
     assert len(catalog.expire_files(time.time(), 3)) == 3
     assert len(catalog.expire_files(time.time(), 3)) == 2
     assert sorted(objects(catalog)) == sorted(record.video for record in records)
@@ -205,7 +205,7 @@ def test_a_duty_is_one_processs_at_a_time(database_url):
 def test_bytes_of_a_tenant_are_counted_as_files_come_and_go(catalog):
     first = add(catalog, tenant_bytes=7)
     add(catalog, tenant="other", tenant_bytes=7)
-    second = add(catalog, "f2l-2", "b", tenant_bytes=7, expires_at=time.time() - 1)
+    second = add(catalog, "f2l-2", "b", tenant_bytes=7, expires_seconds=-1.0)
     with pytest.raises(QuotaExceeded, match="are taken"):
         add(catalog, "f2l-3", "c", tenant_bytes=7)
     assert (catalog.stored_bytes("t"), catalog.stored_bytes()) == (6, 9)

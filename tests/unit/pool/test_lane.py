@@ -9,6 +9,7 @@ import pytest
 
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.listener import listen
+from f2l_vllm.catalog.tables import Upload
 from f2l_vllm.pool.lane import Lane, Work
 from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.cached_store import open_store
@@ -105,8 +106,7 @@ def test_bytes_that_were_fetched_after_they_were_deleted_are_dropped(tmp_path):
         sha256 = hashlib.sha256(name.encode()).hexdigest()
         video = catalog.reserve_video(sha256)
         store.keep_video(tmp_path / name, video.video)
-        details = {"tenant": "t", "filename": "v", "purpose": "vision", "size": 1, "expires_at": None, "queue_limit": 9}
-        file = catalog.add_file(sha256=sha256, adapter_name=f"f2l-{name}", video=video, **details)
+        file = catalog.add_file(Upload("t", sha256, 1, "v", "vision"), f"f2l-{name}", queue_limit=9, video=video)
         fetched[name] = catalog.claim_jobs(1)[0], store.video_path(video.video), file
     catalog.remove_file(fetched["deleted"][2].id, "t")
     lane = IdleLane(0, Work(catalog, store, 1, 60, 3, None, None, print, threading.Event(), threading.Event(), None))

@@ -5,6 +5,7 @@ import pytest
 from f2l_vllm.catalog.catalog import Catalog, QueueFull
 from f2l_vllm.catalog.jobs import EXHAUSTED
 from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.catalog.tables import Upload
 
 
 @pytest.fixture
@@ -15,8 +16,7 @@ def catalog(tmp_path):
 
 
 def add(catalog, tenant, name, **limits):
-    values = {"filename": name, "purpose": "vision", "size": 1, "sha256": name, "adapter_name": name}
-    return catalog.add_file(tenant=tenant, **values, expires_at=None, **{"queue_limit": 1000, **limits})
+    return catalog.add_file(Upload(tenant, name, 1, name, "vision"), name, **{"queue_limit": 1000, **limits})
 
 
 def served(catalog, count, batch=1):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.tables import Upload
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE, save_tensors
 from f2l_vllm.server.chat.compose import AdapterChunks, Composer, PartGone, PartLost
 from f2l_vllm.server.chat.request import Span
@@ -76,10 +77,7 @@ class Bench:
             key.replace("lora_A", "lora_B"): torch.cat([b_OR, torch.ones(4, RANK)], dim=1).bfloat16(),
         }
         self.store.publish_adapter(name, lambda directory: save_tensors(tensors, directory, "base"), {})
-        file = self.catalog.add_file(
-            tenant="a", filename="v", purpose="vision", size=1, sha256=f"{number:064x}", adapter_name=name,
-            expires_at=None, queue_limit=100,
-        )  # fmt: skip
+        file = self.catalog.add_file(Upload("a", f"{number:064x}", 1, "v", "vision"), name, queue_limit=100)
         self.files[name] = file.id
         self.catalog.claim_jobs(1)
         return self.catalog.finish_job(name, rank=RANK * (chunks + 1), size=1, info=AdapterInfo(visual_tokens=10))

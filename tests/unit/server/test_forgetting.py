@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.listener import listen
 from f2l_vllm.catalog.states import VideoState
-from f2l_vllm.catalog.tables import duties, files, servers
+from f2l_vllm.catalog.tables import Upload, duties, files, servers
 from f2l_vllm.catalog.tombstones import name_video
 from f2l_vllm.cli.main import app
 from f2l_vllm.server import metrics
@@ -60,8 +60,7 @@ class Server:
         temporary = self.store.temporary()
         temporary.write_text(text)
         sha256 = hashlib.sha256(text.encode()).hexdigest()
-        details = {"sha256": sha256, "size": len(text), "filename": "v.mp4", "purpose": "vision", "expires_at": None}
-        record = await self.service.enter(temporary, tenant=T, **details)
+        record = await self.service.enter(temporary, Upload(T, sha256, len(text), "v.mp4", "vision"))
         self.work()
         return record, self.catalog.adapter(record.adapter_name)
 

@@ -13,6 +13,7 @@ import torch
 
 from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.tables import Upload
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE, save_tensors
 from f2l_vllm.server.chat.compose import Composer
 from f2l_vllm.server.chat.request import Span, Video
@@ -87,15 +88,8 @@ class Bench:
     async def upload(self, text):
         temporary = self.store.temporary()
         temporary.write_text(text)
-        return await self.service.enter(
-            temporary,
-            tenant=T,
-            sha256=hashlib.sha256(text.encode()).hexdigest(),
-            size=len(text),
-            filename="v.mp4",
-            purpose="vision",
-            expires_at=None,
-        )
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        return await self.service.enter(temporary, Upload(T, sha256, len(text), "v.mp4", "vision"))
 
     async def ask(self, *videos, wait=20.0, tenant=T):
         source = await self.asking.adapter(await self.asking.find(videos, tenant), tenant, wait)

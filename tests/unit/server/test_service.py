@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.catalog.tables import Upload
 from f2l_vllm.server.errors import APIError, answer
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.videos.routes import router
@@ -47,11 +48,8 @@ class Bench:
         temporary = self.store.temporary()
         temporary.write_text(text)
         sha256 = hashlib.sha256(text.encode()).hexdigest()
-        options = {"expires_at": None, **options}
         try:
-            return await self.service.enter(
-                temporary, tenant=T, sha256=sha256, size=len(text), filename="v.mp4", purpose="vision", **options
-            )
+            return await self.service.enter(temporary, Upload(T, sha256, len(text), "v.mp4", "vision", **options))
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -171,7 +169,7 @@ def test_without_its_bytes_a_video_of_other_revisions_fails_and_says_why(tmp_pat
 def test_a_question_is_a_use_and_moves_the_end_of_a_video_on(tmp_path):
     async def scenario():
         bench = Bench(tmp_path)
-        file = await bench.upload("video", expires_at=time.time() + 5, idle_seconds=3600.0)
+        file = await bench.upload("video", expires_seconds=5.0, idle_seconds=3600.0)
         bench.work()
         await bench.ask(file)
         await bench.service.tidy()
@@ -311,7 +309,7 @@ def test_a_tenant_keeps_as_many_bytes_as_it_may_and_no_more(tmp_path, monkeypatc
 def test_below_the_reserve_uploads_are_refused_and_everything_else_goes_on(tmp_path):
     async def scenario():
         bench = Bench(tmp_path)
-        file = await bench.upload("video", expires_at=time.time() + 3600)
+        file = await bench.upload("video", expires_seconds=3600.0)
         bench.work()
         other = await bench.upload("other")
         bench.store.reserve.size = 1 << 62
@@ -343,7 +341,7 @@ def test_a_catalog_that_cannot_be_written_breaks_no_answer(tmp_path, monkeypatch
         monkeypatch.setattr(bench.catalog, "touch", full)
         asyncio.get_running_loop().call_later(0.2, bench.work)
         await bench.service.ready(file.id, T, 5.0)
-        expired = await bench.upload("expired", expires_at=time.time() - 1)
+        expired = await bench.upload("expired", expires_seconds=-1.0)
         with pytest.raises(StoreUnavailable):
             await bench.service.tidy()
         assert not bench.store.has_video(expired.video)  # expiry does not wait for the note of use
