@@ -1,7 +1,7 @@
 """How well a trained model answers, next to controls that give the score its meaning.
 
-Arms: `adapter` (the question alone, with the video's adapter), `in context` (the frames in the prompt), `neither`
-(the question alone: the score of guessing), `wrong video` (with the adapter of another video). There is one question
+Arms: `adapter` (the question alone, with the video's adapter), `frames` (the frames in the prompt), `none`
+(the question alone: the score of guessing), `wrong-video` (with the adapter of another video). There is one question
 of each type about every scene, so the mean over questions is the macro mean over types. Exact match, greedy.
 """
 
@@ -28,7 +28,7 @@ from f2l_vllm.synthetic.world import Scene, sample_scenes
 from f2l_vllm.train.packing import Turn, exact_matches, pack
 from f2l_vllm.train.steps import Randomness, one_thread
 
-ADAPTER, IN_CONTEXT, NEITHER, WRONG_VIDEO = ARMS = ("adapter", "in context", "neither", "wrong video")
+ADAPTER, FRAMES, NONE, WRONG_VIDEO = ARMS = ("adapter", "frames", "none", "wrong-video")  # as in `evaluation/`
 Question = tuple[str, str, str]  # text, true answer, type
 _BATCH = 32
 _FRAME_COUNTS = (4, 16, 32, 64)  # besides the processor's own 8
@@ -95,7 +95,7 @@ class Scorer:
             asked = self.questions(some, seed + first, unseen=unseen_phrasing)
             factors = self.hypernetwork.combine([self.hypernetwork(encode(self.model, self.prompts, clips, pixels))])
             for arm, tally in tallies.items():
-                if arm == IN_CONTEXT:
+                if arm == FRAMES:
                     prefixes = [self.prompts.video_prefix(clip) for clip in clips]
                     self._count_in_context(tally, asked, prefixes, pixels)
                 else:
@@ -148,7 +148,7 @@ class Scorer:
 
 
 def _factors_of(arm: str, factors: Factors) -> Factors:
-    if arm == NEITHER:
+    if arm == NONE:
         return {}
     if arm == WRONG_VIDEO:
         return {name: (a.roll(1, 0), b.roll(1, 0)) for name, (a, b) in factors.items()}
@@ -175,7 +175,7 @@ def score_model(directory: str | Path, *, scenes: int = 512, seed: int = 1000) -
     half, quarter = max(1, scenes // 2), max(1, scenes // 4)
     held_out, known = sample_scenes(scenes, seed, "held-out"), sample_scenes(half, seed, "train")
     new_triples = [scene for scene in held_out if scene.has_unseen_triple]
-    short = (ADAPTER, IN_CONTEXT)
+    short = (ADAPTER, FRAMES)
     parts = {
         "held-out scenes": scorer.score_tensors(held_out, seed=seed),
         "held-out, unseen triples only": scorer.score_tensors(new_triples, seed=seed, arms=short),
