@@ -45,8 +45,26 @@ class Loss:
     weight: float = 1.0
 
 
-StepLoss = Callable[[Randomness, int], Loss]
-Schedule = Callable[[int, int], float]
+@dataclass(frozen=True)
+class Stage:
+    """What is trained, and how long.
+
+    Attributes:
+        module: holds everything that is trained.
+        step_loss: returns the loss of this process's videos, given a step's random sources and its number.
+        schedule: returns the factor on the learning rates, given a step and the number of steps.
+        accumulate: losses per step and process; they and those of the other processes are averaged by weight.
+        identity: what else the steps depend on, by name, in plain types; a different identity is a different run.
+    """
+
+    name: str
+    module: nn.Module
+    optimizer: MuonAdamW
+    step_loss: Callable[[Randomness, int], Loss]
+    steps: int
+    schedule: Callable[[int, int], float]
+    accumulate: int = 1
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Loop:
@@ -102,27 +120,10 @@ class Loop:
         """Return when every process has called this."""
         self._processes.wait_for_everyone()
 
-    def run(
-        self,
-        stage: str,
-        module: nn.Module,
-        optimizer: MuonAdamW,
-        step_loss: StepLoss,
-        *,
-        steps: int,
-        schedule: Schedule,
-        accumulate: int = 1,
-        identity: Mapping[str, Any] | None = None,
-        notes: dict[str, str] | None = None,
-    ) -> dict[str, float]:
-        """Train until `steps` steps are done, counting those of an earlier run that was stopped.
+    def run(self, stage: Stage, notes: dict[str, str] | None = None) -> dict[str, float]:
+        """Train until all steps of a stage are done, counting those of an earlier run that was stopped.
 
         Args:
-            module: holds everything that is trained.
-            step_loss: returns the loss of this process's videos, given a step's random sources and its number.
-            schedule: returns the factor on the learning rates, given a step and the number of steps.
-            accumulate: losses per step and process; they and those of the other processes are averaged by weight.
-            identity: what else the steps depend on, by name, in plain types; a different identity is a different run.
             notes: entries that a process adds are saved in the checkpoint and restored from it; in the end it holds the
                 notes of all processes.
 
@@ -135,54 +136,38 @@ class Loop:
         notes = {} if notes is None else notes
         run: dict[str, Any] = {
             "seed": self.seed,
-            "steps": steps,
+            "steps": stage.steps,
             "processes": self.processes,
-            "accumulate": accumulate,
-            "start": _digest(module),
-            **(identity or {}),
+            "accumulate": stage.accumulate,
+            "start": _digest(stage.module),
+            **stage.identity,
         }
-        path = None if self._folder is None else self._folder / f"{stage}.ckpt"
+        path = None if self._folder is None else self._folder / f"{stage.name}.ckpt"
         losses, first, cpu_seconds = Losses(), 0, 0.0
         if path is not None and path.exists():
-            kept = torch.load(path, map_location="cpu", weights_only=True)
-            if kept["run"] != run:
-                names = dict.fromkeys((*run, *kept["run"]))
-                different = [name for name in names if kept["run"].get(name) != run.get(name)]
-                raise ValueError(
-                    f"{path} belongs to another run (other {', '.join(different)}). Continue it with the options it "
-                    "was started with, or choose another folder."
-                )
-            module.load_state_dict(kept["module"])
-            optimizer.load_state_dict(kept["optimizer"])
+            kept = _read(path, run)
+            stage.module.load_state_dict(kept["module"])
+            stage.optimizer.load_state_dict(kept["optimizer"])
             losses, first, cpu_seconds = Losses(*kept["losses"]), kept["step"], kept["cpu_seconds"]
             notes |= kept.get("notes", {})
-        self._cut_log(stage, first)
+        self._cut_log(stage.name, first)
         self.wait()  # a late process must not find a checkpoint that another one writes from here on
-        module.train()
+        stage.module.train()
         started, saved = time.process_time() - cpu_seconds, time.monotonic()
-        for step in range(first, steps):
-            figures: dict[str, float] = {}
-            total = weight = 0.0
-            optimizer.zero_grad()
-            for part in range(accumulate):
-                name = f"{stage}:{step}" if accumulate == 1 else f"{stage}:{step}:{part}"
-                randomness = Randomness.of(name, self.seed, self._processes.process_index)
-                loss = step_loss(randomness, step)
-                share = loss.weight if accumulate * self.processes > 1 else 1.0  # a single mean needs no weight
-                (loss.mean * share).backward()
-                total, weight, figures = total + loss.mean.item() * share, weight + share, loss.figures
+        for step in range(first, stage.steps):
+            total, weight, figures = self._losses(stage, step)
             late = path is not None and self.is_main and time.monotonic() - saved > self._save_seconds
-            total, late = self._average(optimizer, total, weight, late)
-            to_keep = late or step == steps - 1
+            total, late = self._average(stage.optimizer, total, weight, late)
+            to_keep = late or step == stage.steps - 1
             if to_keep:
                 self._gather(notes)
-            factor = schedule(step, steps)
-            norm = optimizer.step(factor)
+            factor = stage.schedule(step, stage.steps)
+            norm = stage.optimizer.step(factor)
             losses.add(total)
             if self.is_main:
                 figures = {"loss": total, "smoothed": losses.smoothed, **figures, "norm": norm, "factor": factor}
-                self._log(stage, step, steps, figures, time.process_time() - started)
-                report(self.on_progress, stage, step, steps, figures)
+                self._log(stage, step, figures, time.process_time() - started)
+                report(self.on_progress, stage.name, step, stage.steps, figures)
                 if path is not None and to_keep:
                     kept = {
                         "run": run,
@@ -190,16 +175,29 @@ class Loop:
                         "losses": [losses.first, losses.smoothed, losses.count],
                         "cpu_seconds": time.process_time() - started,
                         "notes": dict(notes),
-                        "module": module.state_dict(),
-                        "optimizer": optimizer.state_dict(),
+                        "module": stage.module.state_dict(),
+                        "optimizer": stage.optimizer.state_dict(),
                     }
                     _save(kept, path)
                     saved = time.monotonic()
-        module.eval()
-        result = {"steps": steps, "cpu_seconds": round(time.process_time() - started, 1), **losses.summary()}
+        stage.module.eval()
+        result = {"steps": stage.steps, "cpu_seconds": round(time.process_time() - started, 1), **losses.summary()}
         if self.processes > 1:
             result = broadcast_object_list([result])[0]
         return result
+
+    def _losses(self, stage: Stage, step: int) -> tuple[float, float, dict[str, float]]:
+        """Add up the gradients of a step's parts; the sums of weighted losses and of weights, and the last figures."""
+        total = weight = 0.0
+        figures: dict[str, float] = {}
+        stage.optimizer.zero_grad()
+        for part in range(stage.accumulate):
+            name = f"{stage.name}:{step}" if stage.accumulate == 1 else f"{stage.name}:{step}:{part}"
+            loss = stage.step_loss(Randomness.of(name, self.seed, self.process), step)
+            share = loss.weight if stage.accumulate * self.processes > 1 else 1.0  # a single mean needs no weight
+            (loss.mean * share).backward()
+            total, weight, figures = total + loss.mean.item() * share, weight + share, loss.figures
+        return total, weight, figures
 
     def _average(self, optimizer: MuonAdamW, total: float, weight: float, late: bool) -> tuple[float, bool]:
         """Turn the sums over all processes into weighted means: the gradients in place, the loss returned.
@@ -233,10 +231,10 @@ class Loop:
             for others in gather_object([notes]):
                 notes |= others
 
-    def _log(self, stage: str, step: int, steps: int, figures: dict[str, float], seconds: float) -> None:
-        if self._folder is None or (step % LOG_EVERY and step != steps - 1):
+    def _log(self, stage: Stage, step: int, figures: dict[str, float], seconds: float) -> None:
+        if self._folder is None or (step % LOG_EVERY and step != stage.steps - 1):
             return
-        line = {"stage": stage, "step": step + 1, **{name: round(value, 6) for name, value in figures.items()}}
+        line = {"stage": stage.name, "step": step + 1, **{name: round(value, 6) for name, value in figures.items()}}
         with (self._folder / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({**line, "cpu_seconds": round(seconds, 1)}) + "\n")
 
@@ -253,6 +251,19 @@ class Loop:
         partial = self._folder / f"{LOG_FILE}.part"
         partial.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
         partial.replace(self._folder / LOG_FILE)
+
+
+def _read(path: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint of this run. Raises ValueError if it is another's."""
+    kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if kept["run"] != run:
+        names = dict.fromkeys((*run, *kept["run"]))
+        different = [name for name in names if kept["run"].get(name) != run.get(name)]
+        raise ValueError(
+            f"{path} belongs to another run (other {', '.join(different)}). Continue it with the options it was "
+            "started with, or choose another folder."
+        )
+    return kept
 
 
 def _save(kept: dict[str, Any], path: Path) -> None:

@@ -33,7 +33,7 @@ from f2l_vllm.train.conversations import Conversations
 from f2l_vllm.train.data.manifest import Example
 from f2l_vllm.train.folder import REPORT_FILE
 from f2l_vllm.train.lessons import Lesson, Lessons
-from f2l_vllm.train.loop import Loop, Loss
+from f2l_vllm.train.loop import Loop, Loss, Stage
 from f2l_vllm.train.optimizer import MuonAdamW, warm_cosine
 from f2l_vllm.train.packing import IGNORED, PackedBatch, pack
 from f2l_vllm.train.steps import Randomness
@@ -166,17 +166,17 @@ class Trainer:
             return self.loss(lessons.take(first, share, randomness.shared, randomness.rng), options)
 
         before = None if held_out is None else self.validate(held_out, options)
-        result: dict[str, Any] = self.loop.run(
+        stage = Stage(
             f"{STAGE}-{len(earlier) + 1}" if earlier else STAGE,
             self.hyper,
             optimizer,
             step_loss,
-            steps=steps,
-            schedule=warm_cosine,
-            accumulate=options.accumulate,
-            identity=self._identity(lessons, options, sampling),
-            notes=lessons.unusable,
+            steps,
+            warm_cosine,
+            options.accumulate,
+            self._identity(lessons, options, sampling),
         )
+        result: dict[str, Any] = self.loop.run(stage, lessons.unusable)
         if options.frames:  # wherever it is used, it reads as many frames as it has learned to read
             self.hyper.config = replace(config, max_frames=max(options.frames))
         result |= {"videos": len(lessons), "left_out": lessons.unusable}

@@ -26,7 +26,7 @@ from f2l_vllm.recipes.f2l_tiny.prompts import Clip, Prompts, times_of
 from f2l_vllm.recipes.f2l_tiny.vlm_stage import BATCH, batch_size, draw_turns, frame_count
 from f2l_vllm.synthetic import phrases
 from f2l_vllm.synthetic.world import Scene, draw_scene
-from f2l_vllm.train.loop import Loop, Loss
+from f2l_vllm.train.loop import Loop, Loss, Stage
 from f2l_vllm.train.optimizer import MuonAdamW, warm_constant_linear
 from f2l_vllm.train.packing import PackedBatch, Turn, answer_loss, pack
 from f2l_vllm.train.steps import Randomness
@@ -97,7 +97,7 @@ def train_hypernetwork(
             return Loss(answer_loss(hidden, batch, model.lm_head))
 
     with precision.attention_in_fp32(model):
-        return loop.run(NAME, hypernetwork, optimizer, step_loss, steps=steps, schedule=warm_constant_linear)
+        return loop.run(Stage(NAME, hypernetwork, optimizer, step_loss, steps, warm_constant_linear))
 
 
 @torch.no_grad()

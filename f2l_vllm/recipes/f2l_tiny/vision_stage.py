@@ -12,7 +12,7 @@ from transformers import SmolVLMForConditionalGeneration, SmolVLMProcessor
 from f2l_vllm.recipes.f2l_tiny import filming, precision
 from f2l_vllm.recipes.f2l_tiny.auxiliary import PatchHead, patch_targets
 from f2l_vllm.synthetic.world import draw_scene
-from f2l_vllm.train.loop import Loop, Loss
+from f2l_vllm.train.loop import Loop, Loss, Stage
 from f2l_vllm.train.optimizer import MuonAdamW, warm_constant_linear
 from f2l_vllm.train.steps import Randomness
 
@@ -48,4 +48,4 @@ def train_vision(
     trained = nn.ModuleDict({"tower": tower, "head": head})
     schedule = partial(warm_constant_linear, warmup=30)
     with precision.attention_in_fp32(model):
-        return loop.run(NAME, trained, optimizer, step_loss, steps=steps, schedule=schedule)
+        return loop.run(Stage(NAME, trained, optimizer, step_loss, steps, schedule))

@@ -22,7 +22,7 @@ from f2l_vllm.recipes.f2l_tiny.auxiliary import PatchHead, VelocityHead, patch_t
 from f2l_vllm.recipes.f2l_tiny.prompts import Prompts, times_of
 from f2l_vllm.synthetic import phrases
 from f2l_vllm.synthetic.world import ACTIONS, MOVES, Scene, draw_scene
-from f2l_vllm.train.loop import Loop, Loss
+from f2l_vllm.train.loop import Loop, Loss, Stage
 from f2l_vllm.train.optimizer import MuonAdamW, warm_constant_linear
 from f2l_vllm.train.packing import Turn, answer_loss, pack
 from f2l_vllm.train.steps import Randomness
@@ -128,7 +128,7 @@ def train_vlm(
     trained = nn.ModuleDict({"model": model, "patches": patch_head, "velocity": velocity_heads})
     schedule = partial(warm_constant_linear, decay_from=course.decay_from)
     with precision.attention_in_fp32(model):
-        return loop.run(course.name, trained, optimizer, step_loss, steps=steps, schedule=schedule)
+        return loop.run(Stage(course.name, trained, optimizer, step_loss, steps, schedule))
 
 
 def frame_count(rng: random.Random) -> int:

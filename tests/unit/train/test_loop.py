@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from f2l_vllm.train.loop import Loop, Loss
+from f2l_vllm.train.loop import Loop, Loss, Stage
 from f2l_vllm.train.optimizer import MuonAdamW
 from f2l_vllm.train.steps import Randomness
 
@@ -26,7 +26,7 @@ def run(folder: Path, notes: dict[str, str], stop_after: float = 2.0, **options:
 
     loop = Loop(folder, device=torch.device("cpu"), save_seconds=0.0, on_progress=progress)
     optimizer = MuonAdamW(module.named_parameters(), muon_lr=None, adamw_lr=0.1)
-    loop.run("lines", module, optimizer, step_loss, steps=3, schedule=lambda *_: 1.0, notes=notes, **options)
+    loop.run(Stage("lines", module, optimizer, step_loss, 3, lambda *_: 1.0, **options), notes)
 
 
 def test_notes_of_the_steps_before_a_stop_are_there_in_the_end(tmp_path):
@@ -40,6 +40,6 @@ def test_notes_of_the_steps_before_a_stop_are_there_in_the_end(tmp_path):
 def test_what_differs_from_the_kept_run_is_named_on_either_side(tmp_path):
     run(tmp_path, {}, identity={"rate": 0.1, "tables": (1, 2)})
     run(tmp_path, {}, identity={"rate": 0.1, "tables": (1, 2)})
-    for other, names in (({"rate": 0.2, "tables": (1, 2)}, "rate"), ({"rate": 0.1}, "tables"), (None, "rate, tables")):
+    for other, names in (({"rate": 0.2, "tables": (1, 2)}, "rate"), ({"rate": 0.1}, "tables"), ({}, "rate, tables")):
         with pytest.raises(ValueError, match=rf"\(other {names}\)"):
             run(tmp_path, {}, identity=other)
