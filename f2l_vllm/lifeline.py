@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,6 +39,17 @@ def end_with_spawner() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         end_with_writer(parent.sentinel)  # a pipe
+
+
+def end_with_server() -> None:
+    """In a server's engine and its workers: end with the process that started them and not before it. Ctrl-C in a
+    terminal and a supervisor's SIGTERM may reach all processes at once, while answers are still being written."""
+    end_with_spawner()
+    in_server = "f2l_files" in os.environ.get("VLLM_PLUGINS", "") and multiprocessing.parent_process() is not None
+    if in_server and threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)  # a forked process has its parent's, which would take these signals for its own
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)  # not SIG_IGN, which their children would inherit
 
 
 def end_session(leader: int) -> None:

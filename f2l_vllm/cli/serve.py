@@ -20,7 +20,7 @@ from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.catalog.database import check_url as check_database
 from f2l_vllm.catalog.listener import check_url as check_listening
 from f2l_vllm.cli import checks
-from f2l_vllm.cpu.plugin import check_mode, openmp_defaults
+from f2l_vllm.cpu.plugin import check_mode, engine_method, openmp_defaults
 from f2l_vllm.engine import defaults, flags
 from f2l_vllm.engine.defaults import EngineLimits, check_limits, refuse_flags
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
@@ -78,7 +78,7 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
         check_store(chosen.store)
     directory = models.resolve(model)
     shapes = BaseShapes.read(directory)  # refuses a directory that is not a base model
-    weights = models.resolve_hypernetwork(model, chosen.hypernetwork or None)
+    weights = models.resolve_hypernetwork(model, chosen.hypernetwork)
     config = read_config(weights)
     check_shapes(shapes, config)
     rank = _rank(chosen, config, chosen_flags)
@@ -116,6 +116,7 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
         "RAY_USAGE_STATS_ENABLED": "0",
         **logs.environment(os.environ, words),
         **openmp_defaults(os.environ),
+        **({} if gpus else engine_method(os.environ)),
     }
     workers = None
     # On a GPU the workers wait: the engine first measures the free memory and takes its share.

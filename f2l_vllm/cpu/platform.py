@@ -83,6 +83,7 @@ class TorchCpuPlatform(CpuPlatform):
             raise RuntimeError("vLLM's CPU worker needs the program lscpu: install the package util-linux.")
         parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
         executor, preload = parallel.distributed_executor_backend, os.environ.get("LD_PRELOAD")
+        method = os.environ.get(plugin.METHOD_VARIABLE)
         if parallel.worker_cls == "auto":
             parallel.worker_cls = "f2l_vllm.cpu.worker.TorchCPUWorker"
 
@@ -98,6 +99,8 @@ class TorchCpuPlatform(CpuPlatform):
             os.environ.pop("LD_PRELOAD", None)
         else:
             os.environ["LD_PRELOAD"] = preload
+        if method == "fork":  # a launcher's or an operator's word
+            os.environ[plugin.METHOD_VARIABLE] = method
         # Fused layers call the compiled extension; "none" selects their PyTorch form. torch.compile's gain is not worth
         # its minutes and gigabytes at every start, and vLLM itself turns it off for LoRA on a CPU.
         vllm_config.compilation_config.custom_ops = ["none"]

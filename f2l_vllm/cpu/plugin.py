@@ -10,6 +10,7 @@ from f2l_vllm.lifeline import end_with_spawner
 
 PLATFORM = "f2l_vllm.cpu.platform.TorchCpuPlatform"
 MODE_VARIABLE = "F2L_CPU_PLATFORM"
+METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"
 _MODES = ("auto", "0", "1")
 
 
@@ -45,6 +46,15 @@ def openmp_defaults(environment: Mapping[str, str]) -> dict[str, str]:
     if "OMP_WAIT_POLICY" in environment:
         return {}
     return {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": environment.get("GOMP_SPINCOUNT", "2000")}
+
+
+def engine_method(environment: Mapping[str, str]) -> dict[str, str]:
+    """How a server on this platform starts its engine, unless the environment says it.
+
+    A forked engine has what the API server has imported, which takes a third off a start. vLLM spawns it, because most
+    accelerators cannot be used after a fork, and because its own CPU platform binds threads.
+    """
+    return {} if METHOD_VARIABLE in environment else {METHOD_VARIABLE: "fork"}
 
 
 def _other_platform() -> str | None:

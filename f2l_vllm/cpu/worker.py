@@ -15,6 +15,8 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from f2l_vllm.cpu.linear import pack_linears, plainly_loaded
 from f2l_vllm.cpu.lora_slots import CompactLoRAModelManager
+from f2l_vllm.cpu.plugin import METHOD_VARIABLE
+from f2l_vllm.lifeline import end_with_server
 
 
 class TorchCPUModelRunner(CPUModelRunner):
@@ -63,6 +65,8 @@ class TorchCPUWorker(cpu_worker.CPUWorker):
     """vLLM's CPU worker with `TorchCPUModelRunner`."""
 
     def init_device(self) -> None:
+        if os.environ.get(METHOD_VARIABLE) == "fork":
+            end_with_server()  # vLLM's plugins, which do this in other engines, are loaded in its parent only
         # The worker takes its runner's class from its module and offers no other way to choose it.
         original = cpu_worker.CPUModelRunner
         cpu_worker.CPUModelRunner = TorchCPUModelRunner

@@ -5,21 +5,21 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 from types import TracebackType
 
 from f2l_vllm import logs
 from f2l_vllm.base_models.registry import FAMILIES
-from f2l_vllm.lifeline import end_with_spawner
+from f2l_vllm.lifeline import end_with_server
 
 logger = logging.getLogger(__name__)
 
 
 def register() -> None:
     """Register what this package adds to vLLM. Light and idempotent: vLLM calls it in every process, in some twice."""
-    register_lifeline()
+    end_with_server()
+    if multiprocessing.parent_process() is None and "f2l_files" in os.environ.get("VLLM_PLUGINS", ""):
+        sys.excepthook = _quiet_interrupt
     logs.adopt("transformers")
     register_models()
     register_adapter_tiers()
@@ -40,22 +40,6 @@ def register_adapter_tiers() -> None:
     patches.install_residency()
     patches.install_worker_manager()
     grammar_patches.install()
-
-
-def register_lifeline() -> None:
-    """Make the engine and its workers end with the process that started them and, in a server, not before it: Ctrl-C in
-    a terminal and a supervisor's SIGTERM may reach all processes at once, while answers are still being written."""
-    end_with_spawner()
-    if (
-        "f2l_files" not in os.environ.get("VLLM_PLUGINS", "")
-        or threading.current_thread() is not threading.main_thread()
-    ):
-        return
-    if multiprocessing.parent_process() is None:
-        sys.excepthook = _quiet_interrupt
-        return
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # not SIG_IGN, which their children would inherit
 
 
 def _quiet_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

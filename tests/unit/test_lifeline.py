@@ -1,6 +1,7 @@
 """Processes end with those that started them, in the middle of a computation that lets no thread of Python run."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -105,6 +106,54 @@ def test_a_process_in_a_long_computation_ends_with_its_parent(tmp_path, script, 
         parent.kill()
         if alive(child):
             os.kill(child, signal.SIGKILL)
+
+
+SERVER = """
+import asyncio, multiprocessing, os, signal, sys, time
+from f2l_vllm.lifeline import end_with_server
+def engine():
+    end_with_server()
+    print(os.getpid(), flush=True)
+    time.sleep(3600)
+async def serve():
+    heard = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, heard.set)
+    multiprocessing.get_context(sys.argv[1]).Process(target=engine).start()
+    await heard.wait()
+    print("heard", flush=True)
+    await asyncio.sleep(3600)
+if __name__ == "__main__":
+    asyncio.run(serve())
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_engine_leaves_signals_to_its_server_and_ends_with_it(tmp_path, method):
+    path = tmp_path / "server.py"
+    path.write_text(SERVER)
+    environment = {**os.environ, "VLLM_PLUGINS": "f2l,f2l_files"}
+    command = [sys.executable, str(path), method]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    engine = int(server.stdout.readline())
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            os.kill(engine, number)
+            time.sleep(0.2)
+        assert alive(engine)
+        assert not select.select([server.stdout], [], [], 0.5)[0]  # it heard nothing of the engine's
+        os.kill(server.pid, signal.SIGTERM)
+        assert server.stdout.readline() == "heard\n"
+        server.kill()
+        server.wait()
+        deadline = time.monotonic() + 5
+        while alive(engine) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not alive(engine)
+    finally:
+        server.kill()
+        server.wait()
+        if alive(engine):
+            os.kill(engine, signal.SIGKILL)
 
 
 def test_what_is_left_of_a_session_is_ended():

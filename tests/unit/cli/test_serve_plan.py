@@ -5,6 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from f2l_vllm import models
+from f2l_vllm.cli import checks
 from f2l_vllm.cli.main import app
 from f2l_vllm.cli.serve import PLUGINS, plan
 
@@ -123,6 +124,19 @@ def test_settings_are_said_by_flags_too(hypernetwork_model, tmp_path):
 def test_a_hypernetwork_for_another_model_is_refused_before_anything_starts(hypernetwork_model):
     with pytest.raises(ValueError, match="this model has 4 layers"):
         plan(str(hypernetwork_model), {"F2L_HYPERNETWORK": str(models.resolve("f2l-tiny") / "hypernetwork")}, [])
+
+
+def test_the_engine_is_forked_where_there_is_no_gpu_unless_told_otherwise(hypernetwork_model, monkeypatch):
+    def method():
+        return plan(str(hypernetwork_model), {}, []).env.get("VLLM_WORKER_MULTIPROC_METHOD")
+
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    assert method() == "fork"
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    assert method() is None
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
+    monkeypatch.setattr(checks, "gpus", lambda: 1.0)
+    assert method() is None
 
 
 def test_plugins_of_others_stay_allowed(hypernetwork_model, monkeypatch):

@@ -11,6 +11,8 @@ import pytest
 import vllm.platforms
 import vllm.plugins
 from vllm import EngineArgs
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.utils.system_utils import get_mp_context
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from f2l_vllm.cpu import plugin
@@ -115,6 +117,20 @@ def test_engine_keeps_its_worker_inside_and_the_environment_as_it_was(
     assert config.parallel_config.distributed_executor_backend == "uni"
     assert config.parallel_config.worker_cls == "f2l_vllm.cpu.worker.TorchCPUWorker"
     assert os.environ["LD_PRELOAD"] == ""
+
+
+@pytest.mark.parametrize(("asked", "found"), [("fork", "fork"), ("spawn", "spawn"), (None, "spawn")])
+def test_the_engine_is_forked_if_a_launcher_says_so(
+    configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, asked: str | None, found: str
+) -> None:
+    """vLLM 0.32's CPU platform spawns it whatever the environment says; its command line does unless that says it."""
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", asked)
+    cli_env_setup()
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == found
+    configure()
+    assert get_mp_context().get_start_method() == found
 
 
 def test_layers_run_in_pytorch_without_compilation(configure: Callable[..., Any]) -> None:
