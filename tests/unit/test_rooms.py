@@ -9,6 +9,7 @@ HEAVY = {"torch", "transformers", "vllm", "ray", "fastapi"}
 LIGHT = [
     "f2l_vllm.store.cached_store",
     "f2l_vllm.catalog.catalog",
+    "f2l_vllm.cluster.policy",
     "f2l_vllm.base_models.registry",
     "f2l_vllm.hypernetwork.config_file",
     "f2l_vllm.settings",

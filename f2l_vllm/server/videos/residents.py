@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.cluster.rendezvous import home
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.store.store import Store, StoreError
 
 logger = logging.getLogger(__name__)
 _PREPARED_AT_ONCE = 256
-
-
-def home(adapter_name: str, servers: Sequence[str]) -> str | None:
-    """The server with the largest hash of both names (rendezvous hashing): when a server comes or goes, only the
-    adapters at that server get another home. None if there are no servers.
-
-    Source: Thaler and Ravishankar, Using Name-Based Mappings to Increase Hit Rates, 1998.
-    """
-    return max(servers, key=lambda server: _weight(adapter_name, server), default=None)
 
 
 class Residents:
@@ -71,7 +62,3 @@ class Residents:
         self._servers = self._catalog.servers(self._revision)
         pinned = self._catalog.pinned_adapters()
         self._store.pin({name for name in pinned if self._is_home(name.partition(".")[0])})
-
-
-def _weight(adapter_name: str, server: str) -> bytes:
-    return hashlib.blake2b(f"{adapter_name}\0{server}".encode(), digest_size=8).digest()
