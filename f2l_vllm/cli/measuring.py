@@ -12,6 +12,8 @@ from f2l_vllm.cli.files import Overwrite, keep
 from f2l_vllm.cli.options import Hypernetwork
 
 SHAPES = ("tiny", "500m", "2.2b")
+_WAYS = "Adapters, KV caches or frames"
+_SERVERS = "How many servers"
 
 
 def bench(
@@ -79,24 +81,107 @@ def bench(
 
 
 def plan(
-    frames: Annotated[int, typer.Option(min=1, help="Frames of each video.")],
-    questions: Annotated[int, typer.Option(min=1, help="Questions about each video.")],
     videos: Annotated[int, typer.Option(min=1, help="How many videos.")],
-    memory: Annotated[float, typer.Option(min=0.001, help="To keep videos answerable in, GiB.")],
-    shape: Annotated[str, typer.Option(help="Whose tables to read: tiny, 500m, 2.2b.")] = "500m",
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of each video.", rich_help_panel=_WAYS)] = None,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Questions about each video.", rich_help_panel=_WAYS)
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0.001, help="To keep videos answerable in, GiB.", rich_help_panel=_WAYS)
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Whose tables to read: tiny, 500m (the default), 2.2b.", rich_help_panel=_WAYS),
+    ] = None,
     measured: Annotated[
         list[Path] | None,
-        typer.Option(help="Results of 'bench latency' to read instead; may be repeated.", exists=True, dir_okay=False),
+        typer.Option(
+            help="Results of 'bench latency' to read instead; may be repeated.",
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=_WAYS,
+        ),
     ] = None,
     resolution: Annotated[
-        int | None, typer.Option(min=1, help="Longest edge of the videos; the nearest measured is read.")
+        int | None,
+        typer.Option(min=1, help="Longest edge of the videos; the nearest measured is read.", rich_help_panel=_WAYS),
+    ] = None,
+    replicas: Annotated[
+        str | None, typer.Option(help="Numbers of servers to simulate, by comma.", rich_help_panel=_SERVERS)
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0, help="Questions a second; default: as many as they answer.", rich_help_panel=_SERVERS),
+    ] = None,
+    zipf: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="The n-th most popular video is asked about as often as 1 / n ** ZIPF; 0: all alike; default: 0.9.",
+            rich_help_panel=_SERVERS,
+        ),
+    ] = None,
+    places: Annotated[
+        int | None,
+        typer.Option(min=1, help="--max-cpu-loras of a server; default: 256.", rich_help_panel=_SERVERS),
+    ] = None,
+    copies: Annotated[
+        int | None, typer.Option(min=0, help="Adapters on a server's disk; default: 2000.", rich_help_panel=_SERVERS)
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="--max-num-seqs of a server; default: 32.", rich_help_panel=_SERVERS)
+    ] = None,
+    first_token_ms: Annotated[
+        float | None,
+        typer.Option(min=0, help="To the first token, adapter in memory; default: 60.", rich_help_panel=_SERVERS),
+    ] = None,
+    answer_ms: Annotated[
+        float | None, typer.Option(min=0, help="To the last token; default: 360.", rich_help_panel=_SERVERS)
+    ] = None,
+    load_ms: Annotated[
+        float | None, typer.Option(min=0, help="Of an adapter into memory; default: 1.", rich_help_panel=_SERVERS)
+    ] = None,
+    fetch_ms: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of an adapter from the object store; default: 50.", rich_help_panel=_SERVERS),
+    ] = None,
+    policies: Annotated[
+        str | None,
+        typer.Option(help="By comma: least-loaded, haproxy, warm-first; default: all.", rich_help_panel=_SERVERS),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs of each, with other questions; default: 3.", rich_help_panel=_SERVERS),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Of an engine for an hour.", rich_help_panel=_SERVERS)
     ] = None,
     json_to: Annotated[Path | None, typer.Option("--json", help="Write the plan here.", dir_okay=False)] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Say from measured tables which is cheapest: adapters, KV caches, or the frames in context; show the sums."""
+    """Say from measured tables which is cheapest: adapters, KV caches, or the frames in context; show the sums. With
+    --replicas, say from a simulation how many servers it takes."""
+    ways: dict[str, object] = {"frames": frames, "questions": questions, "memory": memory, "shape": shape}
+    ways |= {"measured": measured or None, "resolution": resolution}
+    counts = {"rate": rate, "zipf": zipf, "places": places, "copies": copies, "concurrency": concurrency}
+    milliseconds = {"first-token": first_token_ms, "answer": answer_ms, "load": load_ms, "fetch": fetch_ms}
+    of_servers: dict[str, object] = {"policies": policies, "seeds": seeds, "price": price, **counts}
+    of_servers |= {f"{name}-ms": value for name, value in milliseconds.items()}
+    for name, value in (of_servers if replicas is None else ways).items():
+        if value is not None:
+            other = "goes with" if replicas is None else "does not go with"
+            raise typer.BadParameter(f"--{name} {other} --replicas")
     keep(json_to, overwrite=overwrite)
+    if replicas is not None:
+        from f2l_vllm.cli.replicas import plan as simulate
+
+        fields = {f"{name.replace('-', '_')}_s": ms / 1e3 for name, ms in milliseconds.items() if ms is not None}
+        fields |= {name: value for name, value in counts.items() if value is not None}
+        simulate(replicas, {"videos": videos, **fields}, policies, seeds or 3, price, json_to)
+        return
+    if frames is None or questions is None or memory is None:
+        raise typer.BadParameter("give --frames, --questions and --memory, or --replicas for how many servers")
     from f2l_vllm.bench.planner import Need
     from f2l_vllm.cli.plan import plan as run
 
-    run(Need(frames, questions, videos, memory * 2**30), shape, measured or [], resolution, json_to)
+    run(Need(frames, questions, videos, memory * 2**30), shape or "500m", measured or [], resolution, json_to)
