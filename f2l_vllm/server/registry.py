@@ -208,6 +208,7 @@ class Registry:
             raise
         self._names[entry.key] = entry.request
         metrics.RESIDENT.inc()
+        metrics.LOADED.inc()
         if entry.leases == 0:  # all clients went away meanwhile
             self._rest(entry)
 

@@ -8,6 +8,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from f2l_vllm.catalog.tables import AdapterRecord
 from f2l_vllm.engine.residency import FIRST_ADAPTER_ID
+from f2l_vllm.server import metrics
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.registry import AdapterLost, Registry
 from f2l_vllm.store.store import Store
@@ -314,6 +315,19 @@ def test_the_least_recently_used_idle_adapter_makes_room(tmp_path):
         assert set(ids(bench)) == {"f2l-1", "f2l-2"}
         assert bench.engine.most == 2
         assert "the operator's" in bench.names
+
+    asyncio.run(scenario())
+
+
+def test_only_questions_whose_adapter_is_not_in_memory_count_as_loads(tmp_path):
+    async def scenario():
+        bench = Bench(tmp_path, host_slots=2)
+        one, two, three = (bench.publish(number) for number in (1, 2, 3))
+        before = metrics.LOADED._value.get()
+        for record, loads in ((one, 1), (one, 1), (two, 2), (one, 2), (three, 3), (one, 3), (two, 4)):
+            (await bench.registry.acquire(record)).release()
+            await settle()
+            assert metrics.LOADED._value.get() - before == loads
 
     asyncio.run(scenario())
 
