@@ -1,0 +1,71 @@
+"""The policy `haproxy` chooses what HAProxy chooses, question by question."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+
+from benchmarks.plan_check import find_haproxy, proxied
+from f2l_vllm.cluster.policy import HAProxyHash
+
+_QUESTIONS = 60
+
+
+class Holder:
+    """A server that is ready, and keeps every question it gets in work."""
+
+    def __init__(self, name: str, got: asyncio.Queue[tuple[str, str]]) -> None:
+        self._name, self._got = name, got
+
+    async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        if length := re.search(rb"content-length: (\d+)", head):
+            self._got.put_nowait((json.loads(await reader.readexactly(int(length[1])))["model"], self._name))
+            await reader.read()
+        else:
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+
+async def choices(names: list[str], folder: Path) -> tuple[list[str], list[str]]:
+    """Servers chosen by the policy and by HAProxy, each question with all before it in work; two in five about one
+    video."""
+    rng, got = random.Random(5), asyncio.Queue[tuple[str, str]]()
+    servers = [await asyncio.start_server(Holder(name, got).talk, "127.0.0.1", 0) for name in names]
+    ports = [server.sockets[0].getsockname()[1] for server in servers]
+    policy, loads, expected, chosen = HAProxyHash(names), dict.fromkeys(names, 0), list[str](), list[str]()
+
+    async with proxied(ports, None, folder) as client:
+
+        async def ask(video: str) -> httpx.Response:
+            return await client.post("http://haproxy/v1/chat/completions", json={"model": video})
+
+        asked = []
+        for _ in range(_QUESTIONS):
+            video = rng.choice(["popular", "popular", *(f"file-{rng.randrange(1000)}" for _ in range(3))])
+            expected.append(policy.choose(video, loads))
+            asked.append(asyncio.create_task(ask(video)))
+            arrived, server = await asyncio.wait_for(got.get(), 30)
+            assert arrived == video
+            chosen.append(server)
+            loads[server] += 1
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+    for server in servers:
+        server.close()
+    return expected, chosen
+
+
+@pytest.mark.skipif(find_haproxy() is None, reason="HAProxy is not installed (Debian: apt-get install haproxy)")
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_the_policy_chooses_what_haproxy_chooses(count: int, tmp_path: Path) -> None:
+    expected, chosen = asyncio.run(choices([f"server-{number}" for number in range(count)], tmp_path))
+    assert chosen == expected
+    assert len(set(chosen)) == count
