@@ -6,7 +6,6 @@ import pytest
 from tests.support.server import Server
 from tests.support.videos import write_video
 
-
 # The modules that take longest: with several at a time they come first, so that none of them is left alone at the end.
 LONGEST = (
     "faults/test_server_faults.py",
