@@ -10,7 +10,7 @@ from f2l_vllm.evaluation.in_process import TransformersAnswers
 from f2l_vllm.evaluation.questions import ADAPTER, ARMS, FRAMES, NONE, WRONG_VIDEO, Ask, Reply, plan
 from f2l_vllm.evaluation.sources import world_questions
 from f2l_vllm.recipes.f2l_tiny import make_model
-from f2l_vllm.recipes.f2l_tiny.score import IN_CONTEXT, NEITHER, Scorer
+from f2l_vllm.recipes.f2l_tiny.score import Scorer
 from f2l_vllm.synthetic.world import sample_scenes
 from f2l_vllm.video.reading import ReadingOptions
 
@@ -35,7 +35,7 @@ def test_drawn_frames_give_the_same_picture():
     scorer = Scorer(models.resolve(models.DEFAULT_MODEL))
     tallies = scorer.score_tensors(sample_scenes(32, seed=90211, split="held-out"), seed=6)
     score = {arm: tally.summary()["exact_match"] for arm, tally in tallies.items()}
-    assert score[ADAPTER] - score[NEITHER] > 0.8 * (score[IN_CONTEXT] - score[NEITHER])
+    assert score[ADAPTER] - score[NONE] > 0.8 * (score[FRAMES] - score[NONE])
 
 
 def test_a_short_training_learns_to_answer_from_adapters(tmp_path):
@@ -43,7 +43,7 @@ def test_a_short_training_learns_to_answer_from_adapters(tmp_path):
     stage = report["stages"]["hypernetwork"]
     assert stage["loss"] < 0.7 * stage["first_loss"]
     scores = report["scores"]["held-out scenes"]
-    assert scores[ADAPTER]["exact_match"] > scores[NEITHER]["exact_match"] + 0.1
+    assert scores[ADAPTER]["exact_match"] > scores[NONE]["exact_match"] + 0.1
 
 
 def test_the_report_belongs_to_the_files():
