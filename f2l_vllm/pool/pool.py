@@ -89,7 +89,8 @@ class Pool:
         return [lane.info for lane in self._lanes if lane.info is not None]
 
     def stop(self) -> None:
-        """Stop the lanes, the actors and the private Ray. Running jobs wait for the next start."""
+        """Stop the lanes, the actors and, unless a lane is late, the private Ray. Running jobs wait for the next
+        start."""
         if self._lock.is_locked:
             self._stopping.set()
             for lane in self._lanes:
@@ -101,7 +102,10 @@ class Pool:
                 self._catalog.release_all_jobs(blameless=True)
             except Unavailable as error:
                 logger.warning("what was in work waits again at the next start, as an attempt: %s", error)
-        self._actors.disconnect()
+        if not any(lane.is_alive() for lane in self._lanes):
+            self._actors.disconnect()
+        # Else Ray ends with this process, and not before: it would end the process at once, in the middle of this,
+        # when a thread is in it while it shuts down.
         self._lock.release()
 
     def _beat(self) -> None:

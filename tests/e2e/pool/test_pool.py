@@ -29,6 +29,7 @@ from f2l_vllm.video.reading import ReadingOptions
 from tests.support.videos import write_video
 
 WAIT_SECONDS = 180
+LANE_SECONDS = 30.0  # the next pool in this process needs a Ray of its own, so a late lane is waited for here
 BUSY_SECONDS = 1.0  # as long as a transaction waits for its turn
 
 
@@ -97,6 +98,13 @@ class Bench:
         pids = {worker.pid for worker in self.pool.workers()}
         assert len(pids) == count
         return pids
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _lanes_are_waited_for():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("f2l_vllm.pool.pool._LANE_SECONDS", LANE_SECONDS)
+        yield
 
 
 @pytest.fixture(scope="module")
