@@ -19,7 +19,7 @@ import httpx
 
 from tests.support import ROOT
 
-CONFIGS = {"haproxy": "haproxy.cfg"}
+CONFIGS = {"haproxy": "haproxy.cfg", "nginx": "nginx.conf", "envoy": "envoy.yaml"}
 PORTS = (8001, 8002, 8003, 8080)  # of the servers and of the balancer, in every configuration
 _START_SECONDS = 60.0
 # nginx makes these folders when it starts, where only root may.
