@@ -9,8 +9,8 @@ TORCH := torch==2.13.0
 TORCH_INDEX ?=
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 3600
-# Tests run three modules at a time, which take 12 GB: a server that starts or a model that loads leaves cores idle.
-PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
+# Tests run two modules at a time: a server that starts or a model that loads leaves half of two cores idle.
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve demo check unit test test-full-size fuzz soak lint format bench page model clean
