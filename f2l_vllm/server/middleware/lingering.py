@@ -12,7 +12,7 @@ import time
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_IDLE_SECONDS = 5.0  # without a byte
+_IDLE_SECONDS = 1.0  # without a byte; who waits for the end of the connection waits so long
 _LONGEST_SECONDS = 30.0
 
 
