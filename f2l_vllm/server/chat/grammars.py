@@ -114,7 +114,9 @@ class Grammars:
             try:
                 await _write(process, vocabulary)
                 assert process.stdout is not None
-                if not await asyncio.wait_for(process.stdout.readline(), _START_SECONDS):
+                async with asyncio.timeout(_START_SECONDS):
+                    ready = await process.stdout.readline()
+                if not ready:
                     raise RuntimeError(f"the process that tries constraints did not start ({await process.wait()})")
             except BaseException:
                 with suppress(ProcessLookupError):

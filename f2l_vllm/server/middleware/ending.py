@@ -79,7 +79,8 @@ class Ending:
         until = time.monotonic() + self._grace_seconds
         while self.answers and not self._hurry.is_set() and time.monotonic() < until:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), 0.05)
+                async with asyncio.timeout(0.05):
+                    await self._hurry.wait()
         faulthandler.dump_traceback_later(_LEAVE_SECONDS, exit=True)
         told = [asyncio.ensure_future(answer.cut_off()) for answer in self.answers]
         self._cut_off = len(told)

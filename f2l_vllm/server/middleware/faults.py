@@ -61,7 +61,8 @@ class Faults:
             if whole:  # the next message is the client's disconnect, which may take any time
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), self._idle_seconds)
+                async with asyncio.timeout(self._idle_seconds):
+                    message = await receive()
             except TimeoutError as error:
                 raise _too_slow(self._idle_seconds) from error
             whole = not message.get("more_body", False)

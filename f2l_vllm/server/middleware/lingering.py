@@ -46,7 +46,8 @@ class Lingering:
             until = time.monotonic() + _LONGEST_SECONDS
             while not whole and (left := until - time.monotonic()) > 0:
                 try:
-                    await asyncio.wait_for(noted(), min(left, _IDLE_SECONDS))
+                    async with asyncio.timeout(min(left, _IDLE_SECONDS)):
+                        await noted()
                 except TimeoutError:
                     break
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -41,7 +41,7 @@ class Bell:
         """Wait until it rings, at most so long. Returns whether it rang."""
         self._hear()
         try:
-            async with asyncio.timeout(seconds):  # Python 3.11's `wait_for` may lose a cancellation
+            async with asyncio.timeout(seconds):
                 await self._rung.wait()
         except TimeoutError:
             return False

@@ -90,7 +90,8 @@ class Watcher:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._watch())
         try:
-            return await asyncio.wait_for(future, seconds)
+            async with asyncio.timeout(seconds):
+                return await future
         except TimeoutError:
             return seen
         finally:

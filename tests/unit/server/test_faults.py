@@ -15,6 +15,7 @@ from f2l_vllm.server import vllm_errors
 from f2l_vllm.server.errors import bad_request
 from f2l_vllm.server.middleware.bodies import Bodies
 from f2l_vllm.server.middleware.faults import Faults
+from f2l_vllm.server.middleware.lingering import Lingering
 
 
 class Harness:
@@ -133,3 +134,28 @@ def test_the_check_refuses():
 def test_an_encoded_body_is_refused(encoding):
     status, body = post(Harness(echo), b"{}", headers=[(b"content-encoding", encoding)])
     assert (status, body["error"]["code"]) == (415, "unsupported_content_encoding")
+
+
+@pytest.mark.parametrize("behind", [lambda app: Faults(app, idle_seconds=5.0), Lingering])
+def test_a_request_that_is_cancelled_as_a_piece_of_its_body_comes_is_cancelled(behind):
+    async def scenario():
+        pieces = asyncio.Queue()
+
+        async def app(scope, receive, send):
+            await JSONResponse({})(scope, receive, send)  # behind `Lingering`, this reads the rest
+            while True:
+                await receive()
+
+        async def send(message):
+            pass
+
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-length", b"9")]}
+        request = asyncio.create_task(behind(app)(scope, pieces.get, send))
+        await asyncio.sleep(0.01)
+        pieces.put_nowait({"type": "http.request", "body": b"a", "more_body": True})
+        await asyncio.sleep(0)
+        request.cancel()
+        await asyncio.wait([request], timeout=0.5)
+        assert request.cancelled()
+
+    asyncio.run(scenario())

@@ -57,6 +57,20 @@ def test_progress_wakes_its_readers_and_the_end_everybody_with_one_query_a_tick(
     asyncio.run(scenario())
 
 
+def test_a_question_that_is_cancelled_as_its_file_gets_ready_is_cancelled():
+    async def scenario():
+        def cancelled_at_the_last_moment():
+            asyncio.get_running_loop().call_soon(question.cancel)
+            return True
+
+        watcher = Watcher(Catalog(), cancelled_at_the_last_moment)
+        question = asyncio.create_task(watcher.wait("file-1", 30))
+        with pytest.raises(asyncio.CancelledError):
+            await question
+
+    asyncio.run(scenario())
+
+
 def test_a_slow_catalog_is_asked_less_often():
     async def scenario():
         catalog = Catalog()
