@@ -18,6 +18,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -47,7 +48,8 @@ def install() -> None:
     if _AUDIO_EXTENSION not in sys.modules and _is_broken("torchaudio", "lib/_torchaudio*.so"):
         sys.modules[_AUDIO_EXTENSION] = _NoAudioExtension(_AUDIO_EXTENSION)
     if "torchcodec" not in sys.modules and _is_broken("torchcodec", "libtorchcodec_image*.so"):
-        sys.modules["torchcodec"] = None  # type: ignore[assignment]  # import raises ImportError
+        modules: dict[str, Any] = sys.modules
+        modules["torchcodec"] = None  # import raises ImportError
 
 
 class _NoAudioExtension(ModuleType):

@@ -121,7 +121,7 @@ def save_model(shape: Shape, directory: Path, dtype: torch.dtype = torch.bfloat1
             **ids,
         },
         scale_factor=shape.scale_factor,
-        image_token_id=tokenizer.convert_tokens_to_ids(tokens.IMAGE),  # type: ignore[arg-type]  # one id for one token
+        image_token_id=tokenizer.get_vocab()[tokens.IMAGE],
         **ids,
     )
     torch.manual_seed(0)

@@ -103,10 +103,9 @@ def ask_server(video: Path, question: str, url: str, api_key: str, max_tokens: i
         with status(console, "uploading and internalizing"):
             file = client.files.create(file=video, purpose="vision")
             file = client.files.wait_for_processing(file.id, poll_interval=0.2)
-        message = [{"role": "user", "content": question}]
         answer = client.chat.completions.create(
             model=file.id,
-            messages=message,  # type: ignore[arg-type]
+            messages=[{"role": "user", "content": question}],
             max_completion_tokens=max_tokens,
             temperature=0,
         )

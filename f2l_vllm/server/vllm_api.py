@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import os
+from _collections_abc import dict_values
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -75,9 +76,9 @@ class AdapterNames(dict[str, LoRARequest]):
     content parts (its adapters for images or audio). That would give a question a video's adapter without its key.
     """
 
-    def values(self) -> list[LoRARequest]:  # type: ignore[override]
+    def values(self) -> dict_values[str, LoRARequest]:
         """The operator's own adapters."""
-        return [request for request in super().values() if request.lora_int_id < FIRST_ADAPTER_ID]
+        return {key: request for key, request in self.items() if request.lora_int_id < FIRST_ADAPTER_ID}.values()
 
 
 def lora_registry(state: State) -> MutableMapping[str, LoRARequest]:

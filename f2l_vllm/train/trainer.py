@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,16 @@ class Trainer:
             )
         config = self.hyper.config
         sampling = Sampling(config.max_frames, longest_edge=config.longest_edge)
-        mix = {"sampling": sampling, "frames": options.frames, "chunks": options.chunks, "questions": options.questions}
-        lessons = Lessons(examples, self.processor, seed=self.loop.seed, **mix)  # type: ignore[arg-type]
-        held_out = Lessons(validation, self.processor, seed=0, **mix) if validation else None  # type: ignore[arg-type]
+        lessons_of = partial(
+            Lessons,
+            processor=self.processor,
+            sampling=sampling,
+            frames=options.frames,
+            chunks=options.chunks,
+            questions=options.questions,
+        )
+        lessons = lessons_of(examples, seed=self.loop.seed)
+        held_out = lessons_of(validation, seed=0) if validation else None
         steps = options.steps or max(1, math.ceil(options.epochs * len(lessons) / options.videos))
         named = self.hyper.named_parameters()
         optimizer = MuonAdamW(

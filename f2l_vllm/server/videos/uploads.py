@@ -7,10 +7,11 @@ import hashlib
 import re
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from functools import cache
 from http import HTTPStatus
+from io import BufferedWriter, FileIO
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from starlette.datastructures import FormData, Headers, UploadFile
@@ -55,7 +56,7 @@ async def receive(
         )
     cap = settings.max_upload_bytes
     try:
-        with disk_errors("keep an upload"), closing(_Target(temporary, cap, check_room)) as target:
+        with disk_errors("keep an upload"), _Target(temporary, cap, check_room) as target:
             form = await _Parser(request.headers, _capped(request, cap, check_room), target).parse()
     except MultiPartException as error:
         raise bad_request("invalid_request", error.message) from error
@@ -109,18 +110,18 @@ def too_large(cap: int) -> APIError:
     return APIError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "file_too_large", message, param="file")
 
 
-class _Target:
+class _Target(BufferedWriter):
     """Hashes an upload's bytes as they arrive and writes them to their place on disk, once."""
 
     def __init__(self, path: Path, cap: int, check_room: Callable[[int], None]) -> None:
+        super().__init__(FileIO(path, "wb"))
         self._check_room = check_room
-        self._file = path.open("wb")
         self._cap = cap
         self.digest = hashlib.sha256()
         self.size = 0
 
-    def write(self, data: bytes) -> int:
-        """Append.
+    def write(self, data: Any) -> int:
+        """Append bytes.
 
         Raises:
             APIError: `file_too_large`.
@@ -130,15 +131,7 @@ class _Target:
             raise too_large(self._cap)
         self._check_room(len(data))
         self.digest.update(data)
-        return self._file.write(data)
-
-    def seek(self, _offset: int) -> int:
-        """Called at the end of the part; does nothing, because nothing is read back."""
-        return 0
-
-    def close(self) -> None:
-        """Write out what is buffered."""
-        self._file.close()
+        return super().write(data)
 
 
 class _Parser(MultiPartParser):
@@ -158,7 +151,7 @@ class _Parser(MultiPartParser):
         super().on_headers_finished()
         if self._current_part.file is not None:
             self._current_part.file.file.close()
-            self._current_part.file.file = self._target  # type: ignore[assignment]
+            self._current_part.file.file = self._target
 
 
 async def _capped(request: Request, cap: int, check_room: Callable[[int], None]) -> AsyncGenerator[bytes, None]:

@@ -212,11 +212,11 @@ class ServerTeacher:
     def _ask(self, url: str, prompt: str) -> Answer:
         from openai import APIStatusError, OpenAIError
 
-        content = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": prompt}]
+        content: list[Any] = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": prompt}]
         try:
             completion = self._client.chat.completions.create(
                 model=self._model,
-                messages=[{"role": "user", "content": content}],  # type: ignore[list-item, misc]
+                messages=[{"role": "user", "content": content}],
                 max_completion_tokens=self._max_tokens,
                 temperature=0,
                 extra_body={"f2l": {"mode": "frames"}},

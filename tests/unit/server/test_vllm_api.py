@@ -74,7 +74,7 @@ def test_vllm_goes_through_the_registrys_values_and_finds_no_videos_adapter():
     state = State({"openai_serving_models": Namespace(lora_requests={"image": own})})
     vllm_api.lora_registry(state)["f2l-x:secret"] = video
     registry = state.openai_serving_models.lora_requests
-    assert registry.values() == [own]
+    assert list(registry.values()) == [own]
     assert (registry["f2l-x:secret"], len(registry)) == (video, 2)
 
 
