@@ -1,8 +1,9 @@
 """`python -m f2l_vllm.server.chat.grammar_child LIMITS`: tries each constraint in a forked process.
 
-Its standard input holds one line with the tokenizer's vocabulary as xgrammar writes it, and then requests as lines of
-JSON: `{"id", "kind", "text"}`, or `{"cancel": id}`. Answers are lines of JSON: `{"id"}` for a constraint that compiles
-and can be followed within the limits; `{"id", "invalid": why}`; `{"id", "slow": why}`. It ends with its parent.
+Its standard input holds messages of JSON, as a `multiprocessing.connection` sends bytes: the tokenizer's vocabulary as
+xgrammar writes it, and then requests, `{"id", "kind", "text"}` or `{"cancel": id}`. Answers are lines of JSON:
+`{"id"}` for a constraint that compiles and can be followed within the limits; `{"id", "invalid": why}`;
+`{"id", "slow": why}`. It ends with its parent.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import os
 import random
 import re
 import resource
-import select
 import signal
 import sys
 import time
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def main(limits_json: str) -> None:
     answers = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that prints cannot disturb an answer
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    lines = _Lines(sys.stdin.fileno())
-    vocabulary = xgrammar.TokenizerInfo.deserialize_json(json.loads(lines.wait()))
+    requests = Connection(sys.stdin.fileno(), writable=False)
+    vocabulary = xgrammar.TokenizerInfo.deserialize_json(json.loads(requests.recv_bytes()))
     trials: dict[int, int] = {}  # process -> id of its request
     ended, wake = os.pipe()
     os.set_blocking(wake, False)
@@ -55,53 +56,28 @@ def main(limits_json: str) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     _send(answers, {"ready": True})
     while True:
-        ready, _, _ = select.select([lines.descriptor, ended], [], [])
+        ready = wait([requests, ended])
         if ended in ready:
             os.read(ended, 1 << 12)
             _collect(trials, answers)
-        if lines.descriptor in ready and not lines.read():
+        if requests not in ready:
+            continue
+        try:
+            request = json.loads(requests.recv_bytes())
+        except EOFError:
             break  # the parent has gone
-        for line in lines.complete():
-            request = json.loads(line)
-            if "cancel" in request:
-                for process, known in trials.items():
-                    if known == request["cancel"]:
-                        os.kill(process, signal.SIGKILL)
-                continue
-            process = os.fork()
-            if process == 0:
-                signal.set_wakeup_fd(-1)
-                _try(request, vocabulary, limits, answers)
-            trials[process] = request["id"]
+        if "cancel" in request:
+            for process, known in trials.items():
+                if known == request["cancel"]:
+                    os.kill(process, signal.SIGKILL)
+            continue
+        process = os.fork()
+        if process == 0:
+            signal.set_wakeup_fd(-1)
+            _try(request, vocabulary, limits, answers)
+        trials[process] = request["id"]
     for process in trials:
         os.kill(process, signal.SIGKILL)
-
-
-class _Lines:
-    """Reads lines of a descriptor without a file object, whose buffer would hide them from `select`."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self._buffer = bytearray()
-
-    def read(self) -> bool:
-        """Read what is available; return False at the end."""
-        piece = os.read(self.descriptor, 1 << 16)
-        self._buffer += piece
-        return bool(piece)
-
-    def complete(self) -> list[bytes]:
-        *lines, rest = bytes(self._buffer).split(b"\n")
-        self._buffer = bytearray(rest)
-        return lines
-
-    def wait(self) -> bytes:
-        while b"\n" not in self._buffer:
-            if not self.read():
-                sys.exit(0)
-        line, _, rest = bytes(self._buffer).partition(b"\n")
-        self._buffer = bytearray(rest)
-        return line
 
 
 def _collect(trials: dict[int, int], answers: int) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import struct
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import OrderedDict
@@ -151,5 +152,6 @@ def raise_refusal(answer: dict[str, Any]) -> None:
 
 async def _write(process: Process, message: Any) -> None:
     assert process.stdin is not None
-    process.stdin.write(json.dumps(message).encode() + b"\n")
+    data = json.dumps(message).encode()
+    process.stdin.write(struct.pack("!i", len(data)) + data)  # as `multiprocessing.connection` reads it
     await process.stdin.drain()
