@@ -1,4 +1,4 @@
-"""f2l-vllm: video answered at text cost.
+"""f2l-vllm: questions about a video at the cost of text.
 
 A hypernetwork reads a video once, as a frozen vision-language model encodes it, and writes a LoRA adapter; from then
 on the same model answers any question about that video from the adapter alone. Public names load on first use, so

@@ -29,7 +29,7 @@ from f2l_vllm.video.reading import ReadingOptions
 app = typer.Typer(
     name="f2l-vllm",
     cls=PlainGroup,
-    help="Video answered at text cost: a hypernetwork turns each video into a LoRA adapter that vLLM serves.",
+    help="Ask questions about a video at the cost of text: a hypernetwork writes a LoRA adapter that vLLM serves.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )

@@ -38,6 +38,17 @@ def test_every_room_is_in_the_picture():
     assert [name for name in modules if f"`{name}`" not in page] == []
 
 
+ROOMS = ["store", "catalog", "cluster", "base_models", "video", "hypernetwork", "models", "synthetic"]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_picture_of_a_small_room_names_its_modules(room):
+    page = (ROOT / "docs" / "structure.md").read_text()
+    rows = [row for row in page.splitlines() if re.match(rf"\| \d \| `{room}/`", row)]
+    modules = [path.stem for path in (PACKAGE / room).glob("*.py") if path.stem != "__init__"]
+    assert [name for name in modules if not any(f"`{name}`" in row for row in rows)] == []
+
+
 def test_a_supervisor_waits_as_long_as_a_server_may_take_to_stop():
     services = yaml.safe_load((ROOT / "launch" / "compose.yaml").read_text())["services"]
     waits = [int(service["stop_grace_period"].removesuffix("s")) for service in services.values()]
