@@ -13,11 +13,8 @@ import asyncio
 import hashlib
 import os
 import random
-import re
-import shutil
 import signal
 import statistics
-import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -28,6 +25,7 @@ import httpx
 from openai import APIError, APIStatusError, AsyncOpenAI
 from sqlalchemy import update
 
+from benchmarks.plan_check import haproxy
 from f2l_vllm import torch_shims
 from f2l_vllm.bench import record
 from f2l_vllm.catalog.catalog import Catalog
@@ -37,8 +35,7 @@ from f2l_vllm.server_process import ServerProcess
 torch_shims.install()
 
 _QUESTION: Any = [{"role": "user", "content": "Describe the video."}]
-_CONFIG = Path(__file__).parents[1] / "launch" / "haproxy.cfg"
-_PORTS = (8001, 8002, 8003)
+_PORTS, _ADDRESS = (8001, 8002, 8003), "127.0.0.1:8080"
 
 
 class Cluster:
@@ -232,28 +229,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    haproxy = shutil.which("haproxy") or shutil.which("/usr/sbin/haproxy")
-    if haproxy is None:
-        raise SystemExit("HAProxy is needed: apt-get install haproxy")
     with tempfile.TemporaryDirectory(prefix="f2l-many-") as name, needed_postgres() as postgres:
         folder = Path(name)
-        text = _CONFIG.read_text()
-        known = re.compile(r"    server \w+ 127\.0\.0\.1:(\d+)\n")
-        used = {str(port) for port in _PORTS[: options.servers]}
-        (folder / "haproxy.cfg").write_text(known.sub(lambda line: line[0] if line[1] in used else "", text))
         paths = [
             write_mp4(scene, folder / f"{index}.mp4", size=(160, 120), fps=10, seconds=2.5)
             for index, scene in enumerate(sample_scenes(options.videos, options.seed, "train"))
         ]
         cluster = Cluster(folder, postgres.new_database(), options.servers)
-        proxy = subprocess.Popen([haproxy, "-f", str(folder / "haproxy.cfg")])
         try:
-            for server in cluster.servers:
-                server.wait_ready()
-            time.sleep(2)  # the proxy looks every second
-            results = asyncio.run(_run(cluster, "http://127.0.0.1:8080", paths, options))
+            with haproxy(_PORTS[: options.servers], _ADDRESS, folder):
+                for server in cluster.servers:
+                    server.wait_ready()
+                time.sleep(2)  # the proxy looks every second
+                results = asyncio.run(_run(cluster, f"http://{_ADDRESS}", paths, options))
         finally:
-            proxy.terminate()
             for server in cluster.servers:
                 server.end()
     print(results)

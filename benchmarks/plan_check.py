@@ -16,8 +16,8 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,33 +94,47 @@ def find_haproxy() -> str | None:
     return shutil.which("haproxy") or shutil.which("/usr/sbin/haproxy")
 
 
-@asynccontextmanager
-async def proxied(ports: list[int], balance: str | None, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """HAProxy in front of servers at `ports`, and a client of it. `balance`: instead of what questions have there."""
-    haproxy = find_haproxy()
-    if haproxy is None:
+@contextmanager
+def haproxy(
+    ports: Sequence[int], bind: str | Path, folder: Path, balance: str | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """HAProxy in front of servers at `ports`, for as long as the block lasts; `folder` gets its `haproxy.log`.
+
+    Args:
+        bind: where it listens: an address with its port, or a socket.
+        balance: instead of what questions have in its configuration.
+    """
+    program, config = find_haproxy(), folder / "haproxy.cfg"
+    if program is None:
         raise SystemExit("HAProxy is needed: apt-get install haproxy")
     lines = "".join(f"    server s{number} 127.0.0.1:{port}\n" for number, port in enumerate(ports, 1))
     text = re.sub(r"(    server \w+ [\d.:]+\n)+", lines, _CONFIG.read_text())
-    text = text.replace("bind 127.0.0.1:8080", f"bind {folder}/haproxy.sock")
+    text = text.replace("bind 127.0.0.1:8080", f"bind {bind}")
     if balance is not None:
         text = re.sub(r"    balance hash.*\n(    hash-.*\n)+", f"    balance {balance}\n", text)
-    (folder / "haproxy.cfg").write_text(text)
+    config.write_text(text)
     with (folder / "haproxy.log").open("w") as log:
-        process = subprocess.Popen([haproxy, "-f", str(folder / "haproxy.cfg")], stderr=log)
+        process = subprocess.Popen([program, "-f", str(config)], stderr=log)
     try:
-        while not (folder / "haproxy.sock").exists():
-            if process.poll() is not None:
-                raise SystemExit(f"HAProxy ended: {(folder / 'haproxy.log').read_text()}")
-            await asyncio.sleep(0.05)
-        transport = httpx.AsyncHTTPTransport(uds=str(folder / "haproxy.sock"))
-        async with httpx.AsyncClient(transport=transport, timeout=60) as client:
-            yield client
-        if " is DOWN" in (folder / "haproxy.log").read_text():
-            raise SystemExit("this machine is too busy: HAProxy held a server for dead; try again when less is running")
+        yield process
     finally:
         process.terminate()
         process.wait()
+
+
+@asynccontextmanager
+async def proxied(ports: list[int], balance: str | None, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of `haproxy`."""
+    socket, log = folder / "haproxy.sock", folder / "haproxy.log"
+    with haproxy(ports, socket, folder, balance) as process:
+        while not socket.exists():
+            if process.poll() is not None:
+                raise SystemExit(f"HAProxy ended: {log.read_text()}")
+            await asyncio.sleep(0.05)
+        async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(socket)), timeout=60) as client:
+            yield client
+        if " is DOWN" in log.read_text():
+            raise SystemExit("this machine is too busy: HAProxy held a server for dead; try again when less is running")
 
 
 async def measure(scenario: Scenario, policy: str, seed: int, questions: int) -> dict[str, Any]:
