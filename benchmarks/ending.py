@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from f2l_vllm import torch_shims
 from f2l_vllm.bench import record
 from f2l_vllm.models import resolve
 from f2l_vllm.server_process import ServerProcess
+from tests.support.stages import alive
 
 torch_shims.install()
 
@@ -266,16 +267,6 @@ def ended(server: ServerProcess, seconds: float) -> int | None:
     while (code := server.process.poll()) is None and time.monotonic() < until:
         time.sleep(_POLL_SECONDS)
     return code
-
-
-def alive(pids: set[int]) -> set[int]:
-    """Those that still run; a zombie does not."""
-    running = set()
-    for pid in pids:
-        with suppress(FileNotFoundError, ProcessLookupError):
-            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
-                running.add(pid)
-    return running
 
 
 def rows(catalog: Path) -> int:

@@ -34,6 +34,14 @@ def alive(pids: Collection[int]) -> set[int]:
     return running
 
 
+def ends_within(seconds: float, pid: int) -> bool:
+    """Whether it runs no more, then or before."""
+    deadline = time.monotonic() + seconds
+    while alive([pid]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not alive([pid])
+
+
 def send(number: int, pids: Collection[int]) -> None:
     """A signal, to all of them that still exist."""
     for pid in pids:

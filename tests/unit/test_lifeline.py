@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from f2l_vllm.lifeline import end_session
+from tests.support.stages import alive, ends_within, send
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the promise is Linux's")
 
@@ -76,13 +77,6 @@ time.sleep(3600)
 """
 
 
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.parametrize(
     ("script", "when"),
     [(SPAWNER, "early"), (SPAWNER, "late"), (WRITER, "early"), (WRITER, "late"), (DECODER, "late")],
@@ -95,17 +89,13 @@ def test_a_process_in_a_long_computation_ends_with_its_parent(tmp_path, script, 
     child = int(parent.stdout.readline())
     try:
         time.sleep(0.5)
-        assert alive(child)
+        assert alive([child])
         parent.kill()
         parent.wait()
-        deadline = time.monotonic() + 5
-        while alive(child) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert not alive(child)
+        assert ends_within(5, child)
     finally:
         parent.kill()
-        if alive(child):
-            os.kill(child, signal.SIGKILL)
+        send(signal.SIGKILL, [child])
 
 
 SERVER = """
@@ -139,21 +129,17 @@ def test_an_engine_leaves_signals_to_its_server_and_ends_with_it(tmp_path, metho
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
             os.kill(engine, number)
             time.sleep(0.2)
-        assert alive(engine)
+        assert alive([engine])
         assert not select.select([server.stdout], [], [], 0.5)[0]  # it heard nothing of the engine's
         os.kill(server.pid, signal.SIGTERM)
         assert server.stdout.readline() == "heard\n"
         server.kill()
         server.wait()
-        deadline = time.monotonic() + 5
-        while alive(engine) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert not alive(engine)
+        assert ends_within(5, engine)
     finally:
         server.kill()
         server.wait()
-        if alive(engine):
-            os.kill(engine, signal.SIGKILL)
+        send(signal.SIGKILL, [engine])
 
 
 def test_what_is_left_of_a_session_is_ended():

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, event, insert, make_url, text
@@ -21,6 +20,7 @@ from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.errors import CatalogBusy, StoreUnavailable
 from tests.support import ROOT
 from tests.support.catalog_steps import add, claim, publish
+from tests.support.stages import alive, ends_within
 
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -330,17 +330,7 @@ def test_a_killed_test_run_leaves_no_postgres(postgres, tmp_path):
         )
         run = subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         server = int(run.stdout.readline())
-        assert Path(f"/proc/{server}").exists()
+        assert alive([server])
         run.kill()
         run.wait()
-        deadline = time.monotonic() + 60
-        while _is_running(server) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not _is_running(server)
-
-
-def _is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+        assert ends_within(60, server)
