@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import multiprocessing
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,8 @@ def _serve(url: str, server: int, writers: int, round_trip: float, seconds: floa
             catalog.add_file(upload, f"f2l-{sha256[:32]}", queue_limit=1_000_000, video=video)
             entered[writer] += 1
 
-    threads = [threading.Thread(target=enter, args=(writer,)) for writer in range(writers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(writers) as threads:
+        list(threads.map(enter, range(writers)))
     catalog.close()
     results.put((sum(entered), trips))
 

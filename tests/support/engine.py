@@ -1,5 +1,7 @@
 """An engine that only records which adapters it has, for tests that are about something else."""
 
+import asyncio
+
 
 class Engine:
     """`paths` has the folder that each adapter was last loaded from; `names`, what is loaded now, by int id."""
@@ -15,3 +17,10 @@ class Engine:
     async def remove_lora(self, int_id):
         self.names.pop(int_id, None)
         return True
+
+
+async def settle():
+    """Return when whatever goes on in the background is done."""
+    await asyncio.sleep(0.01)  # for it to begin
+    while others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait_for(asyncio.wait(others), 60)

@@ -1,5 +1,5 @@
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -189,16 +189,10 @@ def test_a_damaged_adapter_sends_its_files_back_to_work(catalog):
 def test_each_job_is_claimed_once_by_many_threads(catalog):
     for index in range(40):
         add(catalog, adapter=f"f2l-{index}", sha=f"{index % 10}", limit=100)
-    claimed, lock = [], threading.Lock()
 
-    def take_all():
-        while (job := claim(catalog)) is not None:
-            with lock:
-                claimed.append(job.adapter_name)
+    def take_all(_number):
+        return [job.adapter_name for job in iter(lambda: claim(catalog), None)]
 
-    threads = [threading.Thread(target=take_all) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as threads:
+        claimed = [name for names in threads.map(take_all, range(8)) for name in names]
     assert sorted(claimed) == sorted(f"f2l-{index}" for index in range(40))

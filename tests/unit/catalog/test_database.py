@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import create_engine, event, insert, make_url, text
@@ -126,21 +127,18 @@ def test_a_reader_waits_no_longer_for_a_change_of_tables(postgres):
 
 @pytest.mark.parametrize(("tenant_limit", "entered"), [(None, 5), (3, 3)])
 def test_uploads_at_once_do_not_exceed_the_queue(database_url, tenant_limit, entered):
-    catalogs, results, begin = [Catalog(database_url) for _ in range(3)], [], threading.Barrier(12)
+    catalogs, begin = [Catalog(database_url) for _ in range(3)], threading.Barrier(12)
 
     def enter(number):
         begin.wait()
         try:
             add(catalogs[number % 3], f"f2l-{number}", sha=f"{number:x}", limit=5, tenant_limit=tenant_limit)
-            results.append("entered")
         except QueueFull as error:
-            results.append(str(error))
+            return str(error)
+        return "entered"
 
-    threads = [threading.Thread(target=enter, args=(number,)) for number in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(12) as threads:
+        results = list(threads.map(enter, range(12)))
     refused = f"{entered} videos are waiting to be internalized already"
     assert sorted(results) == sorted(["entered"] * entered + [refused] * (12 - entered))
     assert catalogs[0].counts() == ({"uploaded": entered}, entered, 0)

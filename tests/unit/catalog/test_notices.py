@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
@@ -157,21 +158,14 @@ def test_a_catalog_of_an_earlier_version_tells_once_it_is_opened_by_many_at_once
         connection.execute(text("DROP FUNCTION f2l_tell, f2l_tell_of_job CASCADE"))
         connection.execute(text("DROP SEQUENCE f2l_jobs_told"))
     add(catalog)
-    start, failures = threading.Barrier(4), []
+    start = threading.Barrier(4)
 
-    def open_it():
+    def open_it(_number):
         start.wait()
-        try:
-            Catalog(catalog.url.render_as_string(hide_password=False)).close()
-        except Exception as error:
-            failures.append(error)
+        Catalog(catalog.url.render_as_string(hide_password=False)).close()
 
-    threads = [threading.Thread(target=open_it) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(open_it, range(4)))
     add(catalog, "f2l-2", sha="b")
     publish(catalog)
     assert told() == ["files", "jobs"]

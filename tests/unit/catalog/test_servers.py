@@ -1,6 +1,7 @@
 """What servers of one catalog tell each other."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from sqlalchemy import update
 
@@ -89,21 +90,18 @@ def test_the_same_bytes_at_whatever_address_are_one_file_of_a_tenants(catalog):
 
 
 def test_servers_that_fetch_the_same_bytes_at_once_enter_one_file(database_url):
-    found, start = [], threading.Barrier(6)
+    start = threading.Barrier(6)
 
-    def fetch():
+    def fetch(_number):
         catalog = Catalog(database_url)
         video = catalog.reserve_video("a" * 64)
         start.wait()
-        found.append(add(catalog, from_address=True, video=video))
+        record = add(catalog, from_address=True, video=video)
         catalog.close()
+        return record.id
 
-    threads = [threading.Thread(target=fetch) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len({record.id for record in found}) == 1
+    with ThreadPoolExecutor(6) as threads:
+        assert len(set(threads.map(fetch, range(6)))) == 1
     catalog = Catalog(database_url)
     with catalog._read() as connection:
         assert len(connection.execute(files.select()).all()) == 1

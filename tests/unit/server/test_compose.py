@@ -18,20 +18,11 @@ from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.store import Store
+from tests.support.engine import Engine, settle
 
 RANK = 2
 SHAPES = BaseShapes(layers=1, modules={"down_proj": (6, 4)})
 CHUNKS = ((0.0, 10.0), (10.0, 20.033), (20.033, 25.0))
-
-
-class Engine:
-    """Takes any adapter."""
-
-    async def add_lora(self, request):
-        return True
-
-    async def remove_lora(self, int_id):
-        return True
 
 
 class WatchedStore(Store):
@@ -94,13 +85,6 @@ class Bench:
 
 def whole(record):
     return AdapterChunks(record, tuple(range(record.rank // RANK - 1)), ((0.0, 1.0),))
-
-
-async def settle():
-    """Return when whatever goes on in the background is done."""
-    await asyncio.sleep(0.01)  # for it to begin
-    while others := asyncio.all_tasks() - {asyncio.current_task()}:
-        await asyncio.wait_for(asyncio.wait(others), 60)
 
 
 def test_chunks_stand_in_order_each_once_and_the_bias_at_the_end(tmp_path):

@@ -12,6 +12,7 @@ from f2l_vllm.server import metrics
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.registry import AdapterLost, Registry
 from f2l_vllm.store.store import Store
+from tests.support.engine import settle
 
 
 class Engine:
@@ -86,13 +87,6 @@ def ids(bench):
 async def pause():
     """Long enough for what must not happen."""
     await asyncio.sleep(0.15)
-
-
-async def settle():
-    """Return when whatever goes on in the background is done."""
-    await asyncio.sleep(0.01)  # for it to begin
-    while others := asyncio.all_tasks() - {asyncio.current_task()}:
-        await asyncio.wait_for(asyncio.wait(others), 60)
 
 
 def test_an_adapter_is_loaded_once_before_it_is_named(tmp_path):

@@ -26,19 +26,12 @@ from f2l_vllm.server.videos.service import Revisions, VideoService
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.store import Store
+from tests.support.engine import Engine
 from tests.support.videos import write_video
 
 RANK, CHUNK = 2, 10.0
 SHAPES = BaseShapes(layers=1, modules={"down_proj": (6, 4)})
 T = "tenant"
-
-
-class Engine:
-    async def add_lora(self, request):
-        return True
-
-    async def remove_lora(self, int_id):
-        return True
 
 
 class Bench:

@@ -6,16 +6,9 @@ import pytest
 from f2l_vllm.store.manifest import Manifests, StoreError
 from f2l_vllm.store.memory_cache import HotSet
 from f2l_vllm.store.store import Store
+from tests.unit.store.test_store import write
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-def write(text):
-    def fill(directory):
-        directory.mkdir()
-        (directory / WEIGHTS).write_text(text)
-
-    return fill
 
 
 @pytest.fixture

@@ -11,16 +11,9 @@ import pytest
 from f2l_vllm.store import cached_store
 from f2l_vllm.store.errors import StoreUnavailable
 from f2l_vllm.store.store import MANIFEST_FILE, StoreError
+from tests.unit.store.test_store import write
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-def write(text):
-    def fill(directory):
-        directory.mkdir()
-        (directory / WEIGHTS).write_text(text)
-
-    return fill
 
 
 def keep(store, content):
