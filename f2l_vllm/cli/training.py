@@ -158,7 +158,7 @@ def make_model(
     """Make the default model from nothing: a synthetic world, a tiny base model, its hypernetwork, their scores."""
     torch_shims.install()
     from f2l_vllm.evaluation.plots import plot_training
-    from f2l_vllm.recipes.f2l_tiny import make_model as run
+    from f2l_vllm.recipes.f2l_tiny.recipe import make_model as run
     from f2l_vllm.train.folder import LOG_FILE
 
     try:

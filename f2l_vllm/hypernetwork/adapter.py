@@ -70,10 +70,6 @@ class Adapter:
         """Total rank: (K + 1) R for K chunks, the bias included."""
         return next(iter(self.factors.values()))[0].shape[1]
 
-    @property
-    def num_parameters(self) -> int:
-        return sum(a.numel() + b.numel() for a, b in self.factors.values())
-
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
         """The same adapter on another device or in another dtype."""
         factors = {name: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in self.factors.items()}

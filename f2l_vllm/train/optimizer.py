@@ -105,12 +105,12 @@ def warm_constant_linear(step: int, steps: int, *, warmup: int = 60, decay_from:
     return min(1.0, (step + 1) / warmup) * decay
 
 
-def warm_cosine(step: int, steps: int, *, warmup_share: float = 0.03) -> float:
-    """The schedule's factor: linear warm-up over a share of the steps, then half a cosine down to zero.
+def warm_cosine(step: int, steps: int) -> float:
+    """The schedule's factor: linear warm-up over 3 % of the steps, then half a cosine down to zero.
 
     Source: Frames2LoRA (arXiv 2606.04351), training appendix.
     """
-    warmup = max(1, round(steps * warmup_share))
+    warmup = max(1, round(steps * 0.03))
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

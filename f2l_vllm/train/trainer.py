@@ -43,6 +43,7 @@ from f2l_vllm.video.sample import SampledVideo, Sampling
 STAGE = "hypernetwork"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 _log = logging.getLogger(__name__)
+_VALIDATED = 64  # videos
 
 
 @dataclass(frozen=True)
@@ -237,9 +238,9 @@ class Trainer:
         return torch.stack(collected, dim=1), pad_mask([len(one) for one in ids]).to(self.loop.device)
 
     @torch.no_grad()
-    def validate(self, lessons: Lessons, options: TrainingOptions, videos: int = 64) -> float:
-        """Mean loss over the answers' tokens of up to `videos` videos, always the same ones."""
-        count = min(videos, len(lessons))
+    def validate(self, lessons: Lessons, options: TrainingOptions) -> float:
+        """Mean loss over the answers' tokens of up to `_VALIDATED` videos, always the same ones."""
+        count = min(_VALIDATED, len(lessons))
         total = weight = 0.0
         for first in range(0, count, options.videos):
             randomness = Randomness.of(f"validation:{first}", 0)

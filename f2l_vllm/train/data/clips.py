@@ -42,24 +42,21 @@ class UnusableVideoError(ValueError):
         self.code = code
 
 
-def open_example(
-    example: Example, processor: Any, sampling: Sampling | None = None, limits: Limits | None = None
-) -> SampledVideo:
+def open_example(example: Example, processor: Any, sampling: Sampling | None = None) -> SampledVideo:
     """Decode the frames of an example's video, or of its span.
 
     Args:
         processor: a transformers processor with a `video_processor`.
         sampling: replaces the processor's number of frames and rate.
-        limits: which videos are accepted; the defaults of `Limits` when None.
 
     Raises:
         UnusableVideoError: the file is missing or not a usable video, or the span does not lie inside it.
     """
     with unusable(example.video_path):
         if example.span is None:
-            return sample_video(example.video_path, processor, limits, sampling)
+            return sample_video(example.video_path, processor, sampling=sampling)
         sampling = sampling or Sampling()
-        source = open_source(example.video_path, limits or Limits())
+        source = open_source(example.video_path, Limits())
         first, end = frames_of(example.span, source.info)
         indices = source.indices(processor, sampling, first, end)
         whole = source.take(indices, sampling)
@@ -73,7 +70,7 @@ def open_example(
     return replace(whole, metadata=metadata, info=replace(whole.info, frame_count=end - first, duration_s=seconds))
 
 
-def clip_file(example: Example, folder: Path, limits: Limits | None = None) -> Path:
+def clip_file(example: Example, folder: Path) -> Path:
     """A file that holds nothing but the example's clip: the video itself, or the span, encoded anew into `folder`.
 
     For servers, which take files. The clip has the frames and the rate that `open_example` reads, without sound, in
@@ -90,7 +87,7 @@ def clip_file(example: Example, folder: Path, limits: Limits | None = None) -> P
     target = folder / f"{name}.mp4"
     if not target.exists():
         with unusable(example.video_path):
-            source = open_source(example.video_path, limits or Limits())
+            source = open_source(example.video_path, Limits())
             first, end = frames_of(example.span, source.info)
             with atomic_path(target) as staging:
                 _write(source, first, end, staging)

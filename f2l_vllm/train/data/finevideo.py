@@ -22,7 +22,7 @@ from typing import Any
 from f2l_vllm.train.data.clips import UnusableVideoError, frames_of
 from f2l_vllm.train.data.inspection import OnProgress, Rejection, inspect_videos
 from f2l_vllm.train.data.manifest import Example
-from f2l_vllm.video.probe import Limits, VideoInfo
+from f2l_vllm.video.probe import VideoInfo
 
 DATASET = "finevideo"
 SCENE, ADJACENT, WHOLE = "scene", "adjacent", "whole"
@@ -74,7 +74,6 @@ def build_manifest(
     *,
     seed: int = 0,
     limit: int | None = None,
-    limits: Limits | None = None,
     on_progress: OnProgress | None = None,
 ) -> tuple[list[Example], list[Rejection]]:
     """Spans in the shares of `SHARES`; the same arguments and files give the same spans.
@@ -106,7 +105,7 @@ def build_manifest(
         videos = _read_all(paths[first : first + at_once], metadata_folder, video_folder, seen, rejections)
         if on_progress:
             on_progress(first, len(paths))
-        infos = inspect_videos((video.path for video in videos), limits)
+        infos = inspect_videos(video.path for video in videos)
         for video in videos:
             info = infos[video.path]
             if isinstance(info, UnusableVideoError):

@@ -22,7 +22,6 @@ from f2l_vllm.base_models.text_layers import check_length
 from f2l_vllm.hypernetwork.encoder import VideoEncoder
 from f2l_vllm.train.data.clips import UnusableVideoError, clip_file, open_example
 from f2l_vllm.train.data.manifest import Example
-from f2l_vllm.video.probe import Limits
 from f2l_vllm.video.sample import SampledVideo, Sampling
 
 REFUSED = "refused_by_server"
@@ -171,7 +170,6 @@ class ServerTeacher:
         model: the name it is served under; the server's first model when None.
         max_tokens: limit of an answer.
         concurrency: requests at a time.
-        limits: which videos are accepted; the defaults of `Limits` when None.
 
     Raises:
         ValueError: the server cannot be reached, refuses the key, or does not have the model.
@@ -185,7 +183,6 @@ class ServerTeacher:
         *,
         max_tokens: int,
         concurrency: int = 8,
-        limits: Limits | None = None,
     ) -> None:
         from openai import OpenAI, OpenAIError
 
@@ -198,14 +195,13 @@ class ServerTeacher:
             raise ValueError(f"The server at {base_url} does not serve {model or 'any model'}, but {names}.")
         self._model = model or names[0]
         self._max_tokens = max_tokens
-        self._limits = limits
         self.settings = {"model": self._model, "max_tokens": max_tokens}
         self.concurrency = concurrency
 
     def answer(self, examples: Sequence[Example]) -> list[Answer]:
         """As `Teacher.answer`."""
         with tempfile.TemporaryDirectory(prefix="f2l-clip-") as folder:
-            video = clip_file(examples[0], Path(folder), self._limits).read_bytes()
+            video = clip_file(examples[0], Path(folder)).read_bytes()
         url = "data:video/mp4;base64," + base64.b64encode(video).decode()
         return [self._ask(url, example.prompt) for example in examples]
 

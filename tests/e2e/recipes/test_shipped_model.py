@@ -9,7 +9,7 @@ from f2l_vllm import models
 from f2l_vllm.evaluation.in_process import TransformersAnswers
 from f2l_vllm.evaluation.questions import ADAPTER, ARMS, FRAMES, NONE, WRONG_VIDEO, Ask, Reply, plan
 from f2l_vllm.evaluation.sources import world_questions
-from f2l_vllm.recipes.f2l_tiny import make_model
+from f2l_vllm.recipes.f2l_tiny.recipe import make_model
 from f2l_vllm.recipes.f2l_tiny.score import Scorer
 from f2l_vllm.synthetic.world import sample_scenes
 from f2l_vllm.video.reading import ReadingOptions

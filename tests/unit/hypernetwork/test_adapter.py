@@ -181,7 +181,6 @@ def test_factors_keep_their_dtype(model: torch.nn.Module) -> None:
     adapter = random_adapter(model)
     assert adapter.factors["q_proj"][0].dtype == torch.float32
     assert adapter.to(dtype=torch.bfloat16).factors["q_proj"][0].dtype == torch.bfloat16
-    assert adapter.num_parameters == sum(a.numel() + b.numel() for a, b in adapter.factors.values())
 
 
 @pytest.fixture(scope="module")
