@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
@@ -66,18 +65,9 @@ def _heat_map(
     at: Axes, rows: list[Result], arm: str, frames: list[int], edges: list[int], name: str, quantity: str
 ) -> None:
     cells = {(row["resolution"], row["frames"]): row["value"] for row in rows if row["arm"] == arm}
-    values = np.array([[cells.get((edge, count)) for count in frames] for edge in edges], dtype=np.float64)
     every = [row["value"] for row in rows if row["value"]]
     norm = LogNorm(min(every, default=1.0) / 1.01, max(every, default=1.0) * 1.01)
-    at.imshow(values, cmap=style.COLOUR_MAP, norm=norm, origin="lower", aspect="auto")
-    for (y, x), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            ink = "black" if norm(value) > 0.55 else "white"
-            at.text(x, y, f"{value:.3g}" if value < 1000 else f"{value:,.0f}", ha="center", va="center", color=ink)
-    at.set_xticks(range(len(frames)), [str(count) for count in frames])
-    at.set_yticks(range(len(edges)), [f"{edge} px" for edge in edges])
-    at.tick_params(length=0)
-    at.spines[:].set_visible(False)
+    style.heat_map(at, cells, frames, edges, norm, lambda value: f"{value:.3g}" if value < 1000 else f"{value:,.0f}")
     at.set_title(f"{name}\n{quantity}" if name else quantity, loc="left", fontsize=10)
     at.set_xlabel("frames")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
@@ -69,6 +71,28 @@ def bars_of(estimates: Sequence[dict[str, Any]], key: str = "score") -> tuple[ND
     ends = np.array([e["ci95"] or (v, v) for e, v in zip(estimates, values, strict=True)], dtype=np.float64)
     errors = np.abs(ends.T - values)
     return values, np.nan_to_num(errors)
+
+
+def heat_map(
+    at: Axes,
+    cells: Mapping[tuple[int, int], float | None],
+    frames: Sequence[int],
+    edges: Sequence[int],
+    norm: Normalize,
+    write: Callable[[float], str],
+) -> AxesImage:
+    """Colours and numbers over frames and resolution. `cells`: (longest edge, frames) -> value, if there is one."""
+    values = np.array([[cells.get((edge, count)) for count in frames] for edge in edges], dtype=np.float64)
+    drawn = at.imshow(values, cmap=COLOUR_MAP, norm=norm, origin="lower", aspect="auto")
+    for (y, x), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            ink = "black" if norm(value) > 0.55 else "white"
+            at.text(x, y, write(value), ha="center", va="center", color=ink)
+    at.set_xticks(range(len(frames)), [str(count) for count in frames])
+    at.set_yticks(range(len(edges)), [f"{edge} px" for edge in edges])
+    at.tick_params(which="both", length=0)
+    at.spines[:].set_visible(False)
+    return drawn
 
 
 def legend(of: Figure, at: Axes) -> None:

@@ -61,19 +61,10 @@ def _heat_maps(rows: list[dict[str, Any]], quantities: list[_Quantity], path: Pa
         for line, arm in enumerate(arms):
             at = panels[line][column]
             cells = {(r["resolution"], r["frames"]): quantity.of(r) for r in rows if r["arm"] == arm}
-            values = np.array([[cells.get((edge, count)) for count in frames] for edge in edges], dtype=np.float64)
-            images.append(at.imshow(values, cmap=style.COLOUR_MAP, norm=norm, origin="lower", aspect="auto"))
-            for (y, x), value in np.ndenumerate(values):
-                if np.isfinite(value):
-                    ink = "black" if norm(value) > 0.55 else "white"
-                    at.text(x, y, f"{value:.{quantity.digits}f}", ha="center", va="center", color=ink)
-            at.set_xticks(range(len(frames)), [str(count) for count in frames])
-            at.set_yticks(range(len(edges)), [f"{edge} px" for edge in edges])
+            images.append(style.heat_map(at, cells, frames, edges, norm, f"{{:.{quantity.digits}f}}".format))
             at.set_xticks(np.arange(1, len(frames)) - 0.5, minor=True)
             at.set_yticks(np.arange(1, len(edges)) - 0.5, minor=True)
             at.grid(which="minor", color="white", linewidth=2)
-            at.tick_params(which="both", length=0)
-            at.spines[:].set_visible(False)
             at.set_title(f"{quantity.name}\n{style.ARM_NAMES.get(arm, arm)}", loc="left", fontsize=10)
             if line == len(arms) - 1:
                 at.set_xlabel("frames read")
