@@ -1,7 +1,9 @@
 """Decoding in a process of its own: a file of unknown origin can crash, hang or exhaust that process, but no other.
 
 The process is started once and reads many videos; it limits its own memory and CPU time, and is replaced when it fails.
-Requests are lines of JSON on its standard input; an answer is a line of JSON, followed by the frames' bytes.
+Requests are lines of JSON on its standard input; an answer is a line of JSON, followed by the frames' bytes. A
+`multiprocessing.connection` cannot read them: it has no deadline once a message has begun, and into an array it reads
+all that the message claims to hold before it looks at the array's size.
 """
 
 from __future__ import annotations
