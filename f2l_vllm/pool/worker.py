@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tombstones import LOST
-from f2l_vllm.hypernetwork.peft_format import AdapterFiles, validate_adapter
 from f2l_vllm.pool.messages import Cancelled, Event, Failed, Outcome, Progress, Published, WorkerInfo, WorkerSpec
 from f2l_vllm.store.cached_store import open_store
 from f2l_vllm.store.store import StoreError
 
 if TYPE_CHECKING:
     from f2l_vllm.hypernetwork.adapter import Adapter
+    from f2l_vllm.hypernetwork.peft_format import AdapterFiles
 
 # The internalizer's stages as the catalog's states.
 _STATES = {"decode": VideoState.DECODING, "encode": VideoState.ENCODING, "generate": VideoState.ENCODING}
@@ -166,6 +166,8 @@ class HypernetworkWorker:
             yield name, self._publish(name, adapter, time.perf_counter() - started)
 
     def _publish(self, name: str, adapter: Adapter, seconds: float) -> Outcome:
+        from f2l_vllm.hypernetwork.peft_format import validate_adapter
+
         spec = self._spec
         if name in self._cancelled:
             return Cancelled()

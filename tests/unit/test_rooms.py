@@ -19,7 +19,17 @@ LIGHT = [
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_what_is_asked_before_anything_is_loaded_loads_nothing_heavy(module):
+    assert HEAVY.isdisjoint(loaded_by(module))
+
+
+def test_the_pools_process_leaves_the_models_to_its_workers():
+    loaded = loaded_by("f2l_vllm.pool.pool")
+    assert "ray" in loaded
+    assert {"torch", "transformers"}.isdisjoint(loaded)
+
+
+def loaded_by(module):
     program = f"import sys, {module}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert module in loaded
-    assert HEAVY.isdisjoint(loaded)
+    return loaded
