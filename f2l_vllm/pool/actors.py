@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import ray
 
 from f2l_vllm.pool.config import PoolConfig
 from f2l_vllm.pool.messages import WorkerSpec
+from f2l_vllm.pool.private_ray import few_daemons
 from f2l_vllm.pool.worker import HypernetworkWorker
 
 NAMESPACE = "f2l"
@@ -40,7 +42,8 @@ class Actors:
             }
         else:
             options["address"] = config.ray_address
-        ray.init(**options)
+        with few_daemons() if config.ray_address is None else nullcontext():
+            ray.init(**options)
         self._is_connected = True
 
     def disconnect(self) -> None:

@@ -38,6 +38,12 @@ def workers_of(pool):
     return [pid for pid in session(pool) if (Path("/proc") / str(pid) / "cmdline").read_text().startswith("ray::Hyper")]
 
 
+def programs_of(pool):
+    """The scripts that run in a pool's session; of Ray's daemons, those that are written in Python."""
+    words = [(Path("/proc") / str(pid) / "cmdline").read_text().split("\0") for pid in session(pool)]
+    return {Path(word).name for command in words for word in command if word.endswith(".py")}
+
+
 def test_a_killed_pool_is_replaced_and_a_stopped_one_leaves_nothing(tmp_path, hypernetwork_model, monkeypatch):
     home = tmp_path / "home"
     home.mkdir()
@@ -51,6 +57,7 @@ def test_a_killed_pool_is_replaced_and_a_stopped_one_leaves_nothing(tmp_path, hy
     try:
         until(lambda: pool.workers == 1)
         first = pool._process.pid
+        assert not {"monitor.py", "log_monitor.py", "dashboard.py"} & programs_of(first)
         clip = write_video(tmp_path / "a.mp4")
         bench.wait(bench.add(clip, name="f2l-first"), VideoState.PROCESSED)
         with hanging_decoders(*workers_of(first)):
