@@ -354,7 +354,7 @@ def api_server(server: ServerProcess) -> int:
     """The process id of vLLM's API server."""
     found = {server.process.pid: Path(f"/proc/{server.process.pid}/cmdline").read_text().replace("\0", " ")}
     for pid, command in {**found, **server.descendants()}.items():
-        if "vllm.entrypoints.cli.main serve" in command:
+        if "f2l_vllm.engine serve" in command:
             return pid
     raise RuntimeError("no API server among the server's processes")
 

@@ -101,7 +101,7 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
     }
     server_keys = [os.environ.get("VLLM_API_KEY", ""), *(["given"] if "--api-key" in given else [])]
     Keys([key for key in server_keys if key], chosen.tenants)  # raises if the keys cannot work
-    argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory), *words]
+    argv = [sys.executable, "-m", "f2l_vllm.engine", "serve", str(directory), *words]
     for flag, values in usual.items():
         if flag not in given:
             argv += [flag, *values]

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from f2l_vllm import collector
 from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tombstones import LOST
@@ -34,6 +35,7 @@ class HypernetworkWorker:
     """Runs as a Ray actor in its own process. One lane of the pool calls `internalize`, one call at a time; it may call
     `info` and `cancel` meanwhile."""
 
+    @collector.paused()
     def __init__(self, spec: WorkerSpec) -> None:
         import torch
 
