@@ -15,11 +15,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import dns.message
+import dns.rrset
 import httpx
 
 from tests.support import ROOT
 
-CONFIGS = {"haproxy": "haproxy.cfg", "nginx": "nginx.conf", "envoy": "envoy.yaml"}
+BY_NAME = "haproxy by name"  # looks its servers up, as in Kubernetes
+CONFIGS = {"haproxy": "haproxy.cfg", BY_NAME: "haproxy.cfg", "nginx": "nginx.conf", "envoy": "envoy.yaml"}
 PORTS = (8001, 8002, 8003, 8080)  # of the servers and of the balancer, in every configuration
 _START_SECONDS = 60.0
 # nginx makes these folders when it starts, where only root may.
@@ -27,7 +30,7 @@ _FOLDERS = "".join(f"    {kind}_temp_path {kind};\n" for kind in ("client_body",
 
 
 class StandIn:
-    """Answers with its number, questions with `status`.
+    """Answers with its number, questions with `status`; has a loopback address of its own.
 
     `gate` is acquired before each of three events of a question with `stream`, and before the answer to one with
     `hold`, or to `/hold`. `port`: 0 for any.
@@ -37,7 +40,8 @@ class StandIn:
         self.number, self.gate, self.status = number, threading.Semaphore(0), 200
         self.asked = self.held = self.received = 0  # questions, requests that wait for the gate, bytes of an upload
         self.connections: set[socket.socket] = set()
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"stand_in": self}))
+        self.host = f"127.0.0.{number + 2}"
+        self._server = ThreadingHTTPServer((self.host, port), type("Handler", (_Handler,), {"stand_in": self}))
         self._server.daemon_threads = True
         self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
@@ -121,9 +125,30 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Names:
+    """A DNS server that has the addresses of `servers` under every name."""
+
+    def __init__(self, servers: list[StandIn]) -> None:
+        self.servers = servers
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        threading.Thread(target=self._answer, daemon=True).start()
+
+    def _answer(self) -> None:
+        while True:
+            packet, client = self._socket.recvfrom(8192)
+            query = dns.message.from_wire(packet)
+            answer, asked = dns.message.make_response(query), query.question[0]
+            if asked.rdtype == dns.rdatatype.A:
+                addresses = [server.host for server in self.servers]
+                answer.answer = [dns.rrset.from_text_list(asked.name, 1, "IN", "A", addresses)]
+            self._socket.sendto(answer.to_wire(), client)
+
+
 def find(name: str) -> str | None:
     """The program, on the PATH or where Debian puts it."""
-    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    return shutil.which(name.split()[0], path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 
 
 @contextlib.contextmanager
@@ -133,19 +158,25 @@ def balanced(name: str, folder: Path, servers: list[StandIn]) -> Iterator[str]:
     assert program is not None
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    for known, used in zip(PORTS, (*(server.port for server in servers), port), strict=True):
+    used = [*((server.host, server.port) for server in servers), ("127.0.0.1", port)]
+    for known, (host, own) in zip(PORTS, used, strict=True):
         for between in (":", ", port_value: "):
-            text = text.replace(f"127.0.0.1{between}{known}", f"127.0.0.1{between}{used}")
+            text = text.replace(f"127.0.0.1{between}{known}", f"{host}{between}{own}")
+    environment = dict(os.environ)
+    if name == BY_NAME:
+        text = text.replace("parse-resolv-conf", f"nameserver test 127.0.0.1:{Names(servers).port}")
+        environment["SERVERS"] = f"servers.test:{servers[0].port}"
     config = folder / CONFIGS[name]
     config.write_text(text.replace("http {\n", f"http {{\n{_FOLDERS}") if name == "nginx" else text)
     owner = "user root;" if os.getuid() == 0 else ""  # may read the folder
     arguments: dict[str, list[str | Path]] = {
         "haproxy": ["-f", config],
+        BY_NAME: ["-f", config],
         "nginx": ["-p", folder, "-c", config, "-g", f"daemon off; pid nginx.pid; error_log stderr; {owner}"],
         "envoy": ["-c", config, "--concurrency", "1", "--disable-hot-restart", "--log-level", "warn"],
     }
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen([program, *arguments[name]], stdout=log, stderr=log)
+        process = subprocess.Popen([program, *arguments[name]], stdout=log, stderr=log, env=environment)
     try:
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + _START_SECONDS
         while not _is_up(url):

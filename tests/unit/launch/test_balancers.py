@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tests.support.balancers import CONFIGS, StandIn, balanced, find
+from tests.support.balancers import BY_NAME, CONFIGS, StandIn, balanced, find
 from tests.support.stages import until
 
 CHAT, COMPLETIONS, FILES = "/v1/chat/completions", "/v1/completions", "/v1/files"
@@ -23,7 +23,8 @@ def balancer(request):
 
 @pytest.fixture
 def servers():
-    servers = [StandIn(number) for number in range(3)]
+    servers = [StandIn(0)]
+    servers += [StandIn(number, servers[0].port) for number in (1, 2)]
     yield servers
     for server in servers:
         server.kill()
@@ -155,6 +156,20 @@ def test_a_server_that_is_back_is_asked_again(client, servers):
         until(lambda: ask(client, VIDEOS[0]) == home, "the server is asked again", pause=0.1)
     finally:
         again.kill()
+
+
+@pytest.mark.parametrize("balancer", [BY_NAME], indirect=True)
+def test_servers_that_join_or_leave_the_name_are_asked_or_left_alone(client, servers):
+    homes = {video: ask(client, video) for video in VIDEOS}
+    servers.append(StandIn(3, servers[0].port))
+    until(lambda: 3 in {ask(client, video) for video in VIDEOS}, "the new server is asked", pause=0.1)
+    moved = [video for video, home in homes.items() if ask(client, video) not in (home, 3)]
+    assert moved == []
+    left = servers.pop(0)  # runs on
+    try:
+        until(lambda: 0 not in {ask(client, video) for video in VIDEOS}, "the one that left is not", pause=0.1)
+    finally:
+        left.kill()
 
 
 def test_a_question_refused_with_503_is_asked_elsewhere(client, servers):
