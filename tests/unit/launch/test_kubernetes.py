@@ -29,12 +29,12 @@ def documents(name):
 
 MANIFESTS = {
     f"{one['kind']} {one['metadata']['name']}": one
-    for name in ("namespace", "servers", "balancer")
+    for name in ("namespace", "servers", "workers", "balancer")
     for one in documents(name)
 }
 TEMPLATES = {name: one["spec"]["template"] for name, one in MANIFESTS.items() if one["kind"] == "Deployment"}
-SERVERS, BALANCER = "Deployment f2l-servers", "Deployment f2l-balancer"
-OURS = [SERVERS]  # of our image
+SERVERS, WORKERS, BALANCER = (f"Deployment f2l-{name}" for name in ("servers", "workers", "balancer"))
+OURS = [SERVERS, WORKERS]  # of our image
 SHARED = dict(
     line.split("=", 1)
     for line in (LAUNCH / "kubernetes" / "settings.env").read_text().splitlines()
@@ -128,6 +128,19 @@ def test_the_image_runs_the_command(hypernetwork_model):
     assert launch.workers is None
 
 
+def test_workers_take_their_arguments_and_are_asked_how_they_are():
+    command, model, *words = arguments(WORKERS)
+    parsed = get_command(app).commands[command].make_context(command, [model, *words]).params
+    assert (parsed["model"], parsed["host"], parsed["port"]) == (SHARED["MODEL"], "0.0.0.0", port_of(WORKERS))
+    asked = {kind: probe["httpGet"]["path"] for kind, probe in probes(WORKERS).items()}
+    assert asked == {"startupProbe": "/health", "livenessProbe": "/health", "readinessProbe": "/ready"}
+
+
+def test_the_video_in_work_is_finished_before_a_worker_is_killed():
+    grace = TEMPLATES[WORKERS]["spec"]["terminationGracePeriodSeconds"]
+    assert grace >= Settings.model_fields["job_seconds"].default + SPARE_SECONDS
+
+
 def test_servers_listen_where_they_are_asked():
     words = arguments(SERVERS)
     assert "--host=0.0.0.0" in words
@@ -218,10 +231,12 @@ def test_everything_selects_pods_that_are_there(name):
         assert [one for one in TEMPLATES.values() if labels <= one["metadata"]["labels"].items()]
 
 
-def test_nobody_but_the_balancer_and_prometheus_reaches_a_server():
+def test_nobody_but_the_balancer_reaches_a_server_and_prometheus_all():
     [rule] = MANIFESTS["NetworkPolicy f2l-servers"]["spec"]["ingress"]
     assert rule["from"] == [
         {"podSelector": {"matchLabels": {"app": "f2l-balancer"}}},
         {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}},
     ]
     assert rule["ports"] == [{"port": "http"}]
+    [rule] = MANIFESTS["NetworkPolicy f2l-workers"]["spec"]["ingress"]
+    assert rule["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
