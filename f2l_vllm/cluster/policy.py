@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Protocol
 
-from f2l_vllm.cluster.rendezvous import order
+from f2l_vllm.rendezvous import order
 
 BOUND = 1.25  # of the mean number of questions in work, for HAProxy in percent: `hash-balance-factor 125`
 _WARM_BOUND = 1.5

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 from f2l_vllm.catalog.catalog import Catalog
-from f2l_vllm.cluster.rendezvous import home
+from f2l_vllm.rendezvous import home
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.store.store import Store, StoreError
 

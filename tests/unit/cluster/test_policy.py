@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from f2l_vllm.cluster.policy import BOUND, HAProxyHash, LeastLoaded, Policy, Recent, WarmFirst
-from f2l_vllm.cluster.rendezvous import home
+from f2l_vllm.rendezvous import home
 
 SERVERS = [f"server-{number}" for number in range(1, 8)]
 IDLE = dict.fromkeys(SERVERS, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from f2l_vllm.cluster.rendezvous import home, order
+from f2l_vllm.rendezvous import home, order
 
 SERVERS = tuple(f"server-{number}" for number in range(8))
 NAMES = [f"f2l-{number}" for number in range(2000)]
