@@ -17,6 +17,7 @@ import httpx
 
 START_SECONDS = 600.0
 STOP_SECONDS = 60.0
+_LOOPBACK = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -32,6 +33,7 @@ class ServerProcess:
         model: what `f2l-vllm serve` takes.
         home: data folder.
         flags: more flags for `f2l-vllm serve`.
+        host: the address to listen at, by which others reach it.
         port: None for a free one.
         env: environment variables to add.
     """
@@ -39,15 +41,21 @@ class ServerProcess:
     ready_path = "/ready"
 
     def __init__(
-        self, model: str, home: Path, *flags: str, port: int | None = None, env: Mapping[str, str] | None = None
+        self,
+        model: str,
+        home: Path,
+        *flags: str,
+        host: str = _LOOPBACK,
+        port: int | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
-        port = port or _free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        port = port or _free_port(host)
+        self.url = f"http://{host}:{port}"
         self.home = home
         self.log = home.parent / f"server-{port}.log"
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                [*self.command(model), "--port", str(port), *flags],
+                [*self.command(model), *(() if host == _LOOPBACK else ("--host", host)), "--port", str(port), *flags],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(env or {})},
@@ -124,8 +132,8 @@ def _stop_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _free_port() -> int:
+def _free_port(host: str) -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port

@@ -30,6 +30,7 @@ from f2l_vllm.server.middleware.bodies import Bodies  # noqa: E402
 from f2l_vllm.server.middleware.ending import Ending, LastWords  # noqa: E402
 from f2l_vllm.server.middleware.faults import Faults  # noqa: E402
 from f2l_vllm.server.middleware.lingering import Lingering  # noqa: E402
+from f2l_vllm.server.middleware.load import Load  # noqa: E402
 from f2l_vllm.server.tenants import Keys  # noqa: E402
 from f2l_vllm.server.videos.routes import router  # noqa: E402
 from f2l_vllm.server.videos.service import VideoService  # noqa: E402
@@ -101,7 +102,7 @@ class F2LEndpointPlugin:
         service = self._service = assembly.open_service(settings, served, engine_client, state, ending)
         if settings.tenants == CATALOG:
             keys = service.keys
-        self._put_in_front(settings, keys, ending)
+        self._put_in_front(settings, keys, ending, lambda: vllm_api.questions_in_work(engine_client))
         await service.membership.attend()
         if service.pool is not None:
             service.pool.start()
@@ -118,13 +119,14 @@ class F2LEndpointPlugin:
         elif keys is service.keys and service.keys.is_empty:
             logger.warning("the catalog has no API keys, so every request is refused: f2l-vllm keys add TENANT")
 
-    def _put_in_front(self, settings: Settings, keys: Keys, ending: Ending) -> None:
+    def _put_in_front(self, settings: Settings, keys: Keys, ending: Ending, load: Callable[[], int]) -> None:
         """Install our middleware and error handlers. The middleware goes outermost, before vLLM's key check, because
         OpenAI clients cannot read that check's answer. vLLM has already built the stack, so we build it again."""
         assert self._app is not None, "vLLM attaches routes first"
         open_routes = listed(settings.open_routes)
         always = [path for path in open_routes if path != "/ready"]
         self._app.user_middleware[:0] = [
+            Middleware(Load, load=load),
             Middleware(LastWords, ending=ending, always=always),
             Middleware(Lingering),
             Middleware(AuthMiddleware, keys=keys, open_routes=open_routes),

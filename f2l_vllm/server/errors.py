@@ -150,10 +150,13 @@ def response(error: APIError, scope: Scope) -> JSONResponse:
     return JSONResponse(envelope, status_code=error.status, headers=error.headers)
 
 
-def chunk(error: APIError) -> str:
-    """Count an error and write it as an event of a streamed answer."""
+def chunk(error: APIError, path: str = "") -> str:
+    """Count an error and write it as an event of an answer that this route streams."""
     metrics.ERRORS.labels(error.code).inc()
-    return f"data: {json.dumps(_envelope(error), separators=(',', ':'))}\n\n"
+    envelope = _envelope(error)
+    if path.endswith("/messages"):
+        return f"event: error\ndata: {json.dumps({'type': 'error', **envelope})}\n\n"
+    return f"data: {json.dumps(envelope, separators=(',', ':'))}\n\n"
 
 
 def _envelope(error: APIError) -> dict[str, Any]:

@@ -312,6 +312,12 @@ def is_error_chunk(chunk: str) -> bool:
     return chunk.startswith('data: {"error":')
 
 
+def questions_in_work(engine_client: Any) -> int:
+    """How many requests the engine has, running and waiting: `engine_client.output_processor` counts them."""
+    count: int = engine_client.output_processor.get_num_unfinished_requests()
+    return count
+
+
 async def engine_is_healthy(engine_client: Any) -> bool:
     """Whether the engine answers."""
     from vllm.v1.engine.exceptions import EngineDeadError

@@ -1,9 +1,12 @@
 """What a room loads when it is imported."""
 
+import re
 import subprocess
 import sys
 
 import pytest
+
+from tests.support import ROOT
 
 HEAVY = {"torch", "transformers", "vllm", "ray", "fastapi"}
 LIGHT = [
@@ -33,3 +36,10 @@ def loaded_by(module):
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert module in loaded
     return loaded
+
+
+def test_ray_serve_is_known_in_the_cluster_alone():
+    package = ROOT / "f2l_vllm"
+    known = [path for path in package.rglob("*.py") if re.search(r"ray\.serve|ray import serve", path.read_text())]
+    assert known
+    assert {path.relative_to(package).parts[0] for path in known} == {"cluster"}

@@ -12,6 +12,8 @@ from f2l_vllm.server.chat.content import HOW_VIDEOS
 from f2l_vllm.server.errors import APIError, bad_request
 
 FILE_PREFIX = "file-"
+# vLLM's routes that answer about videos, or refuse them with a clear error.
+QUESTION_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 WAIT_HEADER = "x-f2l-wait"
 Mode = Literal["adapter", "frames", "both"]
 _MODES = ("adapter", "frames", "both")

@@ -13,20 +13,19 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from f2l_vllm.server.chat.request import QUESTION_ROUTES
 from f2l_vllm.server.errors import APIError, response, unavailable
 from f2l_vllm.server.tenants import Keys
 from f2l_vllm.server.videos.routes import router
 from f2l_vllm.store.errors import Unavailable
 
-# vLLM's routes that answer about videos, or refuse them with a clear error.
-VLLM_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 UPLOAD_ROUTE = "/v1/files"  # reads its own body as a stream, with its own cap
 
 
 def keep_listed_routes(app: FastAPI, listed: Collection[str]) -> None:
-    """Remove every route except this server's own, `VLLM_ROUTES` and those that the operator lists."""
+    """Remove every route except this server's own, `QUESTION_ROUTES` and those that the operator lists."""
     own = {getattr(route, "path", "") for route in router.routes}
-    kept = own | VLLM_ROUTES | set(listed)
+    kept = own | QUESTION_ROUTES | set(listed)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in kept]
 
 

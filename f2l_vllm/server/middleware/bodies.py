@@ -17,9 +17,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from f2l_vllm.server.chat.constraints import Constraint
 from f2l_vllm.server.chat.constraints import constraints as constraints_of
 from f2l_vllm.server.chat.content import admit
+from f2l_vllm.server.chat.request import QUESTION_ROUTES
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.middleware import costs, json_bodies
-from f2l_vllm.server.middleware.auth import UPLOAD_ROUTE, VLLM_ROUTES
+from f2l_vllm.server.middleware.auth import UPLOAD_ROUTE
 from f2l_vllm.server.middleware.lingering import announces_a_body
 from f2l_vllm.server.middleware.pace import Pace
 from f2l_vllm.server.tenants import DEFAULT_TENANT, asking_tenant
@@ -98,7 +99,7 @@ class Bodies:
             # A null means the default, but vLLM's answers repeat it in fields that cannot hold null.
             value, changed = {name: given for name, given in value.items() if given is not None}, True
         found = []
-        if path in VLLM_ROUTES:
+        if path in QUESTION_ROUTES:
             costs.check(value)
             found = constraints_of(value)
         return json.dumps(value).encode() if changed else body, found

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import faulthandler
-import json
 import logging
 import os
 import signal
@@ -18,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -140,9 +139,7 @@ class _Answer:
             if not self._started:
                 await errors.response(error, self._scope)(self._scope, self._receive, self._send)
             elif self._is_events:
-                event = errors.chunk(error)
-                if self._scope["path"].endswith("/messages"):
-                    event = f"event: error\ndata: {json.dumps({'type': 'error', **_payload(event)})}\n\n"
+                event = errors.chunk(error, self._scope["path"])
                 await self._send({"type": "http.response.body", "body": event.encode(), "more_body": False})
             # Any other answer that has begun ends in the middle; its length shows that.
         finally:
@@ -185,10 +182,6 @@ class LastWords:
                 raise
         finally:
             self._ending.answers.discard(answer)
-
-
-def _payload(event: str) -> Any:
-    return json.loads(event.removeprefix("data: "))
 
 
 def _attempt(part: Callable[[], object]) -> None:

@@ -8,7 +8,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from f2l_vllm.server.middleware.auth import VLLM_ROUTES, keep_listed_routes
+from f2l_vllm.server.chat.request import QUESTION_ROUTES
+from f2l_vllm.server.middleware.auth import keep_listed_routes
 from f2l_vllm.server.videos.routes import router
 
 OPEN = {"/health", "/ready", "/ping", "/version", "/metrics"}
@@ -35,7 +36,7 @@ def requests_of(routes):
 
 def test_every_other_route_of_vllm_does_not_exist(server, vllm_routes):
     own = {route.path for route in router.routes}
-    kept = own | VLLM_ROUTES | OPEN
+    kept = own | QUESTION_ROUTES | OPEN
     closed = [r for r in vllm_routes if getattr(r, "path", "") not in kept]
     assert len(closed) > 10
     for method, path in requests_of(closed):
@@ -48,7 +49,7 @@ def test_every_other_route_of_vllm_does_not_exist(server, vllm_routes):
 def test_the_listed_ones_are_there(server, vllm_routes):
     for path in OPEN:
         assert httpx.get(server.url + path, follow_redirects=True).status_code == 200, path
-    for path in VLLM_ROUTES:
+    for path in QUESTION_ROUTES:
         assert httpx.post(server.url + path, json={}).status_code == 400 or path == "/v1/messages", path
 
 

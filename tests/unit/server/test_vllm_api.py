@@ -441,3 +441,11 @@ def test_prompts_are_made_within_a_question_and_under_its_salt():
     asyncio.run(engine.renderer.render_cmpl_async("b", prompt_extras={"cache_salt": "s", "other": 1}))
     assert seen == [([1], ("a",), {}), ([1], ("b",), {"cache_salt": "own s", "other": 1})]
     assert entered == []
+
+
+def test_the_output_processor_counts_the_requests_in_work():
+    processor = OutputProcessor(None, log_stats=False)
+    engine = Namespace(output_processor=processor)
+    assert vllm_api.questions_in_work(engine) == 0
+    processor.request_states["one"] = object()
+    assert vllm_api.questions_in_work(engine) == 1
