@@ -13,7 +13,7 @@ SOAK_SECONDS ?= 3600
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo check unit test test-full-size fuzz soak lint format bench page model clean
+.PHONY: help setup serve demo cluster-demo check unit test test-full-size fuzz soak lint format bench page model clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ serve: $(STAMP) ## Serve the default model on http://127.0.0.1:8000
 
 demo: $(STAMP) ## The whole way once: video in, answers out, compared with frames in context
 	$(BIN)/f2l-vllm demo
+
+cluster-demo: $(STAMP) ## Two engines, two fronts and a worker as one service; one engine is killed, questions go on
+	$(BIN)/f2l-vllm cluster demo
 
 check: lint unit ## The gate before a commit: style, types, who imports whom, unit tests
 

@@ -17,7 +17,7 @@ import httpx
 
 START_SECONDS = 600.0
 STOP_SECONDS = 60.0
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -45,17 +45,17 @@ class ServerProcess:
         model: str,
         home: Path,
         *flags: str,
-        host: str = _LOOPBACK,
+        host: str = LOOPBACK,
         port: int | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        port = port or _free_port(host)
+        port = port or free_port(host)
         self.url = f"http://{host}:{port}"
         self.home = home
         self.log = home.parent / f"server-{port}.log"
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                [*self.command(model), *(() if host == _LOOPBACK else ("--host", host)), "--port", str(port), *flags],
+                [*self.command(model), *(() if host == LOOPBACK else ("--host", host)), "--port", str(port), *flags],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(env or {})},
@@ -132,7 +132,8 @@ def _stop_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str = LOOPBACK) -> int:
+    """A port of this address that nobody listens at."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]

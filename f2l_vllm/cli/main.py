@@ -9,6 +9,7 @@ import typer
 
 from f2l_vllm import __version__
 from f2l_vllm.cli import measuring, serving, training
+from f2l_vllm.cli.cluster import app as cluster_app
 from f2l_vllm.cli.files import Overwrite, keep
 from f2l_vllm.cli.keys import app as keys_app
 from f2l_vllm.cli.manifest import app as manifest_app
@@ -277,6 +278,7 @@ def targets(
 
 app.add_typer(manifest_app, name="manifest")
 app.add_typer(keys_app, name="keys")
+app.add_typer(cluster_app, name="cluster")
 
 
 def main() -> None:

@@ -9,10 +9,10 @@ from ray.serve.deployment import Application, Deployment
 
 from f2l_vllm.cluster.engine import DEFAULT_COMMAND, LEAVE_SECONDS, Engine
 from f2l_vllm.cluster.front import Front
+from f2l_vllm.cluster.names import ENGINE, FRONT
 from f2l_vllm.engine.defaults import HOST_ADAPTERS, SEQUENCES
 from f2l_vllm.settings import Settings
 
-NAME = "f2l"
 _ROUTER = "f2l_vllm.cluster.router:AffinityRouter"
 _FRONT_REQUESTS = 4096  # at a time; engines queue questions, and refuse what is too much
 
@@ -35,7 +35,7 @@ def build(args: Args) -> Application:
     grace = Settings.read().shutdown_seconds + LEAVE_SECONDS
     engines: Deployment = serve.deployment(  # type: ignore[assignment]
         Engine,
-        name="Engine",
+        name=ENGINE,
         health_check_period_s=1,
         health_check_timeout_s=5,
         graceful_shutdown_timeout_s=grace,
@@ -46,7 +46,7 @@ def build(args: Args) -> Application:
     )
     fronts: Deployment = serve.deployment(  # type: ignore[assignment]
         serve.ingress()(Front),
-        name="Front",
+        name=FRONT,
         max_ongoing_requests=_FRONT_REQUESTS,
         health_check_period_s=1,
         graceful_shutdown_timeout_s=grace,

@@ -1,7 +1,8 @@
 """`python -m tests.support.fake_engine MODEL --home H --host A --port P` answers like `f2l-vllm serve`, without models.
 
 A question may hold `max_tokens`, `ms` (before each token) and `first_ms` (before the first one). The answer's chunks
-hold the server's port as `engine`. `GET /asked` lists the models it was asked about.
+hold the server's port as `engine`. `GET /asked` lists the models it was asked about. With `--slots`, so many questions
+are answered at a time.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from f2l_vllm.server.middleware.load import Load
 from f2l_vllm.settings import SERVER_LOCK
 
 
-def build(engine: int) -> Starlette:
+def build(engine: int, slots: int = 1000) -> Starlette:
     """The app; `engine` names it."""
-    working, asked = set[object](), list[str]()
+    working, asked, free = set[object](), list[str](), asyncio.Semaphore(slots)
     uploaded = dict[str, int]()
 
     async def tokens(body: dict[str, Any]) -> AsyncIterator[str]:
@@ -35,12 +36,13 @@ def build(engine: int) -> Starlette:
         working.add(mark)
         asked.append(body["model"])
         try:
-            await asyncio.sleep(body.get("first_ms", 0) / 1000)
-            for number in range(body.get("max_tokens", 5)):
-                await asyncio.sleep(body.get("ms", 0) / 1000)
-                delta = {"choices": [{"index": 0, "delta": {"content": f"{number} "}}], "engine": engine}
-                yield f"data: {json.dumps(delta)}\n\n"
-            yield "data: [DONE]\n\n"
+            async with free:
+                await asyncio.sleep(body.get("first_ms", 0) / 1000)
+                for number in range(body.get("max_tokens", 5)):
+                    await asyncio.sleep(body.get("ms", 0) / 1000)
+                    delta = {"choices": [{"index": 0, "delta": {"content": f"{number} "}}], "engine": engine}
+                    yield f"data: {json.dumps(delta)}\n\n"
+                yield "data: [DONE]\n\n"
         finally:
             working.discard(mark)
 
@@ -88,9 +90,16 @@ def main() -> None:
     parser.add_argument("--home", type=Path)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--slots", type=int, default=1000)
     options = parser.parse_args()
     with FileLock(options.home / SERVER_LOCK):
-        uvicorn.run(build(options.port), host=options.host, port=options.port, log_level="error", timeout_keep_alive=75)
+        uvicorn.run(
+            build(options.port, options.slots),
+            host=options.host,
+            port=options.port,
+            log_level="error",
+            timeout_keep_alive=75,
+        )
 
 
 if __name__ == "__main__":

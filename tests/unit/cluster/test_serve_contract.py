@@ -1,0 +1,101 @@
+"""Contracts with Ray 2.60: what `cluster/` leans on. Another version fails here first. Nothing is started."""
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import ray
+import yaml
+from ray.serve import request_router, scripts
+from ray.serve._private import constants, replica, router
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as built
+from ray.serve._private.request_router.replica_wrapper import ReplicaSelection
+from ray.serve.config import AutoscalingConfig, AutoscalingContext
+from ray.serve.deployment import Application
+from ray.serve.schema import ServeDeploySchema
+
+from f2l_vllm.cluster import engine, local, names
+from f2l_vllm.cluster.app import build
+from f2l_vllm.cluster.engine_scaling import LoadPolicy
+from f2l_vllm.cluster.router import AffinityRouter
+from tests.support import ROOT
+
+CHANGED = "Ray 2.60 {}; this version does not"
+
+
+def test_this_is_the_supported_version():
+    assert ray.__version__.startswith("2.60.")
+
+
+def test_a_router_hears_of_replicas_and_chooses_among_them():
+    base = request_router.RequestRouter
+    for name in ("initialize_state", "update_replicas", "on_replica_actor_died", "choose_replicas"):
+        given, ours = inspect.signature(getattr(base, name)), inspect.signature(getattr(AffinityRouter, name))
+        assert list(given.parameters) == list(ours.parameters), CHANGED.format(f"calls {name} like this")
+    assert isinstance(base.curr_replicas, property)
+    assert "replica_metadata" in inspect.getsource(request_router.RunningReplica)
+    assert {"kwargs", "routing_context"} <= set(request_router.PendingRequest.__dataclass_fields__)
+    assert "should_backoff" in inspect.getsource(inspect.getmodule(request_router.PendingRequest))
+    assert "request_router_kwargs" in inspect.getsource(router), CHANGED.format("gives a router its arguments")
+
+
+def test_a_replica_may_be_chosen_without_a_place_in_it():
+    assert 'request_kwargs.pop("_reserve", True)' in inspect.getsource(router.AsyncioRouter.choose_replica)
+    assert "replica_metadata" in ReplicaSelection.__dataclass_fields__
+
+
+def test_a_replica_says_where_it_is_and_how_much_it_has_to_do():
+    assert constants.RECORD_REPLICA_METADATA_METHOD == "record_replica_metadata"
+    assert "record_autoscaling_stats" in inspect.getsource(replica)
+    for name in ("record_replica_metadata", "record_autoscaling_stats", "check_health"):
+        assert hasattr(engine.Engine, name)
+    assert "aggregated_metrics" in inspect.signature(AutoscalingContext.__init__).parameters
+
+
+def test_a_replica_is_replaced_after_as_many_failed_checks_as_kill_its_server():
+    assert constants.REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD == engine._STRIKES
+
+
+def test_an_ingress_builds_its_app_in_the_replica():
+    assert "__serve_build_asgi_app__" in inspect.getsource(ray.serve.ingress)
+
+
+def test_arguments_of_a_config_are_checked():
+    assert isinstance(built(build, {"model": "f2l-tiny", "flags": ["--max-loras", "8"]}), Application)
+    with pytest.raises(ValueError, match="modell"):
+        built(build, {"modell": "f2l-tiny"})
+
+
+@pytest.mark.parametrize("source", ["launch/cluster.yaml", "local"])
+def test_serve_takes_the_configs(source):
+    made = local.config("f2l-tiny", [], engines=2, fronts=2, workers=1, host="127.0.0.1", port=8000)
+    given = made if source == "local" else yaml.safe_load((ROOT / source).read_text())
+    config = ServeDeploySchema.model_validate(given)
+    assert [one.name for one in config.applications] == [names.APP, names.WORKERS_APP]
+    served = config.applications[0]
+    assert {one.name for one in served.deployments} == {names.FRONT, names.ENGINE}
+    assert isinstance(built(build, served.args), Application)
+    for one in served.deployments:
+        if isinstance(one.autoscaling_config, dict):
+            policy = AutoscalingConfig(**one.autoscaling_config).policy
+            assert policy.policy_function == f"{LoadPolicy.__module__}:{LoadPolicy.__name__}"
+            LoadPolicy(**policy.policy_kwargs)
+
+
+def test_the_command_hands_its_config_over_as_operators_do():
+    options = {name for param in scripts.run.params for name in (*param.opts, *param.secondary_opts)}
+    assert {"--address", "--non-blocking"} <= options
+
+
+def test_variables_of_serves_haproxy_are_those_that_it_reads(tmp_path):
+    known = inspect.getsource(constants)
+    ours = [name for name in local.environment(tmp_path, "0.0.0.0") if name.startswith("RAY_SERVE_")]
+    assert len(ours) > 5
+    assert [name for name in ours if f'"{name}"' not in known] == []
+    assert "RAY_SERVE_HTTP_KEEP_ALIVE_TIMEOUT_S" in known
+
+
+@pytest.mark.parametrize(("loads", "wanted"), [([], 3), ([0, 0], 1), ([24], 1), ([25], 2), ([30, 30, 30], 4)])
+def test_engines_are_as_many_as_keep_each_at_its_target(loads, wanted):
+    context = SimpleNamespace(aggregated_metrics={"load": dict(enumerate(loads))}, target_num_replicas=3)
+    assert LoadPolicy(target=24)(context)[0] == wanted
