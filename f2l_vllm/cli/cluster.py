@@ -189,6 +189,8 @@ def _failing() -> Iterator[None]:
     except ClusterFailed as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(f"{error}: pip install 'f2l-vllm[cluster]' brings Ray Serve") from error
 
 
 def _table(found: State) -> Table:

@@ -48,6 +48,8 @@ class Engine:
         ServerFailed: the server did not become ready; the message holds the end of its log.
     """
 
+    _server: _Server | None = None
+
     def __init__(self, model: str, flags: Sequence[str], command: str) -> None:
         logs.configure("engine")
         settings = Settings.read()
@@ -58,15 +60,16 @@ class Engine:
         self._slot = Slot.take(settings.data_folder / "engines")
         self._name = f"{host}/{self._slot.folder.name}"
         self._failed, self._load, self._is_leaving = 0, 0, False
-        self._server = _Server(command, model, self._slot.folder / "home", *flags, host=host)
-        threading.Thread(target=self._end_with_server, daemon=True).start()
-        self._server.wait_ready()
-        self._http = httpx.AsyncClient(base_url=self._server.url, timeout=_HEALTH_SECONDS)
-        logger.info("engine %s is ready: %s", self._name, self._server.url)
+        server = self._server = _Server(command, model, self._slot.folder / "home", *flags, host=host)
+        server.wait_ready()
+        threading.Thread(target=self._end_with, args=(server,), daemon=True).start()
+        self._told: dict[str, str] = {"name": self._name, "url": server.url}
+        self._http = httpx.AsyncClient(base_url=server.url, timeout=_HEALTH_SECONDS)
+        logger.info("engine %s is ready: %s", self._name, server.url)
 
-    def record_replica_metadata(self) -> dict[str, str | int]:
+    def record_replica_metadata(self) -> dict[str, str]:
         """What routers learn of this replica: a name that lasts over restarts, and where its server is."""
-        return {"name": self._name, "url": self._server.url, "pid": self._server.process.pid}
+        return self._told
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve's autoscaler learns: the requests in this engine, running and waiting."""
@@ -82,7 +85,7 @@ class Engine:
             answer = (await self._http.get("/health")).raise_for_status()
         except httpx.HTTPError:
             self._failed += 1
-            if self._failed >= _STRIKES:
+            if self._failed >= _STRIKES and self._server is not None:
                 self._server.process.kill()
             raise
         self._failed, self._load = 0, int(answer.headers.get(LOAD_HEADER, 0))
@@ -90,18 +93,18 @@ class Engine:
     async def __del__(self) -> None:
         """Serve has taken this replica out of all routers: let the server finish its answers, and end."""
         self._is_leaving = True
+        if self._server is None:
+            return  # it never started
         self._server.process.terminate()
         try:
             await asyncio.to_thread(self._server.process.wait, self._grace)
         except TimeoutExpired:
             self._server.process.kill()
 
-    def _end_with_server(self) -> None:
-        code = self._server.process.wait()
+    def _end_with(self, server: ServerProcess) -> None:
+        code = server.process.wait()
         if not self._is_leaving:
-            logger.error(
-                "the server of engine %s ended with exit code %s; its log: %s", self._name, code, self._server.log
-            )
+            logger.error("the server of engine %s ended with exit code %s; its log: %s", self._name, code, server.log)
             os._exit(1)  # Serve notices at once, and starts another replica
 
 
