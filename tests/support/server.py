@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from openai import OpenAI
 from openai.types import FileObject
@@ -21,6 +21,18 @@ class Server(ServerProcess):
         common = ("--served-model-name", "base", "--dtype", "float32", "--kv-cache-memory-bytes", "200000000")
         super().__init__(str(model), home, *common, *flags, env=env)
         self.client = OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=120)
+
+    def __enter__(self) -> Self:
+        """It is ready, and stops with the block."""
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def adapter_folder(self, name: str) -> Path:
         """Where an adapter lies, or would lie if it was not made by a worker."""

@@ -5,17 +5,17 @@ from argparse import Namespace
 
 import pytest
 
-from benchmarks.fleet import fleet
+from benchmarks.fleet import films
 from benchmarks.leaks import run
-
-FLAGS = ("--max-loras", "3", "--max-cpu-loras", "4", "--enable-prefix-caching", "--enable-chunked-prefill")
 
 
 @pytest.fixture(scope="module")
-def found():
+def found(default_server, tmp_path_factory):
+    for file in default_server.client.files.list():  # of other tests
+        default_server.client.files.delete(file.id)
+    paths = films(tmp_path_factory.mktemp("films"), 8, seed=3, fps=10)
     options = Namespace(questions=160, concurrency=4, change_every=10, seed=3)
-    with fleet("f2l-tiny", *FLAGS, videos=8, seed=3, fps=10) as (server, paths):
-        return asyncio.run(run(server, paths, options))
+    return asyncio.run(run(default_server, paths, options))
 
 
 def test_every_answer_is_the_videos_own(found):

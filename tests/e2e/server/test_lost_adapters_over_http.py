@@ -10,19 +10,16 @@ import pytest
 from f2l_vllm.engine.residency import FIRST_ADAPTER_ID
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE
 from f2l_vllm.store import manifest
-from tests.support.server import Server
 from tests.support.videos import write_video
 
 GREEDY = {"messages": [{"role": "user", "content": "What happens?"}], "temperature": 0, "max_tokens": 8}
 
 
 class Life:
-    """A server whose workers' methods can be called from outside, and whose adapters lie on disk only."""
+    """Videos of a server whose workers' methods can be called from outside, and whose adapters lie on disk only."""
 
-    def __init__(self, model, folder):
-        env = {"VLLM_SERVER_DEV_MODE": "1", "F2L_EXTRA_ROUTES": "/collective_rpc", "F2L_HOT_BYTES": "0"}
-        self.server = Server(model, folder / "home", env=env)
-        self.folder, self.made = folder, 0
+    def __init__(self, server, folder):
+        self.server, self.folder, self.made = server, folder, 0
 
     def upload(self):
         self.made += 1
@@ -44,17 +41,14 @@ class Life:
             query = "SELECT adapters.id FROM adapters JOIN files ON adapter_name = name WHERE files.id = ?"
             ((number,),) = catalog.execute(query, (file.id,)).fetchall()
         body = {"method": "remove_lora", "args": [FIRST_ADAPTER_ID + number]}
-        assert httpx.post(f"{self.server.url}/collective_rpc", json=body).json() == {"results": ["True"]}
+        headers = {"Authorization": f"Bearer {self.server.client.api_key}"}
+        answer = httpx.post(f"{self.server.url}/collective_rpc", json=body, headers=headers)
+        assert answer.json() == {"results": ["True"]}
 
 
 @pytest.fixture(scope="module")
-def life(hypernetwork_model, tmp_path_factory):
-    life = Life(hypernetwork_model, tmp_path_factory.mktemp("lost"))
-    try:
-        life.server.wait_ready()
-        yield life
-    finally:
-        life.server.stop()
+def life(other_server, tmp_path_factory):
+    return Life(other_server, tmp_path_factory.mktemp("lost"))
 
 
 def flip_the_last_byte(adapter):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from f2l_vllm.server.videos.service import Revisions
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.address import fingerprint
 from f2l_vllm.video.reading import ReadingOptions
+from tests.e2e.server.conftest import RATE
 from tests.support.reference_model import Reference
 from tests.support.server import Server
 from tests.support.videos import write_video
 from tests.unit.hypernetwork.test_merging import merged_by_hand
 
-RATE = 0.5
 FRAMES, PER_FRAME = 6, 4  # sampled of the video; of the random model
 KEPT = FRAMES * PER_FRAME // 2
 QUESTION = "What is shown in the video?"
@@ -36,14 +35,8 @@ TOLERANCE = 1e-3  # of a log-probability, fp32
 
 
 @pytest.fixture(scope="module")
-def merging(hypernetwork_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    home = tmp_path_factory.mktemp("merging") / "home"
-    server = Server(hypernetwork_model, home, "--video-pruning-rate", str(RATE), "--merge-rate", str(RATE))
-    try:
-        server.wait_ready()
-        yield server
-    finally:
-        server.stop()
+def merging(other_server: Server) -> Server:
+    return other_server
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +100,8 @@ def test_questions_from_frames_adapter_and_neither_share_batches(merging: Server
     assert len({answer.choices[0].message.content for answer in alone}) == 4
 
     async def together() -> list[Any]:
-        async with AsyncOpenAI(base_url=f"{merging.url}/v1", api_key="none", max_retries=0) as client:
+        key = merging.client.api_key
+        async with AsyncOpenAI(base_url=f"{merging.url}/v1", api_key=key, max_retries=0) as client:
             return await asyncio.gather(*(client.chat.completions.create(**question) for question in questions * 4))
 
     for have, want in zip(asyncio.run(together()), alone * 4, strict=True):

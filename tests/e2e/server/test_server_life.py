@@ -73,12 +73,8 @@ def details():
 def beginning(home, hypernetwork_model, catalog_url):
     """The server of the first life, as long as it runs."""
     env = {"F2L_DATABASE_URL": catalog_url}
-    server = Server(hypernetwork_model, home, "--api-key", KEY, *CHUNKS, api_key=KEY, env=env)
-    try:
-        server.wait_ready()
+    with Server(hypernetwork_model, home, "--api-key", KEY, *CHUNKS, api_key=KEY, env=env) as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +102,8 @@ def second_life(home, hypernetwork_model, catalog_url, first_life):
     tenants.write_text(json.dumps({"default": [KEY], "other": [OTHER_KEY]}))
     flags = ("--hypernetwork-workers", "0", "--queue-limit", "1", "--tenants", str(tenants), *CHUNKS)
     env = {"F2L_DATABASE_URL": catalog_url, "F2L_SHUTDOWN_SECONDS": str(GRACE)}
-    server = Server(hypernetwork_model, home, *flags, api_key=KEY, env=env)
-    try:
-        server.wait_ready()
+    with Server(hypernetwork_model, home, *flags, api_key=KEY, env=env) as server:
         yield server
-    finally:
-        server.stop()
 
 
 def test_two_servers_on_one_machine_share_nothing(beginning, server, clips):

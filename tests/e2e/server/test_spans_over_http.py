@@ -16,9 +16,9 @@ from openai import AsyncOpenAI
 
 from f2l_vllm.synthetic.render import draw, write_mp4
 from f2l_vllm.synthetic.world import MovingShape, Scene
-from tests.support.server import Server
+from tests.e2e.server.conftest import CHUNK_SECONDS
 
-SECONDS, FPS, SIZE = 8, 10, (320, 240)  # of each scene; a chunk holds one
+SECONDS, FPS, SIZE = CHUNK_SECONDS, 10, (320, 240)  # of each scene; a chunk holds one
 GREEDY = {"temperature": 0, "max_tokens": 24}
 
 
@@ -32,21 +32,8 @@ ON_WHITE = scene("green", "triangle", "white", (0.2, 0.5), (0.7, 0.5))
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The default model, a chunk for every eight seconds; it calls tools, and fetches from this machine."""
-    home = tmp_path_factory.mktemp("spans") / "home"
-    tools = ("--enable-auto-tool-choice", "--tool-call-parser", "pythonic")
-    json_at_once = (
-        "--structured-outputs-config",
-        '{"backend": "xgrammar", "disable_any_whitespace": true}',
-    )  # spaces tempt a small model
-    flags = ("--chunk-seconds", str(SECONDS), "--max-chunks", "3", *tools, *json_at_once)
-    server = Server("f2l-tiny", home, *flags, env={"F2L_ALLOWED_MEDIA_DOMAINS": "127.0.0.1"})
-    try:
-        server.wait_ready()
-        yield server
-    finally:
-        server.stop()
+def server(default_server):
+    return default_server
 
 
 @pytest.fixture(scope="module")
