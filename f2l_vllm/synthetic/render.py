@@ -42,8 +42,8 @@ def write_mp4(
         stream = container.add_stream("libx264", rate=_rate(fps), options={"crf": "18", "preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.thread_count = 1
-        for start in range(0, total, 16):
-            for image_HWC in draw(scene, times_T[start : start + 16], height, width):
+        for start in range(0, total, 4):  # more at a time and every tensor is memory that the system has to clear first
+            for image_HWC in draw(scene, times_T[start : start + 4], height, width):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image_HWC, format="rgb24")))
         container.mux(stream.encode())
     return Path(path)
@@ -65,7 +65,7 @@ def draw(scene: Scene, times_T: Tensor, height: int, width: int) -> np.ndarray:
     """Frames of a scene at the given times in [0, 1], uint8 RGB [T, height, width, 3]."""
     masks_KTHW = coverage([scene], times_T[None], height, width)[0]
     image_TCHW = blend(masks_KTHW[None], colours([scene]), backgrounds([scene]))[0]
-    return image_TCHW.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return image_TCHW.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def coverage(scenes: Sequence[Scene], times_BT: Tensor, height: int, width: int) -> Tensor:
