@@ -1,3 +1,4 @@
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,14 @@ os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # as in the pool's process
 from f2l_vllm import torch_shims
 
 torch_shims.install()
+
+gc.disable()  # while modules are imported: nearly all of it stays
+
+
+def pytest_collection_finish() -> None:
+    """What is there when the tests begin is not looked through again and again for what has become garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
