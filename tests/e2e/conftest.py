@@ -2,43 +2,73 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from tests.support.server import Server
 from tests.support.videos import write_video
 
-# The modules that take longest: with several at a time they come first, so that none of them is left alone at the end.
-LONGEST = (
-    "faults/test_server_faults.py",
-    "pool/test_pool.py",
-    "server/test_server_life.py",
-    "recipes/test_stages.py",
-    "server/test_history.py",
-    "pool/test_pool_process.py",
-    "train/test_training_command.py",
-    "evaluation/test_evaluate.py",
-    "engine/test_smolvlm_video.py",
-    "recipes/test_shipped_model.py",
-    "bench/test_bench.py",
-    "server/test_many_videos_over_http.py",
+# With several processes each line is run by one of them, and then all other modules. What takes longest comes first, so
+# that none is left alone at its end; modules in a line share a server, which is started once.
+LINES = (
+    (
+        "server/test_server_life.py",
+        "server/test_many_videos_over_http.py",
+        "server/test_questions_over_http.py",
+        "server/test_schema_over_http.py",
+        "server/test_targets_over_http.py",
+        "server/test_damaged_adapters_over_http.py",
+        "server/test_hostile_over_http.py",
+        "server/test_bad_input_over_http.py",
+        "server/test_content_over_http.py",
+        "server/test_corpus_over_http.py",
+        "server/test_files_over_http.py",
+        "server/test_routes_over_http.py",
+        "cli/test_server_process.py",
+    ),
+    ("faults/test_server_faults.py",),
+    ("pool/test_pool.py",),
+    ("recipes/test_shipped_model.py",),
+    ("server/test_leaks_over_http.py", "server/test_spans_over_http.py"),
+    ("server/test_catalog_keys.py", "server/test_lost_adapters_over_http.py", "server/test_merging_over_http.py"),
+    ("recipes/test_stages.py",),
+    ("server/test_history.py",),
+    ("pool/test_pool_process.py",),
+    ("train/test_training_command.py",),
+    ("evaluation/test_evaluate.py",),
+    ("engine/test_smolvlm_video.py",),
+    ("bench/test_bench.py",),
 )
+_FIRST = {f"tests/e2e/{module}": line[0] for line in LINES for module in line}  # of the same line
+
+
+def _module(nodeid: str) -> str:
+    return nodeid.split("::", 1)[0]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort modules: the longest first."""
-    folder = Path(__file__).parent
-    places = {folder / name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    """Sort modules as they stand in the lines."""
+    places = {module: place for place, module in enumerate(_FIRST)}
+    items.sort(key=lambda item: places.get(_module(item.nodeid), len(places)))
+
+
+class _Lines(LoadFileScheduling):
+    """`--dist loadfile`, with a line for a file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _FIRST.get(_module(nodeid), _module(nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _Lines | None:
+    return _Lines(config, log) if config.option.dist == "loadfile" else None
 
 
 @pytest.fixture(scope="session")
 def server(hypernetwork_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server over the random model for all tests that leave it as they found it."""
-    server = Server(hypernetwork_model, tmp_path_factory.mktemp("server") / "home")
-    try:
-        server.wait_ready()
+    with Server(hypernetwork_model, tmp_path_factory.mktemp("server") / "home") as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="session")
