@@ -63,9 +63,9 @@ def test_latency_over_frames_through_real_servers(tmp_path: Path) -> None:
     assert planner.plan(planner.Measured([target]), planner.Need(8, 4, 2, 1e9))["best"] in ("adapter", "kv", "frames")
 
     # All is there: nothing is measured again, and so no server is started.
-    again = bench(*asked, "--json", str(target), "--resume")
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "first token after" not in again.stdout
+    again = CliRunner().invoke(app, ["bench", *asked, "--json", str(target), "--resume"])
+    assert again.exit_code == 0, again.output
+    assert "first token after" not in again.output
     assert json.loads(target.read_text())["rows"] == result["rows"]
 
 

@@ -1,12 +1,10 @@
-"""Servers beside each other, that stop, start again, are full, or are started wrongly; on PostgreSQL if it is there."""
+"""Servers beside each other, that stop, start again, are full; on PostgreSQL if it is there."""
 
 import http.client
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -449,23 +447,3 @@ def test_a_server_that_stops_lets_answers_end_and_tells_whom_it_cuts_off(second_
     said = [line for line in server.log.read_text().splitlines() if "uvicorn.access" not in line]
     assert said[-2].endswith("(a second signal ends them)")
     assert "stopped after" in said[-1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "environment", "message"),
-    [
-        (["no-such-model"], {}, "no model at"),
-        ([], {"F2L_QUEUE_LIMIT": "none"}, "F2L_QUEUE_LIMIT=none"),
-        (["{model}", "--hypernetwork", "{nothing}"], {}, "No hypernetwork at"),
-        (["{model}"], {"F2L_TENANTS": "/no/such/file"}, "cannot be read"),
-        (["{model}"], {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}, "unset it"),
-        (["{model}"], {"VLLM_USE_RUST_FRONTEND": "1"}, "unset it"),
-    ],
-)
-def test_a_wrong_start_fails_early_and_says_why(hypernetwork_model, tmp_path, arguments, environment, message):
-    names = {"model": str(hypernetwork_model), "nothing": str(tmp_path / "nothing")}
-    arguments = [argument.format(**names) for argument in arguments]
-    command = [sys.executable, "-m", "f2l_vllm.cli", "serve", *arguments, "--dry-run"]
-    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
-    assert result.returncode != 0
-    assert message in " ".join((result.stdout + result.stderr).replace("│", "").split())

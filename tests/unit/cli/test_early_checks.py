@@ -89,6 +89,10 @@ def test_a_flag_that_cannot_work_is_refused_by_a_dry_run_too(flags, sentence):
         ("F2L_QUEUE_SHARE", "2", "must be at most 1"),
         ("F2L_CPU_PLATFORM", "yes", "is not valid: use one of auto, 0, 1"),
         ("F2L_HYPERNETWORK", "./nothing", "No hypernetwork at './nothing'"),
+        ("F2L_QUEUE_LIMIT", "none", "F2L_QUEUE_LIMIT=none"),
+        ("F2L_TENANTS", "/no/such/file", "cannot be read"),
+        ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1", "unset it"),
+        ("VLLM_USE_RUST_FRONTEND", "1", "unset it"),
     ],
 )
 def test_a_variable_that_cannot_work_is_refused(monkeypatch, name, value, sentence):
