@@ -18,7 +18,7 @@ from f2l_vllm.video.reading import ReadingOptions
 def test_adapters_of_fresh_mp4_files_answer_far_above_the_controls(tmp_path):
     right = defaultdict(list)
     answers = TransformersAnswers(models.DEFAULT_MODEL, None, ReadingOptions(), max_tokens=40)
-    asks = plan(world_questions("held-out", 12, 90210, tmp_path).clips, ARMS)
+    asks = plan(world_questions("held-out", 6, 90210, tmp_path).clips, ARMS)
 
     def count(ask: Ask, reply: Reply) -> None:
         right[ask.arm].append(reply.text == ask.question.truth)

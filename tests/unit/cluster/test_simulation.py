@@ -61,7 +61,7 @@ def test_questions_wait_for_one_place_as_an_m_d_1_queue_says(busy: float) -> Non
         terms = ((busy * (k - seconds)) ** k / math.factorial(k) * math.exp(busy * (seconds - k)) for k in range(100))
         return (1 - busy) * sum(term for k, term in enumerate(terms) if k <= seconds)
 
-    outcome = simulated(scenario, questions=200_000)
+    outcome = simulated(scenario, questions=200_000 if busy > 0.5 else 40_000)  # a long queue is long remembered
     if busy < 0.5:
         assert outcome.added_median_ms == 0
     else:

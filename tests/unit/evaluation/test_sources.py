@@ -111,9 +111,13 @@ def test_a_manifest_with_nothing_to_ask_is_refused(tmp_path):
 
 
 def test_every_question_is_planned_in_every_arm(tmp_path):
-    clips = world_questions("train", 3, 1, tmp_path).clips
+    names = ("a.mp4", "b.mp4", "c.mp4")
+    for name in names:
+        write_video(tmp_path / name, frames=2)
+    rows = [{"video_path": name, "prompt": prompt} for name in names for prompt in ("What?", "Where?")]
+    clips = manifest_questions(manifest(tmp_path, *rows), tmp_path / "work").clips
     asks = plan(clips, ARMS)
-    assert len(asks) == 3 * 11 * 4
+    assert len(asks) == 3 * 2 * 4
     reads = {(ask.arm, ask.clip.id): ask.reads and ask.reads.id for ask in asks}
     assert reads["adapter", clips[0].id] == reads["frames", clips[0].id] == clips[0].id
     assert reads["none", clips[0].id] is None
