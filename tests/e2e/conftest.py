@@ -12,6 +12,7 @@ from tests.support.videos import write_video
 # that none is left alone at its end; modules in a line share a server, which is started once.
 LINES = (
     (
+        "cli/test_server_process.py",
         "server/test_server_life.py",
         "server/test_many_videos_over_http.py",
         "server/test_questions_over_http.py",
@@ -24,7 +25,6 @@ LINES = (
         "server/test_corpus_over_http.py",
         "server/test_files_over_http.py",
         "server/test_routes_over_http.py",
-        "cli/test_server_process.py",
     ),
     ("faults/test_server_faults.py",),
     ("pool/test_pool.py",),

@@ -26,7 +26,10 @@ def filmed_examples(folder: Path) -> list[Example]:
     return made
 
 
-def train_command(folder: Path, manifest: Path, *launch: str, steps: str = STEPS) -> list[str]:
+def train_words(folder: Path, manifest: Path, steps: str = STEPS) -> list[str]:
     options = ["--rank", "4", "--latent-size", "32", "--blocks", "1", *steps.split(" ")]
-    command = ["-m", "f2l_vllm.cli", "train", str(folder), "--manifest", str(manifest), *options]
-    return [sys.executable, *launch, *command]
+    return ["train", str(folder), "--manifest", str(manifest), *options]
+
+
+def train_command(folder: Path, manifest: Path, *launch: str, steps: str = STEPS) -> list[str]:
+    return [sys.executable, *launch, "-m", "f2l_vllm.cli", *train_words(folder, manifest, steps)]

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from f2l_vllm.cli.main import app
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.train.data.manifest import Example, write_manifest
 from f2l_vllm.train.loop import LOG_FILE
 from f2l_vllm.train.trainer import REPORT_FILE
-from tests.support.training import filmed_examples, train_command
+from tests.support.training import filmed_examples, train_command, train_words
 
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
 
@@ -34,7 +36,7 @@ def test_the_command_goes_on_after_a_kill_as_if_there_had_been_none(examples, tm
     write_manifest(manifest, examples)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    assert subprocess.run(train_command(unbroken, manifest), env=environment).returncode == 0
+    assert CliRunner().invoke(app, train_words(unbroken, manifest)).exit_code == 0
     process = subprocess.Popen(train_command(killed, manifest), env=environment)
     log = killed / ".run" / LOG_FILE
     deadline = time.monotonic() + 120
@@ -43,7 +45,7 @@ def test_the_command_goes_on_after_a_kill_as_if_there_had_been_none(examples, tm
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "hypernetwork").exists(), "killed before the end"
-    assert subprocess.run(train_command(killed, manifest), env=environment).returncode == 0
+    assert CliRunner().invoke(app, train_words(killed, manifest)).exit_code == 0
     assert curve(killed) == curve(unbroken)
     assert not (killed / ".run").exists()
     for name in ("config.json", "model.safetensors"):
@@ -61,10 +63,10 @@ def test_two_processes_learn_what_one_does(examples, tmp_path):
     manifest = tmp_path / "manifest.jsonl"
     uneven = [example for example in examples if example.id.startswith("0-") or example.id == "1-0"]
     write_manifest(manifest, [*uneven, broken])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, launch in (("one", ()), ("two", TWO_PROCESSES)):
-        command = train_command(tmp_path / name, manifest, *launch, steps="--steps 1 --videos 2 --questions 20")
-        assert subprocess.run(command, env=environment).returncode == 0
+    steps = "--steps 1 --videos 2 --questions 20"
+    assert CliRunner().invoke(app, train_words(tmp_path / "one", manifest, steps)).exit_code == 0
+    command = train_command(tmp_path / "two", manifest, *TWO_PROCESSES, steps=steps)
+    assert subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 0
     for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert (two["loss"], two["norm"]) == pytest.approx((one["loss"], one["norm"]), rel=1e-3)
     left_out = [json.loads((tmp_path / name / REPORT_FILE).read_text())["left_out"] for name in ("one", "two")]

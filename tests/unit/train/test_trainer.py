@@ -23,7 +23,7 @@ from f2l_vllm.train.loop import Loop
 from f2l_vllm.train.optimizer import MuonAdamW
 from f2l_vllm.train.trainer import Trainer, TrainingOptions
 from f2l_vllm.video.sample import Sampling, sample_video
-from tests.support.training import filmed_examples, train_command
+from tests.support.training import filmed_examples, train_words
 
 TINY = models.resolve("f2l-tiny")
 QUESTIONS = [("What happens?", "A red circle moves.", "caption"), ("How many shapes are there?", "Two.", "count")]
@@ -259,8 +259,8 @@ def test_a_module_that_there_is_not_is_refused_with_those_there_are(examples, tm
 def test_blanks_between_modules_do_not_matter(examples, tmp_path):
     manifest = tmp_path / "manifest.jsonl"
     write_manifest(manifest, examples)
-    command = train_command(tmp_path / "run", manifest, steps="--steps 1 --videos 1")
-    result = CliRunner().invoke(app, [*command[3:], "--modules", "up_proj, down_proj"])
+    words = train_words(tmp_path / "run", manifest, steps="--steps 1 --videos 1")
+    result = CliRunner().invoke(app, [*words, "--modules", "up_proj, down_proj"])
     assert result.exit_code == 0, result.output
     assert list(Hypernetwork.load(tmp_path / "run" / "hypernetwork").config.modules) == ["down_proj", "up_proj"]
 

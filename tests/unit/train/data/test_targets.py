@@ -121,25 +121,15 @@ def test_a_bad_shard_says_how_it_is_written(text):
         Shard.parse(text)
 
 
-def command(world: Path, output: Path, *flags: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "f2l_vllm.cli",
-        "targets",
-        str(world),
-        "-o",
-        str(output),
-        "--max-tokens",
-        "40",
-        *flags,
-    ]
+def words(world: Path, output: Path) -> list[str]:
+    return ["targets", str(world), "-o", str(output), "--max-tokens", "40"]
 
 
 def test_a_run_that_is_killed_goes_on_where_it_was(world, answered, tmp_path):
     output = tmp_path / "targets.jsonl"
     partial = partial_path(output)
-    process = subprocess.Popen(command(world, output), stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "f2l_vllm.cli", *words(world, output)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if partial.exists() and partial.read_bytes().count(b"\n") > 3:
@@ -152,8 +142,8 @@ def test_a_run_that_is_killed_goes_on_where_it_was(world, answered, tmp_path):
     assert 3 < kept.count(b"\n") < 31
     with partial.open("ab") as file:  # what a kill in the middle of a line leaves
         file.write(b'{"id": "held-out-11-0000')
-    process = subprocess.run(command(world, output), stdout=subprocess.DEVNULL, check=False)
-    assert process.returncode == 0
+    run = CliRunner().invoke(app, words(world, output))
+    assert run.exit_code == 0, run.output
     assert not partial.exists()
     assert output.read_bytes() == answered.read_bytes()
 
