@@ -50,7 +50,8 @@ class Incoming:
         more = announces_a_body(Headers(scope=self.scope))
         while more and size <= HELD_BYTES:
             try:
-                message = await asyncio.wait_for(self._next(), _IDLE_SECONDS)
+                async with asyncio.timeout(_IDLE_SECONDS):
+                    message = await self._next()
             except TimeoutError as error:
                 raise _too_slow() from error
             pieces.append(message.get("body", b""))

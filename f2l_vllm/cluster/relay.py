@@ -121,7 +121,8 @@ class Relay:
 
     async def _find(self, key: str, tried: Collection[str]) -> Engine:
         try:
-            return await asyncio.wait_for(self._choose(key, tried), self._find_seconds)
+            async with asyncio.timeout(self._find_seconds):
+                return await self._choose(key, tried)
         except TimeoutError as error:
             raise _no_engine() from error
 
