@@ -36,6 +36,7 @@ _CORPUS = (
     "Internalize this video for later captioning. A red triangle grows while the blue star blinks on the left. "
     "Markup such as <b> bold </b> or <i> slanted </i> makes <video> part of a longer token, as in large vocabularies. "
 )
+_IMAGE_SIZE, _NUM_FRAMES = 32, 8
 _SPECIAL = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -48,29 +49,18 @@ _SPECIAL = [
 ]
 
 
-def make_smolvlm(
-    directory: Path | str,
-    seed: int = 0,
-    *,
-    hidden_size: int = 64,
-    num_layers: int = 4,
-    intermediate_size: int = 128,
-    image_size: int = 32,
-    num_frames: int = 8,
-    video_token_in_vocabulary: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> Path:
+def make_smolvlm(directory: Path | str, *, video_token_in_vocabulary: bool = False) -> Path:
     """Write a random SmolVLM checkpoint and return its directory.
 
-    Four vision tokens per frame or tile; images larger than `image_size` are split into tiles as in the released
-    models; videos are sampled at one frame per second, at most `num_frames`. `<video>` is plain text for the
+    Four vision tokens per frame or tile; images larger than `_IMAGE_SIZE` are split into tiles as in the released
+    models; videos are sampled at one frame per second, at most `_NUM_FRAMES`. `<video>` is plain text for the
     tokenizer, as in the released models, unless `video_token_in_vocabulary`.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _make_tokenizer(["<video>"] if video_token_in_vocabulary else [])
-    patch_size, scale_factor = image_size // 4, 2
-    _make_processor(tokenizer, image_size, num_frames, 16 // scale_factor**2).save_pretrained(directory)
+    scale_factor = 2
+    _make_processor(tokenizer, 16 // scale_factor**2).save_pretrained(directory)
 
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -80,12 +70,12 @@ def make_smolvlm(
     text_config = dict(
         model_type="llama",
         vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_layers,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=hidden_size // 4,
+        head_dim=16,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
@@ -96,8 +86,8 @@ def make_smolvlm(
         "intermediate_size": 96,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "image_size": image_size,
-        "patch_size": patch_size,
+        "image_size": _IMAGE_SIZE,
+        "patch_size": _IMAGE_SIZE // 4,
     }
     config = SmolVLMConfig(
         text_config=text_config,
@@ -108,12 +98,12 @@ def make_smolvlm(
         **ids,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = SmolVLMForConditionalGeneration(config)
     _widen(model)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(dtype).save_pretrained(directory)
+    model.save_pretrained(directory)
     return directory
 
 
@@ -186,21 +176,19 @@ def _make_tokenizer(extra_special: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def _make_processor(
-    tokenizer: PreTrainedTokenizerFast, image_size: int, num_frames: int, image_seq_len: int
-) -> SmolVLMProcessor:
+def _make_processor(tokenizer: PreTrainedTokenizerFast, image_seq_len: int) -> SmolVLMProcessor:
     normalize = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     images = SmolVLMImageProcessor(
-        size={"longest_edge": 2 * image_size},
-        max_image_size={"longest_edge": image_size},
+        size={"longest_edge": 2 * _IMAGE_SIZE},
+        max_image_size={"longest_edge": _IMAGE_SIZE},
         do_image_splitting=True,
         **normalize,
     )
     videos = SmolVLMVideoProcessor(
-        size={"longest_edge": image_size},
-        max_image_size={"longest_edge": image_size},
+        size={"longest_edge": _IMAGE_SIZE},
+        max_image_size={"longest_edge": _IMAGE_SIZE},
         do_sample_frames=True,
-        num_frames=num_frames,
+        num_frames=_NUM_FRAMES,
         fps=1,
         **normalize,
     )
