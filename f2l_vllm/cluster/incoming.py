@@ -83,7 +83,7 @@ class Incoming:
         """Do the work; cancel it when the client leaves. A body that is not held is for the work to read."""
         if self.has_left or self.held is None:
             return work.close() if self.has_left else await work
-        working, watching = asyncio.ensure_future(work), asyncio.ensure_future(self._next())
+        working, watching = asyncio.ensure_future(work), asyncio.ensure_future(self._leaving())
         try:
             await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
             if working.done():
@@ -92,6 +92,10 @@ class Incoming:
             for task in (working, watching):
                 task.cancel()
             await asyncio.gather(working, watching, return_exceptions=True)
+
+    async def _leaving(self) -> None:
+        while not self.has_left:  # a request without a body has an empty one to give first
+            await self._next()
 
     async def _next(self) -> Message:
         message = await self._receive()

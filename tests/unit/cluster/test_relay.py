@@ -138,6 +138,14 @@ def test_what_says_503_is_asked_elsewhere_and_its_answer_passed_on_if_all_say_so
     assert (front.home().asked, front.other().asked) == (2, 2)
 
 
+def test_a_request_without_a_body_waits_for_its_answer_too(front):
+    home, other = front.home(), front.other()
+    other.kill()
+    front.post()  # from here on there is a connection to the engine
+    threading.Thread(target=lambda: (wait_until(lambda: home.held), time.sleep(0.1), home.gate.release(1))).start()
+    assert front.client.get("/hold").status_code == 200
+
+
 def test_without_engines_a_request_says_when_to_come_again(front):
     for one in front.stand_ins:
         one.kill()
