@@ -32,10 +32,13 @@ def find_postgres() -> Path | None:
 
 
 class Postgres:
-    """One server, reached by a socket in its folder; `new_database` gives each test a fresh one."""
+    """One server, reached by a socket in its folder, or at `address` from the networks of this machine.
 
-    def __init__(self, folder: Path, binaries: Path) -> None:
-        self._binaries, self._folder, self._made = binaries, folder, 0
+    `new_database` gives each test a fresh one.
+    """
+
+    def __init__(self, folder: Path, binaries: Path, address: str = "") -> None:
+        self._binaries, self._folder, self._address, self._made = binaries, folder, address, 0
         self._user = unprivileged_user()
         if self._user is not None:
             os.chown(folder, pwd.getpwnam(self._user).pw_uid, -1)
@@ -45,11 +48,20 @@ class Postgres:
             ).wait()
         if done:
             raise RuntimeError(f"initdb failed: {Path(log.name).read_text()}")
+        with (folder / "data" / "pg_hba.conf").open("a") as access:
+            access.write("host all all samenet trust\n")
         self.start()
 
     def start(self) -> None:
         """Start the server and wait for it. As a child: it stops when this process ends, however that comes about."""
-        options = ("-c", "listen_addresses=", "-c", f"unix_socket_directories={self._folder}", "-c", "fsync=off")
+        options = (
+            "-c",
+            f"listen_addresses={self._address}",
+            "-c",
+            f"unix_socket_directories={self._folder}",
+            "-c",
+            "fsync=off",
+        )
         with (self._folder / "log").open("a") as log:
             self.process = self._popen(log, "postgres", "-D", str(self._folder / "data"), *options)
         deadline = time.monotonic() + _START_SECONDS
@@ -74,7 +86,7 @@ class Postgres:
         name = f"test{self._made}"
         with self._connect() as connection:
             connection.execute(f"CREATE DATABASE {name}")
-        return f"postgresql://f2l@/{name}?host={self._folder}"
+        return f"postgresql://f2l@/{name}?host={self._address or self._folder}"
 
     def _connect(self) -> psycopg.Connection[Any]:
         return psycopg.connect(host=str(self._folder), user="f2l", dbname="postgres", autocommit=True)
@@ -88,13 +100,13 @@ class Postgres:
 
 
 @contextmanager
-def temporary_postgres() -> Iterator[Postgres | None]:
-    """A server for a while; None if PostgreSQL is not installed."""
+def temporary_postgres(address: str = "") -> Iterator[Postgres | None]:
+    """A server for a while, as `Postgres` says; None if PostgreSQL is not installed."""
     if (binaries := find_postgres()) is None:
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="f2l-postgres-") as folder:
-        postgres = Postgres(Path(folder), binaries)
+        postgres = Postgres(Path(folder), binaries, address)
         try:
             yield postgres
         finally:
@@ -102,9 +114,9 @@ def temporary_postgres() -> Iterator[Postgres | None]:
 
 
 @contextmanager
-def needed_postgres() -> Iterator[Postgres]:
+def needed_postgres(address: str = "") -> Iterator[Postgres]:
     """As `temporary_postgres`, for programs that do nothing without one."""
-    with temporary_postgres() as postgres:
+    with temporary_postgres(address) as postgres:
         if postgres is None:
             raise SystemExit("PostgreSQL is needed: apt-get install postgresql")
         yield postgres

@@ -37,7 +37,21 @@ def calm(at):
     return Operation("calm", at, at, found=["server-0", "server-1"])
 
 
+def key(kind, at, until=0.5, **values):
+    return Operation(f"{kind} key", at, at + until, tenant="red", key="c" * 64, **values)
+
+
+KEY = {"key": "c" * 64, "until": 0.1}
+ADDED, REVOKED = key("add", 1), key("revoke", 10)
 CLEAN = [
+    ADDED,
+    done("ask", 2, status=401, sha256="", **KEY),  # not every server has read it yet
+    done("ask", 8, **KEY),
+    done("ask", 10.4, **KEY),  # it began before the revocation was acknowledged
+    done("ask", 10.1, status=401, sha256="", **KEY),
+    REVOKED,
+    done("ask", 10.6, status=401, sha256="", **KEY),
+    done("ask", 10.6, status=503, sha256="", retry_after=True, **KEY),
     upload(0),
     upload(1, "file-2", "blue", B),
     upload(1, "file-3", expires_at=20.0),
@@ -89,6 +103,10 @@ BROKEN = {
     "failed": ("lost", [upload(0), done("ask", 1, status=422, code="video_failed")]),
     "not listed": ("lost", [upload(0), listed(1)]),
     "not answered in the end": ("lost", [upload(0), calm(9), done("ask", 10), Operation("left", 12, 12)]),
+    "answered by a revoked key": ("revoked", [upload(0), ADDED, REVOKED, done("ask", 10.6, **KEY)]),
+    "a revoked key finds a video": ("revoked", [upload(0), ADDED, REVOKED, done("ask", 10.6, status=409, **KEY)]),
+    "a valid key is refused": ("refused", [upload(0), ADDED, REVOKED, done("ask", 8, status=401, **KEY)]),
+    "a lasting key is refused": ("refused", [upload(0), done("ask", 1, status=401)]),
     "an error for no reason": ("error", [upload(0), done("ask", 1, status=502)]),
     "no answer for no reason": ("error", [upload(0), fault(1, 2, "server-1"), done("ask", 1, status=NO_ANSWER)]),
     "no answer long after": ("error", [upload(0), fault(1, 2), done("ask", 9, status=NO_ANSWER)]),

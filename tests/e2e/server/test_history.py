@@ -13,6 +13,7 @@ SEEDS = (11, 12)
 SECONDS = 40
 QUESTIONS = 300
 DONE = ("upload 200", "ask 200", "content 200", "delete 200", "list 200", "look 200")
+DONE += ("add key 200", "revoke key 200", "ask 401 invalid_api_key")
 
 
 def test_whatever_happens_to_servers_workers_and_postgres_clients_see_nothing_wrong():

@@ -17,6 +17,7 @@ READY_SECONDS = 30.0
 _FOREVER = float("inf")
 _READS = ("ask", "content")
 _REFUSALS = {409, 429}  # not ready yet, queue full
+_KEY_SECONDS = 5.0  # by then a new key works everywhere: servers read the keys once a second at most
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class File:
 def violations(history: Sequence[Operation]) -> list[Violation]:
     """Everything that is wrong with a history."""
     known = files(history)
-    rules = (_answers, _errors, _lists, _doubles, _erasures, _end)
+    rules = (_answers, _keys, _errors, _lists, _doubles, _erasures, _end)
     return [one for rule in rules for one in rule(history, known)]
 
 
@@ -75,7 +76,7 @@ def files(history: Sequence[Operation]) -> dict[str, File]:
             continue
         if one.kind == "delete":
             found.deletes.append(one)
-        elif one.kind == "ask" and one.status != 404:
+        elif one.kind == "ask" and one.status not in (401, 404):
             found.uses.append(one)
     return known
 
@@ -101,6 +102,23 @@ def _answers(history: Sequence[Operation], known: dict[str, File]) -> Iterator[V
             yield Violation("lost", f"the file failed: {one.code}", shown)
 
 
+def _keys(history: Sequence[Operation], _known: dict[str, File]) -> Iterator[Violation]:
+    """Nobody is let in by a key that was revoked before he asked, and nobody is kept out who has a valid one."""
+    added = {one.key: one for one in history if one.kind == "add key"}
+    revoked = {one.key: one for one in history if one.kind == "revoke key"}
+    for one in history:
+        if one.kind not in (*_READS, "upload", "delete", "list"):
+            continue
+        begin, end = added.get(one.key), revoked.get(one.key)
+        shown = tuple(known for known in (begin, end, one) if known is not None)
+        if one.status == 401:
+            is_new = begin is not None and one.start < begin.end + _KEY_SECONDS
+            if not is_new and (end is None or one.end < end.start):
+                yield Violation("refused", f"{one.kind} was refused although its key was valid", shown)
+        elif end is not None and end.is_done and one.start > end.end and one.status not in (NO_ANSWER, 503):
+            yield Violation("revoked", f"{one.kind} was let in by a key that had been revoked", shown)
+
+
 def _errors(history: Sequence[Operation], _known: dict[str, File]) -> Iterator[Violation]:
     """Nobody sees an error but of a server that was being harmed, or one that says when to ask again. 500 is a bug
     whatever was harmed: for what is away there is 503."""
@@ -112,6 +130,8 @@ def _errors(history: Sequence[Operation], _known: dict[str, File]) -> Iterator[V
     for one in history:
         if one.kind not in (*_READS, "upload", "delete", "list") or 200 <= one.status < 300:
             continue
+        if one.status == 401:
+            continue  # judged by its key
         if one.status in (404, 422) and one.kind not in ("upload", "list"):
             continue  # judged by what is known of the file
         if one.status in _REFUSALS or (one.status == 503 and one.retry_after):

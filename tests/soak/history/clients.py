@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 
+from f2l_vllm.catalog.keys import key_hash
+from f2l_vllm.store.errors import Unavailable
 from tests.soak.history.cluster import TENANTS, Cluster
 from tests.soak.history.operations import NO_ANSWER, Operation
 
@@ -23,6 +25,8 @@ _WAITS = (0.5, 3.0)
 _EXPIRIES = (1, 6)  # seconds, from and to
 _THINK_SECONDS = 0.02
 _SOON_SECONDS = 0.05
+_KEY_SECONDS = 1.5  # at most, between a key's beginning and its end
+_TICK_SECONDS = 0.05
 _LAST_LINES = 60  # of a traceback
 
 
@@ -34,6 +38,7 @@ class Known:
     contents: list[bytes] = field(default_factory=list)
     live: dict[str, dict[str, str]] = field(default_factory=lambda: {tenant: {} for tenant in TENANTS})  # id -> sha256
     gone: dict[str, deque[str]] = field(default_factory=lambda: {tenant: deque(maxlen=10) for tenant in TENANTS})
+    revoked: dict[str, deque[str]] = field(default_factory=lambda: {tenant: deque(maxlen=10) for tenant in TENANTS})
     uploads: int = 0
 
     def fresh(self, dice: Random) -> bytes:
@@ -51,8 +56,7 @@ class Client:
         self._cluster, self._known, self._history = cluster, known, history
         # A connection for each request: one that is kept open may be of a server that was killed meanwhile.
         limits = httpx.Limits(max_keepalive_connections=0)
-        headers = {"Authorization": f"Bearer key-{tenant}"}
-        self._http = httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, limits=limits, headers=headers)
+        self._http = httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, limits=limits, headers=_with(cluster.keys[tenant]))
 
     async def close(self) -> None:
         """In the end."""
@@ -85,6 +89,9 @@ class Client:
             weights[lambda: self.delete(server, file_id)] = 12 if crowded else 5
             weights[lambda: self.delete(server, file_id, erased=True)] = 4 if crowded else 2
             weights[lambda: self.everything(dice, file_id)] = 3
+            weights[lambda: self.with_another_key(dice, file_id)] = 2
+            if known.revoked[self.tenant]:
+                weights[lambda: self.ask(server, file_id, key=dice.choice(known.revoked[self.tenant]))] = 4
         if known.gone[self.tenant]:
             weights[lambda: self.ask(server, dice.choice(known.gone[self.tenant]))] = 8
         if theirs := [file_id for tenant in TENANTS if tenant != self.tenant for file_id in known.live[tenant]]:
@@ -114,15 +121,15 @@ class Client:
         files = {"file": (name, content, "video/mp4")}
         return await self._do("upload", server, "POST", "/v1/files", read, sent, data=form, files=files)
 
-    async def ask(self, server: str, file_id: str, wait: float = 0.0) -> Operation:
-        """A question, which may wait until the video is ready."""
+    async def ask(self, server: str, file_id: str, wait: float = 0.0, key: str = "") -> Operation:
+        """A question, which may wait until the video is ready; `key`: instead of the one that the tenant keeps."""
 
         def read(answer: httpx.Response) -> dict[str, Any]:
             return {"sha256": answer.json()["answer"]}
 
-        done = await self._do(
-            "ask", server, "POST", f"/ask/{file_id}", read, {"file_id": file_id}, params={"wait": wait}
-        )
+        sent, given = {"file_id": file_id, "key": key and key_hash(key)}, {"json": {"model": file_id, "wait": wait}}
+        given |= {"headers": _with(key)} if key else {}
+        done = await self._do("ask", server, "POST", "/v1/chat/completions", read, sent, **given)
         if done.status == 404:
             self._forget(file_id)  # it has expired
         return done
@@ -169,6 +176,41 @@ class Client:
 
         await asyncio.gather(*(soon(work) for work in works))
 
+    async def with_another_key(self, dice: Random, file_id: str) -> None:
+        """Ask with a key that is added, while it is revoked, and of every server when it has been."""
+        start = time.time()
+        try:
+            key = await asyncio.to_thread(self._cluster.catalog.add_key, self.tenant)
+        except Unavailable:
+            return
+        self._note("add key", start, key=key_hash(key))
+        servers = [*self._cluster.servers]
+
+        async def soon() -> None:
+            await asyncio.sleep(dice.uniform(0, _KEY_SECONDS))
+            await self.ask(dice.choice(servers), file_id, key=key)
+
+        async def revoke() -> None:
+            await asyncio.sleep(dice.uniform(0, _KEY_SECONDS))
+            await self._revoke(key)
+
+        await asyncio.gather(revoke(), *(soon() for _ in servers))
+        for server in servers:
+            await self.ask(server, file_id, key=key)
+
+    async def _revoke(self, key: str) -> None:
+        """As `f2l-vllm keys revoke`: it is done when every server has heard of it."""
+        catalog, start, sha256 = self._cluster.catalog, time.time(), key_hash(key)
+        self._known.revoked[self.tenant].append(key)
+        try:
+            number = await asyncio.to_thread(catalog.revoke_key, sha256)
+            assert number is not None, "nobody else revokes this key"
+            while await asyncio.to_thread(catalog.unaware, number):
+                await asyncio.sleep(_TICK_SECONDS)
+            self._note("revoke key", start, key=sha256)
+        except Unavailable:
+            self._note("revoke key", start, key=sha256, status=503, retry_after=True)
+
     async def list(self, server: str) -> Operation:
         """All files of the tenant's."""
 
@@ -206,6 +248,10 @@ class Client:
         done = Operation(kind, start, time.time(), client=self.name, tenant=self.tenant, **values)
         self._history.append(done)
         return done
+
+
+def _with(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
 
 
 def _refused(answer: httpx.Response) -> dict[str, Any]:

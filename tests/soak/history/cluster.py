@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import httpx
 import psycopg
 
+from f2l_vllm.catalog.catalog import Catalog
 from tests.soak.history.server import REVISIONS, Place, serve
 from tests.soak.history.worker import work
 from tests.support.postgres import Postgres
@@ -73,7 +75,7 @@ class Member:
     @property
     def url(self) -> str:
         """Of a server."""
-        return f"http://127.0.0.1:{self.place.port}"
+        return f"http://{self.place.host}:{self.place.port}"
 
     @property
     def memory(self) -> Path:
@@ -98,27 +100,39 @@ class Member:
 
 
 class Cluster:
-    """Servers and workers of one database and one store. The first workers belong to the first servers."""
+    """Servers and workers of one database and one store. The first workers belong to the first servers.
 
-    def __init__(self, folder: Path, postgres: Postgres, servers: int, workers: int, store_seconds: float) -> None:
+    Args:
+        hosts: network namespace and address of each server; by default all are on this machine.
+        place: of every `Place`, instead of its defaults; `database` and `store` are new ones by default.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        postgres: Postgres,
+        servers: int,
+        workers: int,
+        hosts: Sequence[tuple[str, str]] = (),
+        **place: Any,
+    ) -> None:
         assert workers <= servers
         _FORK.set_forkserver_preload(["tests.soak.history.worker"])
         self.folder, self.postgres = folder, postgres
-        self._database = postgres.new_database()
-        tenants = folder / "tenants.json"
-        tenants.write_text(json.dumps({tenant: [f"key-{tenant}"] for tenant in TENANTS}))
+        self.shared = {"database": postgres.new_database(), "store": f"file://{folder / 'store'}", **place}
+        self.catalog = Catalog(self.shared["database"])
+        self.keys = {tenant: self.catalog.add_key(tenant) for tenant in TENANTS}
         self.servers: dict[str, Member] = {}
         self.workers: dict[str, Member] = {}
-        shared: dict[str, Any] = {"database": self._database, "store": f"file://{folder / 'store'}"}
-        shared |= {"tenants": tenants, "store_seconds": store_seconds}
         for number, port in enumerate(_ports(servers)):
             home = folder / f"{number}" / "home"
             home.mkdir(parents=True)
-            place = Place(f"server-{number}", home, port, **shared)
-            self.servers[place.name] = Member(place, serve)
+            network, host = hosts[number] if hosts else ("", "127.0.0.1")
+            own = Place(f"server-{number}", home, port, network=network, host=host, **self.shared)
+            self.servers[own.name] = Member(own, serve)
             if number < workers:
-                place = Place(f"worker-{number}", home, 0, **shared)
-                self.workers[place.name] = Member(place, work)
+                own = replace(own, name=f"worker-{number}", port=0)
+                self.workers[own.name] = Member(own, work)
 
     def worker_of(self, server: str) -> Member | None:
         """The worker on this server's folder."""
@@ -133,6 +147,7 @@ class Cluster:
         for member in (*self.servers.values(), *self.workers.values()):
             member.kill()
             shutil.rmtree(member.memory, ignore_errors=True)
+        self.catalog.close()
 
     def look(self, sha256: str) -> list[str]:
         """Where there is something of a video: `store` or a server's name, and a path there."""
@@ -150,14 +165,15 @@ class Cluster:
 
     async def left(self) -> dict[str, Any]:
         """What there is anywhere, of all videos; empty if there is nothing."""
-        found: dict[str, Any] = {"store": _files(self.folder / "store")}
+        far, root = fsspec.core.url_to_fs(self.shared["store"], use_listings_cache=False)
+        found: dict[str, Any] = {"store": await asyncio.to_thread(far.find, root)}
         async with httpx.AsyncClient(timeout=10) as client:
             for name, server in self.servers.items():
                 folders = [server.place.home / kind for kind in ("adapters", "videos", "tmp")]
                 found[f"{name} disk"] = [path for folder in folders for path in _files(folder)]
                 found[f"{name} memory"] = _files(server.memory)
                 found[f"{name} engine"] = (await client.get(f"{server.url}/left")).json()
-        with psycopg.connect(self._database) as connection:
+        with psycopg.connect(self.shared["database"]) as connection:
             for what, query in _COUNTS.items():
                 found[what] = (connection.execute(query).fetchone() or (0,))[0]
         return {what: some for what, some in found.items() if some}

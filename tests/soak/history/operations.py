@@ -17,15 +17,16 @@ class Operation:
     """One of a client's, a fault, or something that was looked at.
 
     Attributes:
-        kind: `upload`, `ask`, `content`, `delete`, `list`; `fault`; `died` (a process ended by itself); `calm` (all
-            faults are over, clients have ended), `ready`, `look` (what is left of one video that was erased), `left`
-            (what is left of all).
+        kind: `upload`, `ask`, `content`, `delete`, `list`; `add key`, `revoke key`; `fault`; `died` (a process ended by
+            itself); `calm` (all faults are over, clients have ended), `ready`, `look` (what is left of one video that
+            was erased), `left` (what is left of all).
         start, end: Unix seconds.
         server: whom it was sent to, or what the fault met: `server-1`, `worker-0`, `postgres`.
         status: of HTTP; `NO_ANSWER` if the connection failed or the time was up.
         code: of the error; of a fault, what was done.
         name: the file's name, which each upload chooses anew.
         sha256: of the bytes that were uploaded, or that the answer came from.
+        key: the hash of the API key that was added, revoked or sent; empty: one of the tenant's that is never revoked.
         expires_at, idle_seconds: of an upload, as it was answered and asked for.
         retry_after: whether an error said when to ask again.
         erased: of a deletion with `wait=erased`, what it said.
@@ -43,6 +44,7 @@ class Operation:
     status: int = 200
     code: str = ""
     sha256: str = ""
+    key: str = ""
     expires_at: float | None = None
     idle_seconds: float | None = None
     retry_after: bool = False

@@ -16,6 +16,7 @@ BEAT_SECONDS = 0.5
 _CONSTANTS: dict[str, Any] = {
     "catalog.servers.SERVER_SECONDS": SILENT_SECONDS,
     "catalog.revisions.SERVER_SECONDS": SILENT_SECONDS,
+    "server.catalog_keys.SERVER_SECONDS": SILENT_SECONDS,
     "catalog.jobs.LEASE_SECONDS": SILENT_SECONDS,
     "catalog.duties.HELD_SECONDS": SILENT_SECONDS / 2,
     "catalog.tombstones._RESERVED_SECONDS": 10.0,

@@ -47,7 +47,8 @@ async def run(seconds: float, seed: int, postgres: Postgres, *, servers: int = 3
     """Make a history of at least so many seconds, and check it."""
     dice = Random(seed)
     with tempfile.TemporaryDirectory(prefix="f2l-history-") as name:
-        cluster = Cluster(Path(name), postgres, servers, workers, _STORE_SECONDS[seed % len(_STORE_SECONDS)])
+        far = {"store_seconds": _STORE_SECONDS[seed % len(_STORE_SECONDS)]}
+        cluster = Cluster(Path(name), postgres, servers, workers, **far)
         history: list[Operation] = []
         known = Known(tiny_video(Path(name)))
         clients = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import traceback
 from collections.abc import AsyncIterator
@@ -16,9 +17,11 @@ import vllm.v1.engine.exceptions  # noqa: F401  (what `/ready` imports; loaded o
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
+from starlette.middleware import Middleware
 
 from f2l_vllm import torch_shims
 from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.listener import listen
 from f2l_vllm.lifeline import end_with_spawner
 from f2l_vllm.server import errors
 from f2l_vllm.server.assembly import hold
@@ -27,10 +30,10 @@ from f2l_vllm.server.chat.request import Video
 from f2l_vllm.server.chat.resolve import Asking
 from f2l_vllm.server.middleware.auth import AuthMiddleware
 from f2l_vllm.server.registry import Registry
-from f2l_vllm.server.tenants import Keys, tenant_of
+from f2l_vllm.server.tenants import tenant_of
 from f2l_vllm.server.videos.routes import router
 from f2l_vllm.server.videos.service import Revisions, VideoService
-from f2l_vllm.settings import Settings
+from f2l_vllm.settings import CATALOG, Settings
 from f2l_vllm.store.cached_store import open_store
 from f2l_vllm.store.errors import Unavailable
 from tests.soak.history import pace
@@ -41,7 +44,7 @@ torch_shims.install()
 RANK = 4
 REVISIONS = Revisions("base", "one")
 WEIGHTS = "weights"
-_ANSWER_SECONDS = 0.005
+_CLONE_NEWNET = 0x40000000
 _own = APIRouter()
 
 
@@ -54,8 +57,13 @@ class Place:
     port: int
     database: str
     store: str
-    tenants: Path
-    store_seconds: float  # each call to the object store takes up to twice so long
+    store_seconds: float = 0.0  # each call to the object store takes up to twice so long
+    listen: str | None = None  # the database past a pooler
+    host: str = "127.0.0.1"
+    network: str = ""  # the network namespace by name, if it is another
+    hurries: bool = True  # whether who is silent is given up after seconds
+    answer_seconds: float = 0.005
+    stage_seconds: float = 0.05  # at most, of each of a worker's stages
 
     @property
     def log(self) -> Path:
@@ -68,7 +76,12 @@ class Place:
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        pace.hurry()
+        if self.network:
+            with open(f"/run/netns/{self.network}") as namespace:
+                if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET) != 0:
+                    raise OSError(ctypes.get_errno(), f"the network namespace {self.network} cannot be entered")
+        if self.hurries:
+            pace.hurry()
 
 
 class Engine(engine.Engine):
@@ -91,15 +104,15 @@ class Engine(engine.Engine):
         """It is well."""
 
 
-@_own.post("/ask/{file_id}")
-async def ask(file_id: str, request: Request, wait: float = 0.0) -> dict[str, str]:
+@_own.post("/v1/chat/completions")
+async def ask(request: Request) -> dict[str, str]:
     """What a chat handler does with one video, and the engine with what the handler gives it."""
-    state, tenant = request.app.state, tenant_of(request)
-    named = await state.asking.find([Video(file_id=file_id)], tenant)
-    source = await state.asking.adapter(named, tenant, wait)
+    state, tenant, question = request.app.state, tenant_of(request), await request.json()
+    named = await state.asking.find([Video(file_id=question["model"])], tenant)
+    source = await state.asking.adapter(named, tenant, question["wait"])
     try:
         number = state.names[source.lease.key].lora_int_id
-        await asyncio.sleep(_ANSWER_SECONDS)
+        await asyncio.sleep(state.answer_seconds)
         return {"answer": state.engine_client.answers[number]}
     finally:
         source.release()
@@ -123,14 +136,12 @@ def serve(place: Place) -> None:
     app = FastAPI(lifespan=lambda app: _life(app, place))
     app.include_router(router)
     app.include_router(_own)
-    keys = Keys([], place.tenants)
-    app.add_middleware(AuthMiddleware, keys=keys, open_routes=["/ready", "/left"])
     app.add_exception_handler(errors.APIError, errors.answer)
     app.add_exception_handler(RequestValidationError, errors.answer_validation)
     app.add_exception_handler(HTTPException, errors.answer_http)
     app.add_exception_handler(Unavailable, errors.answer_unavailable)
     app.add_exception_handler(Exception, _say_why)
-    uvicorn.run(app, host="127.0.0.1", port=place.port, log_level="info", access_log=False)
+    uvicorn.run(app, host=place.host, port=place.port, log_level="info", access_log=False)
 
 
 @asynccontextmanager
@@ -141,12 +152,16 @@ async def _life(app: FastAPI, place: Place) -> AsyncIterator[None]:
     store = open_store(place.home, url=place.store, cache_bytes=1 << 18, hot_bytes=1 << 17)
     pace.put_far(store, place.store_seconds)
     catalog = Catalog(place.database)
-    app.state.engine_client = Engine()
+    app.state.engine_client, app.state.answer_seconds = Engine(), place.answer_seconds
     options: dict[str, Any] = {"base_model": "base", "host_slots": 8, "wanted": catalog.refers_to}
     registry = Registry(names, app.state.engine_client, store, **options)
     store.protect(registry.holds)
-    settings = Settings(home=place.home, tenants=place.tenants)
-    service = VideoService(settings, REVISIONS, catalog, store, registry, None, lambda: False)
+    settings = Settings(home=place.home, tenants=CATALOG)
+    listener = listen(catalog, place.listen)
+    service = VideoService(settings, REVISIONS, catalog, store, registry, None, lambda: False, listener)
+    # In front of the routes as vLLM's plugin puts it there, when the stack has been built.
+    app.user_middleware[:0] = [Middleware(AuthMiddleware, keys=service.keys, open_routes=["/ready", "/left"])]
+    app.middleware_stack = app.build_middleware_stack()
     await service.membership.attend()
     composer = Composer(
         catalog, store, registry, shapes=None, base_name="base", chunk_rank=RANK, max_rank=8 * RANK, keep=16

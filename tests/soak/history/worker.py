@@ -23,18 +23,17 @@ from f2l_vllm.store.store import Store, StoreError
 from tests.soak.history import pace
 from tests.soak.history.server import RANK, REVISIONS, WEIGHTS, Place
 
-_MOST_SECONDS = 0.05  # that a stage takes
 _AGAIN_SECONDS = 0.2
 _FILLER = "0" * 8192
 
 
-def make(catalog: Catalog, store: Store, job: Job) -> None:
-    """What a lane and its worker do with a job, in the order in which they do it."""
+def make(catalog: Catalog, store: Store, job: Job, most_seconds: float) -> None:
+    """What a lane and its worker do with a job, in the order in which they do it, each stage so long at most."""
     name, mine = job.adapter_name, {"token": job.token}
     _insist(lambda: catalog.advance(name, VideoState.DECODING, 0.0, **mine))
     try:
         path = store.fetch_video(job.video)
-        _pause()
+        _pause(most_seconds)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except StoreError as error:
         message = str(error)
@@ -49,10 +48,10 @@ def make(catalog: Catalog, store: Store, job: Job) -> None:
         directory.mkdir()
         (directory / WEIGHTS).write_text(f"{digest}\n{_FILLER}")
         (directory / "config.json").write_text("{}")
-        _pause()
+        _pause(most_seconds)
 
     store.publish_adapter(job.object, write, {})
-    _pause()
+    _pause(most_seconds)
     entered = _insist(lambda: catalog.finish_job(name, rank=2 * RANK, size=len(_FILLER), info=AdapterInfo(), **mine))
     if entered is None:
         store.remove_adapter(job.object)
@@ -76,7 +75,7 @@ def work(place: Place) -> None:
             time.sleep(_AGAIN_SECONDS)
         for job in jobs:
             try:
-                make(catalog, store, job)
+                make(catalog, store, job, place.stage_seconds)
             except Unavailable:
                 _insist(lambda job=job: catalog.release_job(job.adapter_name, blameless=True, token=job.token))
         if not jobs:
@@ -105,5 +104,5 @@ def _insist(enter: Callable[[], Any]) -> Any:
         time.sleep(_AGAIN_SECONDS)
 
 
-def _pause() -> None:
-    time.sleep(random.uniform(0, _MOST_SECONDS))
+def _pause(most_seconds: float) -> None:
+    time.sleep(random.uniform(0, most_seconds))
