@@ -52,11 +52,21 @@ from f2l_vllm.store.room import Headroom
 _WRITE_LOCK = 0x66326C  # PostgreSQL's advisory locks; any constants that are ours
 _VIDEO_LOCKS, _TOMBSTONE_LOCK = 0x66326D, 0x66326E
 _QUEUE_LOCK = 0x66326F
-_CONNECT_SECONDS = 5
+# No state belongs to a session, because a connection pooler may stand between. A connection over a link that is cut
+# fails after 10 s, whatever is under way on it; by itself Linux would wait for a quarter of an hour, or for ever.
+SESSION: dict[str, Any] = {
+    "connect_timeout": 5,
+    "prepare_threshold": None,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "tcp_user_timeout": 10_000,  # milliseconds
+}
+_IDLE_SECONDS = 5.0  # less than anybody waits for a lock
 _JOURNAL_PAGES = 250  # SQLite's journal stays this short: on a small disk it takes room from videos
 _CONNECTIONS = {"sqlite": 20, "postgresql": 5}  # kept open; twice as many at peak. PostgreSQL has few for all servers
 _TOMBSTONES = f"pg_advisory_xact_lock({_TOMBSTONE_LOCK})"
-_BUSY_STATES = ("08", "40", "53", "55", "57")  # connection, rollback, resources, object in use, operator intervention
+# connection, idle in a transaction, rollback, resources, object in use, operator intervention
+_BUSY_STATES = ("08", "25P03", "40", "53", "55", "57")
 
 
 class Database:
@@ -240,9 +250,7 @@ def _engine(url: str, busy_seconds: float) -> Engine:
     options: dict[str, Any] = {"pool_size": connections, "max_overflow": connections, "pool_timeout": busy_seconds}
     try:
         if kind == "postgresql":
-            # No state belongs to a session, because a connection pooler may stand between.
-            session = {"connect_timeout": _CONNECT_SECONDS, "prepare_threshold": None}
-            engine = create_engine(parsed, connect_args=session, pool_pre_ping=True, **options)
+            engine = create_engine(parsed, connect_args=SESSION, pool_pre_ping=True, **options)
             _bound_waits(engine, busy_seconds)
             return engine
         engine = create_engine(parsed, connect_args={"timeout": busy_seconds, "check_same_thread": False}, **options)
@@ -266,8 +274,11 @@ def _engine(url: str, busy_seconds: float) -> Engine:
 
 
 def _bound_waits(engine: Engine, busy_seconds: float) -> None:
-    """Have each transaction, readers' too, wait at most so long for a lock."""
-    bound = f"SET LOCAL lock_timeout = {int(busy_seconds * 1000)}"  # milliseconds
+    """Have each transaction, readers' too, wait at most so long for a lock, and PostgreSQL `_IDLE_SECONDS` for the
+    transaction: the locks of a process that was stopped or cut off in the middle go to those that wait for them."""
+    waits = {"lock_timeout": busy_seconds, "idle_in_transaction_session_timeout": _IDLE_SECONDS}
+    settings = (f"set_config('{name}', '{seconds * 1000:.0f}', true)" for name, seconds in waits.items())
+    bound = f"SELECT {', '.join(settings)}"
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from f2l_vllm.catalog.database import Database
+from f2l_vllm.catalog.database import SESSION, Database
 from f2l_vllm.catalog.notices import CHANNEL
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CONNECT_SECONDS = 5
 _CLOSE_SECONDS = 1.0
 _SLICE_SECONDS = 0.1  # how long `close` may go unnoticed
 _PROOF_SECONDS = 15.0  # between two proofs
@@ -118,8 +117,7 @@ class Listener:
         import psycopg  # is not installed where the catalog is SQLite
 
         _, arguments = self._url.get_dialect()().create_connect_args(self._url)
-        ours: dict[str, Any] = {"autocommit": True, "connect_timeout": _CONNECT_SECONDS, "prepare_threshold": None}
-        return psycopg.connect(**{**arguments, **ours})
+        return psycopg.connect(**{**arguments, **SESSION}, autocommit=True)
 
     def _listen(self, connection: psycopg.Connection[Any]) -> None:
         # Proofs have a channel of their own: behind a pooler a LISTEN may stay with a connection that others use.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.servers import SERVER_SECONDS
 from f2l_vllm.catalog.tables import Tombstone
 from f2l_vllm.files import lasting_name
 from f2l_vllm.server.catalog_keys import CatalogKeys
@@ -46,12 +47,12 @@ class Forgetting:
         self._seen = 0  # the last deletion that was handled
         self._in_use: dict[int, str] = {}  # deletions whose adapters are still used by answers
         self._said, self._said_at = (-1, -1), 0.0
-        self.has_joined = False
+        self._has_joined, self._heard_at = False, float("-inf")
 
     async def join(self) -> None:
         """Register this server and remove everything that was deleted while it was away. If this is interrupted by an
         error, it has not joined, and does so with the next `forget`."""
-        self.has_joined = False
+        self._has_joined = False
         place = f"{socket.gethostname()}:{self._store.home.resolve()}"
         self.name = await asyncio.to_thread(_name, self._store.home, place)
         self.server, self._seen = await self._write(self._catalog.join_server, self.name, self._revision, place)
@@ -66,7 +67,7 @@ class Forgetting:
                 await asyncio.to_thread(self._store.forget_video, name)
         if gone:
             logger.info("%d adapters and videos were deleted while this server was away, and are forgotten", len(gone))
-        self.has_joined = True
+        self._has_joined = True
         await self._say()
 
     async def forget(self) -> None:
@@ -93,6 +94,12 @@ class Forgetting:
                 return False
             await asyncio.sleep(_TICK_SECONDS)
         return True
+
+    @property
+    def has_joined(self) -> bool:
+        """Whether deletions wait for this server, which then has at most the last few to remove. They do not if the
+        catalog may count it as silent: it has to join again."""
+        return self._has_joined and time.monotonic() - self._heard_at < SERVER_SECONDS
 
     @property
     def _applied(self) -> int:
@@ -123,7 +130,7 @@ class Forgetting:
             logger.warning("the other servers have not heard from this one for too long: it joins them again")
             await self.join()
             return
-        self._said, self._said_at = said, time.monotonic()
+        self._said, self._said_at, self._heard_at = said, time.monotonic(), started
         self._keys.hear(started)
 
 

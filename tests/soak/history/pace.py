@@ -20,6 +20,7 @@ _CONSTANTS: dict[str, Any] = {
     "catalog.jobs.LEASE_SECONDS": SILENT_SECONDS,
     "catalog.duties.HELD_SECONDS": SILENT_SECONDS / 2,
     "catalog.tombstones._RESERVED_SECONDS": 10.0,
+    "server.videos.forgetting.SERVER_SECONDS": SILENT_SECONDS,
     "server.videos.forgetting._BEAT_SECONDS": BEAT_SECONDS,
     "server.videos.membership._TICK_SECONDS": 0.1,
     "server.videos.routes._ERASED_SECONDS": 4 * SILENT_SECONDS,

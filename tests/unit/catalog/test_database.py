@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import create_engine, event, insert, make_url, text
 
+from f2l_vllm.catalog import database
 from f2l_vllm.catalog.catalog import Catalog, QueueFull
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tables import files
@@ -216,6 +217,34 @@ def test_a_writer_that_is_killed_leaves_no_lock_and_nothing_half_done(database_u
     catalog.close()
 
 
+def test_a_writer_that_is_cut_off_holds_nobody_up_for_long(postgres):
+    url = postgres.new_database()
+    catalog = Catalog(url)
+    entered = _SPAWN.Event()
+    writer = _SPAWN.Process(target=_hold_a_transaction, args=(url, entered))
+    writer.start()
+    assert entered.wait(60)
+    add(catalog)  # with all that the writer's connection holds, as if nothing of its machine could be heard
+    writer.kill()
+    writer.join()
+    assert len(catalog.files("t", after=None, limit=9, descending=True)[0]) == 1
+    catalog.close()
+
+
+def test_a_writer_that_was_held_up_for_too_long_has_to_begin_again(postgres, monkeypatch):
+    monkeypatch.setattr(database, "_IDLE_SECONDS", 0.2)
+    catalog = Catalog(postgres.new_database())
+
+    def linger():
+        with catalog._write() as connection:
+            time.sleep(0.5)
+            connection.execute(text("SELECT 1"))
+
+    with pytest.raises(CatalogBusy):
+        linger()
+    catalog.close()
+
+
 def _hold_a_transaction(url, entered):
     catalog = Catalog(url)
     values = {"id": "half", "tenant": "t", "filename": "", "purpose": "", "bytes": 0, "sha256": "", "adapter_name": ""}
@@ -239,7 +268,7 @@ def test_a_database_that_was_away_is_found_again(postgres):
 
 
 def test_a_database_that_does_not_answer_is_away(monkeypatch):
-    monkeypatch.setattr("f2l_vllm.catalog.database._CONNECT_SECONDS", 2)  # the least that libpq waits
+    monkeypatch.setitem(database.SESSION, "connect_timeout", 2)  # the least that libpq waits
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(CatalogBusy):
         Catalog(f"postgresql://f2l@127.0.0.1:{silent.getsockname()[1]}/f2l")
 

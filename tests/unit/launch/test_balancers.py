@@ -185,6 +185,16 @@ def test_a_question_refused_with_400_is_not_asked_again(client, servers):
     assert sum(server.asked for server in servers) == 1
 
 
+@pytest.mark.parametrize("balancer", ["haproxy"], indirect=True)
+def test_when_no_server_is_there_the_client_learns_when_to_ask_again(client, servers):
+    for server in servers:
+        server.kill()
+    for path in (CHAT, FILES):
+        answer = client.post(path, json=about(VIDEOS[0]))
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+        assert answer.json()["error"]["code"] == "no_server"
+
+
 def test_when_all_servers_refuse_the_client_learns_when_to_ask_again(client, servers):
     for server in servers:
         server.status = 503

@@ -222,6 +222,24 @@ def test_a_server_that_was_away_forgets_before_it_is_counted_again(tmp_path, dat
     run(scenario, tmp_path, database_url)
 
 
+def test_a_server_that_may_have_been_given_up_is_not_ready_until_it_has_forgotten(tmp_path, database_url, monkeypatch):
+    async def scenario(one, two):
+        record, adapter = await one.upload("a")
+        (await two.use(adapter, record)).release()
+        await two.membership.attend()
+        assert two.membership.why_not_ready is None
+        await one.service.remove(record.id, T)
+        monkeypatch.setattr("f2l_vllm.server.videos.forgetting.SERVER_SECONDS", 1.0)
+        await asyncio.sleep(1.1)  # it was cut off for so long
+        assert two.left
+        assert two.membership.why_not_ready is not None
+        await two.membership.attend()
+        assert two.left == []
+        assert two.membership.why_not_ready is None
+
+    run(scenario, tmp_path, database_url)
+
+
 def test_a_server_that_starts_forgets_what_was_deleted_while_it_was_down(tmp_path, database_url):
     async def scenario(one, two):
         gone, gone_adapter = await one.upload("a")
