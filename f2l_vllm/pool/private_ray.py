@@ -1,7 +1,8 @@
 """Which of Ray's daemons a private Ray runs: those that start actors and pass on their events, and no others.
 
 Ray offers no setting for this. Its autoscaler, log monitor and dashboard are Python processes that serve clusters and
-browsers; starting them takes seconds of CPU time, for some of which the workers wait. Internals of Ray 2.60.
+browsers; starting them takes seconds of CPU time, for some of which the workers wait. These are internals of Ray 2.60;
+a Ray without these methods starts all its daemons.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ EXTRA = "ray.dashboard.optional_deps"  # imports what `ray[default]` adds; witho
 def few_daemons() -> Iterator[None]:
     """A Ray that is started inside runs without autoscaler, log monitor and dashboard, and its agents as if Ray was
     installed without the extra `default`."""
-    usual = {name: getattr(Node, name) for name in LEFT_OUT}
+    usual = {name: getattr(Node, name) for name in LEFT_OUT if hasattr(Node, name)}
     imported = sys.modules.pop(EXTRA, None)
     sys.modules[EXTRA] = None  # type: ignore[assignment]  # importing it raises ImportError
-    for name in LEFT_OUT:
+    for name in usual:
         setattr(Node, name, _nothing)
     try:
         yield
