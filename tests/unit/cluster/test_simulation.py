@@ -86,7 +86,7 @@ def test_the_same_seed_has_the_same_outcome() -> None:
 
 def test_a_video_that_keeps_its_server_needs_less_memory() -> None:
     scenario = Scenario(servers=8, videos=2000, places=64, concurrency=16, rate=200)
-    least, haproxy, warm = (simulated(scenario, policy).hit_rate for policy in POLICIES)
+    least, haproxy, warm = (simulated(scenario, policy, 10_000).hit_rate for policy in POLICIES)
     assert least + 0.1 < haproxy < warm
 
 
