@@ -1,4 +1,5 @@
-"""What PostgreSQL tells whoever listens: that a job waits, a file's work has ended, or something was deleted.
+"""What PostgreSQL tells whoever listens: that a job waits, a file's work has ended, something was deleted, or other
+models were appointed.
 
 Triggers send a notice with the commit of the change, whoever makes it, at the cost of no round trip. It says only that
 there is something to look at, so one is enough for many rows of a transaction. SQLite sends none.
@@ -17,6 +18,7 @@ CHANNEL = "f2l"
 JOBS = "jobs"  # a job was entered, or waits again
 FILES = "files"  # a file is no longer in work, or gone
 DELETIONS = "deletions"  # something has to be forgotten
+MODELS = "models"  # a revision was appointed
 JOBS_SECONDS = 0.25  # for so long after a notice no other one tells of jobs
 
 _ENDED = ", ".join(f"'{state}'" for state in VideoState if state not in IN_WORK)
@@ -40,6 +42,7 @@ BEGIN
 END $$
 """
 _OF_JOB, _OF_FILE, _OF_DELETION = "f2l_tell_of_job()", f"f2l_tell('{FILES}')", f"f2l_tell('{DELETIONS}')"
+_OF_MODELS = f"f2l_tell('{MODELS}')"
 # By name: table, event, condition, and who tells of it. A trigger that changes gets another name.
 _TRIGGERS = {
     "f2l_job_entered": ("jobs", "INSERT", "NEW.running = 0", _OF_JOB),
@@ -47,8 +50,10 @@ _TRIGGERS = {
     "f2l_file_ended": ("files", "UPDATE OF state", f"OLD.state <> NEW.state AND NEW.state IN ({_ENDED})", _OF_FILE),
     "f2l_tombstone_entered": ("tombstones", "INSERT", "NOT NEW.reserved", _OF_DELETION),
     "f2l_tombstone_opened": ("tombstones", "UPDATE OF reserved", "OLD.reserved AND NOT NEW.reserved", _OF_DELETION),
+    "f2l_revision_appointed": ("serving", "INSERT", "true", _OF_MODELS),
 }
-_KNOWN = "SELECT tgname FROM pg_trigger WHERE tgrelid IN ('jobs'::regclass, 'files'::regclass, 'tombstones'::regclass)"
+_TABLES = ", ".join(f"'{table}'::regclass" for table in sorted({trigger[0] for trigger in _TRIGGERS.values()}))
+_KNOWN = f"SELECT tgname FROM pg_trigger WHERE tgrelid IN ({_TABLES})"
 
 
 def create_triggers(connection: Connection) -> None:

@@ -9,19 +9,20 @@ from f2l_vllm.catalog.listener import Listener
 
 
 class Bell:
-    """Rings at notices of one payload, from the first `silence` or `wait` on. Whoever waits silences it first and then
+    """Rings at notices of some payloads, from the first `silence` or `wait` on. Whoever waits silences it first and then
     looks at what may have changed.
 
     Args:
         listener: None: it never rings by itself.
     """
 
-    def __init__(self, listener: Listener | None, payload: str) -> None:
+    def __init__(self, listener: Listener | None, *payloads: str) -> None:
         self._listener = listener
         self._loop: asyncio.AbstractEventLoop | None = None
         self._rung = asyncio.Event()
         if listener is not None:
-            listener.on(payload, self._ring_from_thread)
+            for payload in payloads:
+                listener.on(payload, self._ring_from_thread)
 
     @property
     def is_heard(self) -> bool:

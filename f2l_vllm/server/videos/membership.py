@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.listener import Listener
-from f2l_vllm.catalog.notices import DELETIONS
+from f2l_vllm.catalog.notices import DELETIONS, MODELS
 from f2l_vllm.server.videos.bell import Bell
 from f2l_vllm.server.videos.forgetting import Forgetting
 from f2l_vllm.store.errors import Unavailable
@@ -25,7 +25,7 @@ class Membership:
     Args:
         revision: identifies this server's models and sampling.
         adopt: brings the catalog's files to this revision. Runs in a thread.
-        listener: hears of deletions.
+        listener: hears of deletions and of models that were appointed.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Membership:
         listener: Listener | None = None,
     ) -> None:
         self._catalog, self._forgetting, self._revision, self._adopt = catalog, forgetting, revision, adopt
-        self._bell = Bell(listener, DELETIONS)
+        self._bell = Bell(listener, DELETIONS, MODELS)
         self._is_appointed: bool | None = None  # None: not known yet
         self.appointed = asyncio.Event()  # set when this server has answered for the first time, or may
         catalog.revision = revision
@@ -55,7 +55,7 @@ class Membership:
         self._is_appointed = is_appointed
 
     async def run(self) -> None:
-        """Call `attend` repeatedly, and when something was deleted, until cancelled."""
+        """Call `attend` repeatedly, and when something was deleted or appointed, until cancelled."""
         while True:
             await asyncio.sleep(_LEAST_SECONDS)
             await self._bell.wait(_TICK_SECONDS - _LEAST_SECONDS)

@@ -104,6 +104,15 @@ def test_a_revoked_key_is_told(catalog, told):
     assert told() == ["deletions"]
 
 
+def test_an_appointed_revision_is_told_and_one_that_stays_is_not(catalog, told):
+    catalog.appoint("one")
+    assert told() == ["models"]
+    assert catalog.is_appointed("two")  # no server runs
+    assert told() == ["models"]
+    assert catalog.is_appointed("two")
+    assert told() == []
+
+
 def test_nothing_is_told_of_use_progress_and_signs_of_life(catalog, told):
     catalog.pool = "pool"
     catalog.beat()
@@ -169,3 +178,5 @@ def test_a_catalog_of_an_earlier_version_tells_once_it_is_opened_by_many_at_once
     add(catalog, "f2l-2", sha="b")
     publish(catalog)
     assert told() == ["files", "jobs"]
+    catalog.appoint("one")
+    assert told() == ["models"]
