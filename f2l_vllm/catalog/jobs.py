@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, or_,
 from f2l_vllm.catalog.database import Database, write_tombstones
 from f2l_vllm.catalog.states import IN_WORK, LIVE, VideoState
 from f2l_vllm.catalog.tables import ADAPTER, AdapterRecord, Job, adapters, files, jobs, pools, serving
-from f2l_vllm.catalog.tombstones import doom
+from f2l_vllm.catalog.tombstones import doom, reopen
 from f2l_vllm.catalog.transactions import (
     EXHAUSTED,
     PRESENT,
@@ -142,6 +142,7 @@ class Jobs(Database):
         with self._read() as connection:
             video = connection.scalar(select(jobs.c.sha256).where(jobs.c.adapter_name == adapter_name))
         with self._write(beside=[video or ""]) as connection:
+            reopen(connection, adapter_name)
             if not self._holds(connection, adapter_name, token):
                 return None
             connection.execute(delete(jobs).where(jobs.c.adapter_name == adapter_name))
@@ -238,9 +239,11 @@ class Jobs(Database):
         with self._read() as connection:
             return bool(connection.scalar(select(published)))
 
-    def wanted(self, adapter_name: str) -> bool:
-        """Whether this adapter is published or any file waits for it."""
+    def wanted(self, adapter_name: str, *, token: str | None = None) -> bool:
+        """Whether this adapter is published or any file waits for it. False for an attempt that was given up."""
         with self._read() as connection:
+            if token is not None and not self._holds(connection, adapter_name, token):
+                return False
             if adapter_of(connection, adapter_name) is not None:
                 return True
             return any(record.state is not VideoState.ERROR for record in files_of(connection, adapter_name))

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Row, and_, bindparam, case, delete, exists, f
 
 from f2l_vllm.catalog.database import Database, clock, now, write_tombstones
 from f2l_vllm.catalog.states import LIVE
-from f2l_vllm.catalog.tables import VIDEO, Bytes, Tombstone, adapters, files, jobs, tombstones
+from f2l_vllm.catalog.tables import ADAPTER, VIDEO, Bytes, Tombstone, adapters, files, jobs, tombstones
 from f2l_vllm.store.address import object_name
 
 LOST = "video_lost"  # the error of a file whose bytes a worker found missing or changed
@@ -124,6 +124,13 @@ def doom(connection: Connection, kind: str, objects: Iterable[tuple[str, str]]) 
         (seq,) = connection.execute(insert(tombstones).values(values)).inserted_primary_key or (0,)
         doomed.append(Tombstone(seq, kind, name, generation))
     return doomed
+
+
+def reopen(connection: Connection, adapter_name: str) -> None:
+    """Have what was removed of an adapter removed once more: an attempt that was given up may have put its own into the
+    store since then."""
+    buried = and_(tombstones.c.kind == ADAPTER, tombstones.c.name == adapter_name, tombstones.c.done_at.is_not(None))
+    connection.execute(update(tombstones).where(buried).values(done_at=None))
 
 
 def doom_video_unless_named(connection: Connection, sha256: str, generation: str) -> list[Tombstone]:

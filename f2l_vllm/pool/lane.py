@@ -267,7 +267,7 @@ class Lane(threading.Thread):
             looked = time.monotonic()
             for name in jobs.keys() - cancelled:
                 if not self._wanted(jobs[name]):
-                    logger.info("%s is given up: every file that waited for it was deleted", name)
+                    logger.info("%s is given up: its files were deleted, or another attempt at it has begun", name)
                     self._actor.cancel.remote(name)
                     cancelled.add(name)
             if cancelled >= jobs.keys():
@@ -299,10 +299,10 @@ class Lane(threading.Thread):
                 logger.warning("%s, which nobody waits for any more, is removed later: %s", job.object, error)
 
     def _wanted(self, job: Job) -> bool:
-        """Whether anybody waits for this adapter or it is published. True while the catalog is unavailable, so that the
-        job is not given up for that."""
+        """Whether anybody waits for what this attempt makes. True while the catalog is unavailable, so that the job is
+        not given up for that."""
         try:
-            return self._catalog.wanted(job.adapter_name)
+            return self._catalog.wanted(job.adapter_name, token=job.token)
         except Unavailable:
             return True
 

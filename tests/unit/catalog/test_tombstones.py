@@ -175,6 +175,21 @@ def test_what_a_running_attempt_may_still_make_is_not_erased(catalog):
     assert catalog.is_erased(numbers)
 
 
+@pytest.mark.parametrize("last", ["late", "later"])
+def test_what_a_late_attempt_left_is_removed_when_either_attempt_ends(catalog, last):
+    add(catalog)
+    late = claim(catalog)
+    catalog.release_job("f2l-1")
+    catalog.bury(catalog.tombstones(100))  # and now it puts its adapter into the store
+    assert not catalog.wanted("f2l-1", token=late.token)
+    later = claim(catalog)
+    assert catalog.wanted("f2l-1", token=later.token)
+    ends = {"late": late, "later": later}
+    finished = catalog.finish_job("f2l-1", rank=1, size=1, info=AdapterInfo(), token=ends[last].token)
+    assert (finished is None) == (last == "late")
+    assert objects(catalog) == [late.object]
+
+
 def test_an_adapter_that_is_made_again_is_another_copy(catalog):
     add(catalog)
     job = claim(catalog)
