@@ -8,6 +8,7 @@ become ready, wait for new adapters, or fail.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sqlalchemy import Connection, delete, exists, func, insert, select, update
@@ -16,14 +17,26 @@ from f2l_vllm.catalog.database import Database, clock
 from f2l_vllm.catalog.servers import SERVER_SECONDS
 from f2l_vllm.catalog.states import GONE, LIVE, VideoState
 from f2l_vllm.catalog.tables import FileRecord, files, jobs, servers, serving, usage
-from f2l_vllm.catalog.transactions import PRESENT, adapter_of, drop_jobs, ensure_job, file_of, files_of, move, standing
+from f2l_vllm.catalog.transactions import (
+    PRESENT,
+    adapter_of,
+    drop_jobs,
+    ensure_job,
+    file_record,
+    files_of,
+    move,
+    standing,
+)
 
 OTHER_REVISION = "adapter_of_other_revision"
 _ADOPTED_AT_ONCE = 200
+_LOOKS_AT_ONCE = 32  # calls to an object store
 
 
 class Adoption(Database):
-    """What a server does with its catalog before it answers anything."""
+    """What a server does with its catalog before it answers, and while it begins to."""
+
+    revision: str | None  # of this process
 
     def is_appointed(self, revision: str) -> bool:
         """Whether files are answered with this revision: it is appointed if no server of the present one runs."""
@@ -61,24 +74,35 @@ class Adoption(Database):
         stored bytes; files used last come first. Without bytes it fails with `adapter_of_other_revision`. The old
         adapter stays until the new one is ready, so that a start with the wrong models loses nothing.
 
+        Files move in small transactions, beside those of other servers, until another revision is appointed.
+
         Args:
             name_of: the adapter's name for a sha-256.
-            has_video: whether the store has the bytes of this name.
+            has_video: whether the store has the bytes of this name. Called from several threads.
         """
         self._count_bytes_again()
         used = func.coalesce(files.c.last_used_at, files.c.created_at)
         query = select(files).where(files.c.state.in_(LIVE)).order_by(used.desc())
         with self._read() as connection:
             rows = connection.execute(query)
-            stale = [(row.id, row.tenant) for row in rows if name_of(row.sha256) != row.adapter_name]
+            stale = [file_record(row) for row in rows if name_of(row.sha256) != row.adapter_name]
         waiting = failed = 0
-        for start in range(0, len(stale), _ADOPTED_AT_ONCE):
-            with self._write() as connection:
-                for file_id, tenant in stale[start : start + _ADOPTED_AT_ONCE]:
-                    record = file_of(connection, file_id, tenant)
-                    state = None if record is None else _adopt(connection, record, name_of(record.sha256), has_video)
-                    waiting += state is VideoState.UPLOADED
-                    failed += state is VideoState.ERROR
+        with ThreadPoolExecutor(_LOOKS_AT_ONCE, "f2l-adopt") as threads:
+            for start in range(0, len(stale), _ADOPTED_AT_ONCE):
+                chosen = stale[start : start + _ADOPTED_AT_ONCE]
+                stored = dict(zip(chosen, threads.map(has_video, [record.video for record in chosen]), strict=True))
+                with self._write(beside=[record.sha256 for record in chosen], deletes=True) as connection:
+                    if self.revision is not None and connection.scalar(PRESENT) != self.revision:
+                        break  # another one was appointed meanwhile, whose servers bring the files to theirs
+                    of_ids = select(files).where(files.c.id.in_([record.id for record in chosen]))
+                    held = connection.execute(of_ids.order_by(files.c.id).with_for_update())
+                    present = {record.id: record for record in map(file_record, held)}
+                    for known in chosen:
+                        record = present.get(known.id)
+                        if record is not None:
+                            state = _adopt(connection, record, name_of(record.sha256), stored[known])
+                            waiting += state is VideoState.UPLOADED
+                            failed += state is VideoState.ERROR
         return waiting, failed
 
     def _count_bytes_again(self) -> None:
@@ -101,9 +125,7 @@ def _appoint(connection: Connection, revision: str) -> None:
     connection.execute(insert(serving).values(id=1, revision=revision))
 
 
-def _adopt(
-    connection: Connection, record: FileRecord, name: str, has_video: Callable[[str], bool]
-) -> VideoState | None:
+def _adopt(connection: Connection, record: FileRecord, name: str, has_video: bool) -> VideoState | None:
     """Give one file the adapter name of the present revisions. Returns its new state; None if it stays as it is."""
     old = record.adapter_name
     ready = adapter_of(connection, name) is not None
@@ -111,7 +133,7 @@ def _adopt(
         return None
     details: dict[str, Any]
     state, details = VideoState.PROCESSED, {"progress": 1.0, "error_code": None, "error_message": None}
-    if not ready and has_video(record.video):
+    if not ready and has_video:
         state, details = VideoState.UPLOADED, {}
         ensure_job(connection, name, record.sha256, standing(connection, name), background=True)
     elif not ready:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.listener import Listener
@@ -47,12 +48,25 @@ class Membership:
         await self._forgetting.forget()
         is_appointed = await asyncio.to_thread(self._catalog.is_appointed, self._revision)
         if is_appointed and not self._is_appointed:
-            await asyncio.to_thread(self._adopt)
-            self.appointed.set()
+            await self._begin()
         elif not is_appointed and self._is_appointed is not False:
             message = "files are answered by servers with other models: to change, run f2l-vllm adopt %s or stop them"
             logger.warning(message, self._revision)
         self._is_appointed = is_appointed
+
+    async def _begin(self) -> None:
+        """Answer from now on, and adopt the files: those that are not adopted yet are refused one by one."""
+        self._is_appointed = True
+        adopting = asyncio.create_task(asyncio.to_thread(self._adopt))
+        try:
+            while not (await asyncio.wait([adopting], timeout=_TICK_SECONDS))[0]:
+                with suppress(Unavailable):
+                    await self._forgetting.forget()  # which also tells the others that this server runs
+            await adopting
+        except BaseException:
+            self._is_appointed = None  # it begins again with the next `attend`
+            raise
+        self.appointed.set()
 
     async def run(self) -> None:
         """Call `attend` repeatedly, and when something was deleted or appointed, until cancelled."""

@@ -178,30 +178,6 @@ def test_a_server_that_hears_of_a_deletion_forgets_at_once(monkeypatch, tmp_path
     run(scenario, tmp_path, postgres.new_database())
 
 
-def test_servers_that_hear_notices_know_at_once_who_answers(tmp_path, postgres, monkeypatch):
-    async def scenario(one, two):
-        pair = [Server(tmp_path, name, one.url, name, listens=True) for name in ("one", "other")]
-        for server in pair:
-            await server.membership.attend()
-        monkeypatch.setattr(membership, "_TICK_SECONDS", 30.0)
-        attending = [asyncio.create_task(server.membership.run()) for server in pair]
-        while not all(server.listener.is_heard for server in pair):
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.3)  # they attend once, as something may have been missed
-        assert [server.membership.is_waiting for server in pair] == [False, True]
-        await asyncio.to_thread(CliRunner().invoke, app, ["adopt", "--database-url", one.url])
-        started = time.monotonic()
-        while [server.membership.is_waiting for server in pair] != [True, False]:
-            assert time.monotonic() - started < 1.0
-            await asyncio.sleep(0.01)
-        for task in attending:
-            task.cancel()
-        for server in pair:
-            await asyncio.to_thread(server.service.close)
-
-    run(scenario, tmp_path, postgres.new_database())
-
-
 def test_an_answer_that_is_being_written_ends_first(tmp_path, database_url):
     async def scenario(one, two):
         record, adapter = await one.upload("a")
