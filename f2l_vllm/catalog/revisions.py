@@ -7,28 +7,25 @@ become ready, wait for new adapters, or fail.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from sqlalchemy import Connection, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, exists, func, insert, select, update
 
-from f2l_vllm.catalog.database import Database, clock
+from f2l_vllm.catalog.database import Database, clock, moment
 from f2l_vllm.catalog.servers import SERVER_SECONDS
 from f2l_vllm.catalog.states import GONE, LIVE, VideoState
-from f2l_vllm.catalog.tables import FileRecord, files, jobs, servers, serving, usage
-from f2l_vllm.catalog.transactions import (
-    PRESENT,
-    adapter_of,
-    drop_jobs,
-    ensure_job,
-    file_record,
-    files_of,
-    move,
-    standing,
-)
+from f2l_vllm.catalog.tables import FileRecord, adapters, files, jobs, servers, serving, usage
+from f2l_vllm.catalog.transactions import PRESENT, drop_jobs, file_record, move
 
 OTHER_REVISION = "adapter_of_other_revision"
+_NO_BYTES = "Its adapter was made with another model, hypernetwork or sampling, and its bytes are no longer stored."
+_DETAILS: dict[VideoState, dict[str, Any]] = {  # what a file has in the state that it moves to
+    VideoState.PROCESSED: {"progress": 1.0, "error_code": None, "error_message": None},
+    VideoState.UPLOADED: {},
+    VideoState.ERROR: {"error_code": OTHER_REVISION, "error_message": _NO_BYTES},
+}
 _ADOPTED_AT_ONCE = 200
 _LOOKS_AT_ONCE = 32  # calls to an object store
 
@@ -97,12 +94,12 @@ class Adoption(Database):
                     of_ids = select(files).where(files.c.id.in_([record.id for record in chosen]))
                     held = connection.execute(of_ids.order_by(files.c.id).with_for_update())
                     present = {record.id: record for record in map(file_record, held)}
-                    for known in chosen:
-                        record = present.get(known.id)
-                        if record is not None:
-                            state = _adopt(connection, record, name_of(record.sha256), stored[known])
-                            waiting += state is VideoState.UPLOADED
-                            failed += state is VideoState.ERROR
+                    # In the order of their use, in which their jobs will wait.
+                    left = [present[record.id] for record in chosen if record.id in present]
+                    names = {record.id: name_of(record.sha256) for record in left}
+                    states = _adopt(connection, left, names, {record.id for record in chosen if stored[record]})
+                    waiting += states.count(VideoState.UPLOADED)
+                    failed += states.count(VideoState.ERROR)
         return waiting, failed
 
     def _count_bytes_again(self) -> None:
@@ -125,27 +122,52 @@ def _appoint(connection: Connection, revision: str) -> None:
     connection.execute(insert(serving).values(id=1, revision=revision))
 
 
-def _adopt(connection: Connection, record: FileRecord, name: str, has_video: bool) -> VideoState | None:
-    """Give one file the adapter name of the present revisions. Returns its new state; None if it stays as it is."""
-    old = record.adapter_name
-    ready = adapter_of(connection, name) is not None
-    if record.state in GONE or old == name or (record.state is VideoState.ERROR and not ready):
-        return None
-    details: dict[str, Any]
-    state, details = VideoState.PROCESSED, {"progress": 1.0, "error_code": None, "error_message": None}
-    if not ready and has_video:
-        state, details = VideoState.UPLOADED, {}
-        ensure_job(connection, name, record.sha256, standing(connection, name), background=True)
-    elif not ready:
-        message = (
-            "Its adapter was made with another model, hypernetwork or sampling, and its bytes are no longer stored."
-        )
-        state, details = VideoState.ERROR, {"error_code": OTHER_REVISION, "error_message": message}
-    previous = old if adapter_of(connection, old) is not None else record.previous_adapter
-    if state is not record.state:
-        move(connection, [record], state, **details)
-    chosen = update(files).where(files.c.id == record.id)
-    connection.execute(chosen.values(adapter_name=name, previous_adapter=None if previous == name else previous))
-    if not files_of(connection, old):
-        drop_jobs(connection, jobs.c.adapter_name == old)
-    return state
+def _adopt(
+    connection: Connection, records: Sequence[FileRecord], names: Mapping[str, str], stored: Collection[str]
+) -> list[VideoState]:
+    """Give files the adapter names of the present revisions. Returns the states of those that changed.
+
+    Args:
+        names: the adapters' names, by file id.
+        stored: ids of files whose bytes the store has.
+    """
+    asked = {*names.values(), *(record.adapter_name for record in records)}
+    made = set(connection.scalars(select(adapters.c.name).where(adapters.c.name.in_(asked))))
+    moved: dict[VideoState, list[FileRecord]] = {state: [] for state in _DETAILS}
+    for record in records:
+        ready = names[record.id] in made
+        if (
+            record.state in GONE
+            or record.adapter_name == names[record.id]
+            or (record.state is VideoState.ERROR and not ready)
+        ):
+            continue
+        state = VideoState.UPLOADED if record.id in stored else VideoState.ERROR
+        moved[VideoState.PROCESSED if ready else state].append(record)
+    for state, group in moved.items():
+        move(connection, [record for record in group if record.state is not state], state, **_DETAILS[state])
+    _enter_jobs(connection, {names[record.id]: record.sha256 for record in moved[VideoState.UPLOADED]})
+    changed = [record for group in moved.values() for record in group]
+    if not changed:
+        return []
+    values = []
+    for record in changed:
+        name, old = names[record.id], record.adapter_name
+        previous = old if old in made else record.previous_adapter
+        values.append({"file": record.id, "adapter": name, "previous": None if previous == name else previous})
+    rename = update(files).where(files.c.id == bindparam("file"))
+    named: dict[str, Any] = {"adapter_name": bindparam("adapter"), "previous_adapter": bindparam("previous")}
+    connection.execute(rename.values(named), sorted(values, key=lambda row: str(row["file"])))
+    olds = {record.adapter_name for record in changed}
+    used = select(files.c.adapter_name).where(files.c.adapter_name.in_(olds), files.c.state.in_(LIVE)).distinct()
+    drop_jobs(connection, jobs.c.adapter_name.in_(olds - set(connection.scalars(used))))
+    return [state for state, group in moved.items() for _ in group]
+
+
+def _enter_jobs(connection: Connection, wanted: Mapping[str, str]) -> None:
+    """Enter background jobs for these adapters, by name, with the hashes of their videos, unless they have one."""
+    known = set(connection.scalars(select(jobs.c.adapter_name).where(jobs.c.adapter_name.in_(wanted))))
+    common = {"running": 0, "attempts": 0, "background": True, "created_at": moment(connection)}
+    rows = [{**common, "adapter_name": name, "sha256": sha} for name, sha in wanted.items() if name not in known]
+    if rows:
+        connection.execute(insert(jobs), rows)

@@ -206,7 +206,6 @@ def ensure_job(
     sha256: str,
     found: Standing,
     *,
-    background: bool = False,
     job_attempts: int = 1,
     queue_limit: int | None = None,
     tenant: str | None = None,
@@ -215,7 +214,6 @@ def ensure_job(
     """Enter a job for an adapter unless it has one or is published.
 
     Args:
-        background: nobody waits for it.
         job_attempts: attempts per job; a video that has used all of them before gets one.
         queue_limit: bounds the queued jobs that somebody waits for. The caller holds the queue.
         tenant_limit: bounds those for files of `tenant`, whose count of bytes the caller holds.
@@ -225,7 +223,7 @@ def ensure_job(
         CatalogBusy: very many others were entered since `found`; the same.
     """
     if not found.needs_job:
-        if found.background and not background:
+        if found.background:
             of_adapter = jobs.c.adapter_name == adapter_name
             connection.execute(update(jobs).where(of_adapter).values(background=False))
         return
@@ -234,7 +232,7 @@ def ensure_job(
         "sha256": sha256,
         "running": 0,
         "attempts": job_attempts - 1 if found.is_poisonous else 0,
-        "background": background,
+        "background": False,
         "created_at": moment(connection),
     }
     if queue_limit is None:

@@ -9,8 +9,8 @@ from f2l_vllm.catalog.listener import Listener
 
 
 class Bell:
-    """Rings at notices of some payloads, from the first `silence` or `wait` on. Whoever waits silences it first and then
-    looks at what may have changed.
+    """Rings at notices of some payloads, from the first `silence` or `wait` on. Whoever waits silences it first and
+    then looks at what may have changed.
 
     Args:
         listener: None: it never rings by itself.
