@@ -28,8 +28,9 @@ from fsspec.implementations.local import LocalFileSystem
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.tables import Upload
 from f2l_vllm.server.registry import Registry
-from f2l_vllm.server.videos.service import Revisions, VideoService
+from f2l_vllm.server.videos.service import VideoService
 from f2l_vllm.settings import Settings
+from f2l_vllm.store.address import Revisions
 from f2l_vllm.store.cached_store import open_store
 
 _TENANT = "t"

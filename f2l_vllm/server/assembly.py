@@ -22,7 +22,7 @@ from f2l_vllm.hypernetwork.config_file import read_config
 from f2l_vllm.hypernetwork.fit import check_shapes
 from f2l_vllm.pool.messages import WorkerSpec
 from f2l_vllm.pool.supervisor import PoolProcess
-from f2l_vllm.server import vllm_api, vllm_grammars
+from f2l_vllm.server import metrics, vllm_api, vllm_grammars
 from f2l_vllm.server.chat import separator
 from f2l_vllm.server.chat.compose import Composer
 from f2l_vllm.server.chat.constraints import Constraint
@@ -34,9 +34,9 @@ from f2l_vllm.server.media import connector
 from f2l_vllm.server.middleware.ending import Ending
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.tenants import Keys, asking_tenant
-from f2l_vllm.server.videos.service import Revisions, VideoService, count_outcome
+from f2l_vllm.server.videos.service import VideoService
 from f2l_vllm.settings import SERVER_LOCK, Settings
-from f2l_vllm.store.address import fingerprint
+from f2l_vllm.store.address import Revisions, fingerprint
 from f2l_vllm.store.cached_store import open_store
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def open_service(
     )
     # Reading options that are not set come from the files of model and hypernetwork, which the revisions cover.
     revisions = Revisions(fingerprint(served.model), fingerprint(served.hypernetwork), settings.reading)
-    pool = PoolProcess(workers, revisions.name(""), count_outcome) if settings.hypernetwork_workers else None
+    pool = PoolProcess(workers, revisions.name(""), metrics.count_outcome) if settings.hypernetwork_workers else None
     listener = listen(catalog, settings.listen_url)
     return VideoService(settings, revisions, catalog, store, registry, pool, lambda: ending.is_stopping, listener)
 

@@ -23,3 +23,10 @@ WAIT_SECONDS = Histogram("f2l_question_wait_seconds", "Time questions waited for
 TOKENS_AVOIDED = Counter("f2l_visual_tokens_avoided", "Visual tokens that questions did not have to carry.")
 ERRORS = Counter("f2l_errors", "Requests answered with an error of this server's own, by code.", ["code"])
 COMPOSED = Counter("f2l_composed", "Adapters composed of several videos, or of some chunks of one.")
+
+
+def count_outcome(outcome: str, seconds: dict[str, float]) -> None:
+    """Count the end of a job in the metrics: the outcome `published` or `failed`, and seconds by stage."""
+    INTERNALIZED.labels(outcome).inc()
+    for stage, value in seconds.items():
+        STAGE_SECONDS.labels(stage).observe(value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from f2l_vllm.video.reading import ReadingOptions
@@ -65,3 +66,21 @@ def adapter_name(*, video_sha256: str, reading: ReadingOptions, base_revision: s
     }
     text = json.dumps(record, sort_keys=True, separators=(",", ":"))
     return ADAPTER_PREFIX + hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Revisions:
+    """What an adapter's name depends on besides the video: content hashes of both models, and how videos are read."""
+
+    base: str
+    hypernetwork: str
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
+
+    def name(self, sha256: str) -> str:
+        """The adapter's content-addressed name for a video with these bytes."""
+        return adapter_name(
+            video_sha256=sha256,
+            reading=self.reading,
+            base_revision=self.base,
+            hypernetwork_revision=self.hypernetwork,
+        )

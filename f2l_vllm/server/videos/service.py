@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,9 @@ from f2l_vllm.server.videos.membership import Membership
 from f2l_vllm.server.videos.residents import Residents
 from f2l_vllm.server.videos.watcher import Watcher
 from f2l_vllm.settings import Settings
-from f2l_vllm.store.address import adapter_name
+from f2l_vllm.store.address import Revisions
 from f2l_vllm.store.errors import OtherModels, Unavailable
 from f2l_vllm.store.store import Store, StoreError
-from f2l_vllm.video.reading import ReadingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -40,24 +38,6 @@ _MAINTENANCE_SECONDS = 5.0
 _CLEANING_SECONDS = 60.0
 _SWEEP_SECONDS = 3600.0
 _WRITERS = 4  # threads for catalog writes, so that questions, which only read, never wait for one
-
-
-@dataclass(frozen=True)
-class Revisions:
-    """What an adapter's name depends on besides the video: content hashes of both models, and how videos are read."""
-
-    base: str
-    hypernetwork: str
-    reading: ReadingOptions = field(default_factory=ReadingOptions)
-
-    def name(self, sha256: str) -> str:
-        """The adapter's content-addressed name for a video with these bytes."""
-        return adapter_name(
-            video_sha256=sha256,
-            reading=self.reading,
-            base_revision=self.base,
-            hypernetwork_revision=self.hypernetwork,
-        )
 
 
 class VideoService:
@@ -340,10 +320,3 @@ def _ends_soon(record: FileRecord, now: float) -> bool:
     if record.idle_seconds is None or record.expires_at is None or record.pinned:
         return False
     return record.expires_at - now < 2 * _MAINTENANCE_SECONDS
-
-
-def count_outcome(outcome: str, seconds: dict[str, float]) -> None:
-    """Count the end of a job in the metrics: the outcome `published` or `failed`, and seconds by stage."""
-    metrics.INTERNALIZED.labels(outcome).inc()
-    for stage, value in seconds.items():
-        metrics.STAGE_SECONDS.labels(stage).observe(value)

@@ -23,7 +23,8 @@ from f2l_vllm.store.store import Store
 from f2l_vllm.server import errors
 from f2l_vllm.server.videos.routes import router
 from f2l_vllm.server.registry import Registry
-from f2l_vllm.server.videos.service import Revisions, VideoService
+from f2l_vllm.server.videos.service import VideoService
+from f2l_vllm.store.address import Revisions
 from f2l_vllm.settings import Settings
 
 async def main():

@@ -17,9 +17,8 @@ from transformers import AutoModelForImageTextToText
 from f2l_vllm.base_models.merging import tokens_of_frames
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE
 from f2l_vllm.hypernetwork.internalizer import Internalizer
-from f2l_vllm.server.videos.service import Revisions
 from f2l_vllm.settings import Settings
-from f2l_vllm.store.address import fingerprint
+from f2l_vllm.store.address import Revisions, fingerprint
 from f2l_vllm.video.reading import ReadingOptions
 from tests.e2e.server.conftest import RATE
 from tests.support.reference_model import Reference

@@ -32,8 +32,9 @@ from f2l_vllm.server.middleware.auth import AuthMiddleware
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.tenants import tenant_of
 from f2l_vllm.server.videos.routes import router
-from f2l_vllm.server.videos.service import Revisions, VideoService
+from f2l_vllm.server.videos.service import VideoService
 from f2l_vllm.settings import CATALOG, Settings
+from f2l_vllm.store.address import Revisions
 from f2l_vllm.store.cached_store import open_store
 from f2l_vllm.store.errors import Unavailable
 from tests.soak.history import pace

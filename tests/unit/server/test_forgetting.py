@@ -25,9 +25,10 @@ from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.registry import AdapterLost, Registry
 from f2l_vllm.server.videos import membership
 from f2l_vllm.server.videos.routes import file_content
-from f2l_vllm.server.videos.service import Revisions, VideoService
+from f2l_vllm.server.videos.service import VideoService
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.adapter_info import AdapterInfo
+from f2l_vllm.store.address import Revisions
 from f2l_vllm.store.cached_store import open_store
 from f2l_vllm.store.errors import CatalogBusy, OtherModels
 from f2l_vllm.store.manifest import StoreError

@@ -22,9 +22,10 @@ from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.local_videos import video_at
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.videos import by_url
-from f2l_vllm.server.videos.service import Revisions, VideoService
+from f2l_vllm.server.videos.service import VideoService
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.adapter_info import AdapterInfo
+from f2l_vllm.store.address import Revisions
 from f2l_vllm.store.store import Store
 from tests.support.engine import Engine
 from tests.support.videos import write_video

@@ -17,9 +17,10 @@ from f2l_vllm.catalog.tables import Upload
 from f2l_vllm.server.errors import APIError, answer
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.videos.routes import router
-from f2l_vllm.server.videos.service import Revisions, VideoService
+from f2l_vllm.server.videos.service import VideoService
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.adapter_info import AdapterInfo
+from f2l_vllm.store.address import Revisions
 from f2l_vllm.store.cached_store import open_store
 from f2l_vllm.store.errors import CatalogBusy, StoreUnavailable
 from tests.support.engine import Engine
