@@ -331,9 +331,7 @@ class Catalog(Adoption, Duties, Jobs, Keys, Published, Servers, Tombstones):
         with self._read() as connection:
             by_state = select(files.c.state, func.count()).where(files.c.state.in_(LIVE)).group_by(files.c.state)
             states = {row[0]: row[1] for row in connection.execute(by_state)}
-            by_running = select(jobs.c.running, func.count()).group_by(jobs.c.running)
-            running = {row[0]: row[1] for row in connection.execute(by_running)}
-        return states, running.get(0, 0), running.get(1, 0)
+        return states, *self.jobs()
 
 
 def _remove(connection: Connection, record: FileRecord, state: VideoState) -> Removal:

@@ -118,6 +118,13 @@ class Jobs(Database):
         rows = connection.execute(select(known.c.tenant, oldest.label("oldest")).where(known.c.tenant.is_not(None)))
         return [row.tenant for row in sorted(rows, key=lambda row: (self._turns.get(row.tenant, 0), row.oldest))]
 
+    def jobs(self) -> tuple[int, int]:
+        """Jobs waiting, jobs running."""
+        with self._read() as connection:
+            by_running = select(jobs.c.running, func.count()).group_by(jobs.c.running)
+            counted = {row[0]: row[1] for row in connection.execute(by_running)}
+        return counted.get(0, 0), counted.get(1, 0)
+
     # What becomes of a running job. `token` is that of the attempt that says so; without one, as in tools, the pool
     # is enough.
 

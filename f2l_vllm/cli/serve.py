@@ -16,22 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from f2l_vllm import logs, models
-from f2l_vllm.base_models.shapes import BaseShapes
-from f2l_vllm.catalog.database import check_url as check_database
-from f2l_vllm.catalog.listener import check_url as check_listening
 from f2l_vllm.cli import checks
 from f2l_vllm.cpu.plugin import check_mode, engine_method, openmp_defaults
 from f2l_vllm.engine import defaults, flags
-from f2l_vllm.engine.defaults import EngineLimits, check_limits, refuse_flags
-from f2l_vllm.hypernetwork.config import HypernetworkConfig
-from f2l_vllm.hypernetwork.config_file import read_config
-from f2l_vllm.hypernetwork.fit import check_shapes
-from f2l_vllm.hypernetwork.ranks import RANKS, most_chunks, smallest_rank
+from f2l_vllm.engine.defaults import refuse_flags
 from f2l_vllm.pool.messages import WorkerSpec
 from f2l_vllm.pool.supervisor import start_early
+from f2l_vllm.server.inputs import Inputs
 from f2l_vllm.server.tenants import Keys
 from f2l_vllm.settings import Settings, refuse_environment
-from f2l_vllm.store.object_store import check_url as check_store
 
 logger = logging.getLogger(__name__)
 
@@ -71,17 +64,9 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
     chosen_flags = flags.read(words)
     refuse_flags(chosen_flags)
     checks.check_paths(chosen_flags)
-    chosen = Settings.read(settings)
-    check_database(chosen.catalog_url)
-    check_listening(chosen.listen_url, chosen.catalog_url)
-    if chosen.store is not None:
-        check_store(chosen.store)
-    directory = models.resolve(model)
-    shapes = BaseShapes.read(directory)  # refuses a directory that is not a base model
-    weights = models.resolve_hypernetwork(model, chosen.hypernetwork)
-    config = read_config(weights)
-    check_shapes(shapes, config)
-    rank = _rank(chosen, config, chosen_flags)
+    inputs = Inputs.read(model, settings)
+    chosen, directory, config = inputs.settings, inputs.model, inputs.config
+    rank = inputs.engine_rank(chosen_flags)
     gpus = checks.gpus()
     checks.check_workers(chosen, gpus)
     checks.check_engine(chosen_flags, directory, gpus)
@@ -108,7 +93,7 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
     plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     env = {
         **settings,
-        "F2L_HYPERNETWORK": str(weights),
+        "F2L_HYPERNETWORK": str(inputs.hypernetwork),
         "VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, *PLUGINS])),
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": os.environ.get(
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(defaults.KEEP_ALIVE_SECONDS)
@@ -121,8 +106,7 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
     workers = None
     # On a GPU the workers wait: the engine first measures the free memory and takes its share.
     if chosen.hypernetwork_workers and not gpus and chosen.ray_address is None:
-        max_rank = int(getattr(chosen_flags, "max_lora_rank", None) or rank)
-        workers = WorkerSpec.of(chosen, model=directory, hypernetwork=weights, rank=config.rank, max_rank=max_rank)
+        workers = inputs.workers(int(getattr(chosen_flags, "max_lora_rank", None) or rank))
     return Launch(argv, env, chosen, chosen_flags, workers)
 
 
@@ -139,26 +123,3 @@ def serve(launch: Launch) -> None:
     if launch.workers is not None:
         os.environ.update(start_early(launch.workers))
     os.execvp(launch.argv[0], launch.argv)
-
-
-def _rank(settings: Settings, config: HypernetworkConfig, flags: Namespace) -> int:
-    """The engine's rank: room for the chunks of one long video, or for several videos in one question. A default number
-    of chunks is lowered to what vLLM's largest rank allows; a given number that is too large is refused."""
-    most = most_chunks(config.rank)
-    if most < 1:
-        limit = f"vLLM's largest is {RANKS[-1]}, which is two of rank {RANKS[-1] // 2}: the video's and the bias"
-        raise ValueError(f"this hypernetwork makes adapters of rank {2 * config.rank}; {limit}")
-    chunks = settings.max_chunks
-    if not (settings.reading.is_chunked or "max_chunks" in settings.model_fields_set):
-        chunks = min(chunks, most)
-    rank = smallest_rank((chunks + 1) * config.rank)  # the bias takes the rank of one chunk
-    if rank is None:
-        raise ValueError(
-            f"{chunks} chunks would need rank {(chunks + 1) * config.rank}, above vLLM's largest {RANKS[-1]}: "
-            f"lower --max-chunks to {most} or less"
-        )
-    asked = int(getattr(flags, "max_lora_rank", None) or rank)
-    modules = getattr(flags, "lora_target_modules", None)
-    limits = EngineLimits(asked, 0, frozenset(modules) if modules else None)
-    check_limits(limits, rank=2 * config.rank, modules=config.modules)
-    return rank

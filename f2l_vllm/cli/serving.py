@@ -1,4 +1,5 @@
-"""The options of `f2l-vllm serve` and `f2l-vllm doctor`: the same, because `doctor` says whether `serve` would work."""
+"""The options of `f2l-vllm serve`, `doctor` and `workers`. The first two have the same ones, because `doctor` says
+whether `serve` would work."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import inspect
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -25,11 +26,17 @@ Settings are variables, too: --max-frames is F2L_MAX_FRAMES. Every flag of `vllm
 them, --help=WORD those with a word in their name. The first to know are below.
 """
 _DOCTOR = "Say what is installed, which device there is, and whether `serve` with the same flags would start."
+_WORKERS = """Read the videos of servers that have no workers: as a program of its own, without a server and an engine.
+
+Give it the servers' catalog and store, and the settings for reading videos that they have. It claims videos from the
+catalog. SIGTERM lets it finish those in work, within F2L_JOB_SECONDS; a second one does not.
+"""
 _VLLM = "Of vLLM, and any other of its flags (--help=all)"
 # The settings that are flags, too, in the order of the help.
+_MAKING = ("hypernetwork", "hypernetwork_workers", "worker_cpus", "worker_gpus")
+_READING = ("max_frames", "fps", "chunk_seconds", "chunk_frames", "max_chunks", "merge_rate", "batch_tokens")
 _FLAGS = (
-    *("hypernetwork", "hypernetwork_workers", "worker_cpus", "worker_gpus", "queue_limit"),
-    *("max_frames", "fps", "chunk_seconds", "chunk_frames", "max_chunks", "merge_rate", "batch_tokens"),
+    *(*_MAKING, "queue_limit", *_READING),
     *("home", "store", "database_url", "cache_bytes", "hot_bytes", "warm_adapters", "tenants"),
     *("log_level", "shutdown_seconds"),
 )
@@ -109,8 +116,7 @@ def _launch(
         named = found.model  # from the file that --config names
     words += [f"--host={host}"] * (host is not None) + [f"--port={port}"] * (port is not None)
     words += ["--api-key", *api_key] if api_key else []
-    given = {f"{PREFIX}{name.upper()}": str(value) for name, value in settings.items() if value is not None}
-    return plan(named or model_option or DEFAULT_MODEL, given, words)
+    return plan(named or model_option or DEFAULT_MODEL, _given(settings), words)
 
 
 def _serve(context: typer.Context, launch: Callable[[], Launch]) -> None:
@@ -131,21 +137,54 @@ def _doctor(_context: typer.Context, launch: Callable[[], Launch]) -> None:
     doctor(launch)
 
 
+def _workers(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Shipped model, directory, or hub id: the servers'.")] = DEFAULT_MODEL,
+    max_lora_rank: Annotated[int | None, typer.Option(min=1, help="The servers', if they were given one.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at, with --port.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Answer /health, /ready and /metrics; default: nowhere.")
+    ] = None,
+    **settings: Any,
+) -> None:
+    from f2l_vllm.cli.workers import plan, run
+    from f2l_vllm.store.errors import Unavailable
+
+    try:
+        code = run(plan(model, _given(settings), max_lora_rank), host, port)
+    except (ValueError, Unavailable) as error:
+        raise typer.BadParameter(str(error), context) from error
+    raise typer.Exit(code)
+
+
+def _given(settings: dict[str, Any]) -> dict[str, str]:
+    """Flags as variables."""
+    return {f"{PREFIX}{name.upper()}": str(value) for name, value in settings.items() if value is not None}
+
+
 def add_to(app: typer.Typer) -> None:
-    """Add both commands."""
+    """Add the commands."""
     settings = {"allow_extra_args": True, "ignore_unknown_options": True}
     for name, run, text in (("serve", _serve, _SERVE), ("doctor", _doctor, _DOCTOR)):
-        app.command(name, cls=_Command, context_settings=settings, help=text)(_taking_flags(run))
+        app.command(name, cls=_Command, context_settings=settings, help=text)(_launching(run))
+    flags = (*_MAKING, *_READING, "home", "store", "database_url")
+    app.command("workers", help=_WORKERS)(_with_flags(lambda **given: _workers(**given), _workers, flags, 2))
 
 
-def _taking_flags(run: Callable[[typer.Context, Callable[[], Launch]], None]) -> Callable[..., None]:
-    """A command whose signature, which is what typer reads, is `_launch`'s with every flag that is a setting."""
-
+def _launching(run: Callable[[typer.Context, Callable[[], Launch]], None]) -> Callable[..., None]:
     def command(context: typer.Context, **values: Any) -> None:
         run(context, lambda: _launch(context, **values))
 
-    context, model, model_option, *others, _ = inspect.signature(_launch, eval_str=True).parameters.values()
-    parameters = [context, model, model_option, *map(_flag, _FLAGS), *others]
+    return _with_flags(command, _launch, _FLAGS, 3)
+
+
+def _with_flags(
+    command: Callable[..., None], options: Callable[..., Any], names: Sequence[str], before: int
+) -> Callable[..., None]:
+    """Give a command the signature of `options`, which is what typer reads, with a flag for each of these settings
+    after the first parameters."""
+    *parameters, _ = inspect.signature(options, eval_str=True).parameters.values()
+    parameters[before:before] = map(_flag, names)
     vars(command)["__signature__"] = inspect.Signature(parameters)
     return command
 

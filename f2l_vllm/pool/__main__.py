@@ -20,7 +20,6 @@ from typing import Any
 from f2l_vllm import logs
 
 _TICK_SECONDS = 0.1
-_BUSY_SECONDS = 60.0  # long: no client waits here, and a result that cannot be entered is lost work
 _STOP_SECONDS = 4.0  # from the end of standard input to the end of this process, at the latest
 
 
@@ -35,21 +34,15 @@ def main(spec_json: str) -> int:
     # These imports take seconds, and the server may end meanwhile.
     from pydantic import TypeAdapter
 
+    from f2l_vllm.pool.config import PoolConfig, prepare_ray
     from f2l_vllm.settings import Settings
 
     settings = Settings()
-    if settings.ray_address is None:
-        # For a cluster that nobody joins: all of Ray listens on loopback. Ray reads this when it is imported.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # otherwise a lane that is slow to stop would start another Ray
+    prepare_ray(settings)
 
-    from f2l_vllm.catalog.catalog import Catalog
-    from f2l_vllm.catalog.listener import listen
     from f2l_vllm.pool.actors import Actors
-    from f2l_vllm.pool.config import PoolConfig
     from f2l_vllm.pool.messages import Event, Failed, Published, WorkerSpec
-    from f2l_vllm.pool.pool import Pool
-    from f2l_vllm.store.cached_store import open_store
+    from f2l_vllm.pool.pool import open_pool
 
     logs.adopt("ray", "transformers")
     spec = TypeAdapter(WorkerSpec).validate_json(spec_json)
@@ -72,30 +65,20 @@ def main(spec_json: str) -> int:
     if orphaned.is_set():
         actors.disconnect()
         return 0
-    catalog = Catalog(settings.catalog_url, busy_seconds=_BUSY_SECONDS)
-    store = open_store(
-        spec.home, url=settings.store, hot_bytes=settings.hot_bytes, reserve_bytes=settings.reserve_bytes
-    )
-    catalog.revision = words[1]
-    listener = listen(catalog, settings.listen_url)
-    pool = Pool(config, actors, catalog, store, on_event, listener)
-    waited = False
-    while not orphaned.is_set() and not pool.start(wait_seconds=1.0):
-        if not waited:
-            say(why="another pool has the data folder")
-        waited = True
-    known, why = -1, ""
-    while not orphaned.wait(_TICK_SECONDS) and not pool.failed.is_set():
-        if (workers := len(pool.workers())) != known:
-            known = workers
-            say(workers=workers)
-        if not workers and (reason := pool.why()) and reason != why:
-            why = reason
-            say(why=why)
-    pool.stop()
-    if listener is not None:
-        listener.close()
-    catalog.close()
+    with open_pool(settings, config, actors, spec.home, words[1], on_event) as pool:
+        waited = False
+        while not orphaned.is_set() and not pool.start(wait_seconds=1.0):
+            if not waited:
+                say(why="another pool has the data folder")
+            waited = True
+        known, why = -1, ""
+        while not orphaned.wait(_TICK_SECONDS) and not pool.failed.is_set():
+            if (workers := len(pool.workers())) != known:
+                known = workers
+                say(workers=workers)
+            if not workers and (reason := pool.why()) and reason != why:
+                why = reason
+                say(why=why)
     return int(pool.failed.is_set())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,8 +28,8 @@ class Actors:
         self._is_connected = False
 
     def connect(self) -> None:
-        """Start a private Ray or join the cluster; later calls do nothing."""
-        if self._is_connected:
+        """Start a private Ray or join the cluster, unless this process belongs to one; later calls do nothing."""
+        if self._is_connected or ray.is_initialized():
             return
         config = self._config
         options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "configure_logging": False}
@@ -42,12 +44,15 @@ class Actors:
             }
         else:
             options["address"] = config.ray_address
+        handler = signal.getsignal(signal.SIGTERM)
         with few_daemons() if config.ray_address is None else nullcontext():
             ray.init(**options)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray's would end this process at once
         self._is_connected = True
 
     def disconnect(self) -> None:
-        """End the private Ray, or leave the cluster; either ends the workers."""
+        """End the private Ray, or leave the cluster that was joined; either ends the workers."""
         if self._is_connected:
             ray.shutdown()
 

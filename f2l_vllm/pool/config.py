@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from f2l_vllm.settings import Settings
@@ -9,8 +10,8 @@ from f2l_vllm.settings import Settings
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """How many workers a pool has, what Ray reserves for each, in which cluster they run (None: a private one), and how
-    many jobs each takes at a time."""
+    """How many workers a pool has, what Ray reserves for each, in which cluster they run (None: a private one), how
+    many jobs each takes at a time, and whether what was fetched and made stays in a data folder that is a cache."""
 
     workers: int
     cpus: float
@@ -19,11 +20,13 @@ class PoolConfig:
     job_attempts: int
     job_seconds: float
     batch: int = 1
+    keeps: bool = True
 
     @classmethod
-    def of(cls, settings: Settings) -> PoolConfig:
+    def of(cls, settings: Settings, *, workers: int | None = None, keeps: bool = True) -> PoolConfig:
+        """`workers`: how many; None: as many as the settings say."""
         return cls(
-            workers=settings.hypernetwork_workers,
+            workers=settings.hypernetwork_workers if workers is None else workers,
             cpus=settings.worker_cpus,
             gpus=settings.worker_gpus,
             ray_address=settings.ray_address,
@@ -31,4 +34,12 @@ class PoolConfig:
             job_seconds=settings.job_seconds,
             # Chunked videos are long: each one fills a pass by itself.
             batch=settings.batch_videos if settings.batch_tokens and not settings.reading.is_chunked else 1,
+            keeps=keeps,
         )
+
+
+def prepare_ray(settings: Settings) -> None:
+    """Set what Ray reads from the environment when it is imported."""
+    if settings.ray_address is None:
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for a cluster that nobody joins: all listen on loopback
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # otherwise a lane that is slow to stop would start another Ray

@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -57,9 +57,11 @@ class Work:
         new_actor: starts a worker.
         missing: which resources of a worker no node has, or None.
         on_event: called with every event of a job.
-        stopping: set when the pool stops.
+        stopping: set when the pool stops, and the actors are killed.
         failed: a lane sets it when workers can no longer be started.
         listener: hears of jobs.
+        keeps: whether what was fetched and made stays in a data folder that is a cache.
+        finishing: set when no more jobs are to be taken; those in work go on.
     """
 
     catalog: Catalog
@@ -73,6 +75,8 @@ class Work:
     stopping: threading.Event
     failed: threading.Event
     listener: Listener | None = None
+    keeps: bool = True
+    finishing: threading.Event = field(default_factory=threading.Event)
 
 
 class Lane(threading.Thread):
@@ -107,7 +111,7 @@ class Lane(threading.Thread):
             ray.kill(self._actor)
 
     def run(self) -> None:
-        while not self._stopping():
+        while not (self._stopping() or self._work.finishing.is_set()):
             jobs: dict[str, Job] = {}
             try:
                 self._ensure_actor()
@@ -140,7 +144,7 @@ class Lane(threading.Thread):
 
     def _enter(self, method: Callable[..., Any], job: Job, *args: Any, **values: Any) -> Any:
         """Enter what became of an attempt, and try again while the catalog is busy, full or away."""
-        self._forget_if_deleted(job)
+        self._forget(job)
         while True:
             try:
                 return method(job.adapter_name, *args, token=job.token, **values)
@@ -149,13 +153,15 @@ class Lane(threading.Thread):
             if self._work.stopping.wait(_RESTART_SECONDS):
                 return None  # the next start finds the job running and lets it wait again
 
-    def _forget_if_deleted(self, job: Job) -> None:
-        """Drop bytes that were deleted while the worker fetched them."""
+    def _forget(self, job: Job) -> None:
+        """Drop bytes that were deleted while the worker fetched them, or all that the job has left here."""
         try:
-            if not self._catalog.named([job.video]):
+            if not self._work.keeps:
+                self._work.store.forget_adapter(job.object)
+            if not self._work.keeps or not self._catalog.named([job.video]):
                 self._work.store.forget_video(job.video)
         except Unavailable as error:
-            logger.warning("%s is not dropped yet if it was deleted: %s", job.video, error)
+            logger.warning("%s is not dropped here yet: %s", job.video, error)
 
     def _stopping(self) -> bool:
         return self._work.stopping.is_set()

@@ -9,23 +9,31 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from f2l_vllm.catalog.catalog import Catalog
-from f2l_vllm.catalog.listener import Listener
+from f2l_vllm.catalog.listener import Listener, listen
 from f2l_vllm.files import lasting_name
 from f2l_vllm.pool.actors import Actors
 from f2l_vllm.pool.config import PoolConfig
 from f2l_vllm.pool.lane import Lane, Work
 from f2l_vllm.pool.messages import Event, WorkerInfo
+from f2l_vllm.settings import Settings
+from f2l_vllm.store.address import ADAPTER_PREFIX
+from f2l_vllm.store.cached_store import open_store
 from f2l_vllm.store.errors import Unavailable
 from f2l_vllm.store.store import Store
 
 logger = logging.getLogger(__name__)
 
+_BUSY_SECONDS = 60.0  # long: no client waits here, and a result that cannot be entered is lost work
 _BEAT_SECONDS = 5.0  # between two signs of life
+_OTHERS = "the servers have another model, hypernetwork or way of reading videos than these workers, which make nothing"
 _LANE_SECONDS = 1.0  # how long `stop` waits for a lane to notice that its actor was killed
 
 
@@ -44,11 +52,13 @@ class Pool:
     ) -> None:
         self._actors = actors
         self._catalog = catalog
-        self._home = store.home
+        self._store, self._home = store, store.home
+        self._keeps = config.keeps
         self._stopping = threading.Event()
         self.failed = threading.Event()  # workers can no longer be started: start over in a new process
+        self.is_needed = True  # whether the servers that answer have this pool's models
         self._lock = FileLock(store.home / "pool.lock", thread_local=False)
-        work = Work(
+        work = self._work = Work(
             catalog,
             store,
             config.batch,
@@ -60,6 +70,7 @@ class Pool:
             self._stopping,
             self.failed,
             listener,
+            config.keeps,
         )
         self._lanes = [Lane(index, work) for index in range(config.workers)]
 
@@ -74,6 +85,7 @@ class Pool:
         # The pool that ran these jobs did not stop in order. One of them may be the cause, so the attempt counts.
         if released := self._catalog.release_all_jobs(blameless=False):
             logger.info("%d interrupted jobs wait again", released)
+        self._forget_all()
         self._actors.connect()
         for lane in self._lanes:
             lane.start()
@@ -81,12 +93,24 @@ class Pool:
         return True
 
     def why(self) -> str:
-        """What the missing workers wait for, or what went wrong when they were started."""
+        """What the missing workers wait for, what went wrong when they were started, or why they make nothing."""
+        if not self.is_needed:
+            return _OTHERS
         return next((lane.why for lane in self._lanes if lane.info is None and lane.why), "")
 
     def workers(self) -> list[WorkerInfo]:
         """The workers that are loaded and alive."""
         return [lane.info for lane in self._lanes if lane.info is not None]
+
+    def finish(self, seconds: float) -> None:
+        """Take no more jobs, and wait at most so long for those in work; `stop` comes next."""
+        self._work.finishing.set()
+        deadline = time.monotonic() + seconds
+        for lane in self._lanes:
+            lane.wake()
+        for lane in self._lanes:
+            if lane.info is not None:  # else it has no job
+                lane.join(max(0.0, deadline - time.monotonic()))
 
     def stop(self) -> None:
         """Stop the lanes, the actors and, unless a lane is late, the private Ray. Running jobs wait for the next
@@ -99,6 +123,7 @@ class Pool:
             for lane in self._lanes:
                 lane.join(timeout=_LANE_SECONDS)
             try:
+                self._forget_all()
                 self._catalog.release_all_jobs(blameless=True)
             except Unavailable as error:
                 logger.warning("what was in work waits again at the next start, as an attempt: %s", error)
@@ -108,9 +133,19 @@ class Pool:
         # when a thread is in it while it shuts down.
         self._lock.release()
 
+    def _forget_all(self) -> None:
+        """Drop what jobs have left here, unless it is kept."""
+        for name in () if self._keeps else self._store.kept():
+            (self._store.forget_adapter if name.startswith(ADAPTER_PREFIX) else self._store.forget_video)(name)
+
     def _beat(self) -> None:
         if released := self._catalog.beat():
             logger.info("%d jobs of a pool that is gone wait again", released)
+        present, _ = self._catalog.revisions()
+        is_needed = None in (present, self._catalog.revision) or present == self._catalog.revision
+        if self.is_needed and not is_needed:
+            logger.warning(_OTHERS)
+        self.is_needed = is_needed
 
     def _beat_on(self) -> None:
         while not self._stopping.wait(_BEAT_SECONDS):
@@ -118,3 +153,36 @@ class Pool:
                 self._beat()
             except Unavailable as error:
                 logger.warning("this pool cannot say that it runs: %s", error)
+
+
+@contextmanager
+def open_pool(
+    settings: Settings,
+    config: PoolConfig,
+    actors: Actors,
+    home: Path,
+    revision: str,
+    on_event: Callable[[Event], None],
+) -> Iterator[Pool]:
+    """A pool on this data folder with a catalog, store and listener of its own, not started yet. In the end it is
+    stopped.
+
+    Args:
+        revision: identifies models and sampling. The pool makes adapters while files are answered with this revision.
+
+    Raises:
+        Unavailable: catalog or store cannot be opened.
+    """
+    catalog = Catalog(settings.catalog_url, busy_seconds=_BUSY_SECONDS)
+    catalog.revision = revision
+    hot_bytes = settings.hot_bytes if config.keeps else 0
+    store = open_store(home, url=settings.store, hot_bytes=hot_bytes, reserve_bytes=settings.reserve_bytes)
+    listener = listen(catalog, settings.listen_url)
+    pool = Pool(config, actors, catalog, store, on_event, listener)
+    try:
+        yield pool
+    finally:
+        pool.stop()
+        if listener is not None:
+            listener.close()
+        catalog.close()

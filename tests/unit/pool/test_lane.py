@@ -11,6 +11,7 @@ from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.listener import listen
 from f2l_vllm.catalog.tables import Upload
 from f2l_vllm.pool.lane import Lane, Work
+from f2l_vllm.pool.messages import Published
 from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.cached_store import open_store
 from tests.support.catalog_steps import add
@@ -115,4 +116,28 @@ def test_bytes_that_were_fetched_after_they_were_deleted_are_dropped(tmp_path):
         lane._give_back({job.object: job}, blameless=True)
     assert [path.is_file() for _, path, _ in fetched.values()] == [True, False]
     assert catalog.counts()[1:] == (1, 0)
+    catalog.close()
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_workers_without_a_server_leave_nothing_of_a_job_here(tmp_path, keeps):
+    catalog = Catalog(f"sqlite:///{tmp_path / 'catalog.sqlite3'}")
+    store = open_store(tmp_path / "home", url=f"file://{tmp_path / 'far'}")
+    (tmp_path / "video").write_text("video")
+    video = catalog.reserve_video(hashlib.sha256(b"video").hexdigest())
+    store.keep_video(tmp_path / "video", video.video)
+    catalog.add_file(Upload("t", video.sha256, 1, "v", "vision"), "f2l-one", queue_limit=9, video=video)
+    (job,) = catalog.claim_jobs(1)
+
+    def write(directory):
+        directory.mkdir()
+        (directory / "weights").write_text("weights")
+
+    store.publish_adapter(job.object, write, {})
+    work = Work(catalog, store, 1, 60, 3, None, None, print, threading.Event(), threading.Event(), None, keeps)
+    IdleLane(0, work)._end(job, Published(rank=1, bytes=1, info=AdapterInfo()))
+    assert catalog.counts() == ({"processed": 1}, 0, 0)
+    assert (sorted(store.kept()) == sorted([job.object, video.video])) == keeps
+    assert keeps or store.kept() == []
+    assert store.load_path(job.object).is_dir()  # it is in the store
     catalog.close()
