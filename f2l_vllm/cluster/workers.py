@@ -1,0 +1,134 @@
+"""Hypernetwork workers as a deployment of Ray Serve: `import_path: f2l_vllm.cluster.workers:build` in a Serve config.
+
+Each replica is a pool of one worker on the replica's node. It takes videos from the catalog, so no request reaches it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.deployment import Application, Deployment
+
+from f2l_vllm import logs
+from f2l_vllm.cluster.scaling import QueuePolicy
+from f2l_vllm.pool.actors import Actors
+from f2l_vllm.pool.config import PoolConfig
+from f2l_vllm.pool.pool import open_pool
+from f2l_vllm.server.inputs import Inputs
+from f2l_vllm.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_LEAVE_SECONDS = 10.0  # beyond the video in work
+_PATIENCE_SECONDS = 30.0  # how long a worker may be without work before it goes
+
+
+class Args(BaseModel):
+    """`args` of the application in a Serve config. Settings are `F2L_*` in the environment of Ray's nodes, or in
+    `runtime_env`; `F2L_WORKER_CPUS` and `F2L_WORKER_GPUS` are what each worker gets."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field("f2l-tiny", description="The engines' model.")
+    max_lora_rank: int | None = Field(None, ge=1, description="The engines' --max-lora-rank, if they were given one.")
+    least: int = Field(0, ge=0, description="Workers that stay when nothing waits.")
+    most: int = Field(4, ge=1, description="Workers at most.")
+    videos_per_worker: int = Field(2, ge=1, description="Videos waiting or in work for which there is one more worker.")
+
+
+def build(args: Args) -> Application:
+    """Workers that come with waiting videos, and go when there are none. Serve calls this with `args` of its config."""
+    settings = Settings.read()
+    autoscaling = AutoscalingConfig(
+        min_replicas=args.least,
+        max_replicas=args.most,
+        initial_replicas=args.least,
+        upscale_delay_s=0.5,
+        downscale_delay_s=_PATIENCE_SECONDS,
+        downscale_to_zero_delay_s=_PATIENCE_SECONDS,
+        policy=AutoscalingPolicy(
+            policy_function=f"{QueuePolicy.__module__}:{QueuePolicy.__name__}",
+            policy_kwargs={"videos_per_worker": args.videos_per_worker},
+        ),
+    )
+    deployment: Deployment = serve.deployment(  # type: ignore[assignment]
+        Hypernetwork,
+        ray_actor_options={"num_cpus": 0},
+        # The worker is an actor of the replica's, on the same node.
+        placement_group_bundles=[{"CPU": settings.worker_cpus, "GPU": settings.worker_gpus}],
+        placement_group_strategy="STRICT_PACK",
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=settings.job_seconds + _LEAVE_SECONDS,
+        autoscaling_config=autoscaling,
+    )
+    return deployment.bind(args.model, args.max_lora_rank)
+
+
+class Hypernetwork:
+    """A replica. What it fetches and makes stays in its folder for the time of a job only.
+
+    Args:
+        model, max_lora_rank: as in `Args`.
+
+    Raises:
+        ValueError: the settings name no catalog or no store, or the model cannot be used.
+    """
+
+    def __init__(self, model: str, max_lora_rank: int | None) -> None:
+        logs.configure("worker")
+        inputs = Inputs.read(model)
+        settings = self._settings = inputs.settings
+        if settings.database_url is None or settings.store is None:
+            raise ValueError("workers share one catalog and one store: set F2L_DATABASE_URL and F2L_STORE for all")
+        self._open = ExitStack()
+        home = self._open.enter_context(_own_folder(settings.data_folder / "workers"))
+        max_rank = max_lora_rank or inputs.engine_rank(Namespace(max_lora_rank=max_lora_rank))
+        config = PoolConfig.of(settings, workers=1, keeps=False)
+        actors = Actors(config, inputs.workers(max_rank, home))
+        pool = open_pool(settings, config, actors, home, inputs.revision, lambda _event: None)
+        self._pool = self._open.enter_context(pool)
+        self._pool.start()
+
+    def check_health(self) -> None:
+        """Serve replaces a replica that has failed.
+
+        Raises:
+            RuntimeError: its worker can no longer be started.
+        """
+        if self._pool.failed.is_set():
+            raise RuntimeError(self._pool.why())
+
+    async def __del__(self) -> None:
+        """Serve waits for this when it stops a replica: the video in work is finished first."""
+        if hasattr(self, "_pool"):
+            await asyncio.to_thread(self._pool.finish, self._settings.job_seconds)
+            await asyncio.to_thread(self._open.close)
+
+
+@contextmanager
+def _own_folder(shared: Path) -> Iterator[Path]:
+    """The first folder that no other replica on this node has. What a killed replica left there is its next one's."""
+    for number in itertools.count():
+        folder = shared / str(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "replica.lock", thread_local=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue
+        try:
+            yield folder
+        finally:
+            lock.release()
+        return
