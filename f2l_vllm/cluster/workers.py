@@ -47,8 +47,15 @@ class Args(BaseModel):
 
 
 def build(args: Args) -> Application:
-    """Workers that come with waiting videos, and go when there are none. Serve calls this with `args` of its config."""
+    """Workers that come with waiting videos, and go when there are none. Serve calls this with `args` of its config.
+
+    Raises:
+        ValueError: the settings give a worker no share of a CPU or GPU, which would place it beside its replica.
+    """
     settings = Settings.read()
+    bundle = {name: share for name, share in (("CPU", settings.worker_cpus), ("GPU", settings.worker_gpus)) if share}
+    if not bundle:
+        raise ValueError("workers need a share of a CPU or GPU: set F2L_WORKER_CPUS or F2L_WORKER_GPUS above 0")
     autoscaling = AutoscalingConfig(
         min_replicas=args.least,
         max_replicas=args.most,
@@ -65,7 +72,7 @@ def build(args: Args) -> Application:
         Hypernetwork,
         ray_actor_options={"num_cpus": 0},
         # The worker is an actor of the replica's, on the same node.
-        placement_group_bundles=[{"CPU": settings.worker_cpus, "GPU": settings.worker_gpus}],
+        placement_group_bundles=[bundle],
         placement_group_strategy="STRICT_PACK",
         health_check_period_s=2,
         health_check_timeout_s=10,

@@ -41,6 +41,12 @@ def test_a_replica_has_room_for_its_worker_beside_it_and_time_for_its_video(depl
     assert inspect.iscoroutinefunction(Hypernetwork.__del__)  # Serve waits for it
 
 
+def test_workers_that_ray_could_place_anywhere_are_refused(monkeypatch):
+    monkeypatch.setenv("F2L_WORKER_CPUS", "0")
+    with pytest.raises(ValueError, match="set F2L_WORKER_CPUS or F2L_WORKER_GPUS above 0"):
+        build(Args())
+
+
 def test_workers_without_a_shared_catalog_are_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("F2L_HOME", str(tmp_path))
     with pytest.raises(ValueError, match="set F2L_DATABASE_URL and F2L_STORE for all"):
