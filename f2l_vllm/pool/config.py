@@ -42,4 +42,5 @@ def prepare_ray(settings: Settings) -> None:
     """Set what Ray reads from the environment when it is imported."""
     if settings.ray_address is None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for a cluster that nobody joins: all listen on loopback
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # otherwise a lane that is slow to stop would start another Ray
