@@ -14,7 +14,6 @@ from typing import Any
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.settings import Settings
 
-_COUNT_SECONDS = 0.25  # between two looks at the queue
 _KNOWN_SECONDS = 10.0  # for so long after a look its result counts
 
 
@@ -26,10 +25,11 @@ class QueuePolicy:
 
     Args:
         videos_per_worker: waiting videos, including its own, for which there is another worker.
+        seconds: between two looks at the queue.
     """
 
-    def __init__(self, videos_per_worker: int = 2) -> None:
-        self._per_worker = videos_per_worker
+    def __init__(self, videos_per_worker: int = 2, seconds: float = 0.25) -> None:
+        self._per_worker, self._seconds = videos_per_worker, seconds
         self._thread = ThreadPoolExecutor(1, "f2l-queue")
         self._catalog: Catalog | None = None
         self._look: Future[tuple[int, int]] | None = None
@@ -49,7 +49,7 @@ class QueuePolicy:
             except Exception as error:  # whatever a database and its driver make of being away
                 logging.getLogger("ray.serve").warning("the queue of videos cannot be counted: %s", error)
             self._look = None
-        if self._look is None and now - self._looked_at >= _COUNT_SECONDS:
+        if self._look is None and now - self._looked_at >= self._seconds:
             self._look, self._looked_at = self._thread.submit(self._count), now
         if self._known is None or now - self._known_at > _KNOWN_SECONDS:
             return context.target_num_replicas, {}

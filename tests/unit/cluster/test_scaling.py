@@ -1,6 +1,6 @@
 """How many workers the queue asks for, with a real catalog and without Ray."""
 
-import time
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +14,6 @@ from tests.support.catalog_steps import add
 @pytest.fixture
 def catalog(database_url, monkeypatch):
     monkeypatch.setenv("F2L_DATABASE_URL", database_url)
-    monkeypatch.setattr(scaling, "_COUNT_SECONDS", 0.0)
     catalog = Catalog(database_url)
     yield catalog
     catalog.close()
@@ -31,7 +30,7 @@ def decided(policy, target=1):
 
 
 def test_workers_come_with_waiting_videos_and_stay_with_their_own(catalog):
-    policy = QueuePolicy(videos_per_worker=2)
+    policy = QueuePolicy(videos_per_worker=2, seconds=0.0)
     assert decided(policy) == (0, {"waiting": 0, "running": 0})
     for number in range(5):
         add(catalog, f"f2l-{number}", sha=str(number))
@@ -58,10 +57,9 @@ def test_nothing_changes_while_the_catalog_cannot_be_asked(tmp_path, monkeypatch
     assert policy(context) == (7, {})
 
 
-def test_a_queue_that_was_counted_long_ago_does_not_count(catalog, monkeypatch):
-    policy = QueuePolicy()
+def test_a_queue_that_was_counted_long_ago_does_not_count(catalog):
+    policy = QueuePolicy(seconds=0.0)
     assert decided(policy, target=5)[0] == 0
-    policy._look, policy._looked_at = None, time.monotonic()
-    monkeypatch.setattr(scaling, "_COUNT_SECONDS", 3600.0)  # as if the next look took so long
+    policy._look, policy._looked_at = None, math.inf  # as if the next look took for ever
     policy._known_at -= scaling._KNOWN_SECONDS
     assert policy(SimpleNamespace(target_num_replicas=5)) == (5, {})
