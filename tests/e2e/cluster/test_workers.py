@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from ray import serve
 
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.cluster.workers import Args, build
-from tests.e2e.pool.test_pool import until
+from tests.e2e.pool.test_pool import hanging_decoders, until
 from tests.e2e.pool.test_workers import Site
 from tests.support import fake_worker
 from tests.support.postgres import temporary_postgres
@@ -71,12 +72,13 @@ def replicas() -> dict[str, int]:
     return dict(serve.status().applications["workers"].deployments["Hypernetwork"].replica_states)
 
 
-def pids(name: str) -> list[int]:
-    """Ray's processes of this name."""
+def pids(name: str, folder: Path) -> list[int]:
+    """Ray's processes of this name whose data folder is below this one: other tests may run on this machine."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if (entry / "cmdline").read_text().startswith(f"ray::{name}"):
+            is_ours = f"F2L_HOME={folder}".encode() in (entry / "environ").read_bytes()
+            if is_ours and (entry / "cmdline").read_text().startswith(f"ray::{name}"):
                 found.append(int(entry.name))
         except OSError:
             pass
@@ -92,7 +94,7 @@ def test_workers_come_with_videos_survive_kills_and_go_without_losing_one(site, 
         until(lambda: sum(replicas().values()) == 3)
         decided = time.monotonic() - started
         until(lambda: VideoState.DECODING in map(site.state, records))
-        os.kill(pids("ServeReplica:workers:Hypernetwork")[0], signal.SIGKILL)
+        os.kill(pids("ServeReplica:workers:Hypernetwork", tmp_path)[0], signal.SIGKILL)
         until(lambda: {site.state(record) for record in records} == {VideoState.PROCESSED})
         until(lambda: replicas() == {})
         print(f"decided after {decided:.2f} s, none left after {time.monotonic() - started:.1f} s")
@@ -104,8 +106,16 @@ def test_workers_come_with_videos_survive_kills_and_go_without_losing_one(site, 
 def test_a_real_worker_that_is_stopped_finishes_its_video_first(site, tmp_path):
     with ray_serve(tmp_path, site, seconds=None):
         start(site)
-        first = site.upload("first", frames=20)
-        until(lambda: site.state(first) not in (VideoState.UPLOADED, VideoState.PROCESSED))
-        serve.delete("workers")
-        assert site.state(first) is VideoState.PROCESSED
-        assert site.catalog.adapter("f2l-first").object in site.published()
+        first = site.upload("first")
+        until(lambda: site.state(first) is VideoState.PROCESSED)
+        with hanging_decoders(*pids("HypernetworkWorker", tmp_path)):
+            second = site.upload("second", frames=40)
+            until(lambda: site.state(second) is VideoState.DECODING)
+            stopping = threading.Thread(target=serve.delete, args=("workers",))
+            stopping.start()
+            until(lambda: replicas() == {"STOPPING": 1})
+            time.sleep(2.0)
+            assert site.state(second) is VideoState.DECODING
+        stopping.join()
+        assert site.state(second) is VideoState.PROCESSED
+        assert site.catalog.adapter("f2l-second").object in site.published()
