@@ -25,7 +25,7 @@ import httpx
 from openai import APIError, APIStatusError, AsyncOpenAI
 from sqlalchemy import update
 
-from benchmarks.plan_check import haproxy
+from benchmarks.haproxy import haproxy
 from f2l_vllm import torch_shims
 from f2l_vllm.bench import record
 from f2l_vllm.catalog.catalog import Catalog
@@ -237,7 +237,7 @@ def main() -> None:
         ]
         cluster = Cluster(folder, postgres.new_database(), options.servers)
         try:
-            with haproxy(_PORTS[: options.servers], _ADDRESS, folder):
+            with haproxy([f"127.0.0.1:{port}" for port in _PORTS[: options.servers]], _ADDRESS, folder):
                 for server in cluster.servers:
                     server.wait_ready()
                 time.sleep(2)  # the proxy looks every second

@@ -4,6 +4,9 @@ The servers have no model: they answer over HTTP after a fixed time, so many que
 videos as they have places for adapters, those asked about last. HAProxy runs with `launch/haproxy.cfg`, for
 `least-loaded` with `balance leastconn` in it. No proxy has `warm-first`: there the clients' process chooses the server.
 Questions are drawn with seeds that the simulation does not use: it knows how often videos are asked about, not when.
+
+With `--model f2l-tiny` the servers are `f2l-vllm serve` of one PostgreSQL and one store, and count their own loads. The
+videos are clips of the synthetic world. Answers take as long as they take: the hit rate does not depend on it.
 """
 
 from __future__ import annotations
@@ -12,24 +15,27 @@ import argparse
 import asyncio
 import json
 import re
-import shutil
 import statistics
-import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+from openai import OpenAI
 
+from benchmarks.haproxy import haproxy_version, proxied
+from f2l_vllm import torch_shims
 from f2l_vllm.bench import record
 from f2l_vllm.cluster.capacity import POLICIES
 from f2l_vllm.cluster.policy import HAProxyHash, Policy, Recent
 from f2l_vllm.cluster.simulation import Popularity, Scenario, Simulation
+from f2l_vllm.server_process import ServerProcess
 
-_CONFIG = Path(__file__).parents[1] / "launch" / "haproxy.cfg"
+torch_shims.install()
+
 _BAR = 0.03
 _OTHER_SEEDS = 100
 
@@ -40,7 +46,7 @@ class Server:
     def __init__(self, scenario: Scenario) -> None:
         self._memory, self._room = Recent(scenario.places), asyncio.Semaphore(scenario.concurrency)
         self._seconds = scenario.answer_s
-        self.port = 0
+        self.port = self.loads = 0
 
     async def listen(self) -> asyncio.Server:
         """On a free port of this machine."""
@@ -57,7 +63,8 @@ class Server:
                 if length is not None:
                     question = json.loads(await reader.readexactly(int(length[1])))
                     async with self._room:
-                        answer = {"hit": self._memory.add(question["model"]), "port": self.port}
+                        self.loads += not self._memory.add(question["model"])
+                        answer = {"port": self.port}
                         await asyncio.sleep(self._seconds)
                     body = json.dumps(answer).encode()
                 writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
@@ -68,11 +75,86 @@ class Server:
             writer.close()
 
 
-class Way:
-    """Asks the servers: through HAProxy, or each where `policy` says."""
+class StandIns:
+    """Servers without a model."""
 
-    def __init__(self, urls: dict[str, str], client: httpx.AsyncClient, policy: Policy | None) -> None:
-        self._urls, self._client, self._policy = urls, client, policy
+    def __init__(self, scenario: Scenario) -> None:
+        self._servers = [Server(scenario) for _ in scenario.names]
+
+    async def __aenter__(self) -> StandIns:
+        self._listening = [await server.listen() for server in self._servers]
+        self.ports = [server.port for server in self._servers]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for server in self._listening:
+            server.close()
+
+    def question(self, video: str) -> dict[str, Any]:
+        """The body of one."""
+        return {"model": video}
+
+    async def loads(self) -> int:
+        """How often a video was not in memory."""
+        return sum(server.loads for server in self._servers)
+
+
+class RealServers:
+    """`f2l-vllm serve`, with every video ready. The first alone has a worker."""
+
+    def __init__(self, model: str, scenario: Scenario, folder: Path, database: str) -> None:
+        given = {"F2L_DATABASE_URL": database, "F2L_STORE": f"file://{folder / 'store'}"}
+        flags = {"max-cpu-loras": scenario.places, "max-loras": scenario.concurrency, "warm-adapters": 0}
+        flags |= {"max-num-seqs": scenario.concurrency, "queue-limit": scenario.videos}
+        common = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        self._servers = []
+        for number in range(scenario.servers):
+            home = folder / str(number) / "home"
+            home.parent.mkdir()
+            workers = ("--hypernetwork-workers", str(int(number == 0)))
+            self._servers.append(ServerProcess(model, home, *common, *workers, env=given))
+        self.ports = [int(server.url.rpartition(":")[2]) for server in self._servers]
+        self._ids: dict[str, str] = {}
+
+    def fill(self, paths: list[Path]) -> None:
+        """Wait for the servers, and upload a video for each name."""
+        for server in self._servers:
+            server.wait_ready()
+        client = OpenAI(base_url=f"{self._servers[0].url}/v1", api_key="none")
+        made = [client.files.create(file=path, purpose="vision").id for path in paths]
+        for number, file_id in enumerate(made):
+            assert client.files.wait_for_processing(file_id, poll_interval=0.05).status == "processed"
+            self._ids[f"video-{number}"] = file_id
+
+    def question(self, video: str) -> dict[str, Any]:
+        """The body of one."""
+        message = {"role": "user", "content": "Describe the video."}
+        return {"model": self._ids[video], "messages": [message], "max_tokens": 8, "temperature": 0}
+
+    async def loads(self) -> int:
+        """How often an adapter was not in memory."""
+        async with httpx.AsyncClient(timeout=60) as client:
+            pages = [(await client.get(f"{server.url}/metrics")).text for server in self._servers]
+        found = (re.findall(r"^f2l_adapters_loaded_total\S* (\S+)$", page, re.MULTILINE) for page in pages)
+        return round(sum(float(value) for values in found for value in values))
+
+    def end(self) -> None:
+        """Stop them."""
+        for server in self._servers:
+            server.end()
+
+
+class Way:
+    """Asks the servers: through HAProxy, or each where `policy` says. `question` makes a body for a video."""
+
+    def __init__(
+        self,
+        urls: dict[str, str],
+        client: httpx.AsyncClient,
+        policy: Policy | None,
+        question: Callable[[str], dict[str, Any]],
+    ) -> None:
+        self._urls, self._client, self._policy, self._question = urls, client, policy, question
         self._loads = dict.fromkeys(urls, 0)
 
     async def ask(self, video: str) -> dict[str, Any]:
@@ -82,96 +164,115 @@ class Way:
         if server is not None:
             self._loads[server] += 1
         try:
-            answer = await self._client.post(f"{url}/v1/chat/completions", json={"model": video})
+            answer = await self._client.post(f"{url}/v1/chat/completions", json=self._question(video))
         finally:
             if server is not None:
                 self._loads[server] -= 1
         return answer.raise_for_status().json()
 
 
-def find_haproxy() -> str | None:
-    """The program, on the PATH or where Debian puts it."""
-    return shutil.which("haproxy") or shutil.which("/usr/sbin/haproxy")
-
-
-@contextmanager
-def haproxy(
-    ports: Sequence[int], bind: str | Path, folder: Path, balance: str | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    """HAProxy in front of servers at `ports`, for as long as the block lasts; `folder` gets its `haproxy.log`.
-
-    Args:
-        bind: where it listens: an address with its port, or a socket.
-        balance: instead of what questions have in its configuration.
-    """
-    program, config = find_haproxy(), folder / "haproxy.cfg"
-    if program is None:
-        raise SystemExit("HAProxy is needed: apt-get install haproxy")
-    lines = "".join(f"    server s{number} 127.0.0.1:{port}\n" for number, port in enumerate(ports, 1))
-    text = re.sub(r"(    server \w+ [\d.:]+\n)+", lines, _CONFIG.read_text())
-    text = text.replace("bind 127.0.0.1:8080", f"bind {bind}")
-    if balance is not None:
-        text = re.sub(r"    balance hash.*\n(    hash-.*\n)+", f"    balance {balance}\n", text)
-    config.write_text(text)
-    with (folder / "haproxy.log").open("w") as log:
-        process = subprocess.Popen([program, "-f", str(config)], stderr=log)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait()
-
-
 @asynccontextmanager
-async def proxied(ports: list[int], balance: str | None, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of `haproxy`."""
-    socket, log = folder / "haproxy.sock", folder / "haproxy.log"
-    with haproxy(ports, socket, folder, balance) as process:
-        while not socket.exists():
-            if process.poll() is not None:
-                raise SystemExit(f"HAProxy ended: {log.read_text()}")
-            await asyncio.sleep(0.05)
-        async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(socket)), timeout=60) as client:
+async def client_of(ports: list[int], balance: str | None, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of HAProxy in front of servers at `ports`; `balance`: instead of what questions have there."""
+    with proxied([f"127.0.0.1:{port}" for port in ports], folder, balance) as socket:
+        transport = httpx.AsyncHTTPTransport(uds=str(socket))
+        async with httpx.AsyncClient(transport=transport, timeout=60) as client:
             yield client
-        if " is DOWN" in log.read_text():
+        if " is DOWN" in (folder / "haproxy.log").read_text():
             raise SystemExit("this machine is too busy: HAProxy held a server for dead; try again when less is running")
 
 
-async def measure(scenario: Scenario, policy: str, seed: int, questions: int) -> dict[str, Any]:
-    """Ask `questions` questions and count hits, without the first quarter."""
-    servers = [Server(scenario) for _ in scenario.names]
+async def measure(
+    scenario: Scenario, policy: str, seed: int, questions: int, servers: StandIns | RealServers
+) -> dict[str, Any]:
+    """Ask `questions` questions; the hit rate of those after the first quarter."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="f2l-plan-")))
-        for server in servers:
-            await stack.enter_async_context(await server.listen())
-        ports = [server.port for server in servers]
-        chosen = POLICIES[policy](scenario)
+        chosen, ports = POLICIES[policy](scenario), servers.ports
         urls = {name: f"http://127.0.0.1:{port}" for name, port in zip(scenario.names, ports, strict=True)}
         if policy == "warm-first":
-            way = Way(urls, await stack.enter_async_context(httpx.AsyncClient(timeout=60)), chosen)
+            client = await stack.enter_async_context(httpx.AsyncClient(timeout=60))
+            way = Way(urls, client, chosen, servers.question)
         else:
             balance = "leastconn" if policy == "least-loaded" else None
-            way = Way(urls, await stack.enter_async_context(proxied(ports, balance, folder)), None)
+            client = await stack.enter_async_context(client_of(ports, balance, folder))
+            way = Way(urls, client, None, servers.question)
         result: dict[str, Any] = {}
-        if isinstance(chosen, HAProxyHash):
+        if isinstance(chosen, HAProxyHash) and isinstance(servers, StandIns):  # the others do not say who they are
             idle = dict.fromkeys(scenario.names, 0)
             homes = [scenario.names.index(chosen.choose(f"video-{n}", idle)) for n in range(scenario.videos)]
             found = [ports.index((await way.ask(f"video-{n}"))["port"]) for n in range(scenario.videos)]
             result["homes_as_predicted"] = sum(home == at for home, at in zip(homes, found, strict=True))
-        left = Popularity(scenario.videos, scenario.zipf, np.random.default_rng(seed)).draw(questions)
-        hits: list[bool] = []
+        drawn = Popularity(scenario.videos, scenario.zipf, np.random.default_rng(seed)).draw(questions)
 
-        async def client() -> None:
-            while left:
-                hits.append((await way.ask(left.pop()))["hit"])
+        async def ask(left: list[str]) -> int:
+            """All these. Returns how many had their video loaded."""
+            before = await servers.loads()
 
-        await asyncio.gather(*(client() for _ in range(scenario.in_work)))
-    return {"hit_rate": statistics.mean(hits[questions // 4 :]), **result}
+            async def client() -> None:
+                while left:
+                    await way.ask(left.pop())
+
+            await asyncio.gather(*(client() for _ in range(scenario.in_work)))
+            return await servers.loads() - before
+
+        settled = questions // 4
+        await ask(drawn[:settled])
+        loads = await ask(drawn[settled:])
+    return {"hit_rate": 1 - loads / (questions - settled), **result}
+
+
+async def _measure(scenario: Scenario, policy: str, seed: int, questions: int) -> dict[str, Any]:
+    async with StandIns(scenario) as servers:
+        return await measure(scenario, policy, seed, questions, servers)
+
+
+@contextmanager
+def real_servers(model: str, scenario: Scenario) -> Iterator[RealServers]:
+    """Servers that are ready to answer about all videos."""
+    from f2l_vllm.synthetic.render import write_mp4
+    from f2l_vllm.synthetic.world import sample_scenes
+    from tests.support.postgres import needed_postgres
+
+    with tempfile.TemporaryDirectory(prefix="f2l-plan-") as name, needed_postgres() as postgres:
+        folder = Path(name)
+        servers = RealServers(model, scenario, folder, postgres.new_database())
+        try:
+            scenes = sample_scenes(scenario.videos, 1, "train")
+            servers.fill(
+                [
+                    write_mp4(scene, folder / f"{number}.mp4", size=(160, 120), fps=10, seconds=2.5)
+                    for number, scene in enumerate(scenes)
+                ]
+            )
+            yield servers
+        finally:
+            servers.end()
+
+
+def _compare(scenario: Scenario, options: argparse.Namespace, servers: RealServers | None) -> dict[str, Any]:
+    """Hit rates under each policy, measured and simulated."""
+    results = {}
+    for policy in options.policies.split(","):
+        seeds = range(_OTHER_SEEDS, _OTHER_SEEDS + options.seeds)
+        if servers is None:
+            measured = [asyncio.run(_measure(scenario, policy, seed, options.questions)) for seed in seeds]
+        else:
+            measured = [asyncio.run(measure(scenario, policy, seed, options.questions, servers)) for seed in seeds]
+        simulated = [
+            Simulation(scenario, POLICIES[policy](scenario), seed).run().hit_rate
+            for seed in range(1, options.seeds + 1)
+        ]
+        off = statistics.mean(run["hit_rate"] for run in measured) - statistics.mean(simulated)
+        results[policy] = {"measured": measured, "simulated_hit_rates": simulated, "off": round(off, 4)}
+        print(policy, results[policy], flush=True)
+    return results
 
 
 def main() -> None:
     """Measure, compare, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="of real servers, such as f2l-tiny; by default they have none")
     parser.add_argument("--servers", type=int, default=3)
     parser.add_argument("--videos", type=int, default=300)
     parser.add_argument("--places", type=int, default=32)
@@ -194,21 +295,11 @@ def main() -> None:
         load_s=0,
         fetch_s=0,
     )
-    results = {}
-    for policy in options.policies.split(","):
-        seeds = range(_OTHER_SEEDS, _OTHER_SEEDS + options.seeds)
-        measured = [asyncio.run(measure(scenario, policy, seed, options.questions)) for seed in seeds]
-        simulated = [
-            Simulation(scenario, POLICIES[policy](scenario), seed).run().hit_rate
-            for seed in range(1, options.seeds + 1)
-        ]
-        off = statistics.mean(run["hit_rate"] for run in measured) - statistics.mean(simulated)
-        results[policy] = {"measured": measured, "simulated_hit_rates": simulated, "off": round(off, 4)}
-        print(policy, results[policy], flush=True)
+    with nullcontext() if options.model is None else real_servers(options.model, scenario) as servers:
+        results = _compare(scenario, options, servers)
     if options.json is not None:
         configuration = {name: value for name, value in vars(options).items() if name != "json"}
-        version = subprocess.run([find_haproxy() or "haproxy", "-v"], capture_output=True, text=True).stdout
-        configuration["haproxy"] = version.split()[2]
+        configuration["haproxy"] = haproxy_version()
         record.write(options.json, configuration, results)
     worst = max(abs(result["off"]) for result in results.values())
     if worst > _BAR:

@@ -11,7 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.plan_check import find_haproxy, proxied
+from benchmarks.haproxy import find_haproxy
+from benchmarks.plan_check import client_of
 from f2l_vllm.cluster.policy import HAProxyHash
 
 _QUESTIONS = 60
@@ -41,7 +42,7 @@ async def choices(names: list[str], folder: Path) -> tuple[list[str], list[str]]
     ports = [server.sockets[0].getsockname()[1] for server in servers]
     policy, loads, expected, chosen = HAProxyHash(names), dict.fromkeys(names, 0), list[str](), list[str]()
 
-    async with proxied(ports, None, folder) as client:
+    async with client_of(ports, None, folder) as client:
 
         async def ask(video: str) -> httpx.Response:
             return await client.post("http://haproxy/v1/chat/completions", json={"model": video})

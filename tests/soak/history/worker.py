@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 import threading
 import time
@@ -22,6 +23,8 @@ from f2l_vllm.store.errors import Unavailable
 from f2l_vllm.store.store import Store, StoreError
 from tests.soak.history import pace
 from tests.soak.history.server import RANK, REVISIONS, WEIGHTS, Place
+
+logger = logging.getLogger(__name__)
 
 _AGAIN_SECONDS = 0.2
 _FILLER = "0" * 8192
@@ -54,6 +57,7 @@ def make(catalog: Catalog, store: Store, job: Job, most_seconds: float) -> None:
     _pause(most_seconds)
     entered = _insist(lambda: catalog.finish_job(name, rank=2 * RANK, size=len(_FILLER), info=AdapterInfo(), **mine))
     if entered is None:
+        logger.warning("%s is refused: the job is another worker's", job.object)
         store.remove_adapter(job.object)
 
 

@@ -11,6 +11,7 @@ import pytest
 from f2l_vllm.store import cached_store
 from f2l_vllm.store.errors import StoreUnavailable
 from f2l_vllm.store.store import MANIFEST_FILE, StoreError
+from tests.support.s3 import temporary_s3
 from tests.unit.store.test_store import write
 
 WEIGHTS = "adapter_model.safetensors"
@@ -55,9 +56,25 @@ def test_what_one_machine_stores_another_finds_whole(open_store):
     assert not here.has_video("0" * 64)
 
 
-def test_the_same_over_another_kind_of_file_system(tmp_path):
-    here, there = (cached_store.open_store(tmp_path / home, url="memory://bucket/videos") for home in ("here", "there"))
+@pytest.fixture(params=["memory", "s3"])
+def url(request, monkeypatch):
+    """Of an empty store."""
+    if request.param == "memory":
+        yield "memory://bucket/videos"
+        return
+    with temporary_s3() as s3:
+        if s3 is None:
+            pytest.skip("moto is not installed")
+        for name, value in s3.environment.items():
+            monkeypatch.setenv(name, value)
+        yield s3.url
+
+
+def test_the_same_over_another_kind_of_file_system(tmp_path, url):
+    here, there = (cached_store.open_store(tmp_path / home, url=url) for home in ("here", "there"))
+    here.sweep(lambda _names: (), older_than_s=-1)  # nothing is there
     sha256 = keep(here, b"video")
+    assert not here.has_video("0" * 64)
     here.publish_adapter("f2l-1", write("weights"), {})
     assert there.fetch_video(sha256).read_bytes() == b"video"
     assert (there.load_path("f2l-1") / WEIGHTS).read_text() == "weights"
@@ -65,9 +82,14 @@ def test_the_same_over_another_kind_of_file_system(tmp_path):
     assert there.has_video(sha256)  # too young to be called lost
     here.sweep(lambda _names: (), older_than_s=-1)
     assert not there.has_video(sha256)
-    third = cached_store.open_store(tmp_path / "third", url="memory://bucket/videos")
+    for _ in range(2):  # what is already gone can be removed
+        here.remove_video(sha256)
+        here.remove_adapter("f2l-1")
+    third = cached_store.open_store(tmp_path / "third", url=url)
     with pytest.raises(StoreError, match="missing"):
         third.load_path("f2l-1")
+    with pytest.raises(StoreError, match="missing"):
+        third.fetch_video(sha256)
 
 
 def test_a_half_copy_there_is_never_taken_for_a_whole_one(open_store, far):
