@@ -23,6 +23,11 @@ from fsspec.core import split_protocol
 from f2l_vllm.store.errors import StoreUnavailable, disk_errors
 from f2l_vllm.store.manifest import MANIFEST_FILE
 
+# s3fs asks S3 that does not answer five times, and gives up after a minute. By default botocore asks five times at each
+# of these, which takes seven minutes.
+_S3: dict[str, Any] = {"config_kwargs": {"read_timeout": 10, "retries": {"max_attempts": 0}}}
+_OPTIONS: dict[str, dict[str, Any]] = {"file": {"auto_mkdir": True}, "local": {"auto_mkdir": True}, "s3": _S3}
+
 
 class Remote:
     """One URL, such as `s3://bucket/prefix`.
@@ -36,9 +41,9 @@ class Remote:
 
     def __init__(self, url: str) -> None:
         protocol = split_protocol(url)[0] or "file"
-        options: dict[str, Any] = {"auto_mkdir": True} if protocol in ("file", "local") else {}
         try:
             # A cached listing would hide what other processes write.
+            options = _OPTIONS.get(protocol, {})
             self._files, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
         except (ImportError, ValueError) as error:
             raise ValueError(f"F2L_STORE={url}: {error}") from error

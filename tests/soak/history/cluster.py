@@ -180,7 +180,8 @@ class Cluster:
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder.parent)) for path in folder.rglob("*") if path.is_file())
+    walked = os.walk(folder)  # which, other than `rglob`, passes over what is removed meanwhile
+    return sorted(str(Path(place, name).relative_to(folder.parent)) for place, _, names in walked for name in names)
 
 
 def _ports(count: int) -> list[int]:
