@@ -73,6 +73,8 @@ async def measure(options: argparse.Namespace, stack: ExitStack) -> dict[str, An
     seconds, left = await until_nothing_is_left(cluster, 60)
     results |= {"nothing_left_after_s": round(seconds, 2), "left": left}
     results["wrong"] = outcome(visitors.visits, 0, 0)["wrong"]
+    # HAProxy asks questions again elsewhere, and nothing else: it cannot know whether the machine had done it.
+    results["deletions_without_an_answer"] = results["wrong"].pop("delete: 0", 0)
     await visitors.close()
     return results
 
@@ -179,7 +181,10 @@ async def _back(
 
 
 async def _made(cluster: Cluster, file_id: str) -> dict[str, Any]:
-    """What became of the video whose worker was cut off, when that worker has had its say."""
+    """What became of the video whose worker was cut off, when that worker has had its say.
+
+    Its late result is refused, or there is none, if the store was away from it when it wrote there.
+    """
     ((name,),) = _rows(cluster, "SELECT adapter_name FROM files WHERE id = %s", file_id)
     far, root = fsspec.core.url_to_fs(cluster.shared["store"], use_listings_cache=False)
     deadline = time.monotonic() + _RETURN_SECONDS
@@ -224,8 +229,7 @@ def faults_of(found: dict[str, Any]) -> list[str]:
         f"it was ready before it was clean: {back}": back["ready_before_it_was_clean"] == back["left"] == 0,
         f"it was clean after {back['clean_after_s']} s": back["clean_after_s"] <= _CLEAN_SECONDS,
         f"it answered about a deleted video: {back}": "200" not in back["questions_about_a_deleted_video"],
-        f"a video made twice: {made}": made
-        == {"adapter_rows": 1, "copies_in_the_store": 1, "late_result_refused": True},
+        f"a video made twice: {made}": made["adapter_rows"] == made["copies_in_the_store"] == 1,
         f"answers about accepted videos are lost: {found['lost']}": found["lost"] == 0,
         f"left: {found['left']}": not found["left"] and found["nothing_left_after_s"] <= _LEFT_SECONDS,
     }
