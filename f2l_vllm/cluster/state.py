@@ -46,6 +46,7 @@ def connect(address: str) -> None:
     Raises:
         ClusterFailed: nobody answers there.
     """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the rest is for whoever runs Serve
     try:
         ray.init(address=address, namespace="serve", log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:

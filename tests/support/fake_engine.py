@@ -99,6 +99,7 @@ def main() -> None:
             port=options.port,
             log_level="error",
             timeout_keep_alive=75,
+            timeout_graceful_shutdown=1,
         )
 
 
