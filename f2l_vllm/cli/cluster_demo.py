@@ -14,8 +14,8 @@ import httpx
 from openai import APIError, OpenAI
 from rich.table import Table
 
-from f2l_vllm.cli import cluster
-from f2l_vllm.cli.cluster import console
+from f2l_vllm.cli import cluster_service as service
+from f2l_vllm.cli.cluster_service import console
 from f2l_vllm.cluster import local
 from f2l_vllm.server_process import LOOPBACK, free_port
 
@@ -33,15 +33,15 @@ def run(model: str, videos: int) -> None:
         home = Path(folder) / "home"
         wanted = local.config(model, [], engines=2, fronts=2, workers=1, host=LOOPBACK, port=free_port())
         began = time.perf_counter()
-        url = cluster.start(wanted, home, None, _START_SECONDS)
+        url = service.start(wanted, home, None, _START_SECONDS)
         node = local.Node.find(home)
         assert node is not None
         try:
             console.print(f"two engines and two fronts ready after {time.perf_counter() - began:.0f} s: {url}")
-            with cluster.connected(node.address):
+            with service.connected(node.address):
                 _show(OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120), _clips(folder, videos))
         finally:
-            cluster.stop(node.address, home)
+            service.stop(node.address, home)
     console.print("stopped")
 
 
