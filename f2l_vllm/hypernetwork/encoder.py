@@ -62,8 +62,6 @@ class VideoEncoder:
         self.family = family_of(model)
         self.layers = text_layers_of(model)
         self.merge_rate = check_rate(merge_rate)
-        config: Any = model.config
-        self._image_token_id: int = config.image_token_id
 
     def tokens(self, sampled: SampledVideo) -> Tensor:
         """Token ids [T] of the internalization message: one user turn with the video and `INSTRUCTION`."""
@@ -162,6 +160,11 @@ class VideoEncoder:
     def num_visual_tokens(self, ids: Tensor) -> int:
         """How many of these token ids stand for a piece of a frame."""
         return int((ids == self._image_token_id).sum())
+
+    @property
+    def _image_token_id(self) -> int:
+        config: Any = self.model.config
+        return config.image_token_id
 
     @property
     def _frames_at_once(self) -> int:
