@@ -59,7 +59,7 @@ class Node:
         Raises:
             ClusterFailed: it did not start.
         """
-        folder = tempfile.mkdtemp(prefix="f2l-ray-")  # short: Ray's sockets lie in it
+        folder = tempfile.mkdtemp(prefix="f2l-ray-", dir="/tmp")  # short: Ray's and HAProxy's sockets lie in it
         address = f"{LOOPBACK}:{free_port()}"
         ports = {"port": address.rpartition(":")[2], "ray-client-server-port": free_port()}
         ports |= {"dashboard-agent-listen-port": free_port()}
@@ -69,7 +69,7 @@ class Node:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*ray, *flags],
-                env={**os.environ, **environment},
+                env={**os.environ, **environment, **haproxy_files(folder)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -109,16 +109,18 @@ def environment(home: Path, host: str) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": str(int(host != LOOPBACK)),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": _DRAIN_SECONDS,
     }
-    proxy = home / "haproxy"
-    proxy.mkdir(exist_ok=True)
-    usual |= {
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(proxy / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(proxy / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(proxy / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(proxy),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(proxy / "server-state"),
-    }
     return {name: os.environ.get(name, value) for name, value in usual.items()}
+
+
+def haproxy_files(folder: str) -> dict[str, str]:
+    """Variables that keep the files of Serve's HAProxy here, each node's in a folder named by 56 digits."""
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+    }
 
 
 def config(

@@ -195,7 +195,7 @@ def test_no_question_fails_while_an_engine_is_lost(service, what, number, second
 
 def cut_off(service: Service, port: int, begun: threading.Event) -> str:
     """How a stream of a minute at this engine ends. Tells when it has begun."""
-    video = next(name for name in (f"cut-{number}" for number in range(1000)) if service.engine_of(name) == port)
+    video = next(name for name in (f"file-cut-{number}" for number in range(1000)) if service.engine_of(name) == port)
     question = {"model": video, "messages": [], "stream": True, "max_tokens": 200, "ms": 300}
     with service.client.stream("POST", "/v1/chat/completions", json=question) as answer:
         pieces = answer.iter_text()

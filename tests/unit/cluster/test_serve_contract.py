@@ -89,7 +89,9 @@ def test_the_command_hands_its_config_over_as_operators_do():
 
 def test_variables_of_serves_haproxy_are_those_that_it_reads(tmp_path):
     known = inspect.getsource(constants)
-    ours = [name for name in local.environment(tmp_path, "0.0.0.0") if name.startswith("RAY_SERVE_")]
+    files = local.haproxy_files("/tmp/f2l-ray-01234567")
+    assert max(len(path) + len(f"/{'0' * 56}") for path in files.values()) <= 97  # of a socket, for HAProxy
+    ours = [name for name in {**files, **local.environment(tmp_path, "0.0.0.0")} if name.startswith("RAY_SERVE_")]
     assert len(ours) > 5
     assert [name for name in ours if f'"{name}"' not in known] == []
     assert "RAY_SERVE_HTTP_KEEP_ALIVE_TIMEOUT_S" in known
