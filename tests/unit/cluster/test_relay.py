@@ -46,7 +46,7 @@ class Fronted:
         self.engines = Membership()
         self.stand_ins = [StandIn(0), StandIn(1)]
         self.affinity = Affinity(self.engines, places=8, concurrency=8)
-        self.engines.update({str(one.number): f"http://127.0.0.1:{one.port}" for one in self.stand_ins})
+        self.engines.update({str(one.number): f"http://{one.host}:{one.port}" for one in self.stand_ins})
         self.relay = Relay(self.choose, self.engines, find_seconds=0.2)
         self.client = httpx.Client(timeout=20)
 
