@@ -3,7 +3,7 @@
 Each replica is a pool of one worker on the replica's node. It takes videos from the catalog, so no request reaches it.
 """
 
-from __future__ import annotations
+# Annotations are not postponed here: Serve reads that of `build` to make `args` of a config an `Args`.
 
 import asyncio
 import itertools

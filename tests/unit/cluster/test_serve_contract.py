@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 import yaml
+from ray._common.utils import import_attr
 from ray.serve import request_router, scripts
 from ray.serve._private import constants, replica, router
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as built
@@ -74,7 +75,8 @@ def test_serve_takes_the_configs(source):
     assert [one.name for one in config.applications] == [names.APP, names.WORKERS_APP]
     served = config.applications[0]
     assert {one.name for one in served.deployments} == {names.FRONT, names.ENGINE}
-    assert isinstance(built(build, served.args), Application)
+    for application in config.applications:
+        assert isinstance(built(import_attr(application.import_path), application.args), Application)
     for one in served.deployments:
         if isinstance(one.autoscaling_config, dict):
             policy = AutoscalingConfig(**one.autoscaling_config).policy
