@@ -58,9 +58,9 @@ async def _ask(http: aiohttp.ClientSession, url: str, video: int, **answer: floa
     question = {"model": f"file-{video % VIDEOS}", "messages": [], "stream": True, **_ANSWER, **answer}
     began = time.perf_counter()
     async with http.post(f"{url}/v1/chat/completions", json=question) as response:
-        await response.content.readany()
+        text = await response.content.readany()
         first = time.perf_counter() - began
-        text = await response.read()
+        text += await response.content.read()
     if response.status != 200 or not text.rstrip().endswith(b"[DONE]"):
         raise RuntimeError(f"{response.status} {text[-200:]!r}")
     return first
@@ -163,9 +163,12 @@ def main() -> None:
         command = f"{shlex.quote(sys.executable)} -m tests.support.fake_engine"
         wanted["applications"][0]["args"] |= {"command": command, "concurrency": SLOTS}
         node = local.Node.start(home, {})
+        from f2l_vllm.cluster import state  # Ray reads the variables when it is imported
+
         try:
             results = _measure(node, wanted, f"http://{LOOPBACK}:{port}", options)
         finally:
+            state.disconnect()
             node.stop(home)
     print(results)
     if options.json is not None:
