@@ -29,8 +29,10 @@ def test_what_does_not_run_cannot_be_shown_or_stopped(command, tmp_path):
 
 def test_a_node_is_found_while_it_runs(tmp_path):
     folder = tmp_path / "ray"
-    program = [sys.executable, "-c", "input()", str(folder)]
-    process = subprocess.Popen(program, stdin=subprocess.PIPE, start_new_session=True)
+    program = [sys.executable, "-c", "print(flush=True); input()", str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(program, **pipes, start_new_session=True)
+    assert process.stdout.read(1)  # the kernel knows its command line by now
     node = Node(process.pid, "127.0.0.1:1", str(folder))
     (tmp_path / "cluster.json").write_text(json.dumps({**vars(node)}))
     assert Node.find(tmp_path) == node
