@@ -6,22 +6,20 @@ Fronts talk to the server itself. The replica and its server end together, which
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
 import shlex
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from subprocess import TimeoutExpired
 
 import httpx
 import ray
-from filelock import FileLock, Timeout
 
 from f2l_vllm import logs
+from f2l_vllm.cluster.slot import Slot
 from f2l_vllm.server.middleware.load import HEADER as LOAD_HEADER
 from f2l_vllm.server_process import ServerProcess
 from f2l_vllm.settings import SERVER_LOCK, Settings
@@ -57,7 +55,7 @@ class Engine:
             raise ValueError("engines share one catalog and one store: set F2L_DATABASE_URL and F2L_STORE for all")
         host = ray.util.get_node_ip_address()
         self._grace = settings.shutdown_seconds + LEAVE_SECONDS
-        self._slot = Slot.take(settings.data_folder / "engines")
+        self._slot = Slot.take(settings.data_folder / "engines", f"home/{SERVER_LOCK}")
         self._name = f"{host}/{self._slot.folder.name}"
         self._failed, self._load, self._is_leaving = 0, 0, False
         server = self._server = _Server(command, model, self._slot.folder / "home", *flags, host=host)
@@ -116,27 +114,3 @@ class _Server(ServerProcess):
 
     def command(self, model: str) -> list[str]:
         return [*self._words, model, "--home", str(self.home)]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A folder that belongs to one replica while it lives, and to the next one after it: the server's cache stays."""
-
-    folder: Path
-    lock: FileLock
-
-    @classmethod
-    def take(cls, folder: Path) -> Slot:
-        """The first folder that no replica has, and no server that has outlived its replica."""
-        for number in itertools.count():
-            slot = folder / str(number)
-            slot.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(slot / "replica.lock", thread_local=False)
-            try:
-                lock.acquire(timeout=0)
-                (slot / "home").mkdir(exist_ok=True)
-                with FileLock(slot / "home" / SERVER_LOCK).acquire(timeout=0):
-                    return cls(slot, lock)
-            except Timeout:
-                lock.release()
-        raise AssertionError("counting does not end")

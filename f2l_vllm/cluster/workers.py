@@ -6,14 +6,10 @@ Each replica is a pool of one worker on the replica's node. It takes videos from
 # Annotations are not postponed here: Serve reads that of `build` to make `args` of a config an `Args`.
 
 import asyncio
-import itertools
 import logging
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
@@ -21,6 +17,7 @@ from ray.serve.deployment import Application, Deployment
 
 from f2l_vllm import logs
 from f2l_vllm.cluster.scaling import QueuePolicy
+from f2l_vllm.cluster.slot import Slot
 from f2l_vllm.pool.actors import Actors
 from f2l_vllm.pool.config import PoolConfig
 from f2l_vllm.pool.pool import open_pool
@@ -99,11 +96,12 @@ class Hypernetwork:
         if settings.database_url is None or settings.store is None:
             raise ValueError("workers share one catalog and one store: set F2L_DATABASE_URL and F2L_STORE for all")
         self._open = ExitStack()
-        home = self._open.enter_context(_own_folder(settings.data_folder / "workers"))
+        slot = Slot.take(settings.data_folder / "workers")
+        self._open.callback(slot.lock.release)
         max_rank = max_lora_rank or inputs.engine_rank(Namespace(max_lora_rank=max_lora_rank))
         config = PoolConfig.of(settings, workers=1, keeps=False)
-        actors = Actors(config, inputs.workers(max_rank, home))
-        pool = open_pool(settings, config, actors, home, inputs.revision, lambda _event: None)
+        actors = Actors(config, inputs.workers(max_rank, slot.folder))
+        pool = open_pool(settings, config, actors, slot.folder, inputs.revision, lambda _event: None)
         self._pool = self._open.enter_context(pool)
         self._pool.start()
 
@@ -121,21 +119,3 @@ class Hypernetwork:
         if hasattr(self, "_pool"):
             await asyncio.to_thread(self._pool.finish, self._settings.job_seconds)
             await asyncio.to_thread(self._open.close)
-
-
-@contextmanager
-def _own_folder(shared: Path) -> Iterator[Path]:
-    """The first folder that no other replica on this node has. What a killed replica left there is its next one's."""
-    for number in itertools.count():
-        folder = shared / str(number)
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "replica.lock", thread_local=False)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            continue
-        try:
-            yield folder
-        finally:
-            lock.release()
-        return

@@ -1,0 +1,39 @@
+"""A folder for one replica on this node: what the replica leaves there, the next one finds."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A numbered folder that belongs to one replica until it lets go of `lock`, or ends."""
+
+    folder: Path
+    lock: FileLock
+
+    @classmethod
+    def take(cls, shared: Path, *locks: str) -> Slot:
+        """The first folder in `shared` that no other replica has, and no process that has outlived its replica.
+
+        Args:
+            locks: files in the folder that such processes lock.
+        """
+        for number in itertools.count():
+            folder = shared / str(number)
+            folder.mkdir(parents=True, exist_ok=True)
+            mine = FileLock(folder / "replica.lock", thread_local=False)
+            try:
+                mine.acquire(timeout=0)
+                for name in locks:
+                    (folder / name).parent.mkdir(exist_ok=True)
+                    FileLock(folder / name).acquire(timeout=0).lock.release()
+            except Timeout:
+                mine.release()
+                continue
+            return cls(folder, mine)
+        raise AssertionError("counting does not end")

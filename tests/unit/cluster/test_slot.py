@@ -1,0 +1,16 @@
+"""Folders of replicas; `tests/e2e/cluster` runs replicas in Ray Serve."""
+
+from filelock import FileLock
+
+from f2l_vllm.cluster.slot import Slot
+
+LOCK = "home/server.lock"
+
+
+def test_each_replica_has_a_folder_of_its_own_and_the_next_one_finds_its_cache(tmp_path):
+    first, second = Slot.take(tmp_path, LOCK), Slot.take(tmp_path, LOCK)
+    assert [slot.folder.name for slot in (first, second)] == ["0", "1"]
+    first.lock.release()
+    with FileLock(first.folder / LOCK):  # its server is still ending
+        assert Slot.take(tmp_path, LOCK).folder.name == "2"
+    assert Slot.take(tmp_path, LOCK).folder == first.folder
