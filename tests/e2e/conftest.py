@@ -34,10 +34,14 @@ LINES = (
     ("recipes/test_stages.py",),
     ("server/test_history.py",),
     ("pool/test_pool_process.py",),
-    ("train/test_training_command.py",),
-    ("evaluation/test_evaluate.py",),
-    ("engine/test_smolvlm_video.py",),
     ("bench/test_bench.py",),
+    ("cluster/test_workers.py",),
+    ("evaluation/test_evaluate.py",),
+    ("cluster/test_serve.py",),
+    ("train/test_training_command.py",),
+    ("pool/test_workers.py",),
+    ("server/test_s3_store.py",),
+    ("engine/test_smolvlm_video.py",),
 )
 _FIRST = {f"tests/e2e/{module}": line[0] for line in LINES for module in line}  # of the same line
 
