@@ -9,8 +9,8 @@ TORCH := torch==2.13.0
 TORCH_INDEX ?=
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 3600
-# Tests run two modules at a time: a server that starts or a model that loads leaves half of two cores idle.
-PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
+# Several modules at a time keep two cores busy: unit tests wait for short processes and clocks, others for servers.
+PARALLEL ?= --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve demo cluster-demo check unit test test-full-size fuzz soak lint format bench page model clean
@@ -39,10 +39,10 @@ cluster-demo: $(STAMP) ## Two engines, two fronts and a worker as one service; o
 check: lint unit ## The gate before a commit: style, types, who imports whom, unit tests
 
 unit: $(STAMP) ## Run the tests that start no server, no Ray and no engine
-	$(BIN)/python -m pytest tests/unit $(PARALLEL)
+	$(BIN)/python -m pytest tests/unit -n 3 $(PARALLEL)
 
 test: unit ## Run the tests, unit and end to end
-	$(BIN)/python -m pytest tests/e2e $(PARALLEL)
+	$(BIN)/python -m pytest tests/e2e -n 2 $(PARALLEL)
 
 test-full-size: $(STAMP) ## Run the tests on models of the released shapes (10 minutes, 15 GB of memory)
 	$(BIN)/python -m pytest tests/soak/full_size -m full_size
