@@ -28,6 +28,7 @@ _FILE = "cluster.json"  # in the data folder
 _START_SECONDS = 120.0
 _CPUS = 1000  # Ray counts them, and nobody else shares this node: what runs at a time is for the operator to say
 _DRAIN_SECONDS = "2"
+_ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}  # a front never blocks: a third less CPU per token
 
 
 class ClusterFailed(RuntimeError):
@@ -134,13 +135,14 @@ def config(
         gpus: for each engine.
     """
     few = {"num_cpus": 0}
+    front = {**few, "runtime_env": {"env_vars": _ONE_LOOP}}
     engine = {"name": ENGINE, "num_replicas": engines, "ray_actor_options": {**few, "num_gpus": gpus}}
     served: dict[str, Any] = {
         "name": APP,
         "route_prefix": "/",
         "import_path": "f2l_vllm.cluster.app:build",
         "args": {"model": model, "flags": list(flags)},
-        "deployments": [{"name": FRONT, "num_replicas": fronts, "ray_actor_options": few}, engine],
+        "deployments": [{"name": FRONT, "num_replicas": fronts, "ray_actor_options": front}, engine],
     }
     made = {
         "name": WORKERS_APP,

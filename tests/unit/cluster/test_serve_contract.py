@@ -67,6 +67,11 @@ def test_arguments_of_a_config_are_checked():
         built(build, {"modell": "f2l-tiny"})
 
 
+def test_a_front_may_share_its_replicas_loop():
+    assert constants.RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD is True
+    assert 'get_env_bool(\n    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"' in inspect.getsource(constants)
+
+
 @pytest.mark.parametrize("source", ["launch/cluster.yaml", "local"])
 def test_serve_takes_the_configs(source):
     made = local.config("f2l-tiny", [], engines=2, fronts=2, workers=1, host="127.0.0.1", port=8000)
