@@ -2,6 +2,8 @@
 
 # Annotations are not postponed here: Serve reads that of `build` to make `args` of a config an `Args`.
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import RequestRouterConfig
@@ -13,7 +15,7 @@ from f2l_vllm.cluster.names import ENGINE, FRONT
 from f2l_vllm.engine.defaults import HOST_ADAPTERS, SEQUENCES
 from f2l_vllm.settings import Settings
 
-_ROUTER = "f2l_vllm.cluster.router:AffinityRouter"
+_ROUTER: Any = "f2l_vllm.cluster.router:AffinityRouter"
 _FRONT_REQUESTS = 4096  # at a time; engines queue questions, and refuse what is too much
 
 
@@ -33,22 +35,20 @@ class Args(BaseModel):
 def build(args: Args) -> Application:
     """Fronts before engines. Serve calls this with `args` of its config."""
     grace = Settings.read().shutdown_seconds + LEAVE_SECONDS
-    engines: Deployment = serve.deployment(  # type: ignore[assignment]
-        Engine,
+    engines: Deployment = serve.deployment(
         name=ENGINE,
         health_check_period_s=1,
         health_check_timeout_s=5,
         graceful_shutdown_timeout_s=grace,
         request_router_config=RequestRouterConfig(
-            request_router_class=_ROUTER,  # type: ignore[arg-type]
+            request_router_class=_ROUTER,
             request_router_kwargs={"places": args.places, "concurrency": args.concurrency},
         ),
-    )
-    fronts: Deployment = serve.deployment(  # type: ignore[assignment]
-        serve.ingress()(Front),
+    )(Engine)
+    fronts: Deployment = serve.deployment(
         name=FRONT,
         max_ongoing_requests=_FRONT_REQUESTS,
         health_check_period_s=1,
         graceful_shutdown_timeout_s=grace,
-    )
+    )(serve.ingress()(Front))
     return fronts.bind(engines.bind(args.model, args.flags, args.command))

@@ -65,8 +65,8 @@ def build(args: Args) -> Application:
             policy_kwargs={"videos_per_worker": args.videos_per_worker},
         ),
     )
-    deployment: Deployment = serve.deployment(  # type: ignore[assignment]
-        Hypernetwork,
+    deployment: Deployment = serve.deployment(
+        name=Hypernetwork.__name__,
         ray_actor_options={"num_cpus": 0},
         # The worker is an actor of the replica's, on the same node.
         placement_group_bundles=[bundle],
@@ -75,7 +75,7 @@ def build(args: Args) -> Application:
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=settings.job_seconds + _LEAVE_SECONDS,
         autoscaling_config=autoscaling,
-    )
+    )(Hypernetwork)
     return deployment.bind(args.model, args.max_lora_rank)
 
 

@@ -23,8 +23,9 @@ def few_daemons() -> Iterator[None]:
     """A Ray that is started inside runs without autoscaler, log monitor and dashboard, and its agents as if Ray was
     installed without the extra `default`."""
     usual = {name: getattr(Node, name) for name in LEFT_OUT if hasattr(Node, name)}
-    imported = sys.modules.pop(EXTRA, None)
-    sys.modules[EXTRA] = None  # type: ignore[assignment]  # importing it raises ImportError
+    modules: dict[str, Any] = sys.modules
+    imported = modules.pop(EXTRA, None)
+    modules[EXTRA] = None  # importing it raises ImportError
     for name in usual:
         setattr(Node, name, _nothing)
     try:
@@ -32,9 +33,9 @@ def few_daemons() -> Iterator[None]:
     finally:
         for name, method in usual.items():
             setattr(Node, name, method)
-        del sys.modules[EXTRA]
+        del modules[EXTRA]
         if imported is not None:
-            sys.modules[EXTRA] = imported
+            modules[EXTRA] = imported
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -36,7 +36,7 @@ from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.tenants import Keys, asking_tenant
 from f2l_vllm.server.videos.service import VideoService
 from f2l_vllm.settings import SERVER_LOCK, Settings
-from f2l_vllm.store.address import Revisions, fingerprint
+from f2l_vllm.store.address import Revisions
 from f2l_vllm.store.cached_store import open_store
 
 logger = logging.getLogger(__name__)
@@ -113,8 +113,7 @@ def open_service(
         rank=served.config.rank,
         max_rank=served.limits.max_rank,
     )
-    # Reading options that are not set come from the files of model and hypernetwork, which the revisions cover.
-    revisions = Revisions(fingerprint(served.model), fingerprint(served.hypernetwork), settings.reading)
+    revisions = Revisions.of(served.model, served.hypernetwork, settings.reading)
     pool = PoolProcess(workers, revisions.name(""), metrics.count_outcome) if settings.hypernetwork_workers else None
     listener = listen(catalog, settings.listen_url)
     return VideoService(settings, revisions, catalog, store, registry, pool, lambda: ending.is_stopping, listener)

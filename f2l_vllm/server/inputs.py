@@ -18,7 +18,7 @@ from f2l_vllm.hypernetwork.fit import check_shapes
 from f2l_vllm.hypernetwork.ranks import RANKS, most_chunks, smallest_rank
 from f2l_vllm.pool.messages import WorkerSpec
 from f2l_vllm.settings import Settings
-from f2l_vllm.store.address import Revisions, fingerprint
+from f2l_vllm.store.address import Revisions
 from f2l_vllm.store.object_store import check_url as check_store
 
 
@@ -56,8 +56,7 @@ class Inputs:
     @property
     def revision(self) -> str:
         """Identifies models and sampling."""
-        revisions = Revisions(fingerprint(self.model), fingerprint(self.hypernetwork), self.settings.reading)
-        return revisions.name("")
+        return Revisions.of(self.model, self.hypernetwork, self.settings.reading).name("")
 
     def workers(self, max_rank: int, home: Path | None = None) -> WorkerSpec:
         """Workers on this data folder, None: the settings', for an engine that takes adapters up to this rank."""

@@ -76,6 +76,11 @@ class Revisions:
     hypernetwork: str
     reading: ReadingOptions = field(default_factory=ReadingOptions)
 
+    @classmethod
+    def of(cls, base: Path, hypernetwork: Path, reading: ReadingOptions) -> Revisions:
+        """Those of two directories. Options that are not set come from their files, which the hashes cover."""
+        return cls(fingerprint(base), fingerprint(hypernetwork), reading)
+
     def name(self, sha256: str) -> str:
         """The adapter's content-addressed name for a video with these bytes."""
         return adapter_name(

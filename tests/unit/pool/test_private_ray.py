@@ -29,3 +29,10 @@ def test_a_ray_that_is_started_later_has_all_of_them():
         assert before != [getattr(Node, name) for name in private_ray.LEFT_OUT]
     assert (utils.get_dashboard_dependency_error() is not None) == is_minimal
     assert before == [getattr(Node, name) for name in private_ray.LEFT_OUT]
+
+
+def test_a_ray_without_one_of_these_methods_starts(monkeypatch):
+    monkeypatch.delattr(Node, private_ray.LEFT_OUT[0])
+    with private_ray.few_daemons():
+        assert not hasattr(Node, private_ray.LEFT_OUT[0])
+    assert not hasattr(Node, private_ray.LEFT_OUT[0])
