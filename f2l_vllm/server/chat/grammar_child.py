@@ -48,7 +48,9 @@ def main(limits_json: str) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that prints cannot disturb an answer
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     requests = Connection(sys.stdin.fileno(), writable=False)
-    vocabulary = xgrammar.TokenizerInfo.deserialize_json(json.loads(requests.recv_bytes()))
+    if (written := _read(requests)) is None:
+        return
+    vocabulary = xgrammar.TokenizerInfo.deserialize_json(written)
     trials: dict[int, int] = {}  # process -> id of its request
     ended, wake = os.pipe()
     os.set_blocking(wake, False)
@@ -62,10 +64,8 @@ def main(limits_json: str) -> None:
             _collect(trials, answers)
         if requests not in ready:
             continue
-        try:
-            request = json.loads(requests.recv_bytes())
-        except EOFError:
-            break  # the parent has gone
+        if (request := _read(requests)) is None:
+            break
         if "cancel" in request:
             for process, known in trials.items():
                 if known == request["cancel"]:
@@ -78,6 +78,14 @@ def main(limits_json: str) -> None:
         trials[process] = request["id"]
     for process in trials:
         os.kill(process, signal.SIGKILL)
+
+
+def _read(requests: Connection) -> Any:
+    """The next message; None if the parent has gone, be it in the middle of one."""
+    try:
+        return json.loads(requests.recv_bytes())
+    except (EOFError, OSError):
+        return None
 
 
 def _collect(trials: dict[int, int], answers: int) -> None:

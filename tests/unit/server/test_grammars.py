@@ -4,8 +4,10 @@ import asyncio
 import gc
 import json
 import os
+import struct
 import time
 from contextlib import asynccontextmanager
+from multiprocessing.connection import Connection
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from f2l_vllm.grammar_limits import GrammarLimits
 from f2l_vllm.models import resolve
 from f2l_vllm.server import vllm_grammars
+from f2l_vllm.server.chat import grammar_child
 from f2l_vllm.server.chat.constraints import Constraint
 from f2l_vllm.server.chat.grammars import Grammars
 from f2l_vllm.server.errors import APIError
@@ -148,3 +151,14 @@ def test_a_trial_ends_at_its_limit():
 def test_limits_are_positive(value):
     with pytest.raises(ValueError, match="positive"):
         GrammarLimits(seconds=value)
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"\0\0", struct.pack("!i", 100) + b"{"], ids=["nothing", "half a size", "half a message"]
+)
+def test_a_parent_that_is_killed_while_it_sends_ends_the_trying(sent):
+    reading, writing = os.pipe()
+    os.write(writing, sent)
+    os.close(writing)
+    with Connection(reading, writable=False) as requests:
+        assert grammar_child._read(requests) is None
