@@ -106,7 +106,7 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
     workers = None
     # On a GPU the workers wait: the engine first measures the free memory and takes its share.
     if chosen.hypernetwork_workers and not gpus and chosen.ray_address is None:
-        workers = inputs.workers(int(getattr(chosen_flags, "max_lora_rank", None) or rank))
+        workers = inputs.workers(chosen_flags)
     return Launch(argv, env, chosen, chosen_flags, workers)
 
 

@@ -61,8 +61,7 @@ def plan(model: str, settings: dict[str, str], max_lora_rank: int | None = None)
     if not inputs.settings.hypernetwork_workers:
         raise ValueError("--hypernetwork-workers 0 is for servers: give 1 or more here")
     checks.check_workers(inputs.settings, checks.gpus())
-    rank = inputs.engine_rank(Namespace(max_lora_rank=max_lora_rank))
-    return Workers(inputs.settings, inputs.workers(max_lora_rank or rank), inputs.revision)
+    return Workers(inputs.settings, inputs.workers(Namespace(max_lora_rank=max_lora_rank)), inputs.revision)
 
 
 def run(workers: Workers, host: str, port: int | None) -> int:

@@ -58,8 +58,14 @@ class Inputs:
         """Identifies models and sampling."""
         return Revisions.of(self.model, self.hypernetwork, self.settings.reading).name("")
 
-    def workers(self, max_rank: int, home: Path | None = None) -> WorkerSpec:
-        """Workers on this data folder, None: the settings', for an engine that takes adapters up to this rank."""
+    def workers(self, flags: Namespace, home: Path | None = None) -> WorkerSpec:
+        """Workers on this data folder, None: the settings', for an engine with these flags of vLLM's.
+
+        Raises:
+            ValueError: as `engine_rank` does.
+        """
+        rank = self.engine_rank(flags)
+        max_rank = int(getattr(flags, "max_lora_rank", None) or rank)
         paths = {"model": self.model, "hypernetwork": self.hypernetwork}
         spec = WorkerSpec.of(self.settings, **paths, rank=self.config.rank, max_rank=max_rank)
         return spec if home is None else replace(spec, home=home)

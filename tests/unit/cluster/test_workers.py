@@ -51,3 +51,11 @@ def test_workers_without_a_shared_catalog_are_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("F2L_HOME", str(tmp_path))
     with pytest.raises(ValueError, match="set F2L_DATABASE_URL and F2L_STORE for all"):
         Hypernetwork("f2l-tiny", None)
+
+
+def test_a_replica_refuses_a_rank_in_which_adapters_have_no_room(monkeypatch, tmp_path):
+    monkeypatch.setenv("F2L_HOME", str(tmp_path))
+    monkeypatch.setenv("F2L_DATABASE_URL", f"sqlite:///{tmp_path / 'catalog.sqlite3'}")
+    monkeypatch.setenv("F2L_STORE", f"file://{tmp_path / 'store'}")
+    with pytest.raises(ValueError, match="rank"):
+        Hypernetwork("f2l-tiny", 8)
