@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from f2l_vllm.store.manifest import MANIFEST_FILE
 from tests.support.server import Server
 
 WAIT_SECONDS = 180
@@ -123,7 +124,9 @@ class Stages:
         return self._stage(file_id) == stage
 
     def _half_written(self) -> bool:
-        return any(path.is_dir() for path in (self._home / "tmp").glob("*/*"))
+        """An adapter's folder is there, and its manifest, which is written last, is not."""
+        folders = [path for path in (self._home / "tmp").glob("*/*") if path.is_dir()]
+        return any(not (folder / MANIFEST_FILE).exists() for folder in folders)
 
 
 def _runs_a_job(pid: int) -> bool:
