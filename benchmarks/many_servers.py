@@ -1,9 +1,9 @@
-"""`python -m benchmarks.many_servers`: servers of one catalog and one store behind HAProxy, one of them killed.
+"""`python -m benchmarks.many_servers`: servers of one catalog and one store behind HAProxy, each of them killed once.
 
 PostgreSQL, the store (a folder) and HAProxy with `launch/haproxy.cfg` run on this machine. Clients ask about videos at
 random, each of which has to answer as it did alone, while videos are deleted, expire, and are uploaded again; from the
-moment a file is gone, every server has to say that it is not there. In the middle one server is killed, and later
-started again. In the end every video is deleted with `wait=erased`, and what is left anywhere is counted.
+moment a file is gone, every server has to say that it is not there. One server after the other is killed, and started
+again. In the end every video is deleted with `wait=erased`, and what is left anywhere is counted.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
-from openai import APIError, APIStatusError, AsyncOpenAI
+from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI, NotFoundError
 from sqlalchemy import update
 
 from benchmarks.haproxy import haproxy
@@ -35,6 +38,7 @@ from f2l_vllm.server_process import ServerProcess
 torch_shims.install()
 
 _QUESTION: Any = [{"role": "user", "content": "Describe the video."}]
+T = TypeVar("T")
 _PORTS, _ADDRESS = (8001, 8002, 8003), "127.0.0.1:8080"
 
 
@@ -94,11 +98,20 @@ class Run:
 
     async def upload(self, path: Path) -> None:
         """Upload and wait until it is ready."""
-        file = await self._proxy.files.create(file=path, purpose="vision")
-        while (file := await self._proxy.files.retrieve(file.id)).status == "uploaded":
+        file = await self._heard(lambda: self._proxy.files.create(file=path, purpose="vision"))
+        while (file := await self._heard(partial(self._proxy.files.retrieve, file.id))).status == "uploaded":
             await asyncio.sleep(0.05)
         assert file.status == "processed", file
         self.ids[path] = file.id
+
+    async def _heard(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Again, as long as the server is killed that should answer."""
+        while True:
+            try:
+                return await call()
+            except APIConnectionError:
+                self.counts["asked again"] += 1
+                await asyncio.sleep(0.5)
 
     async def ask(self, file_id: str, url: str | None = None) -> str:
         """By the proxy, or at one server."""
@@ -146,10 +159,14 @@ class Run:
         if kind == "expired":
             self._cluster.expire(file_id)
         else:
-            await self._proxy.files.delete(file_id)
+            await self._delete(file_id)
         await self._ask_everywhere(file_id)
         if path not in self.ids:
             await self.upload(path)
+
+    async def _delete(self, file_id: str) -> None:
+        with suppress(NotFoundError):  # the server that did it was killed before it said so
+            await self._heard(partial(self._proxy.files.delete, file_id))
 
     async def _ask_everywhere(self, file_id: str) -> None:
         """A file that has gone."""
@@ -164,7 +181,7 @@ class Run:
                     self.counts["not there yet"] += 1  # it starts
 
     async def end(self) -> None:
-        """Delete everything."""
+        """Delete everything, and count what nobody knows of: uploads whose answer was lost with a server."""
         for path in self._paths:
             started = time.perf_counter()
             url = f"{self._cluster.servers[0].url}/v1/files/{self.ids.pop(path)}"
@@ -172,6 +189,9 @@ class Run:
                 answer = (await client.delete(url, params={"wait": "erased"})).json()
             self.counts["erased" if answer["f2l"]["erased"] else "not erased"] += 1
             self.erased_seconds.append(time.perf_counter() - started)
+        async for file in self._proxy.files.list():
+            self.counts["uploaded, unheard"] += 1
+            await self._proxy.files.delete(file.id, extra_query={"wait": "erased"})
 
 
 def _files(folder: Path) -> int:
@@ -194,13 +214,16 @@ async def _run(cluster: Cluster, url: str, paths: list[Path], options: argparse.
             await asyncio.sleep(0.5)
             await run.change()
 
-    async def killer() -> float:
-        while asked < options.questions / 3:
-            await asyncio.sleep(0.05)
-        cluster.kill(len(cluster.servers) - 1)
-        before = asked
-        await asyncio.to_thread(cluster.restart, len(cluster.servers) - 1)
-        return asked - before
+    async def killer() -> int:
+        meanwhile = 0
+        for number in range(len(cluster.servers)):
+            while asked < options.questions * (number + 1) / (len(cluster.servers) + 1):
+                await asyncio.sleep(0.05)
+            cluster.kill(number)
+            before = asked
+            await asyncio.to_thread(cluster.restart, number)
+            meanwhile += asked - before
+        return meanwhile
 
     *_, meanwhile = await asyncio.gather(*(clients() for _ in range(options.concurrency)), changes(), killer())
     while len(run.ids) < len(paths):
@@ -209,7 +232,7 @@ async def _run(cluster: Cluster, url: str, paths: list[Path], options: argparse.
     left, erased = cluster.left(), run.erased_seconds
     return {
         "counts": dict(run.counts),
-        "questions_while_one_server_was_away": meanwhile,
+        "questions_while_a_server_was_away": meanwhile,
         "erased_seconds": {"median": round(statistics.median(erased), 2), "max": round(max(erased), 2)},
         "left": left,
     }
