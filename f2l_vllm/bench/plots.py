@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def plot(result: Result, folder: Path) -> list[Path]:
     """Draw a result."""
     match result["suite"]:
         case "latency":
-            return [_heat_maps(result, folder / "latency-heat-maps.png"), _lines(result, folder / "latency.png")]
+            pictures = {"latency-heat-maps": _heat_maps, "latency": _lines, "first-token": _first_token}
+            return [draw(result, folder / f"{name}.png") for name, draw in pictures.items()]
         case "amortise":
             return [_amortise(result, folder / "amortise.png")]
         case "throughput":
@@ -72,31 +74,49 @@ def _heat_map(
     at.set_xlabel("frames")
 
 
+_FIRST_TOKEN = "first token, ms"
+_QUANTITIES: dict[str, Callable[[Result], float | None]] = {
+    _FIRST_TOKEN: lambda row: (row["ttft_ms"] or {}).get("median"),
+    "prompt tokens": lambda row: row["prompt_tokens"],
+    "state of a video, MB": lambda row: row["state_bytes"] / 1e6,
+}
+
+
 def _lines(result: Result, path: Path) -> Path:
     """First token, prompt tokens and state over frames, at the first resolution."""
-    edge = result["rows"][0]["resolution"]
-    rows = [row for row in result["rows"] if row["resolution"] == edge]
     of = style.figure(13, 4.4)
     panels = of.subplots(1, 3)
-    quantities = {
-        "first token, ms": lambda row: (row["ttft_ms"] or {}).get("median"),
-        "prompt tokens": lambda row: row["prompt_tokens"],
-        "state of a video, MB": lambda row: row["state_bytes"] / 1e6,
-    }
-    for at, (name, value) in zip(panels, quantities.items(), strict=True):
-        for arm in _ARMS if name.startswith("first token") else _ARMS_THAT_DIFFER:
-            points = [(row["frames"], value(row)) for row in rows if row["arm"] == arm and value(row) is not None]
-            if points:
-                _line(at, arm, *zip(*sorted(points), strict=True))
-        at.set_xscale("log", base=2)
-        at.set_yscale("log")
-        at.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
-        style.plain_ticks(at.yaxis)
-        style.axis(at, x="frames", name=name)
-        at.grid(alpha=0.3)
+    for at, name in zip(panels, _QUANTITIES, strict=True):
+        _over_frames(at, result, name, _ARMS if name == _FIRST_TOKEN else _ARMS_THAT_DIFFER)
+    edge = result["rows"][0]["resolution"]
     style.title(of, "What a question about a video costs", f"{_details(result)}; file of {edge} px")
     style.legend(of, panels[0])
     return style.save(of, path)
+
+
+def _first_token(result: Result, path: Path) -> Path:
+    """First token over frames for the three ways of answering about a known video, at the first resolution."""
+    of = style.figure(8, 4)
+    at = of.subplots()
+    _over_frames(at, result, _FIRST_TOKEN, ("frames", "frames-cached", "adapter"))
+    style.title(of, "Time to the first token of an answer", _details(result))
+    style.legend(of, at)
+    return style.save(of, path)
+
+
+def _over_frames(at: Axes, result: Result, name: str, arms: Sequence[str]) -> None:
+    value, edge = _QUANTITIES[name], result["rows"][0]["resolution"]
+    rows = [row for row in result["rows"] if row["resolution"] == edge and value(row) is not None]
+    for arm in arms:
+        points = sorted((row["frames"], value(row)) for row in rows if row["arm"] == arm)
+        if points:
+            _line(at, arm, *zip(*points, strict=True))
+    at.set_xscale("log", base=2)
+    at.set_yscale("log")
+    at.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
+    style.plain_ticks(at.yaxis)
+    style.axis(at, x="frames", name=name)
+    at.grid(alpha=0.3)
 
 
 def _amortise(result: Result, path: Path) -> Path:

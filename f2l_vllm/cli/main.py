@@ -23,6 +23,8 @@ from f2l_vllm.cli.options import (
     MaxFrames,
     MergeRate,
     Model,
+    Video,
+    video_file,
 )
 from f2l_vllm.cli.plain import PlainGroup
 from f2l_vllm.video.reading import ReadingOptions
@@ -53,7 +55,7 @@ def _main(
 
 @app.command()
 def internalize(
-    video: Annotated[Path, typer.Argument(help="Video file.", exists=True, dir_okay=False)],
+    video: Video,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the PEFT adapter; must not exist.")],
     model: Model = DEFAULT_MODEL,
     hypernetwork: Hypernetwork = None,
@@ -76,7 +78,7 @@ def internalize(
 
 @app.command()
 def ask(
-    video: Annotated[Path, typer.Argument(help="Video file.", exists=True, dir_okay=False)],
+    video: Video,
     question: Annotated[str, typer.Argument(help="What to ask.")],
     model: Model = DEFAULT_MODEL,
     hypernetwork: Hypernetwork = None,
@@ -217,7 +219,7 @@ def evaluate(
 @app.command()
 def demo(
     video: Annotated[
-        Path | None, typer.Argument(help="Your own mp4; default: one is made.", exists=True, dir_okay=False)
+        Path | None, typer.Argument(parser=video_file, metavar="VIDEO", help="As for ask; default: one is made.")
     ] = None,
     model: Model = DEFAULT_MODEL,
     hypernetwork: Hypernetwork = None,

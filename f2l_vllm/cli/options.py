@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from annotated_types import Ge, Gt
 
+from f2l_vllm.models import SAMPLE_VIDEO
 from f2l_vllm.settings import Settings
 
 _ABOVE_ZERO = 0.001  # typer knows no open bounds
 
 DEFAULT_MODEL = "f2l-tiny"
 Model = Annotated[str, typer.Option("--model", help="Shipped model, directory, or hub id.")]
+
+
+def video_file(word: str) -> Path:
+    """The file that a user means by a path, or by `sample` where no file has that name."""
+    path = SAMPLE_VIDEO if word == "sample" and not Path(word).exists() else Path(word)
+    if not path.is_file():
+        raise typer.BadParameter(f"there is no file {word!r}; 'sample' is a video that comes with this package")
+    return path
+
+
+Video = Annotated[
+    Path, typer.Argument(parser=video_file, metavar="VIDEO", help="Video file, or 'sample': one that comes along.")
+]
 
 
 def sets(name: str, **more: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The models shipped with the package, and how a name given by a user becomes a directory or file on disk."""
+"""The models and the video shipped with the package, and how a name given by a user becomes a directory or file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from f2l_vllm.hypernetwork.locate import locate
 
 DEFAULT_MODEL = "f2l-tiny"
 _HERE = Path(__file__).parent
+SAMPLE_VIDEO = _HERE / "sample.mp4"  # a held-out scene of the synthetic world, 8 s
 HYPERNETWORK_FOLDER = "hypernetwork"
 _HUB_SNAPSHOT = re.compile(r"/models--(?P<owner>(?:(?!--)[^/])+)--(?P<name>[^/]+)/snapshots/[^/]+$")
 RELEASED_HYPERNETWORKS, RELEASED_FOR = DEFAULT.hypernetworks, DEFAULT.released_for

@@ -15,7 +15,7 @@ from f2l_vllm.bench import plots, report
 from f2l_vllm.bench import suite as suites
 
 RECORDED = Path(__file__).parent / "recorded"
-PICTURES = {"latency": ["latency-heat-maps.png", "latency.png"]}
+PICTURES = {"latency": ["latency-heat-maps.png", "latency.png", "first-token.png"]}
 
 
 def recorded(name: str) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def test_a_result_with_one_arm_that_has_no_ratio_can_be_shown(tmp_path: Path) ->
     result["rows"] = [row for row in result["rows"] if row["arm"] == "frames"]
     result["ratios"] = []
     assert "frames" in report.markdown(result)
-    assert len(plots.plot(result, tmp_path)) == 2
+    assert len(plots.plot(result, tmp_path)) == len(PICTURES["latency"])
 
 
 def test_amortisation_says_from_when_an_adapter_pays_and_what_was_not_asked() -> None:

@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from f2l_vllm import models
 from f2l_vllm.cli.local import _api
 from f2l_vllm.cli.main import app
+from f2l_vllm.cli.options import video_file
 from f2l_vllm.hypernetwork.internalizer import Internalizer
+from f2l_vllm.video.probe import probe
 
 
 def ask(*words: object) -> str:
@@ -40,3 +43,16 @@ def test_a_server_is_named_with_or_without_the_version_of_its_api() -> None:
     for url in ("http://a:8000", "http://a:8000/", "http://a:8000/v1", "http://a:8000/v1/"):
         assert _api(url).rstrip("/") == "http://a:8000/v1"
     assert _api("https://a/behind/a/proxy/v1") == "https://a/behind/a/proxy/v1"
+
+
+def test_the_sample_is_a_video_that_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert video_file("sample") == models.SAMPLE_VIDEO
+    assert models.SAMPLE_VIDEO.stat().st_size < 50_000
+    assert probe(models.SAMPLE_VIDEO).duration_s == pytest.approx(8)
+    Path("sample").touch()
+    assert video_file("sample") == Path("sample")
+
+
+def test_a_video_that_is_not_there_is_refused() -> None:
+    assert "there is no file 'nothing.mp4'" in ask("nothing.mp4", "What happens?")
