@@ -13,7 +13,7 @@ SOAK_SECONDS ?= 3600
 PARALLEL ?= --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo cluster-demo check unit test test-full-size fuzz soak lint format bench page model clean
+.PHONY: help setup serve demo cluster-demo check unit test test-full-size fuzz soak lint format site bench page model clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ lint: $(STAMP) ## Check style, types and who imports whom
 format: $(STAMP) ## Rewrite in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+site: $(STAMP) ## Build the documentation as a site in build/site; a warning fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP) ## Measure start-up, upload to ready, first token and memory of the default model
 	$(BIN)/python -m benchmarks.startup --json benchmarks/results/startup.json

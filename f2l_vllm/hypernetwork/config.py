@@ -32,10 +32,13 @@ class HypernetworkConfig:
         num_blocks: cross-attention layers of the encoder.
         num_self_attn_per_block: self-attention layers after each cross-attention layer.
         num_pre_head_layers: residual MLPs between the Perceiver and the head.
-        num_heads, num_kv_heads, head_dim: attention shape inside the Perceiver.
+        num_heads: query heads of the attention inside the Perceiver.
+        num_kv_heads: its heads of keys and values.
+        head_dim: size of each head.
         scale: factor s on the adapter's output; 2 * rank ** 1.5 when None.
-        max_frames, longest_edge: how videos were sampled in training, and are by default when internalized; None leaves
-            it to the base model's processor.
+        max_frames: frames sampled of a video in training, and by default when internalized; None leaves it to the
+            base model's processor.
+        longest_edge: size to which frames were scaled in training, pixels; the same default.
 
     Raises:
         ValueError: a size cannot be built.

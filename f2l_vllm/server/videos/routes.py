@@ -49,7 +49,11 @@ def service(request: Request) -> VideoService:
 
 @router.post("/v1/files")
 async def create_file(request: Request) -> JSONResponse:
-    """Accept a video; internalization goes on behind."""
+    """Accept a video, as multipart fields: `file`, `purpose` (`vision`), and optionally `expires_after[anchor]`,
+    `expires_after[seconds]` and `f2l[pinned]`. Internalization goes on behind; the same bytes are internalized once.
+
+    The file's `status` goes from `uploaded` to `processed` or `error`; its object `f2l` says more.
+    """
     videos = service(request)
     temporary = videos.store.temporary()
     try:
