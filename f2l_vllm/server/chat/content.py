@@ -21,7 +21,7 @@ from f2l_vllm.server.errors import APIError, bad_request
 
 LONGEST_UUID = 256
 HOW_VIDEOS = (
-    "on /v1/chat/completions, name a video as {'type': 'file', 'file': {'file_id': …}} or "
+    "on /v1/chat/completions, name a video as {'type': 'file', 'file': {'file_id': …}} (or 'file_data', its bytes) or "
     "{'type': 'video_url', 'video_url': {'url': …}}"
 )
 _SCHEMES = ("data:", "http://", "https://")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from f2l_vllm.server.chat.content import HOW_VIDEOS
@@ -41,11 +41,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Video:
-    """One video that a question names, by `file_id` or by `url` (http(s) or data URI); all of it, or a span."""
+    """One video that a question names, by `file_id` or by `url` (http(s) or data URI); all of it, or a span.
+
+    `filename`: the client's name for the bytes of a data URI; they are the same video under any name.
+    """
 
     file_id: str | None = None
     url: str | None = None
     span: Span | None = None
+    filename: str | None = field(default=None, compare=False)
 
 
 def options(extra: Mapping[str, Any] | None, headers: Mapping[str, str], default_wait: float) -> Options:
@@ -177,17 +181,25 @@ def _video(part: Any) -> Video | None:
     if kind not in ("file", "video_url"):
         return None
     inner = part.get(kind)
-    name = "file_id" if kind == "file" else "url"
     if kind == "video_url" and isinstance(inner, str):
         inner = {"url": inner}
-    address = inner.get(name) if isinstance(inner, dict) else None
-    # The OpenAI API lets a client send `filename`; nothing depends on it.
-    unknown = set(inner or ()) - {name, "f2l", "filename"} if address else set()
-    if unknown or not isinstance(inner, dict) or not isinstance(address, str) or not address:
-        what = f"holds {sorted(unknown)}, which nobody would read" if unknown else f"needs {kind}.{name}"
+    given = {key: value for key, value in inner.items() if value is not None} if isinstance(inner, dict) else {}
+    names = ("file_id", "file_data") if kind == "file" else ("url",)
+    name = next((name for name in names if name in given), names[0])
+    address, filename = given.get(name), given.get("filename")
+    unknown = set(given) - {name, "f2l", "filename"} if address else set()
+    if unknown or not isinstance(address, str) or not address or not isinstance(filename, str | None):
+        what = f"holds {sorted(unknown)}, which nobody would read" if unknown else f"needs {kind}.{name} as a text"
         raise bad_request("invalid_request", f"A '{kind}' part {what}: {HOW_VIDEOS}.", "messages")
-    span = _span(inner.get("f2l"))
-    return Video(file_id=address, span=span) if kind == "file" else Video(url=address, span=span)
+    span = _span(given.get("f2l"))
+    if name == "file_id":
+        return Video(file_id=address, span=span)
+    return Video(url=data_uri(address) if name == "file_data" else address, span=span, filename=filename)
+
+
+def data_uri(file_data: str) -> str:
+    """The bytes of a `file_data` as a data URI; OpenAI's clients send one, or its base64 alone."""
+    return file_data if file_data[:5].lower() == "data:" else f"data:;base64,{file_data}"
 
 
 def _span(given: Any) -> Span | None:

@@ -70,10 +70,10 @@ class Asking:
 
         ids = [video.file_id for video in videos if video.file_id is not None]
         files = await self._service.find(ids, tenant, "messages")  # first, so that a wrong id costs no fetch
-        addresses = [video.url for video in videos if video.url is not None]
+        addresses = {video.url: video.filename for video in videos if video.url is not None}
         if addresses:  # do not fetch more than there is room for
-            self._composer.check(len({one.file.sha256 for one in files} | set(addresses)), len(videos))
-        fetched = await asyncio.gather(*(self._remote.file(url, tenant) for url in addresses))
+            self._composer.check(len({one.file.sha256 for one in files} | addresses.keys()), len(videos))
+        fetched = await asyncio.gather(*(self._remote.file(url, tenant, name) for url, name in addresses.items()))
         found: dict[str | None, FileWithAdapter] = {one.file.id: one for one in files}
         records = dict(zip(addresses, fetched, strict=True))
         return [

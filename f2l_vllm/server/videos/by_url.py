@@ -15,7 +15,7 @@ from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tables import FileRecord, Upload
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.videos.service import VideoService
-from f2l_vllm.server.videos.uploads import inspect
+from f2l_vllm.server.videos.uploads import inspect, shown_name
 from f2l_vllm.store.errors import AdapterIdsExhausted, disk_errors
 from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.fetch import fetch
@@ -40,16 +40,19 @@ class RemoteVideos:
         self._fetching: _Running = {}  # by tenant and hash of the address
         self._entering: _Running = {}  # by tenant and hash of the bytes
 
-    async def file(self, url: str, tenant: str) -> FileRecord:
+    async def file(self, url: str, tenant: str, filename: str | None = None) -> FileRecord:
         """The tenant's file with the bytes at this address. It is entered if it does not exist yet.
+
+        Args:
+            filename: what a file of a data URI is called.
 
         Raises:
             APIError: the codes of `f2l_vllm.video.fetch`, of `POST /v1/files` and of `VideoService.enter`.
         """
         key = (tenant, await asyncio.to_thread(_digest, url))  # a data URI may be long
-        return await _once(self._fetching, key, lambda: self._fetch(url, tenant))
+        return await _once(self._fetching, key, lambda: self._fetch(url, tenant, filename))
 
-    async def _fetch(self, url: str, tenant: str) -> FileRecord:
+    async def _fetch(self, url: str, tenant: str, filename: str | None) -> FileRecord:
         temporary = self._service.store.temporary()
         try:
             try:
@@ -59,7 +62,7 @@ class RemoteVideos:
                 status = _STATUS.get(error.code, HTTPStatus.BAD_REQUEST)
                 raise APIError(status, error.code, error.message, param="messages") from error
             sha256 = await asyncio.to_thread(_hash, temporary)
-            name = _name(url)
+            name = shown_name(filename) if filename else _name(url)
             return await _once(self._entering, (tenant, sha256), lambda: self._enter(temporary, sha256, name, tenant))
         finally:
             await asyncio.to_thread(self._service.store.discard, temporary)

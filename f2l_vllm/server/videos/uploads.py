@@ -70,7 +70,7 @@ async def receive(
     pinned = _pinned(form)
     if target.size == 0:
         raise bad_request("empty_file", "The file is empty: send the video's bytes.", "file")
-    tenant, sha256, name = tenant_of(request), target.digest.hexdigest(), _filename(upload.filename)
+    tenant, sha256, name = tenant_of(request), target.digest.hexdigest(), shown_name(upload.filename)
     return Upload(tenant, sha256, target.size, name, purpose, expires_seconds, idle_seconds, pinned)
 
 
@@ -168,7 +168,7 @@ async def _capped(request: Request, cap: int, check_room: Callable[[int], None])
         yield piece
 
 
-def _filename(given: str | None) -> str:
+def shown_name(given: str | None) -> str:
     """A name to show, never a path to open, without unprintable characters."""
     extended = re.fullmatch(r"(?i)utf-8'[^']*'(.*)", given or "")
     given = unquote(extended[1]) if extended else given

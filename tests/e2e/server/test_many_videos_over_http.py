@@ -263,6 +263,22 @@ def test_a_video_by_address_is_a_file_that_one_can_go_on_with(server, tmp_path):
     assert text(again) == text(direct)
 
 
+def test_bytes_in_a_file_part_become_a_file_of_that_name(server, tmp_path):
+    path = write_video(tmp_path / "held.mp4", frames=25, fps=6)
+    inline = {"type": "file", "file": {"filename": "held.mp4", "file_data": data_uri(path)}}
+    answer = ask(server, about(inline))
+    (file_id,) = (video["file_id"] for video in source(answer)["videos"])
+    file = server.client.files.retrieve(file_id)
+    assert (file.filename, file.purpose, file.status) == ("held.mp4", "user_data", "processed")
+    assert 0 < file.expires_at - file.created_at <= 86400
+    bare = {"type": "file", "file": {"file_data": data_uri(path).split(",")[1]}}
+    for same in (url_part(path), bare):
+        again = ask(server, about(same))
+        assert (source(again)["videos"][0]["file_id"], text(again)) == (file_id, text(answer))
+    frames = ask(server, about(inline), f2l={"mode": "frames"})
+    assert frames.usage.prompt_tokens > answer.usage.prompt_tokens
+
+
 def test_addresses_and_files_mix(server, videos, tmp_path):
     path = write_video(tmp_path / "inline.mp4", frames=27, fps=6)
     mixed = ask(server, about(url_part(path), part(videos[0].id)))
@@ -301,6 +317,8 @@ def test_an_address_that_may_not_be_waited_for_names_its_file_and_goes_on(server
         ({"type": "video_url", "video_url": {"url": "file:///etc/passwd"}}, "url_not_allowed"),
         ({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,!!"}}, "invalid_url"),
         ({"type": "video_url", "video_url": {"url": "data:text/plain,no%20video"}}, "not_a_video"),
+        ({"type": "file", "file": {"file_data": "https://videos.example/a.mp4"}}, "invalid_url"),
+        ({"type": "file", "file": {"file_data": "data:text/plain,no%20video"}}, "not_a_video"),
         ({"type": "input_video", "input_video": {"url": "data:,"}}, "unsupported_part"),
         ({"type": "file", "file": {"file_id": "file-0"}}, "video_not_found"),
         ({"type": "file", "file": {"file_id": "file-0", "f2l": {"begin": 3}}}, "invalid_span"),

@@ -86,13 +86,31 @@ def test_spans_that_are_none_are_refused(span):
     assert (error.value.code, error.value.status) == ("invalid_span", 400)
 
 
+def test_bytes_in_a_file_part_are_a_data_uri_under_any_name():
+    def inline(file_data, **details):
+        return {"type": "file", "file": {"file_data": file_data, **details}}
+
+    parts = (
+        inline("data:video/mp4;base64,AAAA", filename="a.mp4", file_id=None),
+        url_part("data:video/mp4;base64,AAAA"),
+        inline("BBBB", f2l={"end": 5}),
+    )
+    first, second = videos("base", [user(*parts, TEXT)])
+    assert (first, first.filename) == (Video(url="data:video/mp4;base64,AAAA"), "a.mp4")
+    assert second == Video(url="data:;base64,BBBB", span=Span(0, 5))
+    assert without_videos([user(*parts, TEXT)]) == [user(TEXT)]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         {"type": "file"},
         {"type": "file", "file": "file-a"},
         {"type": "file", "file": {"file_id": ""}},
-        {"type": "file", "file": {"file_data": "data:,"}},
+        {"type": "file", "file": {"file_data": ""}},
+        {"type": "file", "file": {"file_data": ["data:,"]}},
+        {"type": "file", "file": {"file_data": "data:,", "filename": 3}},
+        {"type": "file", "file": {"file_data": "data:,", "file_id": "file-a"}},
         {"type": "file", "file": {"file_id": "file-a", "start": 3}},
         {"type": "video_url", "video_url": {"uri": "data:,"}},
     ],
