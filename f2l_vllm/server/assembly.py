@@ -29,6 +29,7 @@ from f2l_vllm.server.chat.constraints import Constraint
 from f2l_vllm.server.chat.content import private
 from f2l_vllm.server.chat.grammars import Grammars
 from f2l_vllm.server.chat.handlers import ChatHandler, CompletionHandler, Guard
+from f2l_vllm.server.chat.messages import MessagesHandler
 from f2l_vllm.server.chat.resolve import Asking
 from f2l_vllm.server.media import connector
 from f2l_vllm.server.middleware.ending import Ending
@@ -141,8 +142,11 @@ def answer_from_videos(
         vllm_api.wrap_responses(state, functools.partial(separator.left_out_of_responses, separator=between))
     vllm_api.wrap_servings(
         state,
-        lambda inner: ChatHandler(vllm_api.noting_visual_tokens(inner), asking, served.names),
-        lambda inner: CompletionHandler(inner, asking, served.names),
+        openai_serving_chat=lambda inner: ChatHandler(vllm_api.noting_visual_tokens(inner), asking, served.names),
+        openai_serving_completion=lambda inner: CompletionHandler(inner, asking, served.names),
+        anthropic_serving_messages=lambda inner: MessagesHandler(
+            vllm_api.noting_visual_tokens(inner), asking, served.names
+        ),
     )
     vllm_api.guard_other_servings(state, Guard)
     apart = keys.has_tenants and not settings.share_caches

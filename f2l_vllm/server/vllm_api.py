@@ -11,8 +11,8 @@ import json
 import logging
 import os
 from _collections_abc import dict_values
-from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator, Callable, Mapping, MutableMapping
+from contextlib import AbstractContextManager, aclosing
 from contextvars import ContextVar
 from typing import Any
 
@@ -30,6 +30,7 @@ SUPPORTED_VLLM = "0.32"
 # The model the client asked for, set while its request is set up: responses show it instead of an adapter's name.
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
 
+_STARTED = "event: message_start\ndata: "
 # While a request is set up, rendering its chat appends the number of visual tokens in the prompt here.
 visual_tokens: ContextVar[list[int] | None] = ContextVar("visual_tokens", default=None)
 
@@ -114,8 +115,8 @@ async def model_cards(state: State) -> list[dict[str, Any]]:
     return [card.model_dump() for card in models.data]
 
 
-def wrap_servings(state: State, wrap_chat: Callable[[Any], Any], wrap_completion: Callable[[Any], Any]) -> None:
-    """Put our handlers in front of `state.openai_serving_chat` and `state.openai_serving_completion`.
+def wrap_servings(state: State, **wraps: Callable[[Any], Any]) -> None:
+    """Put our handlers in front of those of `state` with these names, as far as there are any.
 
     vLLM's own routes look up their handler in `state` at every request, so they keep their cancellation, keep-alive
     and load accounting. `model_name` of the models object decides the `model` field of a response; we override it to
@@ -129,10 +130,9 @@ def wrap_servings(state: State, wrap_chat: Callable[[Any], Any], wrap_completion
         return name
 
     models.model_name = model_name
-    if state.openai_serving_chat is not None:
-        state.openai_serving_chat = wrap_chat(state.openai_serving_chat)
-    if state.openai_serving_completion is not None:
-        state.openai_serving_completion = wrap_completion(state.openai_serving_completion)
+    for name, wrap in wraps.items():
+        if getattr(state, name, None) is not None:
+            setattr(state, name, wrap(getattr(state, name)))
 
 
 def wrap_chat_answers(state: State, wrap: Callable[[Any], Any]) -> None:
@@ -206,19 +206,34 @@ def enclose_renderings(
         setattr(renderer, name, enclosed(getattr(renderer, name)))
 
 
-def guard_other_servings(state: State, guard: Callable[[Any, bool], Any]) -> None:
-    """Put `guard` around the generate handlers that do not know videos, so that they never answer for one by accident.
-
-    Its second argument says whether the route converts the handler's `ErrorResponse` to its own envelope.
-    """
-    for name in (
-        "openai_serving_responses",
-        "openai_serving_chat_batch",
-        "anthropic_serving_messages",
-        "serving_generative_scoring",
-    ):
+def guard_other_servings(state: State, guard: Callable[[Any], Any]) -> None:
+    """Put `guard` around the generate handlers that do not know videos: they never answer for one by accident."""
+    for name in ("openai_serving_responses", "openai_serving_chat_batch", "serving_generative_scoring"):
         if getattr(state, name, None) is not None:
-            setattr(state, name, guard(getattr(state, name), name == "anthropic_serving_messages"))
+            setattr(state, name, guard(getattr(state, name)))
+
+
+def breaking_off(messages: Any) -> Any:
+    """Make the chat streams of the handler of `/v1/messages` raise what went wrong.
+
+    It converts them by `message_stream_converter`, which tells the client of an exception, and of vLLM's error chunk
+    only that it is no chunk.
+    """
+    answer = messages.create_chat_completion
+
+    async def chunks(stream: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+        async with aclosing(stream):
+            async for chunk in stream:
+                if is_error_chunk(chunk):
+                    raise RuntimeError(json.loads(chunk.removeprefix("data: "))["error"]["message"])
+                yield chunk
+
+    async def answered(request: Any, raw_request: Any = None) -> Any:
+        result = await answer(request, raw_request)
+        return chunks(result) if hasattr(result, "__aiter__") else result
+
+    messages.create_chat_completion = answered
+    return messages
 
 
 def error_status(response: Any) -> int | None:
@@ -227,13 +242,28 @@ def error_status(response: Any) -> int | None:
     return int(error.code) if error is not None and hasattr(error, "code") else None
 
 
-def add_details(response: Any, details: Mapping[str, Any]) -> None:
-    """Add what a whole response was answered from, under `f2l`: vLLM's response models accept extra fields."""
+def with_details(response: Any, details: Mapping[str, Any]) -> Any:
+    """A whole response with what it was answered from, under `f2l`. vLLM's models of OpenAI's responses accept extra
+    fields, those of Anthropic's do not."""
+    kind: Any = type(response)
+    if kind.model_config.get("extra") != "allow":
+        response = _extensible(kind).model_construct(**dict(response))
     response.f2l = dict(details)
+    return response
+
+
+@functools.cache
+def _extensible(kind: Any) -> Any:
+    return type(kind.__name__, (kind,), {"model_config": {"extra": "allow"}, "__module__": __name__})
 
 
 def detailed_chunk(chunk: str, details: Mapping[str, Any]) -> str:
-    """Add details to a stream's last chunk, the one with usage and without choices. Other chunks stay unchanged."""
+    """Add details to a stream's last chunk, the one with usage and without choices, or to the message with which an
+    answer of `/v1/messages` starts. Other chunks stay unchanged."""
+    if chunk.startswith(_STARTED):
+        body = json.loads(chunk.removeprefix(_STARTED))
+        body["message"]["f2l"] = details
+        return f"{_STARTED}{json.dumps(body)}\n\n"
     if '"choices":[]' not in chunk or '"usage":{' not in chunk:
         return chunk
     body = json.loads(chunk.removeprefix("data: "))
@@ -308,8 +338,8 @@ def is_failed_generation(error: BaseException) -> bool:
 
 
 def is_error_chunk(chunk: str) -> bool:
-    """Whether a stream's chunk is vLLM's error envelope."""
-    return chunk.startswith('data: {"error":')
+    """Whether a stream's chunk is vLLM's error envelope, or its event of that kind on `/v1/messages`."""
+    return chunk.startswith(('data: {"error":', "event: error\n"))
 
 
 def questions_in_work(engine_client: Any) -> int:

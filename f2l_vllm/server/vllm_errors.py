@@ -117,10 +117,9 @@ def install_handlers(app: FastAPI) -> None:
 
 
 def error_response(error: APIError) -> Any:
-    """vLLM's own `ErrorResponse`, for a handler whose route converts it to the envelope of Anthropic's API."""
+    """vLLM's own `ErrorResponse`, in the place of an answer that a middleware gives with all that belongs to it."""
     from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 
-    errors.metrics.ERRORS.labels(error.code).inc()
     return ErrorResponse(
         error=ErrorInfo(message=error.message, type=errors.messages_kind(error.status), code=int(error.status))
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import weakref
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
 
-from f2l_vllm.server import errors, metrics, vllm_api, vllm_errors
+from f2l_vllm.server import errors, metrics, vllm_api
 from f2l_vllm.server.chat.request import (
     FILE_PREFIX,
     Options,
@@ -29,8 +29,10 @@ from f2l_vllm.server.tenants import tenant_of
 class AnswerStream:
     """A streamed answer that names its source. It holds its adapter until it ends, is closed, or is dropped unread."""
 
-    def __init__(self, stream: AsyncGenerator[str, None], source: Source) -> None:
+    def __init__(self, stream: AsyncGenerator[str, None], source: Source, path: str = "") -> None:
+        """`path`: the route that streams it, which decides how an error is written."""
         self._stream = stream
+        self._path = path
         self._source = source
         self._finish = weakref.finalize(self, source.release)
 
@@ -41,7 +43,7 @@ class AnswerStream:
         try:
             chunk = await anext(self._stream)
             if vllm_api.is_error_chunk(chunk) and await _has_lost_its_adapter(self._source):
-                return errors.chunk(adapter_unavailable())
+                return errors.chunk(adapter_unavailable(), self._path)
             return vllm_api.detailed_chunk(chunk, self._source.details)
         except BaseException:  # the end of the answer, an error, or the client gone
             await self.aclose()
@@ -65,7 +67,7 @@ async def _has_lost_its_adapter(source: Source) -> bool:
         raise
 
 
-class _Handler:
+class Handler:
     """A vLLM handler with videos; the inner handler answers everything else."""
 
     def __init__(self, inner: Any, asking: Asking, base_names: list[str]) -> None:
@@ -76,9 +78,19 @@ class _Handler:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def _options(self, request: Any, raw_request: Request | None) -> Options:
+    def _options(self, fields: Mapping[str, Any] | None, raw_request: Request | None) -> Options:
         headers = {} if raw_request is None else raw_request.headers
-        return options(request.model_extra, headers, self._asking.service.settings.wait_seconds)
+        return options(fields, headers, self._asking.service.settings.wait_seconds)
+
+    async def _by_model(self, request: Any, tenant: str, how: Options) -> Source:
+        """The source of a route that names its video by `model` alone, and whose prompt has no place for frames."""
+        self._needs_adapter(how)
+        named = await self._asking.find([Video(file_id=request.model)], tenant)
+        return await self._asking.adapter(named, tenant, how.wait)
+
+    def _needs_adapter(self, how: Options) -> None:
+        if how.mode != "adapter":
+            raise bad_request("invalid_f2l_options", f"f2l.mode '{how.mode}' needs /v1/chat/completions.", "f2l")
 
     async def _answer(self, method: Any, request: Any, raw_request: Request | None, source: Source) -> Any:
         """Let the inner handler answer from the source, and release the source when the answer ends."""
@@ -91,7 +103,7 @@ class _Handler:
             result = await method(request, raw_request)
             source.details["visual_tokens"] = sum(noted)
             if hasattr(result, "__aiter__"):
-                result = AnswerStream(result, source)
+                result = AnswerStream(result, source, "" if raw_request is None else raw_request.url.path)
         except Exception as error:
             if vllm_api.is_failed_generation(error) and await _has_lost_its_adapter(source):
                 raise adapter_unavailable() from error
@@ -106,16 +118,16 @@ class _Handler:
         if not failed:
             metrics.TOKENS_AVOIDED.inc(source.visual_tokens_avoided)
             if not isinstance(result, AnswerStream):
-                vllm_api.add_details(result, source.details)
+                result = vllm_api.with_details(result, source.details)
         return result
 
 
-class ChatHandler(_Handler):
+class ChatHandler(Handler):
     """`/v1/chat/completions`: `model` may be a file id, and a message may hold `file` and `video_url` parts."""
 
     async def create_chat_completion(self, request: Any, raw_request: Request | None = None) -> Any:
         """vLLM's method, with videos resolved first."""
-        how, tenant = self._options(request, raw_request), tenant_of(raw_request)
+        how, tenant = self._options(request.model_extra, raw_request), tenant_of(raw_request)
         asked = videos(request.model, request.messages)
         if not asked or not self._knows(request.model):  # vLLM reports an unknown model
             return await self._inner.create_chat_completion(request, raw_request)
@@ -147,33 +159,23 @@ class ChatHandler(_Handler):
         return source
 
 
-class CompletionHandler(_Handler):
+class CompletionHandler(Handler):
     """`/v1/completions`: `model` may be a file id."""
 
     async def create_completion(self, request: Any, raw_request: Request | None = None) -> Any:
         """vLLM's method, with the video resolved first."""
-        how = self._options(request, raw_request)
+        how = self._options(request.model_extra, raw_request)
         if not (request.model or "").startswith(FILE_PREFIX):
             return await self._inner.create_completion(request, raw_request)
-        if how.mode != "adapter":
-            raise bad_request("invalid_f2l_options", f"f2l.mode '{how.mode}' needs /v1/chat/completions.", "f2l")
-        tenant = tenant_of(raw_request)
-        named = await self._asking.find([Video(file_id=request.model)], tenant)
-        source = await self._asking.adapter(named, tenant, how.wait)
+        source = await self._by_model(request, tenant_of(raw_request), how)
         return await self._answer(self._inner.create_completion, request, raw_request, source)
 
 
 class Guard:
-    """Wraps a vLLM handler that does not know videos, to refuse requests that name a video.
+    """Wraps a vLLM handler that does not know videos, to refuse requests that name a video."""
 
-    Args:
-        inner: vLLM's handler.
-        own_envelope: its route converts returned errors, but not raised ones, to another API's envelope.
-    """
-
-    def __init__(self, inner: Any, own_envelope: bool) -> None:
+    def __init__(self, inner: Any) -> None:
         self._inner = inner
-        self._own_envelope = own_envelope
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._inner, name)
@@ -182,22 +184,24 @@ class Guard:
 
         @functools.wraps(attribute)
         async def guarded(request: Any, raw_request: Request | None = None, *args: Any, **kwargs: Any) -> Any:
-            try:
-                await _refuse_videos(request, raw_request)
-                return await attribute(request, raw_request, *args, **kwargs)
-            except Exception as error:
-                refused = None if raw_request is None else vllm_errors.refusal(error, raw_request.scope)
-                if refused is None or not self._own_envelope:
-                    raise
-                return vllm_errors.error_response(refused)
+            refuse_videos(await fields_of(raw_request), getattr(request, "model", None))
+            return await attribute(request, raw_request, *args, **kwargs)
 
         return guarded
 
 
-async def _refuse_videos(request: Any, raw_request: Request | None) -> None:
-    # Read the raw body, because not all request models keep unknown fields.
-    body = {} if raw_request is None else await raw_request.json()
-    by_model = (getattr(request, "model", None) or "").startswith(FILE_PREFIX)
-    if by_model or names_a_video([body.get("input"), body.get("messages")]):
-        message = "This route does not answer about videos: use /v1/chat/completions or /v1/completions."
+async def fields_of(raw_request: Request | None) -> Mapping[str, Any]:
+    """The body as the client sent it: not all request models keep fields that they do not know."""
+    return {} if raw_request is None else await raw_request.json()
+
+
+def refuse_videos(fields: Mapping[str, Any], model: str | None = None) -> None:
+    """Refuse a request whose model or input names a video.
+
+    Raises:
+        APIError: `route_without_videos`.
+    """
+    by_model = (model or "").startswith(FILE_PREFIX)
+    if by_model or names_a_video([fields.get("input"), fields.get("messages")]):
+        message = "This route does not answer about videos named like this: use /v1/chat/completions."
         raise bad_request("route_without_videos", message, "model" if by_model else "input")

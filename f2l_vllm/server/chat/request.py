@@ -13,7 +13,9 @@ from f2l_vllm.server.errors import APIError, bad_request
 
 FILE_PREFIX = "file-"
 # vLLM's routes that answer about videos, or refuse them with a clear error.
-QUESTION_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+QUESTION_ROUTES = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"}
+)
 WAIT_HEADER = "x-f2l-wait"
 Mode = Literal["adapter", "frames", "both"]
 _MODES = ("adapter", "frames", "both")
@@ -53,7 +55,7 @@ class Video:
 
 
 def options(extra: Mapping[str, Any] | None, headers: Mapping[str, str], default_wait: float) -> Options:
-    """The `f2l` object of a body and the `X-F2L-Wait` header (the body wins).
+    """The `f2l` object of a body's fields and the `X-F2L-Wait` header (the body wins).
 
     Raises:
         APIError: `invalid_f2l_options`.

@@ -29,6 +29,14 @@ def keep_listed_routes(app: FastAPI, listed: Collection[str]) -> None:
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in kept]
 
 
+def _with_authorization(scope: Scope) -> Scope:
+    """Give a key in `X-Api-Key`, where Anthropic's clients send it, the place where vLLM's own check looks for it."""
+    headers = Headers(scope=scope)
+    if "authorization" not in headers and (key := headers.get("x-api-key")):
+        scope["headers"] = [*scope["headers"], (b"authorization", f"Bearer {key}".encode("latin-1"))]
+    return scope
+
+
 class AuthMiddleware:
     """ASGI middleware: refuses requests without a valid key, and puts the tenant of others in `request.state`.
 
@@ -47,7 +55,7 @@ class AuthMiddleware:
         if scope["type"] not in ("http", "websocket") or scope.get("method") == "OPTIONS":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        headers = Headers(scope=_with_authorization(scope))
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         authorization = headers.get("authorization")
         tenant = self._keys.tenant(authorization)
@@ -74,6 +82,9 @@ class AuthMiddleware:
 
 
 def _invalid_key() -> APIError:
-    message = "No valid API key was given: send one that this server knows in the header 'Authorization: Bearer KEY'."
+    message = (
+        "No valid API key was given: send one that this server knows in the header 'Authorization: Bearer KEY' or "
+        "'X-Api-Key: KEY'."
+    )
     headers = {"WWW-Authenticate": "Bearer"}
     return APIError(HTTPStatus.UNAUTHORIZED, "invalid_api_key", message, headers=headers)

@@ -32,12 +32,17 @@ class Faults:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = False
+        started = replaced = False
 
         async def noted(message: Message) -> None:
-            nonlocal started
+            nonlocal started, replaced
+            refused = None if started else scope.get("state", {}).get("refused")
             started = True
-            await send(message)
+            if refused is not None:  # by a handler whose route answers in a poorer way
+                replaced = True
+                await response(refused, scope)(scope, receive, send)
+            elif not replaced:
+                await send(message)
 
         try:
             _check_head(scope)

@@ -2,8 +2,10 @@
 
 import time
 
+import anthropic
 import openai
 import pytest
+from anthropic import Anthropic
 
 from f2l_vllm.catalog.keys import key_hash
 from tests.e2e.server.conftest import keys_of
@@ -29,3 +31,25 @@ def test_a_key_works_once_it_is_added_and_no_more_when_it_is_revoked(other_serve
     time.sleep(1.0)
     assert second.files.retrieve(file_id).id == file_id
     other_server.client.files.delete(file_id)
+
+
+def test_a_key_of_anthropics_client_reaches_its_own_tenants_videos_alone(other_server, clips):
+    keys = keys_of(other_server.home)
+    video = other_server.upload(clips[1])
+    own, other = (
+        Anthropic(base_url=other_server.url, api_key=key, max_retries=0)
+        for key in (other_server.client.api_key, keys("add", "weather"))
+    )
+    time.sleep(1.0)
+    question = {"model": video.id, "messages": [{"role": "user", "content": "What is shown?"}]}
+    assert own.messages.create(**question, max_tokens=4).content
+    for call in (
+        lambda: other.messages.create(**question, max_tokens=4),
+        lambda: other.messages.count_tokens(**question),
+    ):
+        with pytest.raises(anthropic.NotFoundError, match="No video"):
+            call()
+    with pytest.raises(anthropic.AuthenticationError) as error:
+        own.with_options(api_key="wrong").messages.create(**question, max_tokens=4)
+    assert error.value.body["error"]["type"] == "authentication_error"
+    other_server.client.files.delete(video.id)

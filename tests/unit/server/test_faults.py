@@ -72,6 +72,16 @@ def test_a_body_reaches_the_route_as_it_came():
     assert post(Harness(echo), b'{"a": ', b"[1, 2]}") == (200, {"a": [1, 2]})
 
 
+def test_what_a_handler_refused_is_answered_in_the_place_of_what_its_route_made_of_it():
+    async def poorer(request: Request):
+        request.state.refused = bad_request("video_not_ready", "Ask again.")
+        return JSONResponse({"poorer": True}, 500)
+
+    status, body = post(Harness(poorer), b"{}", path="/v1/messages")
+    error = {"type": "invalid_request_error", "message": "Ask again.", "code": "video_not_ready"}
+    assert (status, body) == (400, {"type": "error", "error": error})
+
+
 def test_what_cannot_be_read_is_refused_in_the_envelope_of_the_api():
     status, body = post(Harness(echo), b'{"a": NaN}')
     assert (status, body["error"]["code"], body["error"]["type"]) == (400, "invalid_json", "invalid_request_error")

@@ -113,6 +113,22 @@ def test_without_a_key_nothing_but_an_error_of_openais_shape(door, path):
         assert found.headers["WWW-Authenticate"] == "Bearer"
 
 
+def test_a_key_may_come_as_anthropics_clients_send_it(door):
+    assert door.get("/v1/models", headers={"X-Api-Key": "b1"}).json()["tenant"] == "b"
+    assert door.get("/v1/models", headers={"X-Api-Key": "wrong"}).status_code == 401
+    both = {"X-Api-Key": "b1", "Authorization": bearer("a1")}
+    assert door.get("/v1/models", headers=both).json()["tenant"] == "a"
+
+
+def test_vllms_own_check_finds_a_key_where_it_looks_for_it():
+    async def seen(request: Request) -> JSONResponse:
+        return JSONResponse(request.headers["authorization"])
+
+    app = Starlette(routes=[Route("/v1/messages", seen)])
+    door = TestClient(AuthMiddleware(app, Keys(["one"], None), []))
+    assert door.get("/v1/messages", headers={"X-Api-Key": "one"}).json() == bearer("one")
+
+
 def test_open_routes_need_no_key(door):
     assert door.get("/health").json()["tenant"] == DEFAULT_TENANT
     assert door.get("/health", headers={"Authorization": bearer("a1")}).json()["tenant"] == "a"

@@ -12,7 +12,8 @@ import uvicorn
 import vllm
 from starlette.datastructures import State
 from vllm.config import LoRAConfig
-from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse, AnthropicStreamEvent
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages, wrap_data_with_event
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.launchers import launcher
@@ -140,8 +141,42 @@ def test_responses_carry_further_fields():
         ChatCompletionResponse(model="m", choices=[], usage=usage),
         CompletionResponse(model="m", choices=[], usage=usage),
     ):
-        vllm_api.add_details(response, {"rank": 16})
-        assert response.model_dump()["f2l"] == {"rank": 16}  # as vLLM's routes write it
+        detailed = vllm_api.with_details(response, {"rank": 16})
+        assert detailed.model_dump()["f2l"] == {"rank": 16}  # as vLLM's routes write it
+
+
+def test_messages_carry_further_fields_whole_and_streamed():
+    message = AnthropicMessagesResponse(id="chatcmpl-1", content=[], model="m", stop_reason="end_turn")
+    detailed = vllm_api.with_details(message, {"rank": 16})
+    assert isinstance(detailed, AnthropicMessagesResponse)  # what its route looks for
+    assert detailed.model_dump(exclude_none=True) == {**message.model_dump(exclude_none=True), "f2l": {"rank": 16}}
+    started = AnthropicStreamEvent(type="message_start", message=message).model_dump_json(exclude_unset=True)
+    first = vllm_api.detailed_chunk(wrap_data_with_event(started, "message_start"), {"rank": 16})
+    head, _, body = first.partition("data: ")
+    assert (head, json.loads(body)["message"]["f2l"], first[-2:]) == ("event: message_start\n", {"rank": 16}, "\n\n")
+    source = inspect.getsource(AnthropicServingMessages.message_stream_converter)
+    assert 'yield wrap_data_with_event(data, "message_start")' in source
+    assert 'yield wrap_data_with_event(data, "error")' in source
+    assert vllm_api.is_error_chunk(wrap_data_with_event("{}", "error"))
+
+
+def test_a_stream_of_messages_raises_what_went_wrong():
+    async def answer(request, raw_request):
+        return chunks() if request else "whole"
+
+    async def chunks():
+        yield 'data: {"choices":[{}]}\n\n'
+        yield 'data: {"error":{"message":"no token fits","code":400}}\n\n'
+
+    async def read():
+        assert await messages.create_chat_completion(False) == "whole"
+        async for chunk in await messages.create_chat_completion(True):
+            assert "choices" in chunk
+
+    messages = vllm_api.breaking_off(Namespace(create_chat_completion=answer))
+    with pytest.raises(RuntimeError, match="no token fits"):
+        asyncio.run(read())
+    assert "sanitize_message(str(e))" in inspect.getsource(AnthropicServingMessages.message_stream_converter)
 
 
 def test_the_last_chunk_of_a_stream_with_usage_carries_further_fields():
@@ -376,7 +411,9 @@ def test_responses_name_what_was_asked_for():
             return "adapter"
 
     state = State({"openai_serving_models": Models(), "openai_serving_chat": 1, "openai_serving_completion": None})
-    vllm_api.wrap_servings(state, lambda inner: inner + 1, lambda inner: inner + 1)
+    wraps = dict.fromkeys(("openai_serving_chat", "openai_serving_completion", "absent"), lambda inner: inner + 1)
+    vllm_api.wrap_servings(state, **wraps)
+    assert not hasattr(state, "absent")
     assert state.openai_serving_chat == 2
     assert state.openai_serving_completion is None
     assert state.openai_serving_models.model_name() == "adapter"
