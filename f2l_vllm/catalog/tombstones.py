@@ -83,6 +83,15 @@ class Tombstones(Database):
             query = select(tombstones).where(open_, tombstones.c.reserved.is_(False)).order_by(tombstones.c.seq)
             return [tombstone_record(row) for row in connection.execute(query.limit(limit))]
 
+    def leftovers(self) -> tuple[int, float]:
+        """How many tombstones wait for the removal of what they name, and for how many seconds the oldest has."""
+        waits = and_(tombstones.c.done_at.is_(None), tombstones.c.reserved.is_(False))
+        with self._read() as connection:
+            count, oldest = connection.execute(
+                select(func.count(), func.min(tombstones.c.doomed_at)).where(waits)
+            ).one()
+            return count, 0.0 if oldest is None else max(0.0, clock(connection) - oldest)
+
     def bury(self, removed: Collection[Tombstone]) -> None:
         """Note that what these tombstones name is gone from the store. An attempt that still runs may put its adapter
         there later; its tombstone stays open."""

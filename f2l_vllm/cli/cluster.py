@@ -71,6 +71,7 @@ def show(home: Home = None, address: Address = None) -> None:
         shown = ", ".join(f"{count} {kind.lower()}" for kind, count in kinds.items()) or "none"
         console.print(f"{name}: {shown}", highlight=False)
     console.print(f"videos waiting or in work: {found.videos}", highlight=False)
+    console.print(f"metrics of Ray: {', '.join(found.metrics)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -33,9 +33,11 @@ class EngineState:
 
 @dataclass(frozen=True)
 class State:
-    """`replicas`: of each deployment, how many in which state; `videos`: how many wait for a worker or are in work."""
+    """`replicas`: of each deployment, how many in which state; `videos`: how many wait for a worker or are in work;
+    `metrics`: where Ray's nodes tell Prometheus of themselves and of Serve."""
 
     replicas: dict[str, dict[str, int]]
+    metrics: list[str]
     engines: dict[str, EngineState] = field(default_factory=dict)
     videos: int = 0
 
@@ -101,15 +103,17 @@ def state() -> State:
         for application in serve.status().applications.values()
         for deployment, one in application.deployments.items()
     }
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    metrics = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
     if not replicas.get(FRONT, {}).get("RUNNING"):
-        return State(replicas)
+        return State(replicas, metrics)
     urls = engines()
     pages = {name: _figures(url) for name, url in urls.items()}
     found = {
         name: EngineState(urls[name], page.get(_RUNNING), page.get(_WAITING), page.get(_ADAPTERS))
         for name, page in pages.items()
     }
-    return State(replicas, found, sum(page.get(_JOBS, 0) for page in pages.values()))
+    return State(replicas, metrics, found, sum(page.get(_JOBS, 0) for page in pages.values()))
 
 
 def _figures(url: str) -> dict[str, int]:

@@ -6,8 +6,10 @@ from prometheus_client import Counter, Gauge, Histogram
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
+READY = Gauge("f2l_ready", "Whether this part of the server is ready.", ["part"], multiprocess_mode="mostrecent")
 VIDEOS = Gauge("f2l_videos", "Files in the catalog by state.", ["state"], multiprocess_mode="mostrecent")
 JOBS = Gauge("f2l_jobs", "Internalization jobs, waiting or running.", ["state"], multiprocess_mode="mostrecent")
+QUEUE_LIMIT = Gauge("f2l_queue_limit", "Videos that may wait for a worker.", multiprocess_mode="mostrecent")
 WORKERS = Gauge("f2l_workers", "Hypernetwork workers loaded and alive.", multiprocess_mode="mostrecent")
 RESIDENT = Gauge("f2l_adapters_resident", "Adapters registered with the engine.", multiprocess_mode="livesum")
 LOADED = Counter("f2l_adapters_loaded", "Loads of adapters into the engine's memory.")
@@ -16,6 +18,8 @@ UPLOADS = Counter("f2l_uploads", "Videos accepted, by whether their adapter exis
 UPLOAD_BYTES = Counter("f2l_upload_bytes", "Bytes of video accepted.")
 STORED_BYTES = Gauge("f2l_stored_bytes", "Bytes of the files in the catalog.", multiprocess_mode="mostrecent")
 FREE_BYTES = Gauge("f2l_disk_free_bytes", "Free on the disk of the data folder.", multiprocess_mode="mostrecent")
+LEFTOVERS = Gauge("f2l_leftovers", "Deleted copies still in the store.", multiprocess_mode="mostrecent")
+LEFTOVER_SECONDS = Gauge("f2l_leftover_seconds", "Age of the oldest of them.", multiprocess_mode="mostrecent")
 INTERNALIZED = Counter("f2l_internalized", "Internalization jobs ended, by outcome.", ["outcome"])
 STAGE_SECONDS = Histogram("f2l_stage_seconds", "Seconds per stage of an internalization.", ["stage"], buckets=_SECONDS)
 QUESTIONS = Counter("f2l_questions", "Questions about videos, by mode and outcome.", ["mode", "outcome"])

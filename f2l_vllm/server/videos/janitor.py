@@ -46,7 +46,7 @@ class Janitor:
             self.has_duty = await self._write(self._catalog.hold_duty, _DUTY, self._name())
         finally:
             if not self.has_duty:
-                _show({}, 0, 0, 0)
+                _show({}, 0, 0, 0, (0, 0.0))
         if self.has_duty:
             await try_all(self._expire, self._keeper.bury_all, self._clean, self._count)
 
@@ -71,7 +71,8 @@ class Janitor:
 
     async def _count(self) -> None:
         states, queued, running = await asyncio.to_thread(self._catalog.counts)
-        _show(states, queued, running, await asyncio.to_thread(self._catalog.stored_bytes))
+        stored, left = await asyncio.to_thread(lambda: (self._catalog.stored_bytes(), self._catalog.leftovers()))
+        _show(states, queued, running, stored, left)
 
 
 async def try_all(*steps: Step) -> None:
@@ -90,10 +91,12 @@ async def try_all(*steps: Step) -> None:
         raise failure
 
 
-def _show(states: dict[str, int], queued: int, running: int, stored: int) -> None:
+def _show(states: dict[str, int], queued: int, running: int, stored: int, left: tuple[int, float]) -> None:
     """Set the catalog's gauges. They are 0 on the other servers, so that sums over servers are right."""
     for state in VideoState:
         metrics.VIDEOS.labels(state.value).set(states.get(state.value, 0))
     metrics.JOBS.labels("queued").set(queued)
     metrics.JOBS.labels("running").set(running)
     metrics.STORED_BYTES.set(stored)
+    metrics.LEFTOVERS.set(left[0])
+    metrics.LEFTOVER_SECONDS.set(left[1])

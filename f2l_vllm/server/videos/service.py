@@ -284,6 +284,9 @@ class VideoService:
             await asyncio.to_thread(self.store.trim, await asyncio.to_thread(self.catalog.videos_in_work))
 
     async def _show(self) -> None:
+        metrics.READY.labels("workers").set(self.is_ready())
+        metrics.READY.labels("catalog").set(self.membership.why_not_ready is None)
+        metrics.QUEUE_LIMIT.set(self.settings.queue_limit)
         metrics.WORKERS.set(self.pool.workers if self.pool is not None else 0)
         metrics.FREE_BYTES.set(await asyncio.to_thread(self.store.reserve.free))
 

@@ -21,10 +21,11 @@ from typing import IO
 import httpx
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from f2l_vllm.cluster import local
 from f2l_vllm.server_process import LOOPBACK, free_port
-from tests.support import ROOT
+from tests.support import ROOT, promql
 
 _ENGINES = 3
 _WATCH = """
@@ -154,6 +155,22 @@ def test_a_video_has_one_engine_and_the_operator_sees_what_runs(service):
     assert "Front: 1 running" in said
     assert sorted(re.findall(r"http://127\.0\.0\.1:\d+ +│ +(\d)", said)) == ["0", "0", "1"]
     assert "runs: f2l-vllm cluster down stops it" in service.command("up", check=False)
+
+
+def test_ray_counts_what_the_alert_on_engines_asks_for(service):
+    (asked,) = promql.series(next(one["expr"] for one in promql.alerts() if one["expr"].startswith("ray_")))
+    addresses = re.findall(r"http://[\d.:]+/metrics", service.command("status"))
+    found: list[dict[str, str]] = []
+
+    def is_shown() -> bool:
+        for address in addresses:
+            families = text_string_to_metric_families(httpx.get(address, timeout=10).text)
+            found.extend(one.labels for family in families for one in family.samples if one.name == asked.name)
+        return bool(found)
+
+    until(is_shown, 60)
+    assert {one["deployment"] for one in found} == {"Engine", "Front"}
+    assert asked.labels <= {*found[0]}
 
 
 @pytest.mark.parametrize(

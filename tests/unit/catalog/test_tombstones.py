@@ -249,3 +249,18 @@ def test_a_catalog_of_the_version_before_keeps_its_videos_under_their_plain_name
     assert doomed.object == record.sha256
     assert catalog.reserve_video(A).video != record.sha256
     catalog.close()
+
+
+def test_what_was_deleted_is_counted_until_it_is_gone_from_the_store(catalog):
+    assert catalog.leftovers() == (0, 0.0)
+    record = add(catalog, video=catalog.reserve_video(A))
+    catalog.reserve_video("b" * 64)  # an upload that still runs
+    assert catalog.leftovers()[0] == 0
+    doomed = catalog.remove_file(record.id, "t").doomed
+    with catalog._write() as connection:
+        connection.execute(text("UPDATE tombstones SET doomed_at = doomed_at - 100"))
+    count, seconds = catalog.leftovers()
+    assert count == len(doomed)
+    assert 100 <= seconds < 160
+    catalog.bury(doomed)
+    assert catalog.leftovers() == (0, 0.0)

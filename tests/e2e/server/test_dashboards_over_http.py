@@ -1,0 +1,42 @@
+"""The dashboards and alerts of `launch/` ask for what a running server shows."""
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support import promql
+from tests.support.promql import OF_PROMETHEUS
+
+ELSEWHERE = {"up", "ray_serve_deployment_status"}  # Prometheus's own; of Ray Serve, tests/e2e/cluster/test_serve.py
+RARE = {("outcome", "failed")}  # shown once it has happened
+
+
+@pytest.fixture(scope="module")
+def shown(server, clips):
+    """The samples of /metrics after a question and an error: name -> their labels with their values."""
+    video = server.upload(clips[0])
+    question = [{"role": "user", "content": "What is shown?"}]
+    server.client.chat.completions.create(model=video.id, messages=question, max_tokens=2)
+    with pytest.raises(openai.NotFoundError):
+        server.client.files.retrieve("file-of-nobody")
+    found = {}
+    for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append(sample.labels)
+    return found
+
+
+def test_every_panel_and_alert_finds_its_metrics_labels_and_values(shown):
+    missing = []
+    for where, text in promql.expressions():
+        for one in promql.series(text):
+            if one.name in ELSEWHERE:
+                continue
+            samples = shown.get(one.name, [])
+            if not any(one.labels <= {*labels} | OF_PROMETHEUS for labels in samples):
+                missing.append((where, one.name, sorted(one.labels)))
+            wanted = {*one.values} - RARE
+            if not any(wanted <= {*labels.items()} for labels in samples):
+                missing.append((where, one.name, sorted(wanted)))
+    assert missing == []
