@@ -34,7 +34,6 @@ from sqlalchemy import (
     event,
     extract,
     func,
-    inspect,
     literal,
     make_url,
     select,
@@ -42,10 +41,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.schema import CreateColumn
 
-from f2l_vllm.catalog.notices import create_triggers
-from f2l_vllm.catalog.tables import metadata
+from f2l_vllm.catalog import schema
 from f2l_vllm.store.errors import CatalogBusy, StoreUnavailable, Unavailable
 from f2l_vllm.store.room import Headroom
 
@@ -77,7 +74,8 @@ class Database:
         busy_seconds: how long a transaction waits for another writer before `CatalogBusy`.
 
     Raises:
-        ValueError: the URL's database is not supported, or its driver is not installed.
+        ValueError: the URL's database is not supported, its driver is not installed, or a newer f2l-vllm has opened the
+            catalog (`NewerCatalog`).
         Unavailable: the database cannot be opened.
     """
 
@@ -85,9 +83,12 @@ class Database:
         self._ahead = 0.0  # how far the database's clock is ahead of this host's, in seconds
         self._engine = _engine(url, busy_seconds).execution_options(now=self.now)
         self._headroom = _headroom(self._engine)
-        with self._write() as connection:
-            _create_tables(connection)
+        with self._read() as connection:
             self._clock(connection)
+            is_current = schema.version_of(connection) == schema.KNOWN[-1]
+        if not is_current:
+            with self._write() as connection:
+                schema.bring_up_to_date(connection)
 
     @property
     def url(self) -> URL:
@@ -217,14 +218,16 @@ def check_url(url: str) -> None:
 
 
 def check_reachable(url: str) -> None:
-    """Check that the database answers; a missing SQLite file is created.
+    """Check that the database answers, and that its tables are known; a missing SQLite file is created.
 
     Raises:
-        ValueError: it does not answer, or it refuses; the message holds its reason and no password.
+        ValueError: it does not answer, it refuses, or its tables are those of a newer f2l-vllm; the message holds the
+            reason and no password.
     """
     engine = _engine(url, 1.0)
     try:
-        engine.connect().close()
+        with engine.connect().execution_options(read=True) as connection:
+            schema.version_of(connection)
     except DBAPIError as error:
         if (found := _unavailable(error)) is not None and found.full:
             return  # users need a running server to delete files and make room
@@ -298,21 +301,6 @@ def _headroom(engine: Engine) -> Headroom | None:
     if engine.dialect.name != "sqlite" or not path or path.startswith(("file:", ":")) or not Path(path).parent.is_dir():
         return None
     return Headroom(Path(path))
-
-
-def _create_tables(connection: Connection) -> None:
-    """Create missing tables, columns, indexes and triggers: a catalog of an earlier version can be opened."""
-    metadata.create_all(connection)
-    inspector = inspect(connection)
-    for table in metadata.sorted_tables:
-        known = {column["name"] for column in inspector.get_columns(table.name)}
-        for column in table.columns:
-            if column.name not in known:
-                definition = CreateColumn(column).compile(dialect=connection.dialect)
-                connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {definition}"))
-        for index in table.indexes:
-            index.create(connection, checkfirst=True)
-    create_triggers(connection)
 
 
 @contextmanager

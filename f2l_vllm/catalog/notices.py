@@ -43,7 +43,8 @@ END $$
 """
 _OF_JOB, _OF_FILE, _OF_DELETION = "f2l_tell_of_job()", f"f2l_tell('{FILES}')", f"f2l_tell('{DELETIONS}')"
 _OF_MODELS = f"f2l_tell('{MODELS}')"
-# By name: table, event, condition, and who tells of it. A trigger that changes gets another name.
+# By name: table, event, condition, and who tells of it. A trigger that is new or changes gets another name, and a step
+# in `migrations/versions`, which may do nothing itself: triggers are looked at after a step.
 _TRIGGERS = {
     "f2l_job_entered": ("jobs", "INSERT", "NEW.running = 0", _OF_JOB),
     "f2l_job_released": ("jobs", "UPDATE OF running", "OLD.running <> 0 AND NEW.running = 0", _OF_JOB),

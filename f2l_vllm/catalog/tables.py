@@ -1,4 +1,4 @@
-"""The catalog's tables and its records."""
+"""The catalog's tables and its records. Whatever changes here needs a step in `migrations/versions/`."""
 
 from __future__ import annotations
 

@@ -313,20 +313,6 @@ def test_a_full_disk_is_said_and_the_catalog_goes_on_afterwards(tmp_path):
     catalog.close()
 
 
-def test_a_catalog_of_an_earlier_version_is_opened_as_it_is(database_url):
-    catalog = Catalog(database_url)
-    record = add(catalog)
-    with catalog._write() as connection:
-        for column in ("pinned", "idle_seconds", "last_used_at"):
-            connection.execute(text(f"ALTER TABLE files DROP COLUMN {column}"))
-        connection.execute(text("DROP TABLE parts"))
-    catalog.close()
-    catalog = Catalog(database_url)
-    assert catalog.file(record.id, "t") == record
-    assert catalog.pin_file(record.id, "t", True).pinned
-    catalog.close()
-
-
 @pytest.mark.parametrize(
     ("url", "message"),
     [("mysql://host/name", "SQLite or PostgreSQL, not 'mysql'"), ("postgresql+nothing://host/name", "no driver")],

@@ -5,7 +5,6 @@ import time
 
 from sqlalchemy import text, update
 
-from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.keys import key_hash
 from f2l_vllm.catalog.tables import servers
 from tests.support.catalog_steps import add, publish
@@ -68,21 +67,3 @@ def test_a_revocation_waits_for_no_answer_from_a_deleted_adapter(catalog):
     catalog.beat_server(server, min(doomed) - 1, number)
     assert catalog.unaware(number) == []
     assert not catalog.is_erased(doomed)
-
-
-def test_a_catalog_of_the_version_before_gets_keys_and_does_not_wait_for_its_servers(database_url):
-    catalog = Catalog(database_url)
-    server, _ = catalog.join_server("one", "r")
-    with catalog._write() as connection:
-        connection.execute(text("DROP TABLE keys"))
-        for column in ("heard", "place"):
-            connection.execute(text(f"ALTER TABLE servers DROP COLUMN {column}"))
-    catalog.close()
-    catalog = Catalog(database_url)
-    key = catalog.add_key("news")
-    number = revoked(catalog, key)
-    assert catalog.api_keys() == []
-    assert catalog.unaware(number) == []
-    catalog.beat_server(server, 0, 0)
-    assert catalog.unaware(number) == [""]
-    catalog.close()

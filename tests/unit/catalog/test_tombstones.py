@@ -231,26 +231,6 @@ def test_bytes_of_a_tenant_are_counted_as_files_come_and_go(catalog):
     assert second.bytes == 3
 
 
-def test_a_catalog_of_the_version_before_keeps_its_videos_under_their_plain_names(database_url):
-    catalog = Catalog(database_url)
-    record = add(catalog)
-    with catalog._write() as connection:
-        connection.execute(text("ALTER TABLE files DROP COLUMN generation"))
-        for table in ("tombstones", "usage", "duties"):
-            connection.execute(text(f"DROP TABLE {table}"))
-    catalog.close()
-    catalog = Catalog(database_url)
-    assert catalog.adopt(lambda _sha256: "f2l-1", lambda _video: True) == (0, 0)
-    assert catalog.stored_bytes("t") == record.bytes
-    assert catalog.file(record.id, "t").video == record.sha256 == claim(catalog).video
-    shared = catalog.reserve_video(A)
-    assert (shared.is_new, shared.video) == (False, record.sha256)
-    (doomed,) = (one for one in catalog.remove_file(record.id, "t").doomed if one.is_video)
-    assert doomed.object == record.sha256
-    assert catalog.reserve_video(A).video != record.sha256
-    catalog.close()
-
-
 def test_what_was_deleted_is_counted_until_it_is_gone_from_the_store(catalog):
     assert catalog.leftovers() == (0, 0.0)
     record = add(catalog, video=catalog.reserve_video(A))
