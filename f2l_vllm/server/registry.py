@@ -15,6 +15,7 @@ import secrets
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -27,6 +28,7 @@ from f2l_vllm.store.store import Store, StoreError
 logger = logging.getLogger(__name__)
 
 _LOADS = 2
+_REMOVERS = 8  # threads that remove adapters from the store, so that nothing else waits for one
 _PLACE_SECONDS = 20.0  # how long a question waits while every place holds an adapter in use
 _LEAVE_SECONDS = 30.0  # the engine may still run a question whose client has gone, until the abort arrives
 
@@ -108,6 +110,7 @@ class Registry:
         # nobody can bypass them and use an adapter without a lease, or one of another caller's file.
         self._secret = secrets.token_hex(16)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._removers = ThreadPoolExecutor(_REMOVERS, "f2l-remove")
 
     async def acquire(self, record: AdapterRecord) -> Lease:
         """Make the adapter resident and hold it.
@@ -183,7 +186,7 @@ class Registry:
             else:
                 self._store.forget_adapter(name)
 
-        await asyncio.to_thread(remove_files)
+        await self._loop.run_in_executor(self._removers if is_ours else None, remove_files)
 
     async def _load(self, entry: _Entry) -> None:
         name = entry.record.object

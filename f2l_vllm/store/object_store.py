@@ -24,9 +24,11 @@ from f2l_vllm.store.errors import StoreUnavailable, disk_errors
 from f2l_vllm.store.manifest import MANIFEST_FILE
 
 # s3fs asks S3 that does not answer five times, and gives up after a minute. By default botocore asks five times at each
-# of these, which takes seven minutes.
-_S3: dict[str, Any] = {"config_kwargs": {"read_timeout": 10, "retries": {"max_attempts": 0}}}
+# of these, which takes seven minutes, and waits six times as long for a connection.
+_S3: dict[str, Any] = {"config_kwargs": {"connect_timeout": 10, "read_timeout": 10, "retries": {"max_attempts": 0}}}
 _OPTIONS: dict[str, dict[str, Any]] = {"file": {"auto_mkdir": True}, "local": {"auto_mkdir": True}, "s3": _S3}
+# None of these limits covers a file on its way to S3: aiohttp waits without end for leave to send, and while it sends.
+_PUT_SECONDS, _PUT_BYTES_PER_SECOND = 60.0, 1e6
 
 
 class Remote:
@@ -52,7 +54,7 @@ class Remote:
     def put_video(self, source: Path, video: str) -> None:
         """Store a video's bytes."""
         with self._translated("keep a video"):
-            self._files.put_file(str(source), self._video(video))
+            self._put(source, self._video(video))
 
     def get_video(self, video: str, target: Path) -> None:
         """Copy a video's bytes into a file; the caller has to check them."""
@@ -74,7 +76,7 @@ class Remote:
         with self._translated("keep an adapter"):
             files = sorted(path for path in directory.iterdir() if path.name != MANIFEST_FILE)
             for path in [*files, directory / MANIFEST_FILE]:
-                self._files.put_file(str(path), f"{self._adapter(name)}/{path.name}")
+                self._put(path, f"{self._adapter(name)}/{path.name}")
 
     def get_adapter_file(self, name: str, file: str, target: Path) -> None:
         """Copy one of an adapter's files; the caller has to check it."""
@@ -114,6 +116,11 @@ class Remote:
     def _adapter(self, name: str) -> str:
         return f"{self._root}/adapters/{name}"
 
+    def _put(self, source: Path, path: str) -> None:
+        seconds = _PUT_SECONDS + source.stat().st_size / _PUT_BYTES_PER_SECOND
+        limit = {"timeout": seconds} if self._files.async_impl else {}
+        self._files.put_file(str(source), path, **limit)
+
     def _size(self, path: str) -> int | None:
         try:
             size: int = self._files.info(path)["size"]
@@ -135,7 +142,8 @@ class Remote:
         except (FileNotFoundError, StoreUnavailable):
             raise
         except Exception as error:  # each kind of store has its own errors
-            message = f"the store at {self._files.unstrip_protocol(self._root)} did not let this server {what}: {error}"
+            why = "it did not answer in time" if isinstance(error, TimeoutError) else error
+            message = f"the store at {self._files.unstrip_protocol(self._root)} did not let this server {what}: {why}"
             raise StoreUnavailable(message) from error
 
 

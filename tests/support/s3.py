@@ -23,6 +23,12 @@ def find_moto() -> str | None:
     return shutil.which("moto_server", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
 
 
+def environment(endpoint: str) -> dict[str, str]:
+    """For whoever uses a store at this address."""
+    keys = {"AWS_ACCESS_KEY_ID": "f2l", "AWS_SECRET_ACCESS_KEY": "f2l", "AWS_DEFAULT_REGION": "us-east-1"}
+    return {"AWS_ENDPOINT_URL": endpoint, **keys}
+
+
 class S3:
     """`url` is for `F2L_STORE`, with `environment` for whoever uses it."""
 
@@ -32,8 +38,7 @@ class S3:
         with socket.create_server((address, 0)) as free:
             port = free.getsockname()[1]
         endpoint = f"http://{address}:{port}"
-        keys = {"AWS_ACCESS_KEY_ID": "f2l", "AWS_SECRET_ACCESS_KEY": "f2l", "AWS_DEFAULT_REGION": "us-east-1"}
-        self.environment = {"AWS_ENDPOINT_URL": endpoint, **keys}
+        self.environment = environment(endpoint)
         quiet = subprocess.DEVNULL
         self._process = subprocess.Popen([program, "-H", address, "-p", str(port)], stdout=quiet, stderr=quiet)
         deadline = time.monotonic() + _START_SECONDS

@@ -23,7 +23,7 @@ from f2l_vllm.store.store import Store
 logger = logging.getLogger(__name__)
 _TICK_SECONDS = 0.1
 _BEAT_SECONDS = 5.0
-_AT_ONCE = 500
+_AT_ONCE = 100
 
 Write = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -75,9 +75,8 @@ class Forgetting:
         if not self.has_joined:
             await self.join()
         while page := await asyncio.to_thread(self._catalog.deletions_after, self._seen, _AT_ONCE):
-            for deletion in page:
-                await self._forget(deletion)
-                self._seen = deletion.seq
+            await self._forget(page)
+            self._seen = page[-1].seq
             await self._beat()
         await self._beat()
 
@@ -111,13 +110,20 @@ class Forgetting:
         if (self._applied, self._seen) != self._said or time.monotonic() - self._said_at >= _BEAT_SECONDS:
             await self._say()
 
-    async def _forget(self, deletion: Tombstone) -> None:
-        if deletion.is_key:
-            await self._keys.forget(deletion.name)
-        elif deletion.is_video:
-            await asyncio.to_thread(self._store.forget_video, deletion.object)
-        elif not await asyncio.to_thread(self._catalog.refers_to, deletion.object):  # composed ones are made again
-            await self._forget_adapter(deletion.object, deletion.seq)
+    async def _forget(self, page: list[Tombstone]) -> None:
+        for deletion in page:
+            if deletion.is_key:
+                await self._keys.forget(deletion.name)
+        gone = await asyncio.to_thread(self._forget_videos, page)
+        await asyncio.gather(*(self._forget_adapter(one.object, one.seq) for one in gone))
+
+    def _forget_videos(self, page: list[Tombstone]) -> list[Tombstone]:
+        """Drop the bytes of videos; returns the adapters to be forgotten. Runs in a thread."""
+        for deletion in page:
+            if deletion.is_video:
+                self._store.forget_video(deletion.object)
+        adapters = [deletion for deletion in page if not deletion.is_video and not deletion.is_key]
+        return [one for one in adapters if not self._catalog.refers_to(one.object)]  # composed ones are made again
 
     async def _forget_adapter(self, name: str, seq: int) -> None:
         await self._registry.forget(name)

@@ -18,7 +18,9 @@ from f2l_vllm.store.store import Store
 
 logger = logging.getLogger(__name__)
 _MOVERS = 4  # threads that move videos into the store, so that questions never wait for one
+_REMOVERS = 8  # and threads that remove them
 _AT_ONCE = 200
+_PATIENCE_SECONDS = 5.0  # how long a removal is waited for: a store that does not answer is given up after a minute
 
 Write = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -33,6 +35,8 @@ class Keeper:
     def __init__(self, catalog: Catalog, store: Store, registry: Registry, write: Write) -> None:
         self._catalog, self._store, self._registry, self._write = catalog, store, registry, write
         self._movers = ThreadPoolExecutor(_MOVERS, "f2l-store")
+        self._removers = ThreadPoolExecutor(_REMOVERS, "f2l-bury")
+        self._burying: dict[int, asyncio.Task[None]] = {}  # by tombstone
         self._unused: list[Bytes] = []  # bytes of refused uploads that the catalog could not be told about
 
     async def enter(self, temporary: Path, upload: Upload, add: Callable[..., FileRecord]) -> FileRecord:
@@ -64,26 +68,44 @@ class Keeper:
             raise
 
     async def bury(self, doomed: Sequence[Tombstone]) -> None:
-        """Remove what the catalog has deleted from the store, and tell the catalog. Failures are retried later."""
-        gone = []
-        for one in doomed:
-            try:
-                if one.is_video:
-                    await asyncio.to_thread(self._store.remove_video, one.object)
-                else:
-                    await self._registry.remove(one)
-                    if self._registry.holds(one.object):  # a question still uses it
-                        continue
-                gone.append(one)
-            except Unavailable as error:
-                logger.warning("%s is removed later: %s", one.object, error)
-            except Exception:
-                logger.exception("%s is removed later", one.object)
-        if gone:
-            try:
+        """Remove what the catalog has deleted from the store, and tell the catalog. Failures are retried later.
+
+        After `_PATIENCE_SECONDS` it goes on in the background, as it does if the caller is cancelled.
+        """
+        new = [one for one in doomed if one.seq not in self._burying]
+        if new:
+            task = asyncio.create_task(self._bury(new))
+            self._burying |= dict.fromkeys((one.seq for one in new), task)
+        if under_way := {self._burying[one.seq] for one in doomed}:
+            await asyncio.wait(under_way, timeout=_PATIENCE_SECONDS)
+
+    async def _bury(self, doomed: Sequence[Tombstone]) -> None:
+        try:
+            are_gone = await asyncio.gather(*(self._remove(one) for one in doomed))
+            if gone := [one for one, is_gone in zip(doomed, are_gone, strict=True) if is_gone]:
                 await self._write(self._catalog.bury, gone)
-            except Unavailable as error:
-                logger.warning("%d removals are entered later: %s", len(gone), error)
+        except Unavailable as error:
+            logger.warning("%d removals are entered later: %s", len(doomed), error)
+        except Exception:
+            logger.exception("%d removals are entered later", len(doomed))
+        finally:
+            for one in doomed:
+                del self._burying[one.seq]
+
+    async def _remove(self, one: Tombstone) -> bool:
+        """Whether it is gone from the store."""
+        try:
+            if not one.is_video:
+                await self._registry.remove(one)
+                return not self._registry.holds(one.object)  # a question may still use it
+            run = asyncio.get_running_loop().run_in_executor
+            await run(self._removers, self._store.remove_video, one.object)
+            return True
+        except Unavailable as error:
+            logger.warning("%s is removed later: %s", one.object, error)
+        except Exception:
+            logger.exception("%s is removed later", one.object)
+        return False
 
     async def give_back_unused(self) -> None:
         """Tell the catalog of refused uploads that it has not heard of yet."""

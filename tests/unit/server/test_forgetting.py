@@ -23,7 +23,7 @@ from f2l_vllm.cli.main import app
 from f2l_vllm.server import metrics
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.registry import AdapterLost, Registry
-from f2l_vllm.server.videos import membership
+from f2l_vllm.server.videos import keeping, membership
 from f2l_vllm.server.videos.routes import file_content
 from f2l_vllm.server.videos.service import VideoService
 from f2l_vllm.settings import Settings
@@ -35,6 +35,7 @@ from f2l_vllm.store.manifest import StoreError
 from tests.support.engine import Engine
 
 T = "tenant"
+MANY = 40  # more than any pool of threads takes at once
 
 
 class Server:
@@ -298,6 +299,37 @@ def test_what_was_uploaded_again_stays(tmp_path, database_url):
             await server.forgetting.forget()
             assert server.store.verify_adapter(new.object)
         assert list(two.engine.names.values()) == [new.object]
+
+    run(scenario, tmp_path, database_url)
+
+
+@pytest.mark.parametrize("removes", ["remove_video", "remove_adapter"])
+def test_a_store_that_hangs_holds_up_neither_deletions_nor_forgetting(tmp_path, database_url, monkeypatch, removes):
+    monkeypatch.setattr(keeping, "_PATIENCE_SECONDS", 0.1)
+
+    async def scenario(one, two):
+        hangs, begun, is_over = getattr(one.store._remote, removes), [], threading.Event()
+
+        def hang(name):
+            begun.append(name)
+            assert is_over.wait(60)
+            hangs(name)
+
+        monkeypatch.setattr(one.store._remote, removes, hang)
+        made = [await one.upload(f"{number}") for number in range(MANY)]
+        (await two.use(made[0][1], made[0][0])).release()
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(one.service.remove(record.id, T) for record, _ in made))
+            for server in (one, two):
+                await server.forgetting.forget()
+        assert one.left == two.left == []
+        assert 1 < len(begun) < MANY  # several at a time
+        await one.service._keeper.bury_all()
+        assert len(begun) == len(set(begun))  # each once
+        is_over.set()
+        while one.catalog.tombstones(1):
+            await asyncio.sleep(0.01)
+        assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
 
     run(scenario, tmp_path, database_url)
 

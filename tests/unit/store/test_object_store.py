@@ -5,13 +5,15 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 
 import pytest
+from s3fs import S3FileSystem
 
-from f2l_vllm.store import cached_store
+from f2l_vllm.store import cached_store, object_store
 from f2l_vllm.store.errors import StoreUnavailable
 from f2l_vllm.store.store import MANIFEST_FILE, StoreError
-from tests.support.s3 import temporary_s3
+from tests.support.s3 import environment, temporary_s3
 from tests.unit.store.test_store import write
 
 WEIGHTS = "adapter_model.safetensors"
@@ -65,9 +67,14 @@ def url(request, monkeypatch):
     with temporary_s3() as s3:
         if s3 is None:
             pytest.skip("moto is not installed")
-        for name, value in s3.environment.items():
-            monkeypatch.setenv(name, value)
+        set_environment(monkeypatch, s3.environment)
         yield s3.url
+
+
+def set_environment(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()  # which are connected to another test's
 
 
 def test_the_same_over_another_kind_of_file_system(tmp_path, url):
@@ -191,6 +198,28 @@ def test_a_store_that_is_full_or_away_says_so_and_keeps_nothing(open_store, far,
         assert everything(store.home / "videos") == everything(store.home / "adapters") == []
     monkeypatch.undo()
     assert store.fetch_video(sha256).read_bytes() == b"old"
+
+
+@pytest.fixture
+def silent_s3(monkeypatch):
+    """The URL of a store that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        endpoint = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        set_environment(monkeypatch, environment(endpoint))
+        yield "s3://f2l/videos"
+    S3FileSystem.clear_instance_cache()
+
+
+def test_writing_to_a_store_that_never_answers_is_given_up(tmp_path, silent_s3, monkeypatch):
+    monkeypatch.setattr(object_store, "_PUT_SECONDS", 0.5)
+    store = cached_store.open_store(tmp_path, url=silent_s3)
+    adapter = store.temporary()
+    write("weights")(adapter)
+    with pytest.raises(StoreUnavailable, match="did not let this server keep a video: it did not answer in time"):
+        keep(store, b"video")
+    with pytest.raises(StoreUnavailable, match="did not let this server keep an adapter: it did not answer in time"):
+        store._remote.put_adapter(adapter, "f2l-1")
+    assert everything(store.home / "videos") == []
 
 
 def test_an_unknown_kind_of_store_is_refused_by_name(tmp_path):
