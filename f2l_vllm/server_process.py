@@ -50,7 +50,7 @@ class ServerProcess:
         env: Mapping[str, str] | None = None,
     ) -> None:
         port = port or free_port(host)
-        self.url = f"http://{host}:{port}"
+        self.url = url_of(host, port)
         self.home = home
         self.log = home.parent / f"server-{port}.log"
         with self.log.open("wb") as output:
@@ -132,9 +132,14 @@ def _stop_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def url_of(host: str, port: int) -> str:
+    """Of a server at this name or address; RFC 3986 puts IPv6 addresses in brackets."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def free_port(host: str = LOOPBACK) -> int:
     """A port of this address that nobody listens at."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port

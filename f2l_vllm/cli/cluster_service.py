@@ -11,6 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
+from f2l_vllm.server_process import LOOPBACK, url_of
+
 console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
 
 
@@ -45,7 +47,7 @@ def start(wanted: dict[str, Any], home: Path, address: str | None, seconds: floa
         if node is not None:
             node.stop(home)
         raise
-    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{options.get('port', 8000)}"
+    return url_of(LOOPBACK if host == "0.0.0.0" else host, options.get("port", 8000))
 
 
 def stop(address: str, home: Path) -> None:

@@ -1,0 +1,43 @@
+"""What starts and watches a server, with a stand-in for the server; `tests/e2e/cli` starts ours."""
+
+import sys
+
+import httpx
+import pytest
+
+from f2l_vllm.server_process import ServerProcess, free_port, url_of
+
+STAND_IN = """
+import http.server, socket, sys
+class Server(http.server.HTTPServer):
+    address_family = socket.AF_INET6
+Server((sys.argv[2], int(sys.argv[4])), http.server.SimpleHTTPRequestHandler).serve_forever()
+"""
+
+
+class StandIn(ServerProcess):
+    ready_path = "/"
+
+    def command(self, model):
+        return [sys.executable, "-c", STAND_IN]
+
+
+def test_a_server_at_an_ipv6_address_is_reached(tmp_path):
+    server = StandIn("", tmp_path / "home", host="::1")
+    try:
+        server.wait_ready()
+        assert httpx.get(server.url).status_code == 200
+    finally:
+        server.end()
+
+
+@pytest.mark.parametrize(
+    ("host", "url"), [("::1", "http://[::1]:80"), ("127.0.0.1", "http://127.0.0.1:80"), ("here", "http://here:80")]
+)
+def test_an_ipv6_address_is_in_brackets(host, url):
+    assert url_of(host, 80) == url
+
+
+@pytest.mark.parametrize("host", ["::1", "127.0.0.1"])
+def test_a_free_port_is_one_of_the_address(host):
+    assert free_port(host) > 0
