@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_COMMAND = f"{shlex.quote(sys.executable)} -m f2l_vllm.cli serve"
 LEAVE_SECONDS = 10.0  # beyond the server's own grace
+_OLD_LOGS = 3  # of servers that this one follows in its folder
 _HEALTH_SECONDS = 2.0  # a server that takes longer to say that it lives hangs
 _STRIKES = 3  # as many failed checks make Serve replace the replica
 
@@ -56,6 +57,7 @@ class Engine:
         host = ray.util.get_node_ip_address()
         self._grace = settings.shutdown_seconds + LEAVE_SECONDS
         self._slot = Slot.take(settings.data_folder / "engines", f"home/{SERVER_LOCK}")
+        self._slot.drop_old("server-*.log", _OLD_LOGS)
         self._name = f"{host}/{self._slot.folder.name}"
         self._failed, self._load, self._is_leaving = 0, 0, False
         server = self._server = _Server(command, model, self._slot.folder / "home", *flags, host=host)

@@ -37,3 +37,9 @@ class Slot:
                 continue
             return cls(folder, mine)
         raise AssertionError("counting does not end")
+
+    def drop_old(self, pattern: str, keep: int) -> None:
+        """Remove the files of this pattern in the folder, but for the newest."""
+        found = sorted(self.folder.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)
+        for old in found[keep:]:
+            old.unlink()

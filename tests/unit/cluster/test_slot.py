@@ -1,5 +1,7 @@
 """Folders of replicas; `tests/e2e/cluster` runs replicas in Ray Serve."""
 
+import os
+
 from filelock import FileLock
 
 from f2l_vllm.cluster.slot import Slot
@@ -14,3 +16,13 @@ def test_each_replica_has_a_folder_of_its_own_and_the_next_one_finds_its_cache(t
     with FileLock(first.folder / LOCK):  # its server is still ending
         assert Slot.take(tmp_path, LOCK).folder.name == "2"
     assert Slot.take(tmp_path, LOCK).folder == first.folder
+
+
+def test_the_newest_files_of_a_folder_are_kept(tmp_path):
+    slot = Slot.take(tmp_path)
+    for age in range(5):
+        log = slot.folder / f"server-{9 - age}.log"
+        log.touch()
+        os.utime(log, (100 - age, 100 - age))
+    slot.drop_old("server-*.log", 2)
+    assert {path.name for path in slot.folder.iterdir()} == {"replica.lock", "server-9.log", "server-8.log"}
