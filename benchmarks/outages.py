@@ -32,7 +32,7 @@ torch_shims.install()
 from tests.soak.history.cluster import Cluster  # noqa: E402
 from tests.support.pgbouncer import pooled  # noqa: E402
 from tests.support.postgres import Postgres, needed_postgres  # noqa: E402
-from tests.support.s3 import S3, needed_s3  # noqa: E402
+from tests.support.s3 import S3, temporary_s3  # noqa: E402
 
 FAULTS = ("postgres", "pooled", "store", "slow", "full", "read-only")
 _OF_S3 = {"store", "slow"}
@@ -166,7 +166,7 @@ def main() -> None:
     with ExitStack() as stack:
         s3 = None
         if {*faults} & _OF_S3:
-            s3 = stack.enter_context(needed_s3())
+            s3 = stack.enter_context(temporary_s3())
             os.environ.update(s3.environment)  # before the first server is started: all are forked from one process
         for fault in faults:
             with needed_postgres() as postgres:

@@ -37,7 +37,7 @@ from tests.soak.history.cluster import Cluster, Member  # noqa: E402
 from tests.soak.history.server import Place  # noqa: E402
 from tests.soak.history.worker import work  # noqa: E402
 from tests.support.postgres import needed_postgres  # noqa: E402
-from tests.support.s3 import needed_s3  # noqa: E402
+from tests.support.s3 import temporary_s3  # noqa: E402
 
 _AWAY, _SLOW = "server-2", "server-1"
 _RETURN_SECONDS = 60.0  # for so long it is watched how the server comes back
@@ -48,7 +48,7 @@ async def measure(options: argparse.Namespace, stack: ExitStack) -> dict[str, An
     """Everything, one after the other."""
     network = Network()
     postgres = stack.enter_context(needed_postgres(network.address))
-    s3 = stack.enter_context(needed_s3(network.address))
+    s3 = stack.enter_context(temporary_s3(network.address))
     os.environ.update(s3.environment)  # before the first server is started
     machines = [network.machine() for _ in range(5)]
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="f2l-partitions-")))

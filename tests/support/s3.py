@@ -18,11 +18,6 @@ import httpx
 _START_SECONDS = 60.0
 
 
-def find_moto() -> str | None:
-    """The program, beside Python or on the PATH (`pip install 'moto[server]'`)."""
-    return shutil.which("moto_server", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-
-
 def environment(endpoint: str) -> dict[str, str]:
     """For whoever uses a store at this address."""
     keys = {"AWS_ACCESS_KEY_ID": "f2l", "AWS_SECRET_ACCESS_KEY": "f2l", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -34,7 +29,10 @@ class S3:
 
     url = "s3://f2l/videos"
 
-    def __init__(self, program: str, address: str) -> None:
+    def __init__(self, address: str) -> None:
+        program = shutil.which("moto_server", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+        if program is None:
+            raise RuntimeError("an S3 server is needed: pip install -e '.[test]' brings moto_server")
         with socket.create_server((address, 0)) as free:
             port = free.getsockname()[1]
         endpoint = f"http://{address}:{port}"
@@ -66,22 +64,10 @@ class S3:
 
 
 @contextmanager
-def temporary_s3(address: str = "127.0.0.1") -> Iterator[S3 | None]:
-    """A server for a while; None if moto is not installed."""
-    if (program := find_moto()) is None:
-        yield None
-        return
-    s3 = S3(program, address)
+def temporary_s3(address: str = "127.0.0.1") -> Iterator[S3]:
+    """A server for a while."""
+    s3 = S3(address)
     try:
         yield s3
     finally:
         s3.close()
-
-
-@contextmanager
-def needed_s3(address: str = "127.0.0.1") -> Iterator[S3]:
-    """As `temporary_s3`, for programs that do nothing without one."""
-    with temporary_s3(address) as s3:
-        if s3 is None:
-            raise SystemExit("an S3 server is needed: pip install 'moto[server]'")
-        yield s3

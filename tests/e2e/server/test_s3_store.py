@@ -1,7 +1,6 @@
 """A real server with an S3 bucket as its store."""
 
 import fsspec
-import pytest
 
 from tests.support.s3 import temporary_s3
 from tests.support.server import Server
@@ -11,8 +10,6 @@ QUESTION = [{"role": "user", "content": "What is shown?"}]
 
 def test_videos_are_kept_answered_and_removed_in_s3(hypernetwork_model, tmp_path, clips, monkeypatch):
     with temporary_s3() as s3:
-        if s3 is None:
-            pytest.skip("moto is not installed")
         for name, value in s3.environment.items():
             monkeypatch.setenv(name, value)
         bucket, root = fsspec.core.url_to_fs(s3.url, use_listings_cache=False)
