@@ -213,7 +213,7 @@ class Jobs(Database):
         """
         ours = or_(jobs.c.pool.is_(None), jobs.c.pool == self.pool)
         with self._write() as connection:
-            return _release_all(connection, ours, blameless)
+            return _release_all(connection, ours, blameless=blameless)
 
     def beat(self) -> int:
         """Note that this pool runs. Jobs of pools without a sign of life for `LEASE_SECONDS` wait again, and the
@@ -228,7 +228,7 @@ class Jobs(Database):
                 return 0
         with self._write() as connection:
             connection.execute(delete(pools).where(gone))
-            return _release_all(connection, of_the_dead, blameless=False)
+            return _release_all(connection, of_the_dead, blameless=False, may_be_late=True)
 
     def hurry_job(self, adapter_name: str) -> None:
         """Turn a background job for this adapter into an ordinary one, because somebody waits for it now."""
@@ -266,12 +266,12 @@ class Jobs(Database):
         return connection.scalar(select(jobs.c.id).where(jobs.c.adapter_name == adapter_name, mine)) is not None
 
 
-def _release_all(connection: Connection, chosen: Any, blameless: bool) -> int:
+def _release_all(connection: Connection, chosen: Any, *, blameless: bool, may_be_late: bool = False) -> int:
     chosen = and_(jobs.c.running == 1, chosen)
     names = list(connection.scalars(select(jobs.c.adapter_name).where(chosen)))
     if names and blameless:
         connection.execute(update(jobs).where(chosen).values(attempts=jobs.c.attempts - 1))
-    release(connection, names)
+    release(connection, names, may_be_late=may_be_late)
     _drop_unwanted(connection, names)
     return len(names)
 

@@ -52,6 +52,7 @@ class _Info(TypeDecorator[AdapterInfo]):
 
 
 VIDEO, ADAPTER, KEY = "video", "adapter", "key"  # kinds of tombstones
+LATE = "late"  # another: the adapter of an attempt that was given up and may still put it into the store
 LONGEST_TENANT, LONGEST_LABEL = 128, 64
 metadata = MetaData()
 _Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite autoincrements INTEGER columns only

@@ -20,11 +20,12 @@ from sqlalchemy import Connection, Row, and_, bindparam, case, delete, exists, f
 
 from f2l_vllm.catalog.database import Database, clock, now, write_tombstones
 from f2l_vllm.catalog.states import LIVE
-from f2l_vllm.catalog.tables import ADAPTER, VIDEO, Bytes, Tombstone, adapters, files, jobs, tombstones
+from f2l_vllm.catalog.tables import ADAPTER, LATE, VIDEO, Bytes, Tombstone, adapters, files, jobs, tombstones
 from f2l_vllm.store.address import object_name
 
 LOST = "video_lost"  # the error of a file whose bytes a worker found missing or changed
 _RESERVED_SECONDS = 3600.0  # an upload that takes longer to put its bytes into the store begins again
+_LATE_SECONDS = 600.0  # for so long an attempt that was given up is watched; then the sweep of the store finds it
 _AT_ONCE = 500  # databases bound the number of parameters
 
 # Every upload runs these queries. They are built once: building a statement takes longer than running it.
@@ -102,6 +103,16 @@ class Tombstones(Database):
                 chosen = tombstones.c.seq.in_(numbers[start : start + _AT_ONCE])
                 connection.execute(update(tombstones).where(chosen, ~runs).values(done_at=now(connection)))
 
+    def reopen_late(self) -> None:
+        """Have the adapters of attempts that were given up lately removed once more, if they have come meanwhile."""
+        done = and_(tombstones.c.kind == LATE, tombstones.c.done_at.is_not(None))
+        with self._read() as connection:
+            lately = and_(done, tombstones.c.doomed_at > clock(connection) - _LATE_SECONDS)
+            if not connection.scalar(select(exists().where(lately))):
+                return
+        with self._write(beside=()) as connection:
+            connection.execute(update(tombstones).where(lately).values(done_at=None))
+
     def named(self, names: Collection[str]) -> set[str]:
         """Those of these store names that a row names: adapters that are published or in the making, and videos of
         live files or of unfinished uploads."""
@@ -138,7 +149,8 @@ def doom(connection: Connection, kind: str, objects: Iterable[tuple[str, str]]) 
 def reopen(connection: Connection, adapter_name: str) -> None:
     """Have what was removed of an adapter removed once more: an attempt that was given up may have put its own into the
     store since then."""
-    buried = and_(tombstones.c.kind == ADAPTER, tombstones.c.name == adapter_name, tombstones.c.done_at.is_not(None))
+    of_adapter = and_(tombstones.c.kind.in_((ADAPTER, LATE)), tombstones.c.name == adapter_name)
+    buried = and_(of_adapter, tombstones.c.done_at.is_not(None))
     connection.execute(update(tombstones).where(buried).values(done_at=None))
 
 

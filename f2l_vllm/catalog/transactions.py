@@ -13,6 +13,7 @@ from f2l_vllm.catalog.database import SPARE, Queue, moment
 from f2l_vllm.catalog.states import GONE, IN_WORK, LIVE, VideoState, check_transition
 from f2l_vllm.catalog.tables import (
     ADAPTER,
+    LATE,
     AdapterRecord,
     FileRecord,
     Tombstone,
@@ -249,12 +250,13 @@ def ensure_job(
     raise CatalogBusy("many uploads are entered at once")
 
 
-def release(connection: Connection, names: Collection[str]) -> None:
-    """Let running jobs and their files wait again. The attempt may have left an adapter in the store."""
+def release(connection: Connection, names: Collection[str], *, may_be_late: bool = False) -> None:
+    """Let running jobs and their files wait again. The attempt may have left an adapter in the store, or may still put
+    it there (`may_be_late`)."""
     chosen = and_(jobs.c.adapter_name.in_(names), jobs.c.token.is_not(None))
     begun = connection.execute(select(jobs.c.adapter_name, jobs.c.token).where(chosen)).all()
     connection.execute(update(jobs).where(jobs.c.adapter_name.in_(names)).values(running=0, pool=None, token=None))
-    doom(connection, ADAPTER, sorted((name, token) for name, token in begun))
+    doom(connection, LATE if may_be_late else ADAPTER, sorted((name, token) for name, token in begun))
     for name in names:
         at_work = [r for r in files_of(connection, name) if r.state in IN_WORK and r.state is not VideoState.UPLOADED]
         move(connection, at_work, VideoState.UPLOADED)

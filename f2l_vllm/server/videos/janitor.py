@@ -48,7 +48,7 @@ class Janitor:
             if not self.has_duty:
                 _show({}, 0, 0, 0, (0, 0.0))
         if self.has_duty:
-            await try_all(self._expire, self._keeper.bury_all, self._clean, self._count)
+            await try_all(self._expire, self._clean, self._keeper.bury_all, self._count)
 
     def leave(self) -> None:
         """Let another server take the duty. Runs in a thread."""
@@ -67,6 +67,7 @@ class Janitor:
             return
         await self._write(self._catalog.purge, self._catalog.now() - _GONE_SECONDS)
         await self._keeper.bury(await self._write(self._catalog.drop_abandoned))
+        await self._write(self._catalog.reopen_late)
         self._cleaned = time.monotonic()
 
     async def _count(self) -> None:

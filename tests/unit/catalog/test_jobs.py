@@ -97,6 +97,24 @@ def test_jobs_of_a_dead_pool_are_taken_over_and_it_is_heard_no_more(servers):
     assert claim(dead).adapter_name == "f2l-2"
 
 
+def test_what_a_given_up_attempt_puts_into_the_store_late_is_removed_for_a_while(servers, monkeypatch):
+    silent, alive = servers.start("silent"), servers.start("alive")
+    add(silent)
+    late = claim(silent)
+    servers.silence(silent, LEASE_SECONDS + 1)
+    assert alive.beat() == 1
+    last = claim(alive)
+    alive.finish_job("f2l-1", rank=16, size=1, info=AdapterInfo(), token=last.token)
+    for _ in range(2):  # its worker is killed after that, and reports nothing
+        alive.reopen_late()
+        assert [one.object for one in alive.tombstones(10)] == [late.object]
+        alive.bury(alive.tombstones(10))
+        assert alive.tombstones(10) == []
+    monkeypatch.setattr("f2l_vllm.catalog.tombstones._LATE_SECONDS", -1.0)
+    alive.reopen_late()
+    assert alive.tombstones(10) == []
+
+
 def test_a_job_of_a_catalog_without_pools_waits_again(servers):
     old = servers.start(None)
     add(old)
