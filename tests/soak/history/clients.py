@@ -28,6 +28,7 @@ _SOON_SECONDS = 0.05
 _KEY_SECONDS = 1.5  # at most, between a key's beginning and its end
 _TICK_SECONDS = 0.05
 _LAST_LINES = 60  # of a traceback
+_UNKNOWN = "file-unknown"  # a question that the key alone decides
 
 
 @dataclass
@@ -178,12 +179,9 @@ class Client:
 
     async def with_another_key(self, dice: Random, file_id: str) -> None:
         """Ask with a key that is added, while it is revoked, and of every server when it has been."""
-        start = time.time()
-        try:
-            key = await asyncio.to_thread(self._cluster.catalog.add_key, self.tenant)
-        except Unavailable:
+        key = await self._add_key()
+        if key is None:
             return
-        self._note("add key", start, key=key_hash(key))
         servers = [*self._cluster.servers]
 
         async def soon() -> None:
@@ -197,6 +195,27 @@ class Client:
         await asyncio.gather(revoke(), *(soon() for _ in servers))
         for server in servers:
             await self.ask(server, file_id, key=key)
+
+    async def known_key(self, server: str) -> str | None:
+        """A new key that this server has heard of; None if PostgreSQL is away."""
+        key = await self._add_key()
+        if key is not None:
+            await self.ask(server, _UNKNOWN, key=key)
+        return key
+
+    async def ask_when_revoked(self, server: str, key: str) -> None:
+        """Ask with a key as soon as it is revoked."""
+        await self._revoke(key)
+        await self.ask(server, _UNKNOWN, key=key)
+
+    async def _add_key(self) -> str | None:
+        start = time.time()
+        try:
+            key = await asyncio.to_thread(self._cluster.catalog.add_key, self.tenant)
+        except Unavailable:
+            return None
+        self._note("add key", start, key=key_hash(key))
+        return key
 
     async def _revoke(self, key: str) -> None:
         """As `f2l-vllm keys revoke`: it is done when every server has heard of it."""

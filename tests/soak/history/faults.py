@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from random import Random
 
+from tests.soak.history.clients import Client
 from tests.soak.history.cluster import Cluster, Member
 from tests.soak.history.operations import Operation
 from tests.soak.history.pace import BEAT_SECONDS, SILENT_SECONDS
@@ -22,10 +23,13 @@ KINDS += ("restart postgres",)
 
 
 class Faults:
-    """Harms the processes of a cluster, of each kind as often as of any other, and records when."""
+    """Harms the processes of a cluster, of each kind as often as of any other, and records when.
 
-    def __init__(self, cluster: Cluster, history: list[Operation], dice: Random) -> None:
-        self._cluster, self._history, self._dice = cluster, history, dice
+    `client` has a key of its own revoked while a server stands still that knows it.
+    """
+
+    def __init__(self, cluster: Cluster, client: Client, history: list[Operation], dice: Random) -> None:
+        self._cluster, self._client, self._history, self._dice = cluster, client, history, dice
         self._harmed: set[str] = set()  # by name
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -66,7 +70,8 @@ class Faults:
             self._run(kind, name, lambda: self._kill(name, members[name]))
         else:
             seconds = self._dice.uniform(*(_STILL_SECONDS if what == "stop" else _GIVEN_UP_SECONDS))
-            self._run(kind, name, lambda: self._stop(name, members[name], seconds))
+            stop = self._give_up if kind == "give up a server" else self._stop
+            self._run(kind, name, lambda: stop(name, members[name], seconds))
         return True
 
     def _run(self, kind: str, name: str, harm: Callable[[], Awaitable[None]]) -> None:
@@ -111,6 +116,14 @@ class Faults:
             await member.until_ready()
             await asyncio.sleep(_TOLD_SECONDS)
             await member.until_ready()
+
+    async def _give_up(self, name: str, server: Member, seconds: float) -> None:
+        """Nobody waits for it when a key is revoked that it knows, and it is asked with that key before it goes on."""
+        key = await self._client.known_key(name)
+        asking = asyncio.create_task(self._client.ask_when_revoked(name, key)) if key is not None else None
+        await self._stop(name, server, seconds)
+        if asking is not None:
+            await asking
 
     async def _restart_postgres(self) -> None:
         await asyncio.to_thread(self._cluster.postgres.stop)

@@ -59,7 +59,7 @@ async def run(seconds: float, seed: int, postgres: Postgres, *, servers: int = 3
         try:
             await cluster.until_ready()
             until = time.monotonic() + seconds
-            faults = Faults(cluster, history, dice)
+            faults = Faults(cluster, clients[0], history, dice)
             watching = asyncio.create_task(faults.watch())
             await asyncio.gather(
                 faults.work(until), *(client.work(f"{seed} {client.name}", until) for client in clients)
