@@ -119,7 +119,10 @@ class Remote:
     def _put(self, source: Path, path: str) -> None:
         seconds = _PUT_SECONDS + source.stat().st_size / _PUT_BYTES_PER_SECOND
         limit = {"timeout": seconds} if self._files.async_impl else {}
-        self._files.put_file(str(source), path, **limit)
+        try:
+            self._files.put_file(str(source), path, **limit)
+        except FileNotFoundError as error:  # a store of folders: another attempt at it was cleared away at this moment
+            raise StoreUnavailable(f"{path} was removed from the store while it was written") from error
 
     def _size(self, path: str) -> int | None:
         try:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tests.soak.history.operations import GRACE_SECONDS, NO_ANSWER, Operation
+from tests.soak.history.operations import GRACE_SECONDS, LATE_SECONDS, NO_ANSWER, Operation
 
 READY_SECONDS = 30.0
 _FOREVER = float("inf")
@@ -196,18 +196,20 @@ def _doubles(history: Sequence[Operation], known: dict[str, File]) -> Iterator[V
 
 
 def _erasures(history: Sequence[Operation], _known: dict[str, File]) -> Iterator[Violation]:
-    """What was erased is nowhere, but on a server that was being harmed; in the end, nothing of anything is left."""
+    """What was erased is nowhere, but on a server that was being harmed, and in the store of an attempt that was given
+    up: until it ends it may put its adapter there. In the end, nothing of anything is left."""
     uploads, faults = defaultdict(list), defaultdict(list)
     for one in history:
         if one.kind == "upload":
             uploads[one.sha256].append(one)
         elif one.kind == "fault":
-            faults[one.server].append(one)
+            faults["store" if one.code == "give up a worker" else one.server].append(one)
     for one in history:
         if one.kind != "look" or sum(upload.start < one.end for upload in uploads[one.sha256]) > 1:
             continue  # somebody else has uploaded the same bytes
         for place in one.found:
-            if not any(_overlap(one, fault) for fault in faults[place.split(" ")[0]]):
+            grace = LATE_SECONDS if place.startswith("store adapters/") else GRACE_SECONDS
+            if not any(_overlap(one, fault, grace) for fault in faults[place.split(" ")[0]]):
                 yield Violation("not erased", f"{place} was left of a video that was erased", (one,))
     calm = _calm(history)
     for one in history:
@@ -244,5 +246,5 @@ def _calm(history: Sequence[Operation]) -> Operation | None:
     return next((one for one in history if one.kind == "calm"), None)
 
 
-def _overlap(one: Operation, fault: Operation) -> bool:
-    return one.start <= fault.end + GRACE_SECONDS and fault.start <= one.end
+def _overlap(one: Operation, fault: Operation, grace_seconds: float = GRACE_SECONDS) -> bool:
+    return one.start <= fault.end + grace_seconds and fault.start <= one.end

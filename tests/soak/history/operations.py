@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 GRACE_SECONDS = 2.0  # after a fault is over, what met it may still fail
+LATE_SECONDS = 15.0  # a worker that was given up and goes on ends its attempt, or is refused, by then
 NO_ANSWER = 0
 
 

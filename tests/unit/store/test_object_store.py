@@ -46,6 +46,24 @@ def open_store(tmp_path, far):
     return build
 
 
+def test_an_adapter_cleared_away_while_it_is_written_can_be_written_again(open_store, far, monkeypatch):
+    store = open_store()
+    put_file, removed = store._remote._files.put_file, []
+
+    def put_after_removal(source, target, **options):
+        if not removed and os.path.isdir(os.path.dirname(target)):
+            removed.append(shutil.rmtree(os.path.dirname(target)))
+            store._remote._files.auto_mkdir = False  # as if between making the folder and writing into it
+        put_file(source, target, **options)
+
+    monkeypatch.setattr(store._remote._files, "put_file", put_after_removal)
+    with pytest.raises(StoreUnavailable, match="removed from the store while"):
+        store.publish_adapter("f2l-1", write("weights"), {})
+    store._remote._files.auto_mkdir = True
+    store.publish_adapter("f2l-1", write("weights"), {})
+    assert store.verify_adapter("f2l-1")
+
+
 def test_what_one_machine_stores_another_finds_whole(open_store):
     here, there = open_store("here"), open_store("there")
     sha256 = keep(here, b"video")
