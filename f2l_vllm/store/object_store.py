@@ -93,7 +93,10 @@ class Remote:
         with self._translated("remove an adapter"):
             self._remove_file(f"{self._adapter(name)}/{MANIFEST_FILE}")
             try:
-                self._files.rm(self._adapter(name), recursive=True)
+                if not self._files.async_impl:  # it has directories
+                    self._files.rm(self._adapter(name), recursive=True)
+                elif found := self._files.find(self._adapter(name)):
+                    self._files.rm(found)  # `recursive` would ask twice more what is there
             except FileNotFoundError:
                 return
 

@@ -33,7 +33,7 @@ _CONSTANTS: dict[str, Any] = {
 }
 _YOUNG_SECONDS = 2.0
 _SWEPT_SECONDS = 20.0  # longer than anybody stands still
-_FAR_CALLS = frozenset({"put_file", "get_file", "rm_file", "rm", "info"})
+_FAR_CALLS = frozenset({"put_file", "get_file", "rm_file", "rm", "info", "find"})
 
 
 def hurry() -> None:
