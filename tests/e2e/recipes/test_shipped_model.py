@@ -9,6 +9,7 @@ from f2l_vllm import models
 from f2l_vllm.evaluation.in_process import TransformersAnswers
 from f2l_vllm.evaluation.questions import ADAPTER, ARMS, FRAMES, NONE, WRONG_VIDEO, Ask, Reply, plan
 from f2l_vllm.evaluation.sources import world_questions
+from f2l_vllm.recipes.f2l_tiny import hypernetwork_stage, vlm_stage
 from f2l_vllm.recipes.f2l_tiny.recipe import make_model
 from f2l_vllm.recipes.f2l_tiny.score import Scorer
 from f2l_vllm.synthetic.world import sample_scenes
@@ -38,8 +39,10 @@ def test_drawn_frames_give_the_same_picture():
     assert score[ADAPTER] - score[NONE] > 0.8 * (score[FRAMES] - score[NONE])
 
 
-def test_a_short_training_learns_to_answer_from_adapters(tmp_path):
-    report = make_model(tmp_path, base=models.resolve(models.DEFAULT_MODEL), scale=0.05, score_scenes=64)
+def test_a_short_training_learns_to_answer_from_adapters(tmp_path, monkeypatch):
+    for stage in (vlm_stage, hypernetwork_stage):
+        monkeypatch.setattr(stage, "BATCH", 12)
+    report = make_model(tmp_path, base=models.resolve(models.DEFAULT_MODEL), scale=0.04, score_scenes=32)
     stage = report["stages"]["hypernetwork"]
     assert stage["loss"] < 0.7 * stage["first_loss"]
     scores = report["scores"]["held-out scenes"]

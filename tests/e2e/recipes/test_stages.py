@@ -5,17 +5,22 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import f2l_vllm.train.loop as train_loop
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.recipes.f2l_tiny import hypernetwork_stage, recipe, vision_stage, vlm_stage
 from f2l_vllm.recipes.f2l_tiny.checkpoint import build_model, build_processor
 from f2l_vllm.train.loop import LOG_FILE, Loop
 from f2l_vllm.train.optimizer import MuonAdamW, warm_constant_linear, warm_cosine
+from tests.support import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +28,8 @@ def processor():
     return build_processor()
 
 
-def test_a_few_steps_of_vision_reduce_its_loss(processor):
+def test_a_few_steps_of_vision_reduce_its_loss(processor, monkeypatch):
+    monkeypatch.setattr(vision_stage, "_SCENES", 16)
     done: list[float] = []
     loop = Loop(on_progress=lambda stage, part: done.append(part))
     losses = vision_stage.train_vision(build_model(processor), processor, loop, steps=12)
@@ -33,7 +39,7 @@ def test_a_few_steps_of_vision_reduce_its_loss(processor):
 
 def test_a_few_steps_of_the_model_reduce_its_loss(processor, monkeypatch):
     monkeypatch.setattr(vlm_stage, "BATCH", 8)
-    losses = vlm_stage.train_vlm(build_model(processor), processor, Loop(), steps=16)
+    losses = vlm_stage.train_vlm(build_model(processor), processor, Loop(), steps=8)
     assert losses["loss"] < 0.97 * losses["first_loss"]
 
 
@@ -43,7 +49,7 @@ def test_a_few_steps_of_the_hypernetwork_reduce_its_loss_and_leave_the_model_alo
     model = build_model(processor)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     hypernetwork = hypernetwork_stage.build_hypernetwork(model, "tiny", seed=0)
-    losses = hypernetwork_stage.train_hypernetwork(hypernetwork, model, processor, Loop(), steps=16)
+    losses = hypernetwork_stage.train_hypernetwork(hypernetwork, model, processor, Loop(), steps=8)
     assert losses["loss"] < 0.97 * losses["first_loss"]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -57,29 +63,6 @@ def test_an_untrained_hypernetwork_changes_nothing(processor):
     assert torch.count_nonzero(a) > 0
 
 
-def test_a_stopped_run_goes_on_with_the_first_stage_that_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(vlm_stage, "BATCH", 4)
-    monkeypatch.setattr(hypernetwork_stage, "BATCH", 4)
-
-    def stop(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as stopped:
-        stopped.setattr(hypernetwork_stage, "train_hypernetwork", stop)
-        with pytest.raises(KeyboardInterrupt):
-            recipe.make_model(tmp_path, scale=0.001, score_scenes=0)
-    trained: list[str] = []
-    report = recipe.make_model(
-        tmp_path, scale=0.001, score_scenes=0, on_progress=lambda stage, _: trained.append(stage)
-    )
-    assert set(trained) == {"hypernetwork"}
-    assert list(report["stages"]) == ["vision", "vlm", "refinement", "hypernetwork"]
-    assert json.loads((tmp_path / "training.json").read_text()) == report
-    made = Hypernetwork.load(tmp_path / "hypernetwork", dtype=None)
-    assert {parameter.dtype for parameter in made.parameters()} == {torch.bfloat16}
-    assert not (tmp_path / ".stages").exists()
-
-
 def test_another_seed_does_not_go_on_with_this_ones_run(tmp_path, processor, monkeypatch):
     monkeypatch.setattr(vision_stage, "_SCENES", 2)
     vision_stage.train_vision(build_model(processor), processor, Loop(tmp_path, seed=0), steps=2)
@@ -88,27 +71,43 @@ def test_another_seed_does_not_go_on_with_this_ones_run(tmp_path, processor, mon
 
 
 SHORT_RUN = """
-import sys
+import os, signal, sys
 from pathlib import Path
 from f2l_vllm import torch_shims
 torch_shims.install()
-from f2l_vllm.recipes.f2l_tiny import vlm_stage, vision_stage, recipe
-vlm_stage.BATCH, vision_stage._SCENES = 2, 4
-import f2l_vllm.train.loop as loop
-loop.LOG_EVERY = 1
-init = loop.Loop.__init__
-loop.Loop.__init__ = lambda self, folder, **options: init(self, folder, **options, save_seconds=0.5)
-recipe.STEPS = {"vision": 8, "vlm": 40, "refinement": 2, "hypernetwork": 4}
-recipe.hypernetwork_stage.BATCH = 2
-recipe.make_model(Path(sys.argv[1]), score_scenes=0)
+from tests.e2e.recipes.test_stages import shortened
+shortened(setattr)
+from f2l_vllm.recipes.f2l_tiny import recipe
+
+def end(stage, part):
+    if stage == sys.argv[2] and part > 0.5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+recipe.make_model(Path(sys.argv[1]), score_scenes=0, on_progress=end)
 """
+STEPS = {"vision": 3, "vlm": 8, "refinement": 2, "hypernetwork": 2}
 
 
-def short_run(folder: Path, *launch: str) -> subprocess.Popen:
-    program = [sys.executable, *launch] if launch else [sys.executable]
+def shortened(patch: Callable[[Any, str, object], None]) -> None:
+    """Few steps of few scenes; a checkpoint after each, and a line in the log."""
+    for module, name, value in (
+        (recipe, "STEPS", STEPS),
+        (recipe, "Loop", partial(Loop, save_seconds=0.0)),
+        (train_loop, "LOG_EVERY", 1),
+        (vision_stage, "_SCENES", 4),
+        (vlm_stage, "BATCH", 2),
+        (hypernetwork_stage, "BATCH", 2),
+    ):
+        patch(module, name, value)
+
+
+def short_run(folder: Path, *launch: str, killed_in: str = "") -> int:
+    """The exit code of a run in a process of its own."""
     script = folder.parent / "short_run.py"
     script.write_text(SHORT_RUN)
-    return subprocess.Popen([*program, str(script), str(folder)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, *launch, str(script), str(folder), killed_in]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, timeout=600).returncode
 
 
 def curve(folder: Path) -> list[dict[str, object]]:
@@ -116,30 +115,32 @@ def curve(folder: Path) -> list[dict[str, object]]:
     return [{name: value for name, value in line.items() if name != "cpu_seconds"} for line in lines]
 
 
-def test_a_killed_run_goes_on_and_takes_the_steps_it_would_have_taken(tmp_path):
+def test_a_killed_run_goes_on_and_takes_the_steps_it_would_have_taken(tmp_path, monkeypatch):
+    shortened(monkeypatch.setattr)
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    assert short_run(unbroken).wait(120) == 0
-    process = short_run(killed)
-    deadline = time.monotonic() + 60
-    checkpoint = killed / ".stages" / "vlm.ckpt"
-    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    step = torch.load(checkpoint, weights_only=True)["step"]
-    assert step < 40, "killed in the middle of a stage"
-    assert short_run(killed).wait(120) == 0
+    recipe.make_model(unbroken, score_scenes=0)
+    assert short_run(killed, killed_in="vlm") == -signal.SIGKILL
+    step = torch.load(killed / ".stages" / "vlm.ckpt", weights_only=True)["step"]
+    assert 0 < step < STEPS["vlm"], "killed in the middle of a stage"
+    trained: list[str] = []
+    report = recipe.make_model(killed, score_scenes=0, on_progress=lambda stage, _: trained.append(stage))
+    assert Counter(trained) == Counter({**STEPS, "vision": 0, "vlm": STEPS["vlm"] - step})  # from where it was
     assert curve(killed) == curve(unbroken)
     for name in ("model.safetensors", "hypernetwork/model.safetensors"):
         assert (killed / name).read_bytes() == (unbroken / name).read_bytes()
+    assert list(report["stages"]) == list(STEPS)
+    assert json.loads((killed / "training.json").read_text()) == report
+    made = Hypernetwork.load(killed / "hypernetwork", dtype=None)
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.bfloat16}
+    assert not (killed / ".stages").exists()
 
 
 def test_two_processes_share_the_steps_and_agree(tmp_path):
     folder = tmp_path / "model"
-    assert short_run(folder, "-m", "torch.distributed.run", "--nproc-per-node", "2").wait(180) == 0
+    assert short_run(folder, "-m", "torch.distributed.run", "--nproc-per-node", "2") == 0
     report = json.loads((folder / "training.json").read_text())
     assert report["processes"] == 2
-    assert [line["step"] for line in curve(folder) if line["stage"] == "vlm"] == list(range(1, 41))
+    assert [line["step"] for line in curve(folder) if line["stage"] == "vlm"] == list(range(1, STEPS["vlm"] + 1))
 
 
 @pytest.mark.parametrize("budget", [{"minutes": 0}, {"scale": -1.0}])
