@@ -109,6 +109,7 @@ class Settings(BaseSettings):
     max_images: int = Field(32, ge=0, description="Pictures in one question.")
     max_image_bytes: int = Field(32 << 20, ge=1, description="Largest picture, bytes.")
     max_image_pixels: int = Field(50_000_000, ge=1, description="Pixels of a question's pictures together.")
+    console: bool = Field(True, description="The page for people at /console.")
     share_caches: bool = Field(False, description="Tenants share vLLM's caches of prefixes, pictures and frames.")
     body_idle_seconds: float = Field(60.0, gt=0, description="How long a request's body may pause, seconds.")
     grammar_seconds: float = Field(

@@ -32,7 +32,7 @@ from f2l_vllm.catalog.jobs import Jobs
 from f2l_vllm.catalog.keys import Keys
 from f2l_vllm.catalog.revisions import Adoption
 from f2l_vllm.catalog.servers import Servers
-from f2l_vllm.catalog.states import GONE, LIVE, VideoState
+from f2l_vllm.catalog.states import GONE, IN_WORK, LIVE, VideoState
 from f2l_vllm.catalog.tables import (
     Bytes,
     FileRecord,
@@ -241,6 +241,23 @@ class Catalog(Adoption, Duties, Jobs, Keys, Published, Servers, Tombstones):
                 query = select(*columns).where(files.c.id.in_(asked[start : start + _PARAMETERS]))
                 found |= {row.id: (VideoState(row.state), row.progress) for row in connection.execute(query)}
         return found
+
+    def in_work(self, tenant: str, since: int | None, limit: int) -> tuple[dict[str, tuple[VideoState, float]], int]:
+        """State and progress of a tenant's files that are in work or were uploaded after the file number `since`, and
+        the number of the last upload. At most `limit` of each; `since` None: only those in work."""
+        columns = (files.c.id, files.c.number, files.c.state, files.c.progress)
+        own = select(*columns).where(files.c.tenant == tenant)
+        queries = [own.where(files.c.state.in_(list(IN_WORK))).order_by(files.c.number).limit(limit)]
+        if since is None:
+            newest = select(func.max(files.c.number)).where(files.c.tenant == tenant)
+        else:
+            queries.append(own.where(files.c.number > since).order_by(files.c.number).limit(limit))
+        with self._read() as connection:
+            if since is None:
+                since = int(connection.scalar(newest) or 0)
+            rows = [row for query in queries for row in connection.execute(query)]
+        last = max((row.number for row in rows), default=since)
+        return {row.id: (VideoState(row.state), row.progress) for row in rows}, max(last, since)
 
     def stored_bytes(self, tenant: str | None = None) -> int:
         """How many bytes a tenant's files hold; without a tenant, all files."""

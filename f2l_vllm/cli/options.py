@@ -38,7 +38,8 @@ def sets(name: str, **more: Any) -> Any:
             more["min"] = bound.ge
         case [Gt()]:
             more["min"] = _ABOVE_ZERO
-    return typer.Option(f"--{name.replace('_', '-')}", help=field.description, **more)
+    flag = name.replace("_", "-")
+    return typer.Option(f"--{flag}" + f"/--no-{flag}" * (field.annotation is bool), help=field.description, **more)
 
 
 Hypernetwork = Annotated[str | None, sets("hypernetwork")]

@@ -38,7 +38,7 @@ _READING = ("max_frames", "fps", "chunk_seconds", "chunk_frames", "max_chunks", 
 _FLAGS = (
     *(*_MAKING, "queue_limit", *_READING),
     *("home", "store", "database_url", "cache_bytes", "hot_bytes", "warm_adapters", "tenants"),
-    *("log_level", "shutdown_seconds"),
+    *("console", "log_level", "shutdown_seconds"),
 )
 
 
@@ -107,7 +107,8 @@ def _launch(
 
     # What click took for the model may be one of vLLM's flags, or its value: click does not know them.
     words = [*([model] if model is not None else []), *context.args]
-    own = [name for param in context.command.params for name in param.opts if name.startswith("--")]
+    names = [name for param in context.command.params for name in (*param.opts, *param.secondary_opts)]
+    own = [name for name in names if name.startswith("--")]
     found = flags.read(words, own)
     named = getattr(found, "model_tag", None)
     if named is not None:

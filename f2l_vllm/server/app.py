@@ -25,6 +25,9 @@ torch_shims.install()
 from f2l_vllm import logs, models  # noqa: E402  (torchvision must be importable first)
 from f2l_vllm.server import assembly, vllm_api, vllm_errors  # noqa: E402
 from f2l_vllm.server.chat.grammars import Grammars  # noqa: E402
+from f2l_vllm.server.console import routes as console  # noqa: E402
+from f2l_vllm.server.console.pages import Pages  # noqa: E402
+from f2l_vllm.server.console.previews import Previews  # noqa: E402
 from f2l_vllm.server.middleware.auth import AuthMiddleware, keep_listed_routes  # noqa: E402
 from f2l_vllm.server.middleware.bodies import Bodies  # noqa: E402
 from f2l_vllm.server.middleware.ending import Ending, LastWords  # noqa: E402
@@ -57,12 +60,17 @@ class F2LEndpointPlugin:
         self._welcome: asyncio.Task[None] | None = None
         self._background: list[asyncio.Task[None]] = []
         self._grammars: Grammars | None = None
+        self._pages: Pages | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Add our routes, remove routes that are not listed, and hook into the shutdown."""
         settings = Settings.read()
         app.include_router(router)
-        keep_listed_routes(app, [*listed(settings.open_routes), *listed(settings.extra_routes)])
+        own: list[str] = []
+        if settings.console:
+            self._pages = Pages()
+            own = console.attach(app, self._pages)
+        keep_listed_routes(app, [*own, *listed(settings.open_routes), *listed(settings.extra_routes)])
         self._app = app
         inner = app.router.lifespan_context
 
@@ -108,6 +116,10 @@ class F2LEndpointPlugin:
             service.pool.start()
         state.f2l = service
         state.f2l_base_model = models.loadable_name(served.model)
+        if self._pages is not None:
+            state.f2l_about = assembly.about(settings, served, engine_client)
+            state.f2l_previews = Previews(settings)
+            service.forgetting.include(state.f2l_previews)
         warm = _warm(service, min(settings.warm_adapters, served.limits.host_slots))
         lasting = (service.maintain(), service.membership.run(), warm)
         self._background = [asyncio.create_task(work) for work in lasting]
@@ -125,11 +137,12 @@ class F2LEndpointPlugin:
         assert self._app is not None, "vLLM attaches routes first"
         open_routes = listed(settings.open_routes)
         always = [path for path in open_routes if path != "/ready"]
+        pages = self._pages.paths if self._pages is not None else ()
         self._app.user_middleware[:0] = [
             Middleware(Load, load=load),
             Middleware(LastWords, ending=ending, always=always),
             Middleware(Lingering),
-            Middleware(AuthMiddleware, keys=keys, open_routes=open_routes),
+            Middleware(AuthMiddleware, keys=keys, open_routes=[*open_routes, *pages]),
             Middleware(Faults, idle_seconds=settings.body_idle_seconds),
             Middleware(
                 Bodies,

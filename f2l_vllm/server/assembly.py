@@ -6,6 +6,7 @@ import functools
 import logging
 from argparse import Namespace
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from f2l_vllm.server.middleware.ending import Ending
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.tenants import Keys, asking_tenant
 from f2l_vllm.server.videos.service import VideoService
-from f2l_vllm.settings import SERVER_LOCK, Settings
+from f2l_vllm.settings import SERVER_LOCK, Settings, listed
 from f2l_vllm.store.address import Revisions
 from f2l_vllm.store.cached_store import open_store
 
@@ -118,6 +119,25 @@ def open_service(
     pool = PoolProcess(workers, revisions.name(""), metrics.count_outcome) if settings.hypernetwork_workers else None
     listener = listen(catalog, settings.listen_url)
     return VideoService(settings, revisions, catalog, store, registry, pool, lambda: ending.is_stopping, listener)
+
+
+def about(settings: Settings, served: ServedModel, engine_client: Any) -> dict[str, Any]:
+    """What the console has to know of this server."""
+    sizes = vllm_api.engine_sizes(engine_client)
+    return {
+        "version": version("f2l-vllm"),
+        "model": served.names[0],
+        "hypernetwork": served.hypernetwork.name,
+        "device_slots": sizes.device_slots,
+        "host_slots": served.limits.host_slots,
+        "kv_bytes_per_token": sizes.kv_bytes_per_token,
+        "max_videos": max(1, served.limits.max_rank // served.config.rank - 1),
+        "is_chunked": settings.reading.is_chunked,
+        "queue_limit": settings.tenant_queue_limit or settings.queue_limit,
+        "max_upload_bytes": settings.max_upload_bytes,
+        "max_frames_bytes": settings.max_frames_bytes,
+        "media_domains": listed(settings.allowed_media_domains),
+    }
 
 
 def answer_from_videos(

@@ -14,6 +14,7 @@ from _collections_abc import dict_values
 from collections.abc import AsyncGenerator, Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, aclosing
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import State
@@ -68,6 +69,25 @@ def engine_limits(engine_client: Any) -> EngineLimits:
     modules = getattr(config, "target_modules", None)
     slots = config.max_cpu_loras or config.max_loras
     return EngineLimits(config.max_lora_rank, slots, frozenset(modules) if modules else None)
+
+
+@dataclass(frozen=True)
+class EngineSizes:
+    """`device_slots`: adapters in one step; `kv_bytes_per_token`: of the KV cache, on all devices together."""
+
+    device_slots: int
+    kv_bytes_per_token: int
+
+
+def engine_sizes(engine_client: Any) -> EngineSizes:
+    """Read from `lora_config`, `model_config` and `cache_config` of `engine_client.vllm_config`."""
+    config = engine_client.vllm_config
+    model = config.model_config
+    heads = model.get_total_num_kv_heads() * model.get_head_size() * model.get_total_num_hidden_layers()
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
+    width = kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model).itemsize
+    return EngineSizes(config.lora_config.max_loras, 2 * heads * width)
 
 
 class AdapterNames(dict[str, LoRARequest]):

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.servers import SERVER_SECONDS
@@ -26,6 +26,16 @@ _BEAT_SECONDS = 5.0
 _AT_ONCE = 100
 
 Write = Callable[..., Coroutine[Any, Any, Any]]
+
+
+class Memory(Protocol):
+    """What a server keeps of videos beside its store. Threads call it."""
+
+    def names(self) -> list[str]:
+        """The videos of which anything is kept."""
+
+    def forget(self, video: str) -> None:
+        """Drop all of it."""
 
 
 class Forgetting:
@@ -48,6 +58,11 @@ class Forgetting:
         self._in_use: dict[int, str] = {}  # deletions whose adapters are still used by answers
         self._said, self._said_at = (-1, -1), 0.0
         self._has_joined, self._heard_at = False, float("-inf")
+        self._memories: list[Memory] = []
+
+    def include(self, memory: Memory) -> None:
+        """Have deleted videos removed from here, too."""
+        self._memories.append(memory)
 
     async def join(self) -> None:
         """Register this server and remove everything that was deleted while it was away. If this is interrupted by an
@@ -59,12 +74,13 @@ class Forgetting:
         self._in_use = {}
         await self._keys.read()
         kept = {*await asyncio.to_thread(self._store.kept), *self._registry.names()}
+        kept.update(name for memory in self._memories for name in memory.names())
         gone = kept - await asyncio.to_thread(self._catalog.named, kept)
         for name in gone:
             if name.startswith(ADAPTER_PREFIX):
                 await self._forget_adapter(name, self._seen)
             else:
-                await asyncio.to_thread(self._store.forget_video, name)
+                await self._forget_video(name)
         if gone:
             logger.info("%d adapters and videos were deleted while this server was away, and are forgotten", len(gone))
         self._has_joined = True
@@ -121,9 +137,14 @@ class Forgetting:
         """Drop the bytes of videos; returns the adapters to be forgotten. Runs in a thread."""
         for deletion in page:
             if deletion.is_video:
-                self._store.forget_video(deletion.object)
+                self._forget_video(deletion.object)
         adapters = [deletion for deletion in page if not deletion.is_video and not deletion.is_key]
         return [one for one in adapters if not self._catalog.refers_to(one.object)]  # composed ones are made again
+
+    def _forget_video(self, name: str) -> None:
+        self._store.forget_video(name)
+        for memory in self._memories:
+            memory.forget(name)
 
     async def _forget_adapter(self, name: str, seq: int) -> None:
         await self._registry.forget(name)

@@ -46,6 +46,21 @@ def test_a_file_that_joins_a_job_in_work_is_ready_with_it(catalog):
     assert catalog.counts()[1:] == (0, 0)
 
 
+def test_a_follower_of_uploads_sees_what_is_in_work_and_what_came_since(catalog):
+    done = add(catalog)
+    publish(catalog)
+    waiting = add(catalog, adapter="f2l-2", sha="b")
+    found, since = catalog.in_work("t", None, 9)
+    assert found == {waiting.id: (VideoState.UPLOADED, 0.0)}
+    fresh = add(catalog)  # ready at once
+    assert fresh.state is VideoState.PROCESSED
+    found, now = catalog.in_work("t", since, 9)
+    assert set(found) == {waiting.id, fresh.id}
+    assert set(catalog.in_work("t", now, 9)[0]) == {waiting.id}
+    assert catalog.in_work("other", None, 9) == ({}, 0)
+    assert done.id not in found
+
+
 def test_the_queue_is_bounded_but_shared_bytes_need_no_room(catalog):
     add(catalog, limit=1)
     with pytest.raises(QueueFull) as error:

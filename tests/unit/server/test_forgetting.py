@@ -155,6 +155,33 @@ def test_what_one_deletes_all_forget(tmp_path, database_url):
     run(scenario, tmp_path, database_url)
 
 
+class Pictures(set[str]):
+    """A server's own memory of videos, beside its store."""
+
+    def names(self):
+        return list(self)
+
+    forget = set.discard
+
+
+def test_pictures_of_a_video_that_another_deletes_go_with_it_even_after_an_absence(tmp_path, database_url):
+    async def scenario(one, two):
+        for is_away in (False, True):
+            record, _ = await one.upload("a")
+            pictures = Pictures({record.video})
+            two.forgetting.include(pictures)
+            doomed = await one.service.remove(record.id, T)
+            assert not await one.forgetting.erased(doomed, 0.1)
+            if is_away:
+                two.forgetting._seen += 9  # as if the deletion were too old to be told
+                await two.forgetting.join()
+            else:
+                await two.forgetting.forget()
+            assert pictures == set()
+
+    run(scenario, tmp_path, database_url)
+
+
 def test_a_server_that_hears_of_a_deletion_forgets_at_once(monkeypatch, tmp_path, postgres):
     async def scenario(one, two):
         hearing = Server(tmp_path, "hearing", one.url, listens=True)

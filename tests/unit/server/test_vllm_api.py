@@ -5,13 +5,14 @@ import inspect
 import json
 from argparse import Namespace
 from contextlib import contextmanager
+from unittest.mock import create_autospec
 
 import pytest
 import torch
 import uvicorn
 import vllm
 from starlette.datastructures import State
-from vllm.config import LoRAConfig
+from vllm.config import CacheConfig, LoRAConfig, ModelConfig
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse, AnthropicStreamEvent
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages, wrap_data_with_event
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
@@ -54,6 +55,15 @@ from tests.support import source_of
 
 def test_this_is_the_supported_version():
     assert vllm.__version__.startswith(vllm_api.SUPPORTED_VLLM + ".")
+
+
+def test_slots_and_the_kv_cache_of_a_token_are_known():
+    model = create_autospec(ModelConfig, instance=True, dtype=torch.bfloat16)
+    model.get_total_num_kv_heads.return_value = 5
+    model.get_head_size.return_value = 64
+    model.get_total_num_hidden_layers.return_value = 32
+    config = Namespace(model_config=model, cache_config=CacheConfig(), lora_config=LoRAConfig(max_loras=4))
+    assert vllm_api.engine_sizes(Namespace(vllm_config=config)) == vllm_api.EngineSizes(4, 2 * 5 * 64 * 32 * 2)
 
 
 def test_handlers_are_looked_up_in_state_at_every_request():
