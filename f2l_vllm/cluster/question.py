@@ -17,7 +17,7 @@ def key(body: bytes) -> str:
         asked = json.loads(body)
         if not isinstance(asked, dict):
             return ""
-        messages, model = asked.get("messages"), asked.get("model")
+        messages, model = asked.get("messages", asked.get("input")), asked.get("model")
         named = videos(model if isinstance(model, str) else None, messages if isinstance(messages, list) else [])
     except (ValueError, RecursionError, APIError):
         return ""  # the engine says what is wrong

@@ -32,6 +32,7 @@ from f2l_vllm.server.chat.grammars import Grammars
 from f2l_vllm.server.chat.handlers import ChatHandler, CompletionHandler, Guard
 from f2l_vllm.server.chat.messages import MessagesHandler
 from f2l_vllm.server.chat.resolve import Asking
+from f2l_vllm.server.chat.responses import ResponsesHandler
 from f2l_vllm.server.media import connector
 from f2l_vllm.server.middleware.ending import Ending
 from f2l_vllm.server.registry import Registry
@@ -162,11 +163,10 @@ def answer_from_videos(
         vllm_api.wrap_responses(state, functools.partial(separator.left_out_of_responses, separator=between))
     vllm_api.wrap_servings(
         state,
-        openai_serving_chat=lambda inner: ChatHandler(vllm_api.noting_visual_tokens(inner), asking, served.names),
+        openai_serving_chat=lambda inner: ChatHandler(inner, asking, served.names),
         openai_serving_completion=lambda inner: CompletionHandler(inner, asking, served.names),
-        anthropic_serving_messages=lambda inner: MessagesHandler(
-            vllm_api.noting_visual_tokens(inner), asking, served.names
-        ),
+        openai_serving_responses=lambda inner: ResponsesHandler(inner, asking, served.names),
+        anthropic_serving_messages=lambda inner: MessagesHandler(inner, asking, served.names),
     )
     vllm_api.guard_other_servings(state, Guard)
     apart = keys.has_tenants and not settings.share_caches

@@ -159,6 +159,12 @@ def chunk(error: APIError, path: str = "") -> str:
     return f"data: {json.dumps(envelope, separators=(',', ':'))}\n\n"
 
 
+def counted(error: APIError) -> APIError:
+    """Count an error that is written in another way."""
+    metrics.ERRORS.labels(error.code).inc()
+    return error
+
+
 def _envelope(error: APIError) -> dict[str, Any]:
     kinds = {HTTPStatus.NOT_FOUND: "not_found_error", HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error"}
     kind = kinds.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")

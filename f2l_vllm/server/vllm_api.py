@@ -6,23 +6,26 @@ another vLLM version fails there first, with a clear message, and not in product
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import logging
 import os
 from _collections_abc import dict_values
-from collections.abc import AsyncGenerator, Callable, Mapping, MutableMapping
+from collections.abc import AsyncGenerator, Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from openai.types.responses import ResponseErrorEvent
 from starlette.datastructures import State
 from vllm.lora.request import LoRARequest
 
 from f2l_vllm import logs
 from f2l_vllm.engine.defaults import EngineLimits, refuse_flags
 from f2l_vllm.engine.residency import FIRST_ADAPTER_ID
+from f2l_vllm.server.errors import APIError
 from f2l_vllm.settings import Settings, listed, refuse_environment
 
 logger = logging.getLogger(__name__)
@@ -186,28 +189,14 @@ def rendered(chat: Any, messages: list[Any], add_generation_prompt: bool) -> str
     return str(prompt["prompt"])
 
 
-def noting_visual_tokens(chat: Any) -> Any:
-    """Make vLLM's `render_chat_request`, which returns a conversation and prompts, fill `visual_tokens`."""
-    render = chat.render_chat_request
-
-    async def noting(request: Any) -> Any:
-        rendered, noted = await render(request), visual_tokens.get()
-        if noted is not None and error_status(rendered) is None:
-            placeholders = [places for prompt in rendered[1] for places in prompt.get("mm_placeholders", {}).values()]
-            noted.append(sum(place.get_num_embeds() for places in placeholders for place in places))
-        return rendered
-
-    chat.render_chat_request = noting
-    return chat
-
-
 def enclose_renderings(
     engine_client: Any, question: Callable[[], AbstractContextManager[None]], salt: Callable[[str | None], str | None]
 ) -> None:
-    """Enter `question()` while vLLM renders a request into prompts for the engine, and replace the request's
-    `cache_salt` by `salt` of it.
+    """Enter `question()` while vLLM renders a request into prompts for the engine, give it `salt` of its `cache_salt`
+    instead, and fill `visual_tokens`.
 
-    All of vLLM's handlers call `render_chat_async` or `render_cmpl_async` of `engine_client.renderer`.
+    All of vLLM's handlers call `render_chat_async`, which returns conversations and prompts, or `render_cmpl_async` of
+    `engine_client.renderer`.
     """
     renderer = engine_client.renderer
 
@@ -218,7 +207,10 @@ def enclose_renderings(
             if (salted := salt(extras.get("cache_salt"))) is not None:
                 extras["cache_salt"] = salted
             with question():
-                return await stock(*args, prompt_extras=extras, **kwargs)
+                rendered = await stock(*args, prompt_extras=extras, **kwargs)
+            if (noted := visual_tokens.get()) is not None and isinstance(rendered, tuple):
+                noted.append(_visual_tokens(rendered[1]))
+            return rendered
 
         return render
 
@@ -226,11 +218,34 @@ def enclose_renderings(
         setattr(renderer, name, enclosed(getattr(renderer, name)))
 
 
+def _visual_tokens(prompts: Sequence[Mapping[str, Any]]) -> int:
+    places = [place for prompt in prompts for group in prompt.get("mm_placeholders", {}).values() for place in group]
+    return sum(place.get_num_embeds() for place in places)
+
+
 def guard_other_servings(state: State, guard: Callable[[Any], Any]) -> None:
     """Put `guard` around the generate handlers that do not know videos: they never answer for one by accident."""
-    for name in ("openai_serving_responses", "openai_serving_chat_batch", "serving_generative_scoring"):
+    for name in ("openai_serving_chat_batch", "serving_generative_scoring"):
         if getattr(state, name, None) is not None:
             setattr(state, name, guard(getattr(state, name)))
+
+
+def background_task(responses: Any, response_id: str) -> asyncio.Task[Any] | None:
+    """The task that writes a response which the client has asked for in the background, until it has ended."""
+    task: asyncio.Task[Any] | None = responses.background_tasks.get(response_id)
+    return task
+
+
+def forget_response(responses: Any, response_id: str) -> None:
+    """Drop what vLLM stores of a response; by itself it drops nothing until the server stops."""
+    for stored in (responses.response_store, responses.msg_store, responses.event_store):
+        stored.pop(response_id, None)
+
+
+def error_event(error: APIError, number: int) -> Any:
+    """An event that ends a stream of the Responses API; its route writes any object that has a type and a JSON form."""
+    kind = {"code": error.code, "message": error.message, "param": error.param}
+    return ResponseErrorEvent(type="error", sequence_number=number, **kind)
 
 
 def breaking_off(messages: Any) -> Any:
@@ -277,9 +292,13 @@ def _extensible(kind: Any) -> Any:
     return type(kind.__name__, (kind,), {"model_config": {"extra": "allow"}, "__module__": __name__})
 
 
-def detailed_chunk(chunk: str, details: Mapping[str, Any]) -> str:
-    """Add details to a stream's last chunk, the one with usage and without choices, or to the message with which an
-    answer of `/v1/messages` starts. Other chunks stay unchanged."""
+def detailed_chunk(chunk: Any, details: Mapping[str, Any]) -> Any:
+    """Add details to a stream's last chunk, the one with usage and without choices, to the message with which an
+    answer of `/v1/messages` starts, or to the response in an event. Other chunks stay unchanged."""
+    if not isinstance(chunk, str):
+        if (response := getattr(chunk, "response", None)) is not None:
+            response.f2l = dict(details)
+        return chunk
     if chunk.startswith(_STARTED):
         body = json.loads(chunk.removeprefix(_STARTED))
         body["message"]["f2l"] = details
@@ -350,16 +369,16 @@ def is_engine_dead(error: BaseException) -> bool:
     return isinstance(error, EngineDeadError)
 
 
-def is_failed_generation(error: BaseException) -> bool:
+def is_failed_generation(error: BaseException | None) -> bool:
     """Whether the engine gave up one request, as it does when it cannot load the adapter."""
     from vllm.exceptions import GenerationError
 
     return isinstance(error, GenerationError)
 
 
-def is_error_chunk(chunk: str) -> bool:
+def is_error_chunk(chunk: Any) -> bool:
     """Whether a stream's chunk is vLLM's error envelope, or its event of that kind on `/v1/messages`."""
-    return chunk.startswith(('data: {"error":', "event: error\n"))
+    return isinstance(chunk, str) and chunk.startswith(('data: {"error":', "event: error\n"))
 
 
 def questions_in_work(engine_client: Any) -> int:

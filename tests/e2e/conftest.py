@@ -17,6 +17,7 @@ LINES = (
         "server/test_many_videos_over_http.py",
         "server/test_questions_over_http.py",
         "server/test_messages_over_http.py",
+        "server/test_responses_over_http.py",
         "server/test_schema_over_http.py",
         "server/test_targets_over_http.py",
         "server/test_damaged_adapters_over_http.py",

@@ -22,7 +22,7 @@ from f2l_vllm.server.errors import APIError, bad_request
 LONGEST_UUID = 256
 HOW_VIDEOS = (
     "on /v1/chat/completions, name a video as {'type': 'file', 'file': {'file_id': …}} (or 'file_data', its bytes) or "
-    "{'type': 'video_url', 'video_url': {'url': …}}"
+    "{'type': 'video_url', 'video_url': {'url': …}}; on /v1/responses, as {'type': 'input_file', 'file_id': …}"
 )
 _SCHEMES = ("data:", "http://", "https://")
 _BREAKPOINT = "prompt_cache_breakpoint"  # OpenAI's hint to its cache; nothing here reads it
@@ -43,6 +43,7 @@ PARTS: Mapping[str, frozenset[str]] = {
     "input_image": frozenset({"image_url", "detail", _BREAKPOINT}),
     "image": frozenset({"source", "cache_control"}),
     "file": frozenset({"file"}),
+    "input_file": frozenset({"file_id", "file_data", "file_url", "filename", "f2l"}),
     "video_url": frozenset({"video_url"}),
     "tool_use": _TOOL,
     "tool_result": frozenset({"tool_use_id", "content", "is_error", "cache_control"}),
@@ -129,6 +130,7 @@ class _Check:
             "input_image": self._input_image,
             "image": self._image,
             "video_url": self._video_url,
+            "input_file": self._input_file,
             "tool_result": self._tool_result,
         }
 
@@ -230,6 +232,10 @@ class _Check:
         video = part.get("video_url")
         url = video.get("url") if isinstance(video, dict) else video
         if url is not None:  # otherwise the code that reads videos reports what is missing
+            check_address(url)
+
+    def _input_file(self, part: dict[str, Any]) -> None:
+        if (url := part.get("file_url")) is not None:
             check_address(url)
 
     def _tool_result(self, part: dict[str, Any]) -> None:

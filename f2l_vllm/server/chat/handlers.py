@@ -42,7 +42,7 @@ class AnswerStream:
     async def __anext__(self) -> str:
         try:
             chunk = await anext(self._stream)
-            if vllm_api.is_error_chunk(chunk) and await _has_lost_its_adapter(self._source):
+            if vllm_api.is_error_chunk(chunk) and await has_lost_its_adapter(self._source):
                 return errors.chunk(adapter_unavailable(), self._path)
             return vllm_api.detailed_chunk(chunk, self._source.details)
         except BaseException:  # the end of the answer, an error, or the client gone
@@ -57,7 +57,7 @@ class AnswerStream:
             self._finish()
 
 
-async def _has_lost_its_adapter(source: Source) -> bool:
+async def has_lost_its_adapter(source: Source) -> bool:
     """Whether an answer failed because the engine had dropped the adapter and could not load it again."""
     try:
         return source.lease is not None and not await source.lease.confirm()
@@ -82,6 +82,27 @@ class Handler:
         headers = {} if raw_request is None else raw_request.headers
         return options(fields, headers, self._asking.service.settings.wait_seconds)
 
+    def _knows(self, model: str | None) -> bool:
+        return not model or model in self._base_names or model.startswith(FILE_PREFIX)
+
+    async def _source(
+        self, messages: Sequence[Any], asked: Sequence[Video], how: Options, tenant: str
+    ) -> tuple[Source, list[Any]]:
+        """Resolve the videos; with the messages as the engine reads them."""
+        if how.mode == "adapter":
+            text = without_videos(messages)  # before the wait, to report a missing question at once
+            return await self._asking.adapter(await self._asking.find(asked, tenant), tenant, how.wait), text
+        if any(video.span is not None for video in asked):
+            message = "Frames are taken of the whole video: leave out start and end, or f2l.mode."
+            raise bad_request("span_not_available", message, "messages")
+        if how.mode == "frames":  # vLLM reads addresses itself; no file is kept for them
+            named = await self._asking.find([video for video in asked if video.url is None], tenant)
+            addresses = {video: video.url for video in asked if video.url is not None}
+            return from_frames(named), with_frames(messages, {**addresses, **await self._asking.frames(named)})
+        named = await self._asking.find(asked, tenant)
+        framed = with_frames(messages, await self._asking.frames(named))
+        return await self._asking.adapter(named, tenant, how.wait, how.mode), framed
+
     async def _by_model(self, request: Any, tenant: str, how: Options) -> Source:
         """The source of a route that names its video by `model` alone, and whose prompt has no place for frames."""
         self._needs_adapter(how)
@@ -105,7 +126,7 @@ class Handler:
             if hasattr(result, "__aiter__"):
                 result = AnswerStream(result, source, "" if raw_request is None else raw_request.url.path)
         except Exception as error:
-            if vllm_api.is_failed_generation(error) and await _has_lost_its_adapter(source):
+            if vllm_api.is_failed_generation(error) and await has_lost_its_adapter(source):
                 raise adapter_unavailable() from error
             raise
         finally:
@@ -131,32 +152,8 @@ class ChatHandler(Handler):
         asked = videos(request.model, request.messages)
         if not asked or not self._knows(request.model):  # vLLM reports an unknown model
             return await self._inner.create_chat_completion(request, raw_request)
-        source = await self._source(request, asked, how, tenant)
+        source, request.messages = await self._source(request.messages, asked, how, tenant)
         return await self._answer(self._inner.create_chat_completion, request, raw_request, source)
-
-    def _knows(self, model: str | None) -> bool:
-        return not model or model in self._base_names or model.startswith(FILE_PREFIX)
-
-    async def _source(self, request: Any, asked: Sequence[Video], how: Options, tenant: str) -> Source:
-        """Resolve the videos, and leave in the request's messages only what the engine reads."""
-        if how.mode == "adapter":
-            text = without_videos(request.messages)  # before the wait, to report a missing question at once
-            source = await self._asking.adapter(await self._asking.find(asked, tenant), tenant, how.wait)
-            request.messages = text
-            return source
-        if any(video.span is not None for video in asked):
-            message = "Frames are taken of the whole video: leave out start and end, or f2l.mode."
-            raise bad_request("span_not_available", message, "messages")
-        if how.mode == "frames":  # vLLM reads addresses itself; no file is kept for them
-            named = await self._asking.find([video for video in asked if video.url is None], tenant)
-            addresses = {video: video.url for video in asked if video.url is not None}
-            request.messages = with_frames(request.messages, {**addresses, **await self._asking.frames(named)})
-            return from_frames(named)
-        named = await self._asking.find(asked, tenant)
-        messages = with_frames(request.messages, await self._asking.frames(named))
-        source = await self._asking.adapter(named, tenant, how.wait, how.mode)
-        request.messages = messages
-        return source
 
 
 class CompletionHandler(Handler):

@@ -16,12 +16,20 @@ FILE_PREFIX = "file-"
 QUESTION_ROUTES = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"}
 )
+# vLLM's routes that give out or end what it stores of the answers.
+STORED_ROUTES = frozenset({"/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel"})
 WAIT_HEADER = "x-f2l-wait"
 Mode = Literal["adapter", "frames", "both"]
 _MODES = ("adapter", "frames", "both")
 _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")  # `float` accepts the digits of every script, and underscores
 _KEYS = {"mode", "wait"}
 _SPAN_KEYS = {"start", "end"}
+# The kinds of content parts that name a video, and under which keys, one of them at a time.
+_NAMES: Mapping[str, Sequence[str]] = {
+    "file": ("file_id", "file_data"),
+    "input_file": ("file_id", "file_data", "file_url"),
+    "video_url": ("url",),
+}
 
 
 @dataclass(frozen=True)
@@ -153,10 +161,15 @@ def with_frames(messages: Sequence[Any], urls: Mapping[Video, str]) -> list[Any]
     return replaced
 
 
+def is_framed(message: Any) -> bool:
+    """Whether a message holds frames."""
+    return any(part.get("type") == "video_url" for part in _content(message) or () if isinstance(part, dict))
+
+
 def names_a_video(value: Any) -> bool:
     """Whether the input of another route names a video anywhere."""
     if isinstance(value, dict):
-        if value.get("type") in ("file", "video_url") or str(value.get("file_id")).startswith(FILE_PREFIX):
+        if value.get("type") in tuple(_NAMES) or str(value.get("file_id")).startswith(FILE_PREFIX):
             return True
         return any(names_a_video(inner) for inner in value.values())
     return isinstance(value, list) and any(names_a_video(inner) for inner in value)
@@ -180,14 +193,13 @@ def _video(part: Any) -> Video | None:
     if not isinstance(part, dict):
         return None
     kind = part.get("type")
-    if kind not in ("file", "video_url"):
+    if not isinstance(kind, str) or kind not in _NAMES:
         return None
-    inner = part.get(kind)
+    inner = {key: part[key] for key in part if key != "type"} if kind == "input_file" else part.get(kind)
     if kind == "video_url" and isinstance(inner, str):
         inner = {"url": inner}
     given = {key: value for key, value in inner.items() if value is not None} if isinstance(inner, dict) else {}
-    names = ("file_id", "file_data") if kind == "file" else ("url",)
-    name = next((name for name in names if name in given), names[0])
+    name = next((name for name in _NAMES[kind] if name in given), _NAMES[kind][0])
     address, filename = given.get(name), given.get("filename")
     unknown = set(given) - {name, "f2l", "filename"} if address else set()
     if unknown or not isinstance(address, str) or not address or not isinstance(filename, str | None):

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from f2l_vllm.server.chat.request import QUESTION_ROUTES
+from f2l_vllm.server.chat.request import QUESTION_ROUTES, STORED_ROUTES
 from f2l_vllm.server.errors import APIError, response, unavailable
 from f2l_vllm.server.tenants import Keys
 from f2l_vllm.server.videos.routes import router
@@ -23,9 +23,9 @@ UPLOAD_ROUTE = "/v1/files"  # reads its own body as a stream, with its own cap
 
 
 def keep_listed_routes(app: FastAPI, listed: Collection[str]) -> None:
-    """Remove every route except this server's own, `QUESTION_ROUTES` and those that the operator lists."""
+    """Remove every route except this server's own, those of vLLM's for questions, and those that the operator lists."""
     own = {getattr(route, "path", "") for route in router.routes}
-    kept = own | QUESTION_ROUTES | set(listed)
+    kept = own | QUESTION_ROUTES | STORED_ROUTES | set(listed)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in kept]
 
 

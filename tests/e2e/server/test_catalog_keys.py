@@ -53,3 +53,33 @@ def test_a_key_of_anthropics_client_reaches_its_own_tenants_videos_alone(other_s
         own.with_options(api_key="wrong").messages.create(**question, max_tokens=4)
     assert error.value.body["error"]["type"] == "authentication_error"
     other_server.client.files.delete(video.id)
+
+
+def test_a_conversation_is_stored_for_its_own_tenant_and_goes_on_about_its_video(other_server, clips):
+    own, video = other_server.client, other_server.upload(clips[2])
+    other = own.with_options(api_key=keys_of(other_server.home)("add", "culture"))
+    time.sleep(1.0)
+    greedy = {"temperature": 0, "max_output_tokens": 8}
+    first = own.responses.create(model=video.id, input="What is shown?", **greedy)
+    second = own.responses.create(model="base", input="What else?", previous_response_id=first.id, **greedy)
+    assert [named["file_id"] for named in second.model_extra["f2l"]["videos"]] == [video.id]
+    assert second.usage.input_tokens > first.usage.input_tokens
+    assert own.responses.retrieve(second.id).output_text == second.output_text
+    behind = own.responses.create(model=video.id, input="What is shown?", background=True, **greedy)
+    for call in (
+        lambda: other.responses.retrieve(first.id),
+        lambda: other.responses.cancel(behind.id),
+        lambda: other.responses.create(model="base", input="What else?", previous_response_id=first.id, **greedy),
+    ):
+        with pytest.raises(openai.NotFoundError) as error:
+            call()
+        assert error.value.code == "response_not_found"
+    with pytest.raises(openai.BadRequestError, match="Another response"):
+        other.responses.create(model="base", input="Mine.", extra_body={"request_id": first.id}, **greedy)
+    while (found := own.responses.retrieve(behind.id)).status in ("queued", "in_progress"):
+        time.sleep(0.1)
+    assert found.output_text.strip() == first.output_text
+    own.files.delete(video.id)
+    with pytest.raises(openai.NotFoundError) as error:
+        own.responses.create(model="base", input="What else?", previous_response_id=first.id, **greedy)
+    assert error.value.code == "video_not_found"

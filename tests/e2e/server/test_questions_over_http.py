@@ -135,15 +135,6 @@ def test_a_question_does_not_choose_how_media_are_decoded(server, videos):
         assert error.value.code == "unsupported_field"
 
 
-def test_routes_that_do_not_know_videos_say_so(server, videos):
-    by_file = [{"role": "user", "content": [{"type": "input_file", "file_id": videos[0].id}]}]
-    refusals = ((videos[0].id, "hello", (400, "route_without_videos")), ("base", by_file, (400, "unsupported_part")))
-    for model, text, refusal in refusals:
-        with pytest.raises(openai.APIStatusError) as error:
-            server.client.responses.create(model=model, input=text)
-        assert (error.value.status_code, error.value.code) == refusal
-
-
 def test_the_exported_adapter_names_its_base_and_answers_the_same_in_plain_peft(server, videos, tmp_path):
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForImageTextToText, AutoProcessor

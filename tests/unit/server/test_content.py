@@ -52,6 +52,8 @@ def refusal(body):
         },
         {"input": "Hello."},
         {"input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}]},
+        {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "file-a", "f2l": {"start": 1}}]}]},
+        {"input": [{"role": "user", "content": [{"type": "input_file", "file_url": "https://a.example/v.mp4"}]}]},
         {
             "input": [
                 {"type": "message", "role": "user", "content": [{"type": "input_image", "image_url": "https://a/b"}]},
@@ -113,7 +115,9 @@ def wrapped(part):
         {"type": "prompt_embeds", "data": "AAAA"},
         {"type": "audio_url", "audio_url": {"url": INTERNAL}},
         {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
-        {"type": "input_file", "file_url": INTERNAL},
+        {"type": "input_file", "file_url": "file:///etc/passwd"},
+        {"type": "input_file", "file_url": ["http://a"]},
+        {"type": "input_file", "file_id": "file-a", "image_pil": INTERNAL},
         {"type": "video", "video": "data:,"},
         {"type": "document", "source": {"type": "url", "url": INTERNAL}},
         {"type": "image_url", "image_url": {"url": ["http://a"]}},

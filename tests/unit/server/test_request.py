@@ -101,9 +101,25 @@ def test_bytes_in_a_file_part_are_a_data_uri_under_any_name():
     assert without_videos([user(*parts, TEXT)]) == [user(TEXT)]
 
 
+def test_videos_as_the_responses_api_names_them():
+    parts = (
+        {"type": "input_file", "file_id": "file-a", "f2l": {"end": 5}},
+        {"type": "input_file", "file_data": "AAAA", "filename": "a.mp4", "file_id": None},
+        {"type": "input_file", "file_url": "https://a.example/v.mp4"},
+    )
+    text = {"type": "input_text", "text": "What is shown?"}
+    named = [Video("file-a", span=Span(0, 5)), Video(url="data:;base64,AAAA"), Video(url="https://a.example/v.mp4")]
+    assert videos("base", [user(*parts, text)]) == named
+    assert without_videos([user(*parts, text)]) == [user(text)]
+    assert all(names_a_video([{"type": "function_call_output", "output": [part]}]) for part in parts)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"type": "input_file"},
+        {"type": "input_file", "file_id": "file-a", "file_url": "https://a.example/v.mp4"},
+        {"type": "input_file", "file": {"file_id": "file-a"}},
         {"type": "file"},
         {"type": "file", "file": "file-a"},
         {"type": "file", "file": {"file_id": ""}},

@@ -49,6 +49,7 @@ from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
 from f2l_vllm.engine.defaults import EngineLimits, check_limits
 from f2l_vllm.server import vllm_api
 from f2l_vllm.server.app import F2LEndpointPlugin
+from f2l_vllm.server.errors import APIError
 from f2l_vllm.settings import Settings
 from tests.support import source_of
 
@@ -205,16 +206,6 @@ def test_the_last_chunk_of_a_stream_with_usage_carries_further_fields():
         assert "choices=[]," in inspect.getsource(method)
 
 
-def test_a_chat_is_rendered_by_a_method_of_its_own_that_knows_the_placeholders():
-    source = inspect.getsource(OpenAIServingChat._create_chat_completion)
-    assert "result = await self.render_chat_request(request)" in source
-    assert "conversation, engine_inputs = result" in source
-    assert 'engine_input.get("mm_placeholders")' in inspect.getsource(serving._get_mm_token_counts)
-    place = PlaceholderRange(offset=3, length=4, is_embed=torch.tensor([False, True, True, False]))
-    assert place.get_num_embeds() == 2
-    assert list(inspect.signature(OpenAIServingChat.render_chat_request).parameters) == ["self", "request"]
-
-
 def test_a_chat_is_answered_by_methods_that_take_its_request_first():
     for method in (OpenAIServingChat.create_chat_completion, OpenAIServingChatBatch.create_batch_chat_completion):
         assert list(inspect.signature(method).parameters) == ["self", "request", "raw_request"]
@@ -235,11 +226,49 @@ def test_responses_are_made_by_one_method_and_streamed_as_the_clients_events():
     from vllm.entrypoints.openai.responses import serving, streaming_events
     from vllm.entrypoints.openai.responses.api_router import create_responses
 
-    assert list(inspect.signature(serving.OpenAIServingResponses.create_responses).parameters)[1] == "request"
+    handler = serving.OpenAIServingResponses
+    assert list(inspect.signature(handler.create_responses).parameters) == ["self", "request", "raw_request"]
+    assert list(inspect.signature(handler.cancel_responses).parameters) == ["self", "response_id"]
+    retrieve = list(inspect.signature(handler.retrieve_responses).parameters)
+    assert retrieve == ["self", "response_id", "starting_after", "stream"]
     assert "handler.create_responses(request, raw_request)" in inspect.getsource(create_responses)
     source = inspect.getsource(serving) + inspect.getsource(streaming_events)
     for kind in ("response.output_text.delta", "response.output_text.done", "response.content_part.done"):
         assert kind in source
+
+
+def test_what_vllm_stores_of_a_response_is_under_the_requests_id_in_three_places():
+    from vllm.entrypoints.openai.responses import protocol
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    source = inspect.getsource(OpenAIServingResponses)
+    for line in (
+        "self.enable_store = envs.VLLM_ENABLE_RESPONSES_API_STORE",
+        "self.msg_store[request.request_id] = messages",
+        "self.response_store[response.id] = response",
+        "self.event_store[request.request_id] = ",
+        "self.background_tasks[response_id] = task",
+    ):
+        assert line in source
+    assert "id=request.request_id," in inspect.getsource(protocol.ResponsesResponse.from_request)
+    stores = {name: {"resp_1": 1, "resp_2": 2} for name in ("response_store", "msg_store", "event_store")}
+    vllm_api.forget_response(Namespace(**stores), "resp_1")
+    assert list(stores.values()) == [{"resp_2": 2}] * 3
+    assert vllm_api.background_task(Namespace(background_tasks={}), "resp_1") is None
+
+
+def test_events_of_a_response_carry_further_fields_and_an_error_is_one_of_the_clients():
+    event = Namespace(type="response.completed", response=Namespace())
+    assert vllm_api.detailed_chunk(event, {"rank": 16}).response.f2l == {"rank": 16}
+    error = vllm_api.error_event(APIError(503, "adapter_unavailable", "Ask again."), 3)
+    assert json.loads(error.model_dump_json(indent=None, by_alias=True)) == {
+        "type": "error",
+        "code": "adapter_unavailable",
+        "message": "Ask again.",
+        "param": None,
+        "sequence_number": 3,
+    }
+    assert not vllm_api.is_error_chunk(error)
 
 
 def test_a_chat_template_is_rendered_to_text_as_for_a_request():
@@ -469,12 +498,16 @@ def test_every_handler_makes_its_prompts_by_two_methods_of_one_renderer():
 
 def test_prompts_are_made_within_a_question_and_under_its_salt():
     seen = []
+    place = PlaceholderRange(offset=3, length=4, is_embed=torch.tensor([False, True, True, False]))
 
     class Renderer:
         async def render_chat_async(self, *messages, prompt_extras=None):
             seen.append((list(entered), messages, prompt_extras))
+            return [], [{"mm_placeholders": {"image": [place], "video": [place]}}, {}]
 
-        render_cmpl_async = render_chat_async
+        async def render_cmpl_async(self, *prompts, prompt_extras=None):
+            seen.append((list(entered), prompts, prompt_extras))
+            return [{}]
 
     @contextmanager
     def question():
@@ -484,10 +517,13 @@ def test_prompts_are_made_within_a_question_and_under_its_salt():
 
     entered, engine = [], Namespace(renderer=Renderer())
     vllm_api.enclose_renderings(engine, question, lambda given: None if given is None else f"own {given}")
+    token = vllm_api.visual_tokens.set(noted := [])
     asyncio.run(engine.renderer.render_chat_async("a"))
     asyncio.run(engine.renderer.render_cmpl_async("b", prompt_extras={"cache_salt": "s", "other": 1}))
+    vllm_api.visual_tokens.reset(token)
     assert seen == [([1], ("a",), {}), ([1], ("b",), {"cache_salt": "own s", "other": 1})]
-    assert entered == []
+    assert (entered, noted) == ([], [4])
+    assert 'engine_input.get("mm_placeholders")' in inspect.getsource(serving._get_mm_token_counts)
 
 
 def test_the_output_processor_counts_the_requests_in_work():
