@@ -139,6 +139,7 @@ class F2LEndpointPlugin:
         always = [path for path in open_routes if path != "/ready"]
         pages = self._pages.paths if self._pages is not None else ()
         self._app.user_middleware[:0] = [
+            *vllm_api.cors(self._app),  # a preflight has no key, and pages may read refusals
             Middleware(Load, load=load),
             Middleware(LastWords, ending=ending, always=always),
             Middleware(Lingering),

@@ -18,8 +18,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi import FastAPI
 from openai.types.responses import ResponseErrorEvent
 from starlette.datastructures import State
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from vllm.lora.request import LoRARequest
 
 from f2l_vllm import logs
@@ -34,6 +37,7 @@ SUPPORTED_VLLM = "0.32"
 # The model the client asked for, set while its request is set up: responses show it instead of an adapter's name.
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
 
+READABLE_HEADERS = ("Retry-After", "X-F2L-File", "X-Should-Retry")  # by pages of allowed origins
 _STARTED = "event: message_start\ndata: "
 # While a request is set up, rendering its chat appends the number of visual tokens in the prompt here.
 visual_tokens: ContextVar[list[int] | None] = ContextVar("visual_tokens", default=None)
@@ -307,6 +311,14 @@ def detailed_chunk(chunk: Any, details: Mapping[str, Any]) -> Any:
         return chunk
     body = json.loads(chunk.removeprefix("data: "))
     return f"data: {json.dumps({**body, 'f2l': details}, separators=(',', ':'))}\n\n"
+
+
+def cors(app: FastAPI) -> list[Middleware]:
+    """vLLM's middleware for `--allowed-origins`, taken out of the app and completed; none without origins."""
+    ours = [entry for entry in app.user_middleware if entry.cls is CORSMiddleware]
+    app.user_middleware[:] = [entry for entry in app.user_middleware if entry.cls is not CORSMiddleware]
+    options: list[Any] = [{**entry.kwargs, "expose_headers": READABLE_HEADERS} for entry in ours]
+    return [Middleware(CORSMiddleware, **given) for given in options if given["allow_origins"]]
 
 
 def is_stopping(state: State) -> bool:

@@ -12,6 +12,7 @@ import torch
 import uvicorn
 import vllm
 from starlette.datastructures import State
+from starlette.testclient import TestClient
 from vllm.config import CacheConfig, LoRAConfig, ModelConfig
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse, AnthropicStreamEvent
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages, wrap_data_with_event
@@ -50,6 +51,7 @@ from f2l_vllm.engine.defaults import EngineLimits, check_limits
 from f2l_vllm.server import vllm_api
 from f2l_vllm.server.app import F2LEndpointPlugin
 from f2l_vllm.server.errors import APIError
+from f2l_vllm.server.tenants import Keys
 from f2l_vllm.settings import Settings
 from tests.support import source_of
 
@@ -235,6 +237,39 @@ def test_responses_are_made_by_one_method_and_streamed_as_the_clients_events():
     source = inspect.getsource(serving) + inspect.getsource(streaming_events)
     for kind in ("response.output_text.delta", "response.output_text.done", "response.content_part.done"):
         assert kind in source
+
+
+def preflight(origins):
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    flags = ["--api-key", "key", *(["--allowed-origins", json.dumps(origins)] if origins else [])]
+    app = build_app(make_arg_parser(FlexibleArgumentParser()).parse_args(flags), ("generate",))
+    plugin = F2LEndpointPlugin()
+    plugin._app = app
+    plugin._put_in_front(Settings(), Keys(["key"], None), Namespace(is_stopping=False, answers=set()), lambda: 0)
+    door = TestClient(app)
+    asks = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    asks["Access-Control-Request-Headers"] = "authorization,content-type"
+    return door.options("/v1/chat/completions", headers=asks), door.get("/v1/models", headers=asks)
+
+
+def test_pages_of_allowed_origins_ask_beforehand_without_a_key_and_read_refusals():
+    allowed, refused = preflight(["https://a.example"])
+    assert allowed.status_code == 200
+    assert allowed.headers["Access-Control-Allow-Origin"] == "https://a.example"
+    assert "authorization" in allowed.headers["Access-Control-Allow-Headers"]
+    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert refused.headers["Access-Control-Allow-Origin"] == "https://a.example"
+    assert "X-F2L-File" in refused.headers["Access-Control-Expose-Headers"]
+
+
+@pytest.mark.parametrize("origins", [None, ["https://b.example"]])
+def test_pages_of_other_origins_are_not_allowed(origins):
+    for response in preflight(origins):
+        assert response.status_code >= 400
+        assert "Access-Control-Allow-Origin" not in response.headers
 
 
 def test_what_vllm_stores_of_a_response_is_under_the_requests_id_in_three_places():
