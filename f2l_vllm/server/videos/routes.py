@@ -325,7 +325,13 @@ def _models_page(
 
 
 def _model_card(base: dict[str, Any], record: FileRecord) -> dict[str, Any]:
-    own = {"id": record.id, "created": int(record.created_at), "root": base["id"], "parent": base["id"]}
+    own = {
+        "id": record.id,
+        "name": record.filename,
+        "created": int(record.created_at),
+        "root": base["id"],
+        "parent": base["id"],
+    }
     return {**base, **own, "owned_by": "f2l-vllm"}
 
 

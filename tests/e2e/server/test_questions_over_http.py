@@ -106,8 +106,9 @@ def test_two_videos_in_one_batch_two_hundred_times_never_crossed(server, videos)
 
 def test_models_lists_base_and_ready_videos(server, videos):
     cards = {card.id: card for card in server.client.models.list().data}
-    assert cards[videos[0].id].model_extra["parent"] == "base"
-    assert server.client.models.retrieve(videos[0].id).id == videos[0].id
+    for card in (cards[videos[0].id], server.client.models.retrieve(videos[0].id)):
+        assert (card.id, card.model_extra["parent"]) == (videos[0].id, "base")
+        assert card.model_extra["name"] == videos[0].filename
     assert not any(name.startswith("f2l-") for name in cards)
 
 
