@@ -2,7 +2,8 @@
 
 `F2L_LOG_LEVEL` is `info` by default. It shows this package's messages, requests, vLLM's throughput, and all warnings
 and errors except those in `_NOISE`. `debug` shows everything that vLLM, Ray and transformers log;
-`VLLM_LOGGING_LEVEL=DEBUG` adds vLLM's own debugging. `logging.json` installs the handler where vLLM configures logging,
+`VLLM_LOGGING_LEVEL=DEBUG` adds vLLM's own debugging. With `F2L_LOG_FORMAT=json` every event is one line of JSON, which
+names the request that it is about. `logging.json` installs the handler where vLLM configures logging,
 `configure` installs it elsewhere.
 """
 
@@ -16,6 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 
 CONFIG = Path(__file__).with_name("logging.json")
@@ -50,6 +52,7 @@ _WARNINGS_FOR_DEVELOPERS = re.compile(r"\b(Future|Deprecation|PendingDeprecation
 _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics", "/ping", "/version"})
 _PARTS = {"MainProcess": "server", "EngineCore": "engine"}
 
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)  # of the request that is being answered
 quiet_paths: set[str] = set(_QUIET_PATHS)  # requests for these are not logged: supervisors send them all the time
 
 
@@ -64,8 +67,11 @@ class Handler(logging.StreamHandler):
     def __init__(self, part: str | None = None) -> None:
         super().__init__(sys.stderr)
         process = multiprocessing.current_process().name
-        self.setFormatter(_Formatter(part or _PARTS.get(process, process)))
+        part = part or _PARTS.get(process, process)
+        is_json = os.environ.get("F2L_LOG_FORMAT", "").lower() == "json"
+        self.setFormatter(_json_formatter(part) if is_json else _Formatter(part))
         self.addFilter(is_worth_saying)
+        self.addFilter(_with_its_request)
         logging.captureWarnings(True)
 
 
@@ -80,6 +86,30 @@ class _Formatter(logging.Formatter):
         name = "" if record.name.split(".")[0] == "f2l_vllm" else f"[{record.name}] "
         start = f"{self.formatTime(record, self.datefmt)} {record.levelname} {self._part}: {name}"
         return "\n".join(start + line for line in super().format(record).splitlines() if line.strip())
+
+
+def _json_formatter(part: str) -> logging.Formatter:
+    """Writes the time, the level, the part of the server, the logger, the message, and what else a record has."""
+    from pythonjsonlogger.core import RESERVED_ATTRS
+    from pythonjsonlogger.json import JsonFormatter
+
+    return JsonFormatter(
+        ["levelname", "name", "message"],
+        rename_fields={"levelname": "level", "name": "logger", "exc_info": "exception"},
+        reserved_attrs=[*RESERVED_ATTRS, "color_message", "vllm_process_name"],  # they say nothing more
+        static_fields={"part": part},
+        timestamp="time",
+        json_ensure_ascii=False,
+    )
+
+
+def _with_its_request(record: logging.LogRecord) -> bool:
+    """Note the request that a record is about, and what an access line says, as fields of their own."""
+    if (name := request_id.get()) is not None:
+        record.request_id = name
+    if record.name == "uvicorn.access" and isinstance(record.args, tuple) and len(record.args) == 5:
+        record.client, record.method, record.path, _, record.status = record.args
+    return True
 
 
 def is_worth_saying(record: logging.LogRecord) -> bool:

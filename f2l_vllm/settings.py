@@ -85,6 +85,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error; debug: all that vLLM, Ray and transformers say, too."
     )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="text or json; json: a line for each event, with the id of its request."
+    )
     shutdown_seconds: float = Field(
         30.0, ge=0, description="How long open answers may go on when the server is told to stop."
     )

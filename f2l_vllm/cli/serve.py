@@ -117,9 +117,9 @@ def serve(launch: Launch) -> None:
         ValueError: something on this machine prevents it.
     """
     checks.check_now(launch.settings, launch.flags)
+    os.environ.update(launch.env)
     logs.configure("server")
     logger.info("starting vLLM with %s; until the model is loaded it says little", launch.argv[4])
-    os.environ.update(launch.env)
     if launch.workers is not None:
         os.environ.update(start_early(launch.workers))
     os.execvp(launch.argv[0], launch.argv)

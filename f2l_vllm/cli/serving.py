@@ -38,7 +38,7 @@ _READING = ("max_frames", "fps", "chunk_seconds", "chunk_frames", "max_chunks", 
 _FLAGS = (
     *(*_MAKING, "queue_limit", *_READING),
     *("home", "store", "database_url", "cache_bytes", "hot_bytes", "warm_adapters", "tenants"),
-    *("console", "log_level", "shutdown_seconds"),
+    *("console", "log_level", "log_format", "shutdown_seconds"),
 )
 
 
@@ -79,7 +79,7 @@ def _lower(given: str | None) -> str | None:
     return None if given is None else given.lower()
 
 
-_MORE = {"tenants": {"callback": _tenants}, "log_level": {"callback": _lower}}
+_MORE = {"tenants": {"callback": _tenants}, "log_level": {"callback": _lower}, "log_format": {"callback": _lower}}
 
 
 def _launch(

@@ -34,6 +34,7 @@ from f2l_vllm.server.middleware.ending import Ending, LastWords  # noqa: E402
 from f2l_vllm.server.middleware.faults import Faults  # noqa: E402
 from f2l_vllm.server.middleware.lingering import Lingering  # noqa: E402
 from f2l_vllm.server.middleware.load import Load  # noqa: E402
+from f2l_vllm.server.middleware.request_ids import RequestIds  # noqa: E402
 from f2l_vllm.server.tenants import Keys  # noqa: E402
 from f2l_vllm.server.videos.routes import router  # noqa: E402
 from f2l_vllm.server.videos.service import VideoService  # noqa: E402
@@ -139,6 +140,7 @@ class F2LEndpointPlugin:
         always = [path for path in open_routes if path != "/ready"]
         pages = self._pages.paths if self._pages is not None else ()
         self._app.user_middleware[:0] = [
+            Middleware(RequestIds),
             *vllm_api.cors(self._app),  # a preflight has no key, and pages may read refusals
             Middleware(Load, load=load),
             Middleware(LastWords, ending=ending, always=always),

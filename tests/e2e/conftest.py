@@ -33,7 +33,12 @@ LINES = (
     ("pool/test_pool.py",),
     ("recipes/test_shipped_model.py",),
     ("server/test_leaks_over_http.py", "server/test_spans_over_http.py"),
-    ("server/test_catalog_keys.py", "server/test_lost_adapters_over_http.py", "server/test_merging_over_http.py"),
+    (
+        "server/test_catalog_keys.py",
+        "server/test_log_over_http.py",
+        "server/test_lost_adapters_over_http.py",
+        "server/test_merging_over_http.py",
+    ),
     ("recipes/test_stages.py",),
     ("server/test_history.py",),
     ("pool/test_pool_process.py",),

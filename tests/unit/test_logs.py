@@ -1,9 +1,11 @@
 """What is logged, and how; and that what is left out is what is meant."""
 
+import json
 import logging
 import os
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -124,6 +126,38 @@ def test_everybody_has_one_format(how, part, level):
     assert f"WARNING {part}: [py.warnings] <string>:" in told[4 + len(chatter)]
     assert f"ERROR {part}: failed" in told
     assert told[-1] == f"ERROR {part}: ZeroDivisionError: division by zero"
+
+
+JSON_PROGRAM = """
+import logging, sys
+from f2l_vllm import logs
+logs.configure("pool")
+logger = logging.getLogger("f2l_vllm.pool")
+logger.info("two\\nlines of %s", "é", extra={"video": 3})
+logs.request_id.set("r-1")
+logging.getLogger("uvicorn.access").info('%s - "%s %s HTTP/%s" %d', "127.0.0.1:5", "GET", "/v1/files", "1.1", 200)
+logging.getLogger("uvicorn.access").info('%s - "%s %s HTTP/%s" %d', "127.0.0.1:5", "GET", "/health", "1.1", 200)
+logging.getLogger("vllm.engine").info("chatter")
+try: 1 / 0
+except ZeroDivisionError: logger.exception("failed")
+"""
+
+
+def test_as_json_every_event_is_a_line_that_names_its_request():
+    env = {**os.environ, "F2L_LOG_FORMAT": "JSON"}
+    command = [sys.executable, "-c", JSON_PROGRAM]
+    said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stderr
+    first, access, failed = (json.loads(line) for line in said.splitlines())
+    times = [datetime.fromisoformat(line.pop("time")) for line in (first, access, failed)]
+    assert times == sorted(times)
+    assert times[0].utcoffset() == timedelta(0)
+    common = {"level": "INFO", "part": "pool"}
+    assert first == common | {"logger": "f2l_vllm.pool", "message": "two\nlines of é", "video": 3}
+    request = {"client": "127.0.0.1:5", "method": "GET", "path": "/v1/files", "status": 200, "request_id": "r-1"}
+    text = '127.0.0.1:5 - "GET /v1/files HTTP/1.1" 200'
+    assert access == common | request | {"logger": "uvicorn.access", "message": text}
+    assert (failed["level"], failed["message"], failed["request_id"]) == ("ERROR", "failed", "r-1")
+    assert failed["exception"].endswith("ZeroDivisionError: division by zero")
 
 
 def test_an_operators_own_logging_is_left_alone():

@@ -33,16 +33,18 @@ def default_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
 @pytest.fixture(scope="session")
 def other_server(hypernetwork_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Keys of the catalog; half of the visual tokens; adapters on disk only; its workers' methods can be called; it
-    stores responses."""
+    stores responses. Its log is JSON, with vLLM's requests in it."""
     home = tmp_path_factory.mktemp("other") / "home"
     merging = ("--video-pruning-rate", str(RATE), "--merge-rate", str(RATE))
     env = {
         "VLLM_ENABLE_RESPONSES_API_STORE": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_SERVER_DEV_MODE": "1",
         "F2L_EXTRA_ROUTES": "/collective_rpc",
         "F2L_HOT_BYTES": "0",
     }
-    flags, key = ("--tenants", "catalog", *merging), keys_of(home)("add", "news")
+    log = ("--log-format", "json", "--enable-log-requests")
+    flags, key = ("--tenants", "catalog", *merging, *log), keys_of(home)("add", "news")
     with Server(hypernetwork_model, home, *flags, api_key=key, env=env) as server:
         yield server
 
