@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from f2l_vllm import models, torch_shims
+from f2l_vllm.cli.options import api_url
 from f2l_vllm.cli.progress import progress, status
 from f2l_vllm.hypernetwork.locate import locate
 from f2l_vllm.video.reading import ReadingOptions
@@ -99,7 +100,7 @@ def ask_server(video: Path, question: str, url: str, api_key: str, max_tokens: i
 
     _check_question(question)
     try:
-        client = OpenAI(base_url=_api(url), api_key=api_key)
+        client = OpenAI(base_url=api_url(url), api_key=api_key)
         with status(console, "uploading and internalizing"):
             file = client.files.create(file=video, purpose="vision")
             file = client.files.wait_for_processing(file.id, poll_interval=0.2)
@@ -118,13 +119,6 @@ def ask_server(video: Path, question: str, url: str, api_key: str, max_tokens: i
 def _check_question(question: str) -> None:
     if not question.strip():
         raise typer.BadParameter("the question is empty: ask something")
-
-
-def _api(url: str) -> str:
-    """The URL of a server's API; adds the version if the given URL lacks it."""
-    from urllib.parse import urlsplit
-
-    return url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"
 
 
 def convert(checkpoint: str, output: Path, base_model: str | None, dtype: str | None) -> None:

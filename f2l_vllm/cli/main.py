@@ -98,6 +98,29 @@ def ask(
 
 
 @app.command()
+def upload(
+    sources: Annotated[list[str], typer.Argument(help="Videos, folders with videos, or patterns in quotes.")],
+    url: Annotated[str, typer.Option(help="The server, e.g. http://127.0.0.1:8000/v1.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", dir_okay=False, help="The manifest; default: standard output.")
+    ] = None,
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Its API key.")] = "none",
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Videos sent at a time.")] = 8,
+    wait: Annotated[bool, typer.Option("--wait", help="Until every video is processed.")] = False,
+    expires_after: Annotated[
+        int | None, typer.Option(min=3600, max=2592000, help="Seconds after which the files go; default: never.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Send many videos to a running server, each once; a line of JSON for each says its file id. Goes on where it was
+    stopped."""
+    from f2l_vllm.cli.upload import upload as run
+
+    keep(output, overwrite=overwrite)
+    run(sources, url, api_key, output, parallel, wait, expires_after)
+
+
+@app.command()
 def convert(
     checkpoint: Annotated[str, typer.Argument(help="Released .pt file, directory, or hub id.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write; must not exist.")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from annotated_types import Ge, Gt
@@ -49,3 +50,8 @@ ChunkSeconds = Annotated[float | None, sets("chunk_seconds")]
 ChunkFrames = Annotated[int | None, sets("chunk_frames")]
 MaxChunks = Annotated[int, sets("max_chunks")]
 MergeRate = Annotated[float, sets("merge_rate")]
+
+
+def api_url(url: str) -> str:
+    """The URL of a server's API; adds the version if the given URL lacks it."""
+    return url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"

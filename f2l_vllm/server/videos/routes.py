@@ -244,7 +244,11 @@ def file_object(record: FileRecord, adapter: AdapterRecord | None, why: str | No
     """
     shown = {VideoState.PROCESSED: "processed", VideoState.ERROR: "error"}.get(record.state, "uploaded")
     details: dict[str, Any] = {"stage": record.state.value, "progress": round(record.progress, 3)}
-    details |= {"pinned": record.pinned, "last_used_at": record.last_used_at and int(record.last_used_at)}
+    details |= {
+        "sha256": record.sha256,
+        "pinned": record.pinned,
+        "last_used_at": record.last_used_at and int(record.last_used_at),
+    }
     if why is not None and record.state is VideoState.UPLOADED:
         details["waits_for"] = why
     if adapter is not None:

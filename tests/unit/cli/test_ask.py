@@ -6,9 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from f2l_vllm import models
-from f2l_vllm.cli.local import _api
 from f2l_vllm.cli.main import app
-from f2l_vllm.cli.options import video_file
+from f2l_vllm.cli.options import api_url, video_file
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.video.probe import probe
 
@@ -41,8 +40,8 @@ def test_an_empty_question_is_refused(video: Path, url: tuple[str, ...]) -> None
 
 def test_a_server_is_named_with_or_without_the_version_of_its_api() -> None:
     for url in ("http://a:8000", "http://a:8000/", "http://a:8000/v1", "http://a:8000/v1/"):
-        assert _api(url).rstrip("/") == "http://a:8000/v1"
-    assert _api("https://a/behind/a/proxy/v1") == "https://a/behind/a/proxy/v1"
+        assert api_url(url).rstrip("/") == "http://a:8000/v1"
+    assert api_url("https://a/behind/a/proxy/v1") == "https://a/behind/a/proxy/v1"
 
 
 def test_the_sample_is_a_video_that_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
