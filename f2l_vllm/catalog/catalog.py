@@ -166,6 +166,7 @@ class Catalog(Adoption, Duties, Jobs, Keys, Published, Servers, Tombstones):
                 queue_limit=queue_limit,
                 tenant=upload.tenant,
                 tenant_limit=tenant_limit,
+                trace=upload.trace,
             )
             return file_record(row)
 

@@ -77,7 +77,10 @@ class Jobs(Database):
                 self._turn += 1
                 self._turns[tenant] = self._turn
             copies = {row.sha256: _generation(connection, row.sha256) or "" for row, _ in rows}
-            return [Job(row.adapter_name, row.sha256, row.attempts + 1, copies[row.sha256], token) for row, _ in rows]
+            return [
+                Job(row.adapter_name, row.sha256, row.attempts + 1, copies[row.sha256], token, row.trace)
+                for row, _ in rows
+            ]
 
     def _in_turns(self, connection: Connection, limit: int) -> list[tuple[Row[Any], str | None]]:
         """Up to `limit` waiting jobs in the order of their turns, each once, with the tenant whose turn it is.

@@ -135,6 +135,7 @@ jobs = Table(
     Column("background", Boolean, nullable=False, server_default=false()),  # nobody waits for it
     Column("pool", String(64)),  # the pool that runs it
     Column("token", String(32)),  # the attempt that runs, and no other, may say what becomes of it
+    Column("trace", String(64)),  # `traceparent` of the upload that asked for it; null: it was not traced
     Column("created_at", Float, nullable=False),
     sqlite_autoincrement=True,
 )
@@ -225,6 +226,7 @@ class Upload:
         pinned: it does not expire, and its adapter stays in the hot set.
         from_address: it was named by an address. A tenant has one such file for the same bytes: if there is one, it
             is the file, unless it is `instead_of`.
+        trace: the `traceparent` that its job goes on with.
     """
 
     tenant: str
@@ -237,6 +239,7 @@ class Upload:
     pinned: bool = False
     from_address: bool = False
     instead_of: str | None = None
+    trace: str | None = None
 
 
 @dataclass(frozen=True)
@@ -310,6 +313,7 @@ class Job:
         attempts: how many there were, this one included.
         generation: the copy of the video's bytes to read.
         token: identifies this attempt.
+        trace: the `traceparent` of the upload that asked for it.
     """
 
     adapter_name: str
@@ -317,6 +321,7 @@ class Job:
     attempts: int
     generation: str = ""
     token: str = ""
+    trace: str | None = None
 
     @property
     def object(self) -> str:

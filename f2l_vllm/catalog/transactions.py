@@ -48,7 +48,9 @@ _STANDING = select(
     _WAITING.scalar_subquery(),
     PRESENT.scalar_subquery(),
 )
-_JOB = (jobs.c.adapter_name, jobs.c.sha256, jobs.c.running, jobs.c.attempts, jobs.c.background, jobs.c.created_at)
+_JOB = tuple(
+    jobs.c[name] for name in ("adapter_name", "sha256", "running", "attempts", "background", "created_at", "trace")
+)
 _NEW_JOB = select(*(bindparam(column.name, type_=column.type) for column in _JOB))
 _ROOM = _WAITING.scalar_subquery() < bindparam("queue_limit")
 _SHARE = _THEIRS.scalar_subquery() < bindparam("tenant_limit")
@@ -211,6 +213,7 @@ def ensure_job(
     queue_limit: int | None = None,
     tenant: str | None = None,
     tenant_limit: int | None = None,
+    trace: str | None = None,
 ) -> None:
     """Enter a job for an adapter unless it has one or is published.
 
@@ -235,6 +238,7 @@ def ensure_job(
         "attempts": job_attempts - 1 if found.is_poisonous else 0,
         "background": False,
         "created_at": moment(connection),
+        "trace": trace,
     }
     if queue_limit is None:
         connection.execute(_ENTER_JOB, values)

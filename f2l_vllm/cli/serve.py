@@ -15,7 +15,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from f2l_vllm import logs, models
+from f2l_vllm import logs, models, tracing
 from f2l_vllm.cli import checks
 from f2l_vllm.cpu.plugin import check_mode, engine_method, openmp_defaults
 from f2l_vllm.engine import defaults, flags
@@ -86,6 +86,9 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
     }
     server_keys = [os.environ.get("VLLM_API_KEY", ""), *(["given"] if "--api-key" in given else [])]
     Keys([key for key in server_keys if key], chosen.tenants)  # raises if the keys cannot work
+    collector = getattr(chosen_flags, "otlp_traces_endpoint", None) or os.environ.get(tracing.ENDPOINT)
+    if collector:
+        usual["--otlp-traces-endpoint"] = [collector]
     argv = [sys.executable, "-m", "f2l_vllm.engine", "serve", str(directory), *words]
     for flag, values in usual.items():
         if flag not in given:
@@ -100,6 +103,7 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
         ),
         "RAY_USAGE_STATS_ENABLED": "0",
         **logs.environment(os.environ, words),
+        **(tracing.environment(os.environ, collector) if collector else {}),
         **openmp_defaults(os.environ),
         **({} if gpus else engine_method(os.environ)),
     }

@@ -25,6 +25,7 @@ from f2l_vllm.catalog.notices import JOBS, JOBS_SECONDS
 from f2l_vllm.catalog.tables import Job
 from f2l_vllm.catalog.tombstones import LOST
 from f2l_vllm.pool.messages import Cancelled, Event, Failed, Outcome, Progress, WorkerInfo
+from f2l_vllm.pool.trail import Trail
 from f2l_vllm.store.errors import Unavailable
 from f2l_vllm.store.store import Store
 
@@ -97,6 +98,7 @@ class Lane(threading.Thread):
         self._lively_until = 0.0
         if work.listener is not None:
             work.listener.on(JOBS, self.wake)
+        self._trail = Trail()
         self.info: WorkerInfo | None = None
         self.why = ""
 
@@ -222,6 +224,7 @@ class Lane(threading.Thread):
         try:
             for name, event in self._events(jobs):
                 self._work.on_event(event)
+                self._trail.note(jobs[name], event)
                 if isinstance(event, Progress):
                     self._show(jobs[name], event)
                 else:
@@ -246,6 +249,8 @@ class Lane(threading.Thread):
                 self._work.stopping.wait(_RESTART_SECONDS)
             for name in list(jobs):
                 self._fail_attempt(jobs.pop(name), error)
+        finally:
+            self._trail.end()
 
     def _show(self, job: Job, progress: Progress) -> None:
         try:

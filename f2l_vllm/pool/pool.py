@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from f2l_vllm import tracing
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.listener import Listener, listen
 from f2l_vllm.files import lasting_name
@@ -173,6 +174,7 @@ def open_pool(
     Raises:
         Unavailable: catalog or store cannot be opened.
     """
+    tracing.start("pool")
     catalog = Catalog(settings.catalog_url, busy_seconds=_BUSY_SECONDS)
     catalog.revision = revision
     hot_bytes = settings.hot_bytes if config.keeps else 0

@@ -22,7 +22,7 @@ from f2l_vllm import torch_shims
 
 torch_shims.install()
 
-from f2l_vllm import logs, models  # noqa: E402  (torchvision must be importable first)
+from f2l_vllm import logs, models, tracing  # noqa: E402  (torchvision must be importable first)
 from f2l_vllm.server import assembly, vllm_api, vllm_errors  # noqa: E402
 from f2l_vllm.server.chat.grammars import Grammars  # noqa: E402
 from f2l_vllm.server.console import routes as console  # noqa: E402
@@ -35,6 +35,7 @@ from f2l_vllm.server.middleware.faults import Faults  # noqa: E402
 from f2l_vllm.server.middleware.lingering import Lingering  # noqa: E402
 from f2l_vllm.server.middleware.load import Load  # noqa: E402
 from f2l_vllm.server.middleware.request_ids import RequestIds  # noqa: E402
+from f2l_vllm.server.middleware.traced import Traced  # noqa: E402
 from f2l_vllm.server.tenants import Keys  # noqa: E402
 from f2l_vllm.server.videos.routes import router  # noqa: E402
 from f2l_vllm.server.videos.service import VideoService  # noqa: E402
@@ -142,6 +143,7 @@ class F2LEndpointPlugin:
         self._app.user_middleware[:0] = [
             Middleware(RequestIds),
             *vllm_api.cors(self._app),  # a preflight has no key, and pages may read refusals
+            *([Middleware(Traced)] if tracing.is_on() else []),
             Middleware(Load, load=load),
             Middleware(LastWords, ending=ending, always=always),
             Middleware(Lingering),

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+from f2l_vllm import tracing
 from f2l_vllm.catalog.tables import AdapterRecord, Tombstone
 from f2l_vllm.server import metrics, vllm_api
 from f2l_vllm.server.errors import APIError, adapter_unavailable
@@ -196,14 +197,15 @@ class Registry:
             # A deletion from here on waits for this entry; an adapter that was deleted earlier is not loaded.
             if not await asyncio.to_thread(self._wanted, name):
                 raise AdapterLost(f"the adapter {name} was deleted a moment ago")
-            entry.request.lora_path = await self._path(name)
-            await self._take_place()
-            await asyncio.sleep(0)  # the eviction goes first: the engine has no spare place
-            try:
-                await self._add(entry)
-            except BaseException:
-                self._give_place()
-                raise
+            with tracing.span("load", adapter=name):
+                entry.request.lora_path = await self._path(name)
+                await self._take_place()
+                await asyncio.sleep(0)  # the eviction goes first: the engine has no spare place
+                try:
+                    await self._add(entry)
+                except BaseException:
+                    self._give_place()
+                    raise
         except BaseException:
             del self._entries[name]  # the next question starts a new load
             if entry.doomed:

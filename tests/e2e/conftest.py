@@ -37,6 +37,7 @@ LINES = (
     (
         "server/test_catalog_keys.py",
         "server/test_log_over_http.py",
+        "server/test_traces_over_http.py",
         "server/test_lost_adapters_over_http.py",
         "server/test_merging_over_http.py",
     ),

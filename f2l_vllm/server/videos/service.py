@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from f2l_vllm import tracing
 from f2l_vllm.catalog.catalog import Catalog, QueueFull, QuotaExceeded
 from f2l_vllm.catalog.listener import Listener
 from f2l_vllm.catalog.states import IN_WORK, VideoState
@@ -87,7 +89,7 @@ class VideoService:
         """
         add = functools.partial(
             self.catalog.add_file,
-            upload,
+            replace(upload, trace=tracing.traceparent()),
             self._revisions.name(upload.sha256),
             queue_limit=self.settings.queue_limit,
             tenant_limit=self.settings.tenant_queue_limit,

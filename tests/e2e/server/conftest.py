@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from f2l_vllm.cli.main import app
+from tests.support.collector import Collector
 from tests.support.server import Server
 
 CHUNK_SECONDS = 8
@@ -31,9 +32,19 @@ def default_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
 
 
 @pytest.fixture(scope="session")
-def other_server(hypernetwork_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def collector() -> Iterator[Collector]:
+    """Has the spans of `other_server`."""
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
+@pytest.fixture(scope="session")
+def other_server(
+    hypernetwork_model: Path, tmp_path_factory: pytest.TempPathFactory, collector: Collector
+) -> Iterator[Server]:
     """Keys of the catalog; half of the visual tokens; adapters on disk only; its workers' methods can be called; it
-    stores responses. Its log is JSON, with vLLM's requests in it."""
+    stores responses. Its log is JSON, with vLLM's requests in it, and its spans are collected."""
     home = tmp_path_factory.mktemp("other") / "home"
     merging = ("--video-pruning-rate", str(RATE), "--merge-rate", str(RATE))
     env = {
@@ -42,6 +53,7 @@ def other_server(hypernetwork_model: Path, tmp_path_factory: pytest.TempPathFact
         "VLLM_SERVER_DEV_MODE": "1",
         "F2L_EXTRA_ROUTES": "/collective_rpc",
         "F2L_HOT_BYTES": "0",
+        **collector.environment,
     }
     log = ("--log-format", "json", "--enable-log-requests")
     flags, key = ("--tenants", "catalog", *merging, *log), keys_of(home)("add", "news")

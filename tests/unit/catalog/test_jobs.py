@@ -203,3 +203,11 @@ def test_the_work_in_the_database_does_not_grow_with_the_queue(tmp_path):
         taken[entered] = instructions[0]
     catalog.close()
     assert 0 < taken[5000] < 3 * taken[50]
+
+
+def test_a_job_carries_the_trace_of_the_upload_that_asked_for_it(catalog):
+    traced = f"00-{'a' * 32}-{'b' * 16}-01"
+    add(catalog, "f2l-a", "a", trace=traced)
+    add(catalog, "f2l-a", "a", trace=f"00-{'c' * 32}-{'d' * 16}-01")  # waits for the same job
+    add(catalog, "f2l-b", "b")
+    assert {job.adapter_name: job.trace for job in catalog.claim_jobs(9)} == {"f2l-a": traced, "f2l-b": None}

@@ -4,7 +4,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from f2l_vllm import models
+from f2l_vllm import models, tracing
 from f2l_vllm.cli import checks
 from f2l_vllm.cli.main import app
 from f2l_vllm.cli.serve import PLUGINS, plan
@@ -35,6 +35,21 @@ def test_idle_connections_outlive_a_clients_use_of_them_unless_told_otherwise(hy
     assert seconds() > httpx.Limits().keepalive_expiry
     monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "3")
     assert seconds() == 3
+
+
+def test_a_collector_of_spans_is_named_by_a_flag_or_a_variable_for_all_processes(hypernetwork_model, monkeypatch):
+    for name in (tracing.ENDPOINT, tracing.SERVICE):
+        monkeypatch.delenv(name, raising=False)
+    silent = plan(str(hypernetwork_model), {}, [])
+    assert not any("otlp" in word for word in silent.argv)
+    assert tracing.ENDPOINT not in silent.env
+    by_flag = plan(str(hypernetwork_model), {}, ["--otlp-traces-endpoint", "http://a:4317"])
+    monkeypatch.setenv(tracing.ENDPOINT, "http://a:4317")
+    monkeypatch.setenv(tracing.SERVICE, "mine")
+    by_variable = plan(str(hypernetwork_model), {}, [])
+    for launch, service in ((by_flag, "f2l-vllm"), (by_variable, "mine")):
+        assert flag(launch.argv, "--otlp-traces-endpoint") == launch.env[tracing.ENDPOINT] == "http://a:4317"
+        assert launch.env[tracing.SERVICE] == service
 
 
 def test_what_the_user_says_wins(hypernetwork_model):
