@@ -80,7 +80,7 @@ class Forgetting:
             if name.startswith(ADAPTER_PREFIX):
                 await self._forget_adapter(name, self._seen)
             else:
-                await self._forget_video(name)
+                await asyncio.to_thread(self._forget_video, name)
         if gone:
             logger.info("%d adapters and videos were deleted while this server was away, and are forgotten", len(gone))
         self._has_joined = True
