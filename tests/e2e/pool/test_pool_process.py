@@ -1,11 +1,10 @@
-"""The pool as a process of its own: it is replaced when it dies, and it dies with its server."""
+"""The pool as a process of its own: its workers and it are replaced when they die."""
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import ray
 
 from f2l_vllm.catalog.states import VideoState
@@ -15,7 +14,7 @@ from f2l_vllm.pool.messages import WorkerSpec
 from f2l_vllm.pool.pool import Pool
 from f2l_vllm.pool.supervisor import PoolProcess
 from f2l_vllm.store.store import Store
-from tests.e2e.pool.test_pool import WAIT_SECONDS, Bench, hanging_decoders, until
+from tests.e2e.pool.test_pool import Bench, hanging_decoders, until
 from tests.support.videos import write_video
 
 
@@ -44,75 +43,85 @@ def programs_of(pool):
     return {Path(word).name for command in words for word in command if word.endswith(".py")}
 
 
-def test_a_killed_pool_is_replaced_and_a_stopped_one_leaves_nothing(tmp_path, hypernetwork_model, monkeypatch):
-    home = tmp_path / "home"
+class Served:
+    """A pool as a server has it, whose jobs have one attempt of some seconds; a bench for its catalog and store."""
+
+    def __init__(self, home, model):
+        self.bench = Bench(home, model)  # its own pool is never started
+        self.bench.catalog.appoint("r")
+        self.outcomes = []
+        self.pool = PoolProcess(self.bench.spec, "r", lambda *outcome: self.outcomes.append(outcome))
+        self.pool.start()
+
+    @property
+    def pid(self):
+        return self.pool._process.pid
+
+    def make(self, clip, name):
+        """An adapter; the worker then has a decoder."""
+        self.bench.wait(self.bench.add(clip, name=name), VideoState.PROCESSED)
+
+    def failed(self, record):
+        """Why a video has ended as an error; its file is removed."""
+        found = self.bench.wait(record, VideoState.ERROR)
+        self.bench.catalog.remove_file(record.id, "t")
+        assert found.error_code == "internalization_failed"
+        return found.error_message
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, hypernetwork_model):
+    home = tmp_path_factory.mktemp("served") / "home"
     home.mkdir()
-    monkeypatch.setenv("F2L_HOME", str(home))
-    monkeypatch.setenv("F2L_JOB_ATTEMPTS", "1")
-    bench = Bench(home, hypernetwork_model)  # for its catalog and store; its own pool is never started
-    bench.catalog.appoint("r")
-    outcomes = []
-    pool = PoolProcess(bench.spec, "r", lambda outcome, seconds: outcomes.append((outcome, seconds)))
-    pool.start()
-    try:
-        until(lambda: pool.workers == 1)
-        first = pool._process.pid
-        assert not {"monitor.py", "log_monitor.py", "dashboard.py"} & programs_of(first)
-        clip = write_video(tmp_path / "a.mp4")
-        bench.wait(bench.add(clip, name="f2l-first"), VideoState.PROCESSED)
-        with hanging_decoders(*workers_of(first)):
-            poison = bench.add(clip, name="f2l-poison")
-            bench.wait(poison, VideoState.DECODING)
-            os.kill(first, signal.SIGKILL)  # as a video would that takes the whole machine's memory
-        # Not tried again by the next pool: it has cost all its attempts.
-        assert bench.wait(poison, VideoState.ERROR).error_code == "internalization_failed"
-        assert not session(first)  # Ray and the workers of the first
-        record = bench.add(clip)
-        bench.wait(record, VideoState.PROCESSED)
-        second = pool._process.pid
-        assert second != first
-        until(lambda: len(outcomes) == 3)
-        assert [outcome for outcome, _ in outcomes] == ["published", "failed", "published"]
-        assert outcomes[2][1]["decode"] > 0
-    finally:
-        pool.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"F2L_HOME": home, "F2L_JOB_ATTEMPTS": 1, "F2L_JOB_SECONDS": 10}.items():
+            patch.setenv(name, str(value))
+        served = Served(home, hypernetwork_model)
+        yield served
+        served.pool.stop()
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("clip") / "a.mp4")
+
+
+def test_a_video_that_keeps_costing_workers_ends_as_an_error(served, clip):
+    """One attempt and no more, also when the same bytes come again; other videos become ready."""
+    served.make(clip, "f2l-first")
+    with hanging_decoders(*workers_of(served.pid)):
+        assert "1 attempts" in served.failed(served.bench.add(clip, name="f2l-poison"))
+    served.make(clip, "f2l-second")
+    (worker,) = workers_of(served.pid)
+    with hanging_decoders(worker):
+        again = served.bench.add(clip, name="f2l-poison")
+        served.bench.wait(again, VideoState.DECODING)
+        os.kill(worker, signal.SIGKILL)
+        assert "1 attempts" in served.failed(again)
+    served.make(clip, "f2l-third")
+    assert served.bench.catalog.counts()[1:] == (0, 0)
+
+
+def test_a_killed_pool_is_replaced_and_a_stopped_one_leaves_nothing(served, clip):
+    """The module's last use of it."""
+    first = served.pid
+    served.make(clip, "f2l-before")
+    assert not {"monitor.py", "log_monitor.py", "dashboard.py"} & programs_of(first)
+    served.outcomes.clear()
+    with hanging_decoders(*workers_of(first)):
+        poison = served.bench.add(clip, name="f2l-poison")
+        served.bench.wait(poison, VideoState.DECODING)
+        os.kill(first, signal.SIGKILL)  # as a video would that takes the whole machine's memory
+    served.failed(poison)  # not tried again by the next pool: it has cost all its attempts
+    assert not session(first)  # Ray and the workers of the first
+    served.make(clip, "f2l-after")
+    second = served.pid
+    assert second != first
+    until(lambda: len(served.outcomes) == 2)
+    assert [outcome for outcome, _ in served.outcomes] == ["failed", "published"]
+    assert served.outcomes[1][1]["decode"] > 0
+    served.pool.stop()
     until(lambda: not session(first) and not session(second))
-
-
-def test_a_pool_whose_server_is_gone_stops(tmp_path, hypernetwork_model):
-    home = tmp_path / "home"
-    home.mkdir()
-    program = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from f2l_vllm.pool.messages import WorkerSpec\n"
-        "from f2l_vllm.pool.supervisor import PoolProcess\n"
-        f"home, model = Path({str(home)!r}), Path({str(hypernetwork_model)!r})\n"
-        "spec = WorkerSpec(\n"
-        "    model=model, hypernetwork=model / 'hypernetwork', home=home, base_name='base', max_rank=64, threads=1\n"
-        ")\n"
-        "pool = PoolProcess(spec, 'r', lambda *_: None)\n"
-        "pool.start()\n"
-        f"end = time.monotonic() + {WAIT_SECONDS}\n"
-        "while not pool.workers and time.monotonic() < end:\n"
-        "    time.sleep(0.05)\n"
-        "sys.stdout.write(str(pool._process.pid if pool.workers else 0) + '\\n')\n"
-        "sys.stdout.flush()\n"
-        "if pool.workers:\n"
-        "    time.sleep(600)\n"
-    )
-    server = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "F2L_HOME": str(home)},
-    )
-    pool_pid = int(server.stdout.readline())
-    assert pool_pid, "no worker was ready in time"
-    assert len(session(pool_pid)) > 2  # Ray and the worker
-    server.kill()
-    server.wait()
-    until(lambda: not session(pool_pid))
 
 
 def test_the_server_hears_why_no_worker_is_ready(tmp_path):

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -88,9 +87,9 @@ class Site:
             process.wait()
 
 
-@pytest.fixture
-def site(tmp_path, hypernetwork_model):
-    site = Site(tmp_path, hypernetwork_model)
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, hypernetwork_model):
+    site = Site(tmp_path_factory.mktemp("site"), hypernetwork_model)
     yield site
     site.catalog.close()
 
@@ -105,72 +104,83 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_workers_finish_the_video_in_work_when_told_to_stop_and_leave_nothing(site):
-    url = f"http://127.0.0.1:{(port := free_port())}"
+@pytest.fixture(scope="module")
+def url():
+    """Where the first program says how it is."""
+    return f"http://127.0.0.1:{free_port()}"
+
+
+@pytest.fixture(scope="module")
+def one(site, url):
+    with site.run("one", "--port", url.rpartition(":")[2]) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def two(site):
+    with site.run("two") as process:
+        yield process
+
+
+def test_workers_say_how_they_are_and_keep_nothing(site, one, url):
     first = site.upload("first")
-    with site.run("one", "--port", str(port)) as process:
-        until(lambda: site.state(first) is VideoState.PROCESSED)
-        assert [httpx.get(url + path).status_code for path in ("/health", "/ready", "/other")] == [200, 200, 404]
-        assert 'f2l_internalized_total{outcome="published"} 1.0' in httpx.get(f"{url}/metrics").text
-        assert left(site.folder / "one") == []
-        site.catalog.appoint("another revision")
-        until(lambda: httpx.get(f"{url}/ready").status_code == 503)
-        assert "make nothing" in httpx.get(f"{url}/ready").text
-        site.catalog.appoint(site.workers.revision)
-        until(lambda: httpx.get(f"{url}/ready").status_code == 200)
-        with hanging_decoders(*workers_of(process.pid)):
-            in_work = site.upload("second", frames=30)
-            until(lambda: site.state(in_work) is VideoState.DECODING)
-            waiting = site.upload("third", frames=40)
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C, to Ray as well
-            time.sleep(1.5)
-            assert process.poll() is None
-            assert httpx.get(f"{url}/health").status_code == 200
-        assert process.wait(60) == 0
-        said = site.log("one").read_text().splitlines()
-        assert ["told to stop" in said[-2], said[-1].endswith("stopped")] == [True, True]
-        assert [site.state(record) for record in (in_work, waiting)] == [VideoState.PROCESSED, VideoState.UPLOADED]
-        until(lambda: not session(process.pid))
+    until(lambda: site.state(first) is VideoState.PROCESSED)
+    assert [httpx.get(url + path).status_code for path in ("/health", "/ready", "/other")] == [200, 200, 404]
+    assert 'f2l_internalized_total{outcome="published"} 1.0' in httpx.get(f"{url}/metrics").text
     assert left(site.folder / "one") == []
-    assert site.catalog.claim_jobs(9)[0].attempts == 1
+    site.catalog.appoint("another revision")
+    until(lambda: httpx.get(f"{url}/ready").status_code == 503)
+    assert "make nothing" in httpx.get(f"{url}/ready").text
+    site.catalog.appoint(site.workers.revision)
+    until(lambda: httpx.get(f"{url}/ready").status_code == 200)
 
 
-def test_workers_that_are_told_twice_let_go_of_the_video_in_work(site):
-    first = site.upload("first")
-    with site.run("one") as process:
-        until(lambda: site.state(first) is VideoState.PROCESSED)
-        with hanging_decoders(*workers_of(process.pid)):
-            in_work = site.upload("second", frames=30)
-            until(lambda: site.state(in_work) is VideoState.DECODING)
-            process.send_signal(signal.SIGTERM)
-            until(lambda: "told to stop" in site.log("one").read_text())
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 0
-    assert site.state(in_work) is VideoState.UPLOADED
-    assert site.catalog.claim_jobs(9)[0].attempts == 1  # it was not the video's fault
-    assert left(site.folder / "one") == []
-
-
-def test_a_machine_that_stood_still_changes_nothing_when_it_goes_on(site):
-    first = site.upload("first")
-    with site.run("one") as one:
-        until(lambda: site.state(first) is VideoState.PROCESSED)
-        (worker,) = workers_of(one.pid)
-        (decoder,) = decoders(worker)
-        os.kill(decoder, signal.SIGSTOP)
-        record = site.upload("second", frames=30)
-        until(lambda: site.state(record) is VideoState.DECODING)
-        frozen = session(one.pid)
-        for pid in frozen:
-            os.kill(pid, signal.SIGSTOP)
-        with site.run("two"):
-            until(lambda: site.state(record) is VideoState.PROCESSED)
-            (published,) = site.published() - {path for path in site.published() if path.startswith("f2l-first")}
-            for pid in frozen:
-                os.kill(pid, signal.SIGCONT)
-            until(lambda: len(workers_of(one.pid)) == 1 and left(site.folder / "one") == [])
-            again = site.upload("third", frames=40)
-            until(lambda: site.state(again) is VideoState.PROCESSED)
-            site.tidy()
+def test_a_machine_that_stood_still_changes_nothing_when_it_goes_on(site, one, request):
+    (worker,) = workers_of(one.pid)
+    (decoder,) = decoders(worker)
+    os.kill(decoder, signal.SIGSTOP)
+    record = site.upload("second", frames=30)
+    until(lambda: site.state(record) is VideoState.DECODING)
+    frozen = session(one.pid)
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    request.getfixturevalue("two")
+    until(lambda: site.state(record) is VideoState.PROCESSED)
+    (published,) = site.published() - {path for path in site.published() if path.startswith("f2l-first")}
+    for pid in frozen:
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: len(workers_of(one.pid)) == 1 and left(site.folder / "one") == [])
+    again = site.upload("third", frames=40)
+    until(lambda: site.state(again) is VideoState.PROCESSED)
+    site.tidy()
     assert {name for name in site.published() if name.startswith("f2l-second")} == {published}
     assert site.catalog.adapter("f2l-second").object == published
+
+
+def test_workers_told_to_stop_finish_the_video_in_work_and_told_twice_let_it_go(site, one, two, url):
+    """The last use of both."""
+    done = 0
+    while len(decoders(*workers_of(one.pid), *workers_of(two.pid))) < 2:  # one is started with a first video
+        for record in [site.upload(f"more-{done}-{number}", frames=50 + 2 * done + number) for number in range(2)]:
+            until(lambda record=record: site.state(record) is VideoState.PROCESSED)
+        done += 1
+    with hanging_decoders(*workers_of(one.pid), *workers_of(two.pid)):
+        in_work = [site.upload(f"in-work-{number}", frames=20 + number) for number in range(2)]
+        until(lambda: {site.state(record) for record in in_work} == {VideoState.DECODING})
+        waiting = site.upload("waiting", frames=40)
+        os.killpg(one.pid, signal.SIGINT)  # as a terminal's Ctrl-C, to Ray as well
+        two.send_signal(signal.SIGTERM)
+        until(lambda: all("told to stop" in site.log(name).read_text() for name in ("one", "two")))
+        two.send_signal(signal.SIGTERM)
+        assert two.wait(60) == 0
+        assert one.poll() is None
+        assert httpx.get(f"{url}/health").status_code == 200
+    assert one.wait(60) == 0
+    said = site.log("one").read_text().splitlines()
+    assert ["told to stop" in said[-2], said[-1].endswith("stopped")] == [True, True]
+    finished, let_go = sorted(in_work, key=lambda record: site.state(record) is VideoState.UPLOADED)
+    assert site.state(finished) is VideoState.PROCESSED
+    assert [site.state(record) for record in (let_go, waiting)] == [VideoState.UPLOADED] * 2
+    assert {job.attempts for job in site.catalog.claim_jobs(9)} == {1}  # to let it go was not the video's fault
+    until(lambda: not session(one.pid))
+    assert left(site.folder / "one") == left(site.folder / "two") == []
