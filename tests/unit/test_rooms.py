@@ -4,8 +4,6 @@ import re
 import subprocess
 import sys
 
-import pytest
-
 from tests.support import ROOT
 
 HEAVY = {"torch", "transformers", "vllm", "ray", "fastapi"}
@@ -20,21 +18,24 @@ LIGHT = [
 ]
 
 
-@pytest.mark.parametrize("module", LIGHT)
-def test_what_is_asked_before_anything_is_loaded_loads_nothing_heavy(module):
-    assert HEAVY.isdisjoint(loaded_by(module))
+def test_what_is_asked_before_anything_is_loaded_loads_nothing_heavy():
+    assert {module: HEAVY & set(loaded) for module, loaded in loaded_by(*LIGHT).items()} == {
+        module: set() for module in LIGHT
+    }
 
 
 def test_the_pools_process_leaves_the_models_to_its_workers():
-    loaded = loaded_by("f2l_vllm.pool.pool")
+    (loaded,) = loaded_by("f2l_vllm.pool.pool").values()
     assert "ray" in loaded
     assert {"torch", "transformers"}.isdisjoint(loaded)
 
 
-def loaded_by(module):
-    program = f"import sys, {module}; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert module in loaded
+def loaded_by(*modules):
+    """What there is once each of these has been imported, one after the other."""
+    program = "import sys\n" + "".join(f"import {module}; print(*sys.modules)\n" for module in modules)
+    lines = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    loaded = dict(zip(modules, map(str.split, lines.splitlines()), strict=True))
+    assert all(module in found for module, found in loaded.items())
     return loaded
 
 

@@ -1,9 +1,10 @@
 """Writers beside each other, over a few videos that all of them upload, make, delete and let expire."""
 
 import random
+import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from sqlalchemy import func, select
 
@@ -14,7 +15,7 @@ from f2l_vllm.catalog.tombstones import VideoGone
 from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.errors import CatalogBusy
 
-SECONDS, WRITERS = 4.0, 6
+WRITERS, STEPS = 6, 120  # of each of them
 HASHES = [f"{number:064x}" for number in range(5)]
 TENANTS = ("alice", "bob")
 
@@ -62,14 +63,13 @@ def tidy(catalog, dice):
 
 
 def test_nothing_is_lost_doubled_or_left(database_url):
-    done, heard = Counter(), {}
-    until = time.monotonic() + SECONDS
+    done, heard, ended = Counter(), {}, threading.Event()
 
     def write(number):
         catalog, dice = Catalog(database_url), random.Random(number)
         catalog.pool = f"pool-{number}"
         catalog.beat()
-        while time.monotonic() < until:
+        for _ in range(STEPS):
             step = dice.choices([enter, leave, work, tidy], [4, 4, 4, 1])[0]
             try:
                 done[step(catalog, dice)] += 1
@@ -79,17 +79,21 @@ def test_nothing_is_lost_doubled_or_left(database_url):
 
     def listen():
         """As a server that forgets what was deleted."""
-        catalog, seen = Catalog(database_url), 0
-        while time.monotonic() < until + 1:
+        catalog, seen, more = Catalog(database_url), 0, True
+        while more or not ended.is_set():
+            more = False
             for deletion in catalog.deletions_after(seen, 50):
                 heard[deletion.seq] = deletion
-                seen = deletion.seq
+                seen, more = deletion.seq, True
             time.sleep(0.002)
         catalog.close()
 
     with ThreadPoolExecutor(WRITERS + 1) as threads:
-        ends = [threads.submit(listen), *(threads.submit(write, number) for number in range(WRITERS))]
-        for end in ends:
+        listening = threads.submit(listen)
+        writing = [threads.submit(write, number) for number in range(WRITERS)]
+        wait(writing)
+        ended.set()
+        for end in (*writing, listening):
             end.result()
     assert min(done["entered"], done["left"], done["worked"], done["tidied"]) > 10, done
     assert done["busy"] == 0

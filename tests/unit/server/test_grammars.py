@@ -81,7 +81,8 @@ def children(process):
     return open(f"/proc/{process}/task/{process}/children").read().split()
 
 
-def test_what_is_tried_and_refused():
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_what_is_tried_and_refused_and_nothing_of_the_trying_process_is_left_to_the_garbage_collector():
     async def run():
         async with trying() as grammars:
             seen = {name: await refused(grammars, *given) for name, given in (FINE | BROKEN | SLOW).items()}
@@ -94,15 +95,6 @@ def test_what_is_tried_and_refused():
             started = time.monotonic()
             assert await refused(grammars, *SLOW["ambiguity"]) == "structured_output_too_complex"
             assert time.monotonic() - started < 0.05  # it is remembered
-
-    asyncio.run(run())  # fmt: skip
-
-
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_nothing_of_the_trying_process_is_left_to_the_garbage_collector():
-    async def run():
-        async with trying() as grammars:
-            assert await refused(grammars, *FINE["a regex"]) is None
             process = grammars._process
         assert process.returncode is not None
 
