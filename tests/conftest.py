@@ -12,11 +12,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a thread for each,
 
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # as in the pool's process
 
-from f2l_vllm import torch_shims
-
-torch_shims.install()
-
 gc.disable()  # while modules are imported: nearly all of it stays
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test module is imported; the process that only hands out tests needs no torch."""
+    if not config.getoption("numprocesses", None):
+        from f2l_vllm import torch_shims
+
+        torch_shims.install()
 
 
 def pytest_collection_finish() -> None:
