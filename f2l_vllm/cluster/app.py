@@ -16,6 +16,7 @@ from f2l_vllm.engine.defaults import HOST_ADAPTERS, SEQUENCES
 from f2l_vllm.settings import Settings
 
 _ROUTER: Any = "f2l_vllm.cluster.router:AffinityRouter"
+_HEALTH_SECONDS = 2.5  # longer than an engine takes to find that its server hangs; three such checks are less than 10 s
 _FRONT_REQUESTS = 4096  # at a time; engines queue questions, and refuse what is too much
 
 
@@ -38,7 +39,7 @@ def build(args: Args) -> Application:
     engines: Deployment = serve.deployment(
         name=ENGINE,
         health_check_period_s=1,
-        health_check_timeout_s=5,
+        health_check_timeout_s=_HEALTH_SECONDS,
         graceful_shutdown_timeout_s=grace,
         request_router_config=RequestRouterConfig(
             request_router_class=_ROUTER,

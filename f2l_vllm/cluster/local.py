@@ -108,6 +108,7 @@ def environment(home: Path, host: str) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # nobody joins: all of Ray listens on loopback
         "RAY_SERVE_ENABLE_HA_PROXY": str(int(host != LOOPBACK)),
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # a front that was killed: another one is asked
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": _DRAIN_SECONDS,
     }
     return {name: os.environ.get(name, value) for name, value in usual.items()}

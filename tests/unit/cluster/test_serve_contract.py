@@ -16,7 +16,7 @@ from ray.serve.deployment import Application
 from ray.serve.schema import ServeDeploySchema
 
 from f2l_vllm.cluster import engine, local, names
-from f2l_vllm.cluster.app import build
+from f2l_vllm.cluster.app import Args, build
 from f2l_vllm.cluster.engine_scaling import LoadPolicy
 from f2l_vllm.cluster.router import AffinityRouter
 from tests.support import ROOT
@@ -55,6 +55,15 @@ def test_a_replica_says_where_it_is_and_how_much_it_has_to_do():
 
 def test_a_replica_is_replaced_after_as_many_failed_checks_as_kill_its_server():
     assert constants.REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD == engine._STRIKES
+
+
+def test_an_engine_that_is_out_of_reach_is_given_up_within_10_s():
+    application = build(Args())
+    (engines,) = application._bound_deployment.init_args
+    deployment = engines._bound_deployment._deployment_config
+    assert deployment.health_check_timeout_s > engine._HEALTH_SECONDS
+    checks = constants.REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD * deployment.health_check_timeout_s
+    assert checks + 1.1 * deployment.health_check_period_s < 10  # Serve varies the period by a tenth
 
 
 def test_an_ingress_builds_its_app_in_the_replica():

@@ -5,6 +5,7 @@ import importlib.metadata
 import kubernetes_validate
 import pytest
 import yaml
+from ray._raylet import Config as RayConfig
 
 from f2l_vllm.settings import Settings, refuse_unknown
 from tests.unit.launch.test_kubernetes import LAUNCH, SPARE_SECONDS, VERSIONS, documents
@@ -43,6 +44,18 @@ def test_every_setting_exists_and_every_value_is_taken(pod):
     settings = {name: value for name, value in given.items() if name.startswith("F2L_")}
     assert Settings.read(settings).tenants == "catalog"
     assert pod["enableServiceLinks"] is False
+
+
+def test_rays_head_gives_up_a_node_that_has_vanished_within_10_s():
+    [head] = GROUPS["head"]["template"]["spec"]["containers"]
+    given = {entry["name"]: entry.get("value") for entry in head["env"]}
+    period, timeout, failures = (
+        int(given[f"RAY_health_check_{name}"]) for name in ("period_ms", "timeout_ms", "failure_threshold")
+    )
+    assert (period + timeout) * failures < 10_000
+    names = [name.removeprefix("RAY_") for name in given if name.startswith("RAY_health")]
+    assert all(hasattr(RayConfig, name) for name in names), "Ray 2.60 has these settings; this version does not"
+    assert all(f"{name}={given[name]}" in (LAUNCH / "cluster.yaml").read_text() for name in given if "health" in name)
 
 
 def test_pods_are_as_the_restricted_standard_of_kubernetes_wants_them(pod):
