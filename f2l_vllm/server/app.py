@@ -37,7 +37,7 @@ from f2l_vllm.server.middleware.load import Load  # noqa: E402
 from f2l_vllm.server.middleware.request_ids import RequestIds  # noqa: E402
 from f2l_vllm.server.middleware.traced import Traced  # noqa: E402
 from f2l_vllm.server.tenants import Keys  # noqa: E402
-from f2l_vllm.server.videos.routes import router  # noqa: E402
+from f2l_vllm.server.videos.part_routes import router  # noqa: E402
 from f2l_vllm.server.videos.service import VideoService  # noqa: E402
 from f2l_vllm.settings import CATALOG, Settings, listed  # noqa: E402
 

@@ -6,6 +6,7 @@ not listed does not exist.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from http import HTTPStatus
 
@@ -19,7 +20,7 @@ from f2l_vllm.server.tenants import Keys
 from f2l_vllm.server.videos.routes import router
 from f2l_vllm.store.errors import Unavailable
 
-UPLOAD_ROUTE = "/v1/files"  # reads its own body as a stream, with its own cap
+_STREAMED = re.compile("/v1/files|/v1/uploads/[^/]*/parts")
 
 
 def keep_listed_routes(app: FastAPI, listed: Collection[str]) -> None:
@@ -27,6 +28,11 @@ def keep_listed_routes(app: FastAPI, listed: Collection[str]) -> None:
     own = {getattr(route, "path", "") for route in router.routes}
     kept = own | QUESTION_ROUTES | STORED_ROUTES | set(listed)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in kept]
+
+
+def reads_its_body(path: str) -> bool:
+    """Whether the route at this path reads its own body, as a stream and with its own cap."""
+    return _STREAMED.fullmatch(path.rstrip("/")) is not None
 
 
 def _with_authorization(scope: Scope) -> Scope:

@@ -20,7 +20,7 @@ from f2l_vllm.server.chat.content import admit
 from f2l_vllm.server.chat.request import QUESTION_ROUTES
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.middleware import costs, json_bodies
-from f2l_vllm.server.middleware.auth import UPLOAD_ROUTE
+from f2l_vllm.server.middleware.auth import reads_its_body
 from f2l_vllm.server.middleware.lingering import announces_a_body
 from f2l_vllm.server.middleware.pace import Pace
 from f2l_vllm.server.tenants import DEFAULT_TENANT, asking_tenant
@@ -69,7 +69,7 @@ class Bodies:
         asking_tenant.set(tenant)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         headers, held = Headers(scope=scope), _Held(self, tenant)
-        if path.rstrip("/") == UPLOAD_ROUTE or (scope["method"] in _WITHOUT_BODY and not announces_a_body(headers)):
+        if reads_its_body(path) or (scope["method"] in _WITHOUT_BODY and not announces_a_body(headers)):
             await self._app(scope, receive, send)
             return
         try:

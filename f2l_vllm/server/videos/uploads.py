@@ -50,11 +50,40 @@ async def receive(
             `empty_file`.
         StoreUnavailable: there is no room for it, or it cannot be written.
     """
+    form, upload, target = await _form(request, "file", temporary, settings.max_upload_bytes, check_room)
+    purpose = purpose_of(form.get("purpose"))
+    expires_seconds, idle_seconds = expiry_of(form.get("expires_after[anchor]"), form.get("expires_after[seconds]"))
+    pinned = _pinned(form)
+    if target.size == 0:
+        raise bad_request("empty_file", "The file is empty: send the video's bytes.", "file")
+    tenant, sha256, name = tenant_of(request), target.digest.hexdigest(), shown_name(upload.filename)
+    return Upload(tenant, sha256, target.size, name, purpose, expires_seconds, idle_seconds, pinned)
+
+
+async def receive_part(request: Request, temporary: Path, cap: int, check_room: Callable[[int], None]) -> str:
+    """Read a part of an upload, the form's field `data`, into `temporary`; returns its SHA-256 in hex.
+
+    Raises:
+        APIError, StoreUnavailable: as `receive`.
+    """
+    try:
+        _, _, target = await _form(request, "data", temporary, cap, check_room)
+    except APIError as error:
+        if error.code == "file_too_large":
+            error.message = f"This part may have {cap} bytes at most: send smaller ones, or begin a larger upload."
+        raise
+    if target.size == 0:
+        raise bad_request("empty_file", "The part is empty: send some of the video's bytes.", "data")
+    return target.digest.hexdigest()
+
+
+async def _form(
+    request: Request, field: str, temporary: Path, cap: int, check_room: Callable[[int], None]
+) -> tuple[FormData, UploadFile, _Target]:
+    """The form, its one file, and where that was written."""
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "multipart/form-data":
-        raise bad_request(
-            "invalid_request", "POST /v1/files takes multipart/form-data with the fields file and purpose."
-        )
-    cap = settings.max_upload_bytes
+        message = f"This route takes multipart/form-data with the bytes in the field '{field}'."
+        raise bad_request("invalid_request", message)
     try:
         with disk_errors("keep an upload"), _Target(temporary, cap, check_room) as target:
             form = await _Parser(request.headers, _capped(request, cap, check_room), target).parse()
@@ -62,16 +91,10 @@ async def receive(
         raise bad_request("invalid_request", error.message) from error
     except ClientDisconnect as error:
         raise bad_request("incomplete_upload", "The upload ended before the whole file was here.") from error
-    upload = form.get("file")
+    upload = form.get(field)
     if not isinstance(upload, UploadFile):
-        raise bad_request("invalid_request", "The field 'file' is missing: send the video's bytes in it.", "file")
-    purpose = _purpose(form)
-    expires_seconds, idle_seconds = _expiry(form)
-    pinned = _pinned(form)
-    if target.size == 0:
-        raise bad_request("empty_file", "The file is empty: send the video's bytes.", "file")
-    tenant, sha256, name = tenant_of(request), target.digest.hexdigest(), shown_name(upload.filename)
-    return Upload(tenant, sha256, target.size, name, purpose, expires_seconds, idle_seconds, pinned)
+        raise bad_request("invalid_request", f"The field '{field}' is missing: send the video's bytes in it.", field)
+    return form, upload, target
 
 
 async def inspect(path: Path, settings: Settings) -> VideoInfo:
@@ -175,17 +198,20 @@ def shown_name(given: str | None) -> str:
     return "".join(letter for letter in given or "" if letter.isprintable())[:1024] or "video"
 
 
-def _purpose(form: FormData) -> str:
-    purpose = form.get("purpose")
+def purpose_of(purpose: object) -> str:
+    """The purpose of a file. Raises APIError `invalid_purpose`."""
     if purpose not in PURPOSES:
         message = f"The field 'purpose' must be one of {', '.join(PURPOSES)}; got {purpose!r}."
         raise bad_request("invalid_purpose", message, "purpose")
     return str(purpose)
 
 
-def _expiry(form: FormData) -> tuple[float | None, float | None]:
-    """After how many seconds the file expires, and after how many without use it does instead, if set."""
-    anchor, seconds = form.get("expires_after[anchor]"), form.get("expires_after[seconds]")
+def expiry_of(anchor: object, seconds: object) -> tuple[float | None, float | None]:
+    """After how many seconds a file expires, and after how many without use it does instead, if set.
+
+    Raises:
+        APIError: `invalid_expires_after`.
+    """
     if anchor is None and seconds is None:
         return None, None
     low, high = _EXPIRY_SECONDS

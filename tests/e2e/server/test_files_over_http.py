@@ -1,5 +1,6 @@
 """What an operator relies on in the life of a file, over HTTP: pinning, expiry by disuse, a catalog that is locked."""
 
+import socket
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -74,3 +75,38 @@ def test_a_locked_catalog_is_waited_for_then_said_and_questions_go_on(server, cl
     assert late.status == "processed"
     server.client.files.delete(late.id)
     assert list((server.home / "tmp").glob("*/*")) == []
+
+
+def test_a_video_in_parts_goes_on_after_a_broken_connection(server, clips):
+    film = clips[3].read_bytes()
+    size = {"bytes": len(film), "filename": "parts.mp4", "mime_type": "video/mp4"}
+    upload = server.client.uploads.create(**size, purpose="vision")
+    head = b'--b\r\nContent-Disposition: form-data; name="data"; filename="p"\r\n\r\n'
+    where = httpx.URL(server.url)
+    with socket.create_connection((where.host, where.port), timeout=30) as line:
+        line.sendall(
+            f"POST /v1/uploads/{upload.id}/parts HTTP/1.1\r\nHost: f2l\r\nContent-Length: {len(film) + 200}\r\n"
+            "Content-Type: multipart/form-data; boundary=b\r\n\r\n".encode()
+            + head
+            + film[:1000]
+        )
+    parts = [server.client.uploads.parts.create(upload.id, data=piece).id for piece in (film[:1000], film[1000:])]
+    assert len(list((server.home / "uploads" / upload.id).glob("part_*"))) == 2
+    done = server.client.uploads.complete(upload.id, part_ids=parts)
+    file = server.client.files.wait_for_processing(done.file.id, poll_interval=0.1, max_wait_seconds=120)
+    assert (file.status, file.filename) == ("processed", "parts.mp4")
+    assert server.client.files.content(file.id).read() == film
+    answer = server.client.chat.completions.create(model=file.id, messages=QUESTION, max_tokens=4)
+    assert answer.model_extra["f2l"]["videos"][0]["file_id"] == file.id
+    with pytest.raises(openai.NotFoundError) as error:
+        server.client.uploads.cancel("upload_" + "0" * 24)
+    assert error.value.code == "upload_not_found"
+    server.client.files.delete(file.id)
+
+
+def test_the_stock_clients_upload_in_chunks(server, clips):
+    whole = server.client.uploads.upload_file_chunked(
+        file=clips[3], mime_type="video/mp4", purpose="user_data", part_size=2000
+    )
+    assert (whole.status, whole.file.bytes) == ("completed", clips[3].stat().st_size)
+    server.client.files.delete(whole.file.id)

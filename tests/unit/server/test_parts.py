@@ -1,0 +1,232 @@
+"""Videos in parts, over a real store and catalog, with the stock client on the routes."""
+
+import hashlib
+import os
+import time
+from contextlib import asynccontextmanager
+
+import openai
+import pytest
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from openai import OpenAI
+from starlette.testclient import TestClient
+
+from f2l_vllm.server.errors import APIError, answer, answer_validation
+from f2l_vllm.server.videos import parts
+from f2l_vllm.server.videos.part_routes import router
+from tests.support.videos import write_video
+from tests.unit.server.test_service import Bench
+
+
+class Door:
+    """A server's routes for files and uploads; the key names the tenant."""
+
+    def __init__(self, folder, **settings):
+        @asynccontextmanager
+        async def lifespan(app):
+            self.bench = Bench(folder)
+            self.service = app.state.f2l = self.bench.service
+            self.service.settings = self.service.settings.model_copy(update=settings)
+            yield
+            self.service.close()
+
+        handlers = {APIError: answer, RequestValidationError: answer_validation}
+        app = FastAPI(exception_handlers=handlers, lifespan=lifespan)
+        app.include_router(router)
+
+        @app.middleware("http")
+        async def with_tenant(request, call_next):
+            request.state.tenant = request.headers["authorization"].removeprefix("Bearer ")
+            return await call_next(request)
+
+        self.http = TestClient(app)
+
+    def __enter__(self):
+        self.http.__enter__()
+        self.folder = self.service.settings.data_folder / "uploads"
+        return self
+
+    def __exit__(self, *failure):
+        self.http.__exit__(*failure)
+
+    def client(self, tenant="a"):
+        base = "http://testserver/v1"
+        return OpenAI(base_url=base, api_key=tenant, max_retries=0, http_client=self.http)
+
+
+@pytest.fixture
+def film(tmp_path):
+    return write_video(tmp_path / "film.mp4", frames=12, fps=6, size=(64, 48)).read_bytes()
+
+
+@pytest.fixture
+def door(tmp_path):
+    with Door(tmp_path / "server") as door:
+        yield door
+
+
+def begin(client, size, **options):
+    return client.uploads.create(bytes=size, filename="film.mp4", mime_type="video/mp4", purpose="vision", **options)
+
+
+def in_thirds(client, upload, film):
+    third = len(film) // 3
+    pieces = (film[:third], film[third : 2 * third], film[2 * third :])
+    return [client.uploads.parts.create(upload.id, data=piece).id for piece in pieces]
+
+
+def left_over(door):
+    return sorted(path.name for path in door.folder.glob("*/part_*"))
+
+
+def refusal(call):
+    with pytest.raises(openai.APIStatusError) as error:
+        call()
+    return error.value.status_code, error.value.code
+
+
+def test_a_video_in_parts_is_the_file_that_it_would_be_in_one_piece(door, film):
+    client = door.client()
+    upload = begin(client, len(film), expires_after={"anchor": "created_at", "seconds": 7200})
+    assert (upload.object, upload.status, upload.bytes, upload.file) == ("upload", "pending", len(film), None)
+    assert upload.expires_at - upload.created_at == 3600
+    ids = in_thirds(client, upload, film)
+    done = client.uploads.complete(upload.id, part_ids=ids, md5=hashlib.md5(film).hexdigest())
+    assert (done.status, done.file.filename, done.file.bytes, done.file.purpose) == (
+        "completed",
+        "film.mp4",
+        len(film),
+        "vision",
+    )
+    assert done.file.expires_at - done.file.created_at == 7200
+    assert client.files.content(done.file.id).read() == film
+    assert left_over(door) == []
+    assert client.uploads.complete(upload.id, part_ids=ids).file.id == done.file.id  # the first answer was lost, say
+    assert refusal(lambda: in_thirds(client, upload, film)) == (400, "upload_not_pending")
+
+
+def test_the_clients_own_way_in_chunks(door, film, tmp_path):
+    done = door.client().uploads.upload_file_chunked(
+        file=tmp_path / "film.mp4", mime_type="video/mp4", purpose="vision", part_size=1000
+    )
+    assert (done.status, done.file.bytes) == ("completed", len(film))
+
+
+def test_a_part_that_is_sent_again_or_in_another_order_is_the_same(door, film):
+    client = door.client()
+    upload = begin(client, len(film))
+    ids = in_thirds(client, upload, film)
+    assert in_thirds(client, upload, film) == ids
+    assert len(left_over(door)) == 3
+    assert refusal(lambda: client.uploads.complete(upload.id, part_ids=ids[:2])) == (400, "incomplete_upload")
+    assert refusal(lambda: client.uploads.complete(upload.id, part_ids=[*ids[:2], "part_0"])) == (
+        400,
+        "invalid_request",
+    )
+    wrong = hashlib.md5(b"other").hexdigest()
+    assert refusal(lambda: client.uploads.complete(upload.id, part_ids=ids, md5=wrong)) == (400, "checksum_mismatch")
+    assert refusal(lambda: client.uploads.complete(upload.id, part_ids=ids[::-1]))[0] == 400  # no video
+    assert client.uploads.complete(upload.id, part_ids=ids).status == "completed"
+
+
+def test_a_restart_loses_nothing(film, tmp_path):
+    with Door(tmp_path / "server") as door:
+        upload = begin(door.client(), len(film))
+        ids = in_thirds(door.client(), upload, film)
+    (door.folder / upload.id / ids.pop()).unlink()  # the last one did not come through
+    with Door(tmp_path / "server") as door:
+        client = door.client()
+        ids.append(client.uploads.parts.create(upload.id, data=film[2 * (len(film) // 3) :]).id)
+        done = client.uploads.complete(upload.id, part_ids=ids)
+        assert client.files.content(done.file.id).read() == film
+
+
+def test_a_connection_that_breaks_leaves_no_part(door, film):
+    client = door.client()
+    upload = begin(client, len(film))
+
+    def broken():
+        yield b'--b\r\nContent-Disposition: form-data; name="data"; filename="v"\r\n\r\n'
+        yield film[:100]
+
+    headers = {"Content-Type": "multipart/form-data; boundary=b", "Authorization": "Bearer a"}
+    response = door.http.post(f"/v1/uploads/{upload.id}/parts", content=broken(), headers=headers)
+    assert response.status_code == 400
+    assert left_over(door) == []
+    assert not list(door.service.settings.data_folder.glob("tmp/*/*"))
+    ids = in_thirds(client, upload, film)
+    assert client.uploads.complete(upload.id, part_ids=ids).status == "completed"
+
+
+def test_an_upload_is_its_tenants_own(door, film):
+    client, other = door.client("a"), door.client("b")
+    upload = begin(client, len(film))
+    ids = in_thirds(client, upload, film)
+    missing = (404, "upload_not_found")
+    assert refusal(lambda: other.uploads.parts.create(upload.id, data=b"x")) == missing
+    assert refusal(lambda: other.uploads.complete(upload.id, part_ids=ids)) == missing
+    assert refusal(lambda: other.uploads.cancel(upload.id)) == missing
+    for wrong in ("upload_0", "upload_" + "0" * 24, "..%2F..", "upload_" + "0" * 21 + "%2F.."):
+        assert refusal(lambda wrong=wrong: client.uploads.cancel(wrong))[0] == 404
+
+
+def test_a_cancelled_one_leaves_nothing(door, film):
+    client = door.client()
+    upload = begin(client, len(film))
+    in_thirds(client, upload, film)
+    assert client.uploads.cancel(upload.id).status == "cancelled"
+    assert left_over(door) == []
+    for call in (
+        lambda: client.uploads.parts.create(upload.id, data=b"x"),
+        lambda: client.uploads.complete(upload.id, part_ids=["part_0"]),
+        lambda: client.uploads.cancel(upload.id),
+    ):
+        assert refusal(call) == (400, "upload_not_pending")
+
+
+def test_an_abandoned_one_is_gone_after_its_hour(door, film, monkeypatch):
+    client = door.client()
+    upload = begin(client, len(film))
+    in_thirds(client, upload, film)
+    (door.folder / "upload_half").mkdir()  # killed before it was entered
+    later = time.time() + parts.LASTING_SECONDS
+    monkeypatch.setattr(parts.time, "time", lambda: later)
+    assert refusal(lambda: client.uploads.parts.create(upload.id, data=b"x")) == (404, "upload_not_found")
+    monkeypatch.setattr(parts.time, "time", lambda: later + parts._GRACE_SECONDS + 1)
+    door.service.parts.sweep()
+    assert list(door.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"bytes": 0}, (400, "invalid_request")),
+        ({"bytes": 20_001}, (413, "file_too_large")),
+        ({"purpose": "batch-output"}, (400, "invalid_purpose")),
+        ({"expires_after": {"anchor": "created_at", "seconds": 5}}, (400, "invalid_expires_after")),
+    ],
+)
+def test_what_cannot_be_begun(tmp_path, options, expected):
+    given = {"bytes": 10, "filename": "v.mp4", "mime_type": "video/mp4", "purpose": "vision", **options}
+    with Door(tmp_path / "server", max_upload_bytes=20_000) as door:
+        assert refusal(lambda: door.client().uploads.create(**given)) == expected
+
+
+def test_limits_hold_before_and_while_bytes_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "_AT_ONCE", 2)
+    with Door(tmp_path / "server", tenant_bytes=1000) as door:
+        client = door.client()
+        first = begin(client, 600)
+        assert refusal(lambda: begin(client, 401)) == (403, "storage_quota_exceeded")
+        second = begin(client, 300)
+        assert refusal(lambda: begin(client, 1)) == (429, "too_many_uploads")
+        assert begin(door.client("b"), 1000).status == "pending"
+        client.uploads.cancel(second.id)
+        begin(client, 400)
+        create = client.uploads.parts.create
+        assert refusal(lambda: create(first.id, data=os.urandom(601))) == (413, "file_too_large")
+        create(first.id, data=os.urandom(400))
+        assert refusal(lambda: create(first.id, data=os.urandom(201))) == (413, "file_too_large")
+        assert refusal(lambda: create(first.id, data=b"")) == (400, "empty_file")
+        assert len(left_over(door)) == 1
