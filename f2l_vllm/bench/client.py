@@ -54,8 +54,8 @@ class Client:
         output_tokens: exact length of every answer.
     """
 
-    def __init__(self, url: str, output_tokens: int) -> None:
-        self._openai = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=_TIMEOUT_SECONDS)
+    def __init__(self, url: str, output_tokens: int, api_key: str = "none") -> None:
+        self._openai = AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=_TIMEOUT_SECONDS)
         self._output_tokens = output_tokens
 
     async def __aenter__(self) -> Client:
@@ -78,12 +78,19 @@ class Client:
             WrongAnswer: it could not be internalized.
         """
         file = await self._openai.files.create(file=video, purpose="vision")
-        if wait:
-            file = await self._openai.files.wait_for_processing(
-                file.id, poll_interval=_POLL_SECONDS * 5, max_wait_seconds=_TIMEOUT_SECONDS
-            )
-            if file.status != "processed":
-                raise WrongAnswer(f"{video} was not internalized: {file.status_details or file.status}")
+        return await self.processed(file.id) if wait else file
+
+    async def processed(self, file_id: str) -> FileObject:
+        """Return a file when it is internalized.
+
+        Raises:
+            WrongAnswer: it could not be internalized.
+        """
+        file = await self._openai.files.wait_for_processing(
+            file_id, poll_interval=_POLL_SECONDS * 5, max_wait_seconds=_TIMEOUT_SECONDS
+        )
+        if file.status != "processed":
+            raise WrongAnswer(f"{file.filename} was not internalized: {file.status_details or file.status}")
         return file
 
     async def file(self, file_id: str) -> FileObject:

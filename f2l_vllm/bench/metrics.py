@@ -34,7 +34,7 @@ def summary(answers: Sequence[Answer], seconds: float, slo: Mapping[str, float] 
         "output_throughput": sum(answer.output_tokens for answer in answers) / seconds,
     }
     if slo:
-        good = sum(all(_value(answer, name) * 1e3 <= most for name, most in slo.items()) for answer in answers)
+        good = sum(is_good(answer, slo) for answer in answers)
         figures["request_goodput"] = good / seconds
     values = {
         "ttft": [answer.ttft for answer in answers],
@@ -45,6 +45,11 @@ def summary(answers: Sequence[Answer], seconds: float, slo: Mapping[str, float] 
     for name, some in values.items():
         figures |= _spread(name, np.array(some or [0.0]) * 1e3)
     return figures
+
+
+def is_good(answer: Answer, slo: Mapping[str, float]) -> bool:
+    """Whether an answer is within its limits, milliseconds."""
+    return all(_value(answer, name) * 1e3 <= most for name, most in slo.items())
 
 
 def _spread(name: str, milliseconds: np.ndarray) -> dict[str, float]:

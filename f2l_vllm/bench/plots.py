@@ -37,6 +37,8 @@ def plot(result: Result, folder: Path) -> list[Path]:
             return [_throughput(result, folder / "throughput.png")]
         case "tax":
             return [_tax(result, folder / "tax.png")]
+        case "ramp":
+            return []  # its table says all
         case _:
             return [_capacity(result, folder / "capacity.png")]
 

@@ -166,6 +166,31 @@ def _capacity_sentences(result: Result) -> list[str]:
     ]
 
 
+def _ramp(rows: list[Result]) -> tuple[list[str], list[list[str]]]:
+    header = ["questions/s", "n", "good", "95 % interval", "first token, ms", "95 % interval", "p99, ms", "failed"]
+    cells = []
+    for row in sorted(rows, key=lambda row: row["rate"]):
+        low, high = row["share_ci95"]
+        bounds = row.get("median_ttft_ci95_ms")
+        shown = "–" if bounds is None else " to ".join(_figure(bound, 1) for bound in bounds)
+        share = [f"{row['share']:.1%}", f"{low:.1%} to {high:.1%}"]
+        times = [_figure(row.get("median_ttft_ms"), 1), shown, _figure(row.get("p99_ttft_ms"), 1)]
+        cells.append([f"{row['rate']:g}", str(row["n"]), *share, *times, str(sum(row["failures"].values()))])
+    return header, cells
+
+
+def _ramp_sentences(result: Result) -> list[str]:
+    limits = ", ".join(f"{name} {ms:g} ms" for name, ms in result["configuration"]["slo"].items() if ms is not None)
+    share, best = result["configuration"]["share"], result["highest"]
+    if best is None:
+        return [f"At no rate were {share:.0%} of the answers good ({limits})."]
+    low, high = best["share_ci95"]
+    found = f"{best['share']:.1%}, 95 % interval {low:.1%} to {high:.1%}, n = {best['n']}"
+    return [
+        f"Up to {best['rate']:g} questions a second at least {share:.0%} of the answers are good ({limits}): {found}."
+    ]
+
+
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     rule = ["---", *["---:"] * (len(header) - 1)]
     return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
@@ -194,6 +219,7 @@ _GRIDS = {
     "throughput": _throughput,
     "tax": _tax,
     "capacity": _capacity,
+    "ramp": _ramp,
 }
 _SENTENCES = {
     "latency": _latency_sentences,
@@ -201,4 +227,5 @@ _SENTENCES = {
     "throughput": _throughput_sentences,
     "tax": _tax_sentences,
     "capacity": _capacity_sentences,
+    "ramp": _ramp_sentences,
 }

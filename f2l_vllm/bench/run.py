@@ -8,7 +8,7 @@ from typing import Any
 from f2l_vllm.bench import suite as suites
 from f2l_vllm.bench.results_file import ResultsFile, Say
 from f2l_vllm.bench.shapes import Subject
-from f2l_vllm.bench.suites import amortise, capacity, latency, tax, throughput
+from f2l_vllm.bench.suites import amortise, capacity, latency, ramp, tax, throughput
 
 SUITES: dict[type, Any] = {  # the module that measures each
     suites.Amortise: amortise,
@@ -37,4 +37,17 @@ async def measure(
     module = SUITES[type(suite)]
     into = ResultsFile(json_to, suite.suite, configuration, module.derive, resume)
     await module.run(suite, subject, folder, into, say)
+    return into.content
+
+
+async def measure_running(suite: suites.Ramp, folder: Path, json_to: Path, resume: bool, say: Say) -> dict[str, Any]:
+    """The same for a server that runs already. The machine in the result is the one that asks.
+
+    Raises:
+        ValueError: the file to resume holds another result.
+        APIError, WrongAnswer: the server did not take the videos, or did not answer as asked.
+    """
+    configuration = {**suite.model_dump(mode="json"), "model": suite.base_url, "dtype": "as served"}
+    into = ResultsFile(json_to, suite.suite, configuration, ramp.derive, resume)
+    await ramp.run(suite, folder, into, say)
     return into.content

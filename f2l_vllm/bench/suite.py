@@ -191,7 +191,45 @@ class Capacity(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 
-Suite = Latency | Amortise | Throughput | Tax | Capacity
+class Ramp(BaseModel):
+    """The highest rate of questions at which a server that runs already gives good answers.
+
+    Attributes:
+        base_url: the server's, with or without `/v1`.
+        arm: answers from adapters, or from the frames in context.
+        requests: questions at each rate, at random times.
+        rate, lowest: the first one tried, and the lowest, questions a second.
+        share: of the answers that must be within `slo`.
+        precision: the largest relative gap that remains between a good and a bad rate.
+        seed: of the videos' scenes, the choice of questions, and the time of each question.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    suite: Literal["ramp"]
+    base_url: Annotated[str, Field(pattern="^https?://")] = "http://127.0.0.1:8000"
+    arm: Literal["adapter", "frames"] = "adapter"
+    videos: PositiveInt = 16
+    frames: PositiveInt
+    resolution: PositiveInt
+    questions: Annotated[Texts, Field(min_length=1)]
+    output_tokens: PositiveInt = 16
+    requests: PositiveInt = 256
+    rate: Annotated[float, Field(gt=0)] = 1.0
+    lowest: Annotated[float, Field(gt=0)] = 0.25
+    share: Annotated[float, Field(gt=0, le=1)] = 0.99
+    precision: Annotated[float, Field(gt=0)] = 0.1
+    slo: Slo
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _has_limits(self) -> Ramp:
+        if not self.slo.model_dump(exclude_none=True):
+            raise ValueError("slo needs a limit, milliseconds: ttft, tpot or e2el")
+        return self
+
+
+Suite = Latency | Amortise | Throughput | Tax | Capacity | Ramp
 _ANY: TypeAdapter[Suite] = TypeAdapter(Annotated[Suite, Field(discriminator="suite")])
 
 

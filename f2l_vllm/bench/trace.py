@@ -52,13 +52,14 @@ def make(
 
 
 async def replay(
-    trace: Sequence[Request], ask: Callable[[Request, float | None], Awaitable[Answer]], concurrency: int
+    trace: Sequence[Request], ask: Callable[[Request, float | None], Awaitable[Answer | None]], concurrency: int
 ) -> tuple[list[Answer], float]:
     """Ask everything in order, no question before its time, at most `concurrency` at a time.
 
     Args:
         ask: takes a request and its time of arrival. If all askers were busy, that is before the request is sent: the
-            wait counts as part of the answer's time. None if askers wait for answers.
+            wait counts as part of the answer's time. None if askers wait for answers. It returns None for a question
+            that failed, which is left out.
 
     Returns:
         the answers in the order of the trace, and the seconds from the first question to the last answer.

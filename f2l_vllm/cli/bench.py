@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 from openai import APIConnectionError, APIError
@@ -43,6 +44,10 @@ def bench(
     """
     try:
         with _folder(work) as folder, stoppable():
+            if isinstance(chosen, suites.Ramp):
+                _say(f"{chosen.suite} of {chosen.base_url}")
+                result = asyncio.run(run.measure_running(chosen, folder, json_to, resume, _say))
+                return _show(result, plots_to, markdown_to)
             if model is None:
                 kept = shapes.cache_folder() if work is None else folder / "shapes"
                 subject = shapes.of_shape(shape or shapes.TINY, kept, chosen.dtype)
@@ -58,6 +63,10 @@ def bench(
         if json_to.exists():
             console.print(f"{json_to} holds the cells that were measured; --resume goes on from there")
         raise typer.Exit(1) from error
+    _show(result, plots_to, markdown_to)
+
+
+def _show(result: dict[str, Any], plots_to: Path | None, markdown_to: Path | None) -> None:
     console.print(report.table(result))
     for line in report.sentences(result):
         console.print(line, markup=False, highlight=False)

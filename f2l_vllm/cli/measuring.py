@@ -18,7 +18,8 @@ _SERVERS = "How many servers"
 
 def bench(
     suite: Annotated[
-        str, typer.Argument(help="latency, amortise, throughput, tax, capacity, or the path of a suite's YAML file.")
+        str,
+        typer.Argument(help="latency, amortise, throughput, tax, capacity, ramp, or the path of a suite's YAML file."),
     ],
     json_to: Annotated[
         Path | None,
@@ -37,6 +38,7 @@ def bench(
     concurrency: Annotated[str | None, typer.Option(help="Questions in work at a time, by comma (throughput).")] = None,
     streams: Annotated[str | None, typer.Option(help="Streams at a time, by comma (tax).")] = None,
     adapters: Annotated[str | None, typer.Option(help="Numbers of adapters, by comma; 0: no LoRA (tax).")] = None,
+    base_url: Annotated[str | None, typer.Option(help="The server, which runs already; OPENAI_API_KEY (ramp).")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other key of the suite: key=value, the value as YAML.")
     ] = None,
@@ -62,9 +64,11 @@ def bench(
             set_ or [],
             {"arms": arms, "frames": frames, "resolution": resolution, "concurrency": concurrency}
             | {"streams": streams, "adapters": adapters},
-            {"rounds": rounds, "videos": videos, "serve_flags": serve_flags},
+            {"rounds": rounds, "videos": videos, "serve_flags": serve_flags, "base_url": base_url},
         )
         chosen = load(suite, changes)
+        if chosen.suite == "ramp" and not (model is shape is None):
+            raise ValueError("ramp asks the model that the server has: leave out --model and --shape")
         if model is not None:
             models.resolve_hypernetwork(model, hypernetwork)
         elif shape is not None and shape not in SHAPES:

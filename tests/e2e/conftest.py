@@ -29,6 +29,7 @@ LINES = (
         "server/test_routes_over_http.py",
         "server/test_dashboards_over_http.py",
         "server/test_upload_over_http.py",
+        "server/test_ramp_over_http.py",
     ),
     ("faults/test_server_faults.py",),
     ("pool/test_pool.py",),

@@ -16,8 +16,8 @@ def test_every_suite_that_ships_is_whole(name: str) -> None:
     assert suites.load(name).suite == name
 
 
-def test_all_five_ship() -> None:
-    assert suites.names() == ["amortise", "capacity", "latency", "tax", "throughput"]
+def test_all_six_ship() -> None:
+    assert suites.names() == ["amortise", "capacity", "latency", "ramp", "tax", "throughput"]
 
 
 def test_a_key_may_be_replaced_by_one_value_or_several() -> None:
@@ -33,13 +33,16 @@ def test_a_key_may_be_replaced_by_one_value_or_several() -> None:
         ("latency", {"frames": []}, "frames: Tuple should have at least 1 item"),
         ("latency", {"arms": ["adapter", "tea-leaves"]}, "arms are different ones of adapter, adapter-cold"),
         ("latency", {"arms": ["adapter", "adapter"]}, "arms are different ones"),
-        ("latency", {"suite": "speed"}, "'latency', 'amortise', 'throughput', 'tax', 'capacity'"),
+        ("latency", {"suite": "speed"}, "'latency', 'amortise', 'throughput', 'tax', 'capacity', 'ramp'"),
         ("tax", {"arms": ["adapter"]}, "the suite tax has no key 'arms'"),
         ("tax", {"output_tokens": 1}, "output_tokens: Input should be greater than or equal to 2"),
         ("throughput", {"arrivals": "poisson"}, "request_rate"),
         ("throughput", {"request_rate": 2}, "request_rate"),
         ("throughput", {"slo": {"tfft": 1}}, "has no key"),
         ("throughput", {"arms": ["adapter-cold"]}, "measure it with the suite latency"),
+        ("latency", {"base_url": "http://a"}, "the suite latency has no key 'base_url'"),
+        ("ramp", {"slo": {}}, "slo needs a limit"),
+        ("ramp", {"base_url": "somewhere"}, "base_url"),
         ("amortise", {"arms": ["adapter-cold"]}, "the first question of the arm adapter"),
     ],
 )
@@ -64,7 +67,7 @@ def test_a_file_that_is_no_suite_is_named(text: str, tmp_path: Path) -> None:
 
 
 def test_no_such_suite_lists_those_there_are() -> None:
-    with pytest.raises(ValueError, match="amortise, capacity, latency, tax, throughput"):
+    with pytest.raises(ValueError, match="amortise, capacity, latency, ramp, tax, throughput"):
         suites.load("speed")
 
 
