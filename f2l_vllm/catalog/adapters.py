@@ -37,6 +37,16 @@ class Published(Database):
         with self._read() as connection:
             return adapter_of(connection, name)
 
+    def published(self, names: Collection[str]) -> set[str]:
+        """Those of these names in the store that are published adapters'."""
+        stems, found = sorted({name.partition(".")[0] for name in names}), set[str]()
+        with self._read() as connection:
+            for start in range(0, len(stems), _PARAMETERS):
+                query = select(adapters.c.name, adapters.c.generation)
+                query = query.where(adapters.c.name.in_(stems[start : start + _PARAMETERS]))
+                found |= {object_name(*row) for row in connection.execute(query)}
+        return found & set(names)
+
     def adapters_of(self, records: Collection[FileRecord]) -> dict[str, AdapterRecord]:
         """The published adapters of these files, by name."""
         names = sorted({record.adapter_name for record in records if record.state is VideoState.PROCESSED})

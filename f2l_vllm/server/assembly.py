@@ -108,7 +108,7 @@ def open_service(
         host_slots=served.limits.host_slots,
         wanted=catalog.refers_to,
     )
-    store.protect(registry.holds)
+    store.protect(registry.holds, catalog.refers_to)
     workers = WorkerSpec.of(
         settings,
         model=served.model,

@@ -182,7 +182,19 @@ class CachedStore(Store):
                 os.rename(work, path)
             except OSError:
                 manifests.verify(path, name)  # another thread or process fetched it meanwhile
+        self._drop_unwanted(name)
         return manifest
+
+    def _drop_unwanted(self, name: str) -> None:
+        """What was deleted before it came was already forgotten, so nobody else would remove it."""
+        is_wanted = False
+        try:
+            is_wanted = self._wanted(name)
+        finally:
+            if not is_wanted:
+                self._drop(self.adapter_path(name))
+        if not is_wanted:
+            raise StoreError(f"adapter {name} was deleted a moment ago")
 
 
 def _touch(path: Path) -> bool:

@@ -67,10 +67,13 @@ class Store:
         self._manifests = Manifests()
         self._hot = HotSet.open(home, hot_bytes, self._manifests)
         self._in_use: Callable[[str], bool] = lambda _name: False
+        self._wanted: Callable[[str], bool] = lambda _name: True
 
-    def protect(self, in_use: Callable[[str], bool]) -> None:
-        """Set `in_use(adapter name)`: an adapter for which it is true is not evicted from the cache or the hot set."""
+    def protect(self, in_use: Callable[[str], bool], wanted: Callable[[str], bool] | None = None) -> None:
+        """Set `in_use(adapter name)`: an adapter for which it is true is not evicted from the cache or the hot set. And
+        `wanted`: one for which it is false was deleted, and is not kept if it was being fetched meanwhile."""
         self._in_use = in_use
+        self._wanted = wanted or self._wanted
         if self._hot is not None:
             self._hot.in_use = in_use
 

@@ -139,7 +139,8 @@ class Forgetting:
             if deletion.is_video:
                 self._forget_video(deletion.object)
         adapters = [deletion for deletion in page if not deletion.is_video and not deletion.is_key]
-        return [one for one in adapters if not self._catalog.refers_to(one.object)]  # composed ones are made again
+        again = self._catalog.published([one.object for one in adapters])  # composed ones are made again
+        return [one for one in adapters if one.object not in again]
 
     def _forget_video(self, name: str) -> None:
         self._store.forget_video(name)

@@ -156,7 +156,7 @@ async def _life(app: FastAPI, place: Place) -> AsyncIterator[None]:
     app.state.engine_client, app.state.answer_seconds = Engine(), place.answer_seconds
     options: dict[str, Any] = {"base_model": "base", "host_slots": 8, "wanted": catalog.refers_to}
     registry = Registry(names, app.state.engine_client, store, **options)
-    store.protect(registry.holds)
+    store.protect(registry.holds, catalog.refers_to)
     settings = Settings(home=place.home, tenants=CATALOG)
     listener = listen(catalog, place.listen)
     service = VideoService(settings, REVISIONS, catalog, store, registry, None, lambda: False, listener)

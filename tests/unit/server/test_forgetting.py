@@ -48,6 +48,7 @@ class Server:
         self.engine = Engine()
         options = {"base_model": "base", "host_slots": 8, "wanted": self.catalog.refers_to}
         self.registry = Registry({}, self.engine, self.store, **options)
+        self.store.protect(self.registry.holds, self.catalog.refers_to)
         revisions = Revisions("base", revision)
         self.listener = listen(self.catalog) if listens else None
         self.service = VideoService(
@@ -357,6 +358,29 @@ def test_a_store_that_hangs_holds_up_neither_deletions_nor_forgetting(tmp_path, 
         while one.catalog.tombstones(1):
             await asyncio.sleep(0.01)
         assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
+
+    run(scenario, tmp_path, database_url)
+
+
+def test_an_adapter_that_comes_after_it_was_forgotten_is_not_kept(tmp_path, database_url, monkeypatch):
+    async def scenario(one, two):
+        record, adapter = await one.upload("a")
+        monkeypatch.setattr(one.store._remote, "remove_adapter", lambda _name: None)  # later than the fetch
+        get, loop = two.store._remote.get_adapter_file, asyncio.get_running_loop()
+
+        async def delete():
+            await one.service.remove(record.id, T)
+            await two.forgetting.forget()
+
+        def get_late(name, file, target):
+            get(name, file, target)
+            if file == "weights":
+                asyncio.run_coroutine_threadsafe(delete(), loop).result(30)
+
+        monkeypatch.setattr(two.store._remote, "get_adapter_file", get_late)
+        with pytest.raises(StoreError, match="was deleted a moment ago"):
+            await asyncio.to_thread(two.store.prepare, adapter.object)
+        assert two.left == []
 
     run(scenario, tmp_path, database_url)
 
