@@ -3,8 +3,8 @@ catalog and a store, each call of which takes its time.
 
 Every process is a server's videos, without an engine: `enter` and `remove` of the service that the routes call. Several
 clients at a time upload one of a few byte strings, read it back as a server would that has never seen it, and delete it
-again. An upload that was accepted and whose bytes cannot be read is lost. In the end nothing is live, and what lies in
-the store all the same is counted.
+again. An upload that was accepted and whose bytes cannot be read is lost. What is refused because the catalog is busy
+is counted and tried again. In the end nothing is live, and what lies in the store all the same is counted.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from f2l_vllm.server.videos.service import VideoService
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.address import Revisions
 from f2l_vllm.store.cached_store import open_store
+from f2l_vllm.store.errors import Unavailable
 
 _TENANT = "t"
 _TIDY_SECONDS = 5.0  # as a server's maintenance
@@ -145,8 +146,14 @@ async def _ask(url: str, folder: Path, index: int, pairs: int, options: dict[str
             temporary = service.store.temporary()
             temporary.write_bytes(data)
             upload = Upload(_TENANT, hashlib.sha256(data).hexdigest(), len(data), "v.mp4", "vision")
-            record = await service.enter(temporary, upload)
-            service.store.discard(temporary)
+            try:
+                record = await service.enter(temporary, upload)
+            except Unavailable:
+                left += 1
+                counts["refused"] += 1
+                continue
+            finally:
+                service.store.discard(temporary)
             counts["accepted"] += 1
             shutil.rmtree(elsewhere.home / "videos")
             (elsewhere.home / "videos").mkdir()
@@ -155,7 +162,12 @@ async def _ask(url: str, folder: Path, index: int, pairs: int, options: dict[str
                 counts["lost"] += path.read_bytes() != data
             except Exception:
                 counts["lost"] += 1
-            await service.remove(record.id, _TENANT)
+            while True:
+                try:
+                    await service.remove(record.id, _TENANT)
+                    break
+                except Unavailable:
+                    counts["refused"] += 1
         elsewhere.close()
 
     async def maintain() -> None:
