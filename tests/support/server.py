@@ -16,10 +16,16 @@ class Server(ServerProcess):
     """Serves in fp32, so that answers can be compared with transformers'; small KV cache, no retries in the client."""
 
     def __init__(
-        self, model: Path | str, home: Path, *flags: str, api_key: str = "none", env: Mapping[str, str] | None = None
+        self,
+        model: Path | str,
+        home: Path,
+        *flags: str,
+        api_key: str = "none",
+        port: int | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         common = ("--served-model-name", "base", "--dtype", "float32", "--kv-cache-memory-bytes", "200000000")
-        super().__init__(str(model), home, *common, *flags, env=env)
+        super().__init__(str(model), home, *common, *flags, port=port, env=env)
         self.client = OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=120)
 
     def __enter__(self) -> Self:

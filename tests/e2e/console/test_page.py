@@ -1,0 +1,182 @@
+"""The page as a whole: keys, keyboards, screen readers, policy, and a server that comes and goes."""
+
+import signal
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import expect
+
+from tests.e2e.console.conftest import KEY
+from tests.e2e.console.surfing import Visit
+
+AXE = (Path(__file__).parent / "axe" / "axe.js").read_text()
+
+
+@pytest.fixture
+def stranger(browser, host):
+    """A tab without a key."""
+    found = Visit(browser, host.url, None)
+    found.page.goto(f"{host.url}/console")
+    yield found
+    found.close()
+
+
+def test_the_page_asks_for_a_key_and_keeps_it_in_the_tab(stranger, film):
+    page = stranger.page
+    for key in ("wrong", "wrong"):
+        page.get_by_label("Key").fill(key)
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("alert")).to_have_text("The server does not know this key.")
+    page.get_by_label("Key").fill(KEY)
+    page.keyboard.press("Enter")
+    expect(page.locator(".row").first).to_be_visible()
+    assert KEY not in page.url
+    assert page.evaluate("JSON.stringify(localStorage)").find(KEY) == -1
+    assert page.context.cookies() == []
+    page.reload()
+    expect(page.locator(".row").first).to_be_visible()
+    page.get_by_role("button", name="Forget the key").click()
+    expect(page.get_by_label("Key")).to_be_visible()
+    assert page.evaluate("sessionStorage.length") == 0
+    assert page.locator(".row").count() == 0
+
+
+def test_the_keyboard_alone_suffices(stranger, films, tmp_path):
+    page, press = stranger.page, stranger.page.keyboard.press
+    video = tmp_path / "by-keyboard.mp4"
+    video.write_bytes(films[1].read_bytes() + b"\5")
+
+    def tab_to(name):
+        for _ in range(60):
+            press("Tab")
+            focus = page.evaluate("document.activeElement.ariaLabel ?? document.activeElement.innerText")
+            if (focus or "").strip().startswith(name):
+                return
+        raise AssertionError(f"Tab does not reach {name}")
+
+    expect(page.get_by_label("Key")).to_be_focused()
+    page.keyboard.type(KEY)
+    press("Enter")
+    expect(page.get_by_role("button", name="Add videos")).to_be_visible()
+    tab_to("Add videos")
+    with page.expect_file_chooser() as chooser:
+        press("Enter")
+    chooser.value.set_files(video)
+    expect(page.locator(".row", has_text="by-keyboard.mp4").locator(".strip img")).to_be_visible()
+    tab_to("by-keyboard.mp4, ready")
+    press("ArrowDown")
+    press("ArrowUp")
+    press("Enter")
+    expect(page.get_by_label("Question", exact=True)).to_be_focused()
+    page.keyboard.type("What is the background?")
+    press("Enter")
+    expect(page.locator("[data-state=done]")).to_have_count(2)
+    tab_to("As code")
+    press("Enter")
+    tab_to("Copy curl")
+    press("Enter")
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    for _ in range(40):
+        press("Shift+Tab")
+        if page.evaluate("document.activeElement.innerText") == "Videos":
+            break
+    press("Enter")
+    tab_to("by-keyboard.mp4, ready")
+    press("Space")
+    expect(page.get_by_text("1 chosen")).to_be_visible()
+    press("Delete")
+    expect(page.get_by_role("button", name="Cancel")).to_be_focused()
+    press("Tab")
+    press("Enter")
+    expect(page.locator(".row", has_text="by-keyboard.mp4")).to_have_count(0)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing(browser, host, film, theme):
+    visit = Visit(browser, host.url, KEY, theme)
+    page = visit.page
+
+    def check(what):
+        page.wait_for_timeout(300)
+        found = page.evaluate("() => axe.run()")["violations"]
+        assert [(one["id"], one["nodes"][0]["html"]) for one in found] == [], what
+
+    page.goto(f"{host.url}/console")
+    page.evaluate(AXE)
+    expect(page.locator(".strip img").first).to_be_visible()
+    check("videos")
+    page.locator("input[type=file]").set_input_files({"name": "b.mp4", "mimeType": "video/mp4", "buffer": b"no video"})
+    expect(page.get_by_role("alert")).to_be_visible()
+    page.get_by_role("checkbox").first.check()
+    check("an upload that failed, and a choice")
+    page.get_by_role("button", name="Delete").first.click()
+    check("a dialog")
+    page.keyboard.press("Escape")
+    page.evaluate(f"location.hash = '#/ask/{film}'")
+    page.get_by_label("Question", exact=True).fill("What is the background?")
+    page.keyboard.press("Enter")
+    expect(page.locator("[data-state=done]")).to_have_count(2)
+    page.get_by_text("As code").click()
+    check("answers")
+    page.get_by_role("link", name="Server").click()
+    expect(page.locator(".plot canvas").first).to_be_visible()
+    check("the server")
+    page.get_by_role("button", name="Forget the key").click()
+    expect(page.get_by_label("Key")).to_be_visible()
+    check("the key")
+    visit.close()
+    assert visit.faults == []
+
+
+def test_the_policy_keeps_scripts_and_hosts_out(visit, host):
+    page = visit.page
+    page.goto(f"{host.url}/console")
+    expect(page.locator(".bar")).to_be_visible()
+    blocked = page.evaluate(
+        """async () => {
+            const script = document.createElement("script");
+            script.append("window.hacked = 1");
+            document.body.append(script);
+            const write = () => { document.body.innerHTML += "<b>x</b>"; return false; };
+            const html = (() => { try { return write(); } catch { return true; } })();
+            const host = await fetch("http://127.0.0.1:9/").then(() => false, () => true);
+            return [window.hacked === undefined, html, host];
+        }"""
+    )
+    assert blocked == [True, True, True]
+    assert any("CSP script-src" in fault for fault in visit.faults)
+    assert any("CSP connect-src" in fault for fault in visit.faults)
+    visit.faults.clear()
+
+
+def test_the_servers_page_shows_its_metrics(visit, host, film):
+    host.client.chat.completions.create(model=film, messages=[{"role": "user", "content": "Hello?"}], max_tokens=2)
+    page = visit.page
+    page.goto(f"{host.url}/console/#/server")
+    tile = page.locator(".tile", has_text="Adapters in host memory")
+    expect(tile).to_contain_text("256 places")
+    metrics = httpx.get(f"{host.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+    resident = next(line for line in metrics.splitlines() if line.startswith("f2l_adapters_resident"))
+    assert tile.locator("b").inner_text() == str(int(float(resident.split()[-1])))
+    expect(page.locator(".tile", has_text="Workers").locator("b")).to_have_text("1")
+    expect(page.locator(".plot canvas")).to_have_count(4)
+
+
+def test_a_server_that_goes_and_returns(visit, host, film):
+    page = visit.page
+    page.goto(f"{host.url}/console")
+    mine = page.locator(f"[data-file='{film}']")
+    expect(mine).to_be_visible()
+    port = int(host.url.rpartition(":")[2])
+    host.server.process.send_signal(signal.SIGKILL)
+    host.server.process.wait()
+    expect(page.get_by_text("The server does not answer.")).to_be_visible()
+    expect(mine).to_be_visible()  # what is known stays
+    host.start(port)
+    expect(page.get_by_text("The server does not answer.")).to_have_count(0)
+    expect(mine).to_be_visible()
+    mine.get_by_role("link", name="Ask").last.click()
+    page.get_by_label("Question", exact=True).fill("What is the background?")
+    page.keyboard.press("Enter")
+    expect(page.locator("[data-state=done]")).to_have_count(2)
