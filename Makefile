@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# vLLM 0.32 pins this torch. On a machine without a GPU a CPU build saves gigabytes: name the index that has it, e.g.
+# The vLLM to install; docs/vllm-versions.md lists those that hold.
+VLLM ?= 0.32.0
+# vLLM pins a torch. On a machine without a GPU a CPU build saves gigabytes: name the index that has it, e.g.
 # make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
-TORCH := torch==2.13.0
+TORCH = torch==$(shell $(PYTHON) f2l_vllm/vllm_versions.py $(VLLM))
 TORCH_INDEX ?=
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 3600
@@ -13,7 +15,7 @@ SOAK_SECONDS ?= 3600
 PARALLEL ?= --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo cluster-demo check unit test test-full-size fuzz soak lint format site bench page model clean
+.PHONY: help setup serve demo cluster-demo check unit test test-next test-full-size fuzz soak lint format site bench page model release clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +26,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or later is needed, this is {v.major}.{v.minor}; try: make setup PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' vllm==$(VLLM)
 	touch $@
 
 serve: $(STAMP) ## Serve the default model on http://127.0.0.1:8000
@@ -43,6 +45,12 @@ unit: $(STAMP) ## Run the tests that start no server, no Ray and no engine
 
 test: unit ## Run the tests, unit and end to end
 	$(BIN)/python -m pytest tests/e2e -n 2 $(PARALLEL)
+
+test-next: VLLM = 0.33.0
+test-next: ## Run unit tests, contracts, parity and leaks with another vLLM, installed in build/ (VLLM=0.33.0)
+	$(MAKE) setup VENV=build/vllm-$(VLLM) VLLM=$(VLLM)
+	build/vllm-$(VLLM)/bin/python -m pytest tests/unit -n 3 $(PARALLEL)
+	build/vllm-$(VLLM)/bin/python -m pytest tests/e2e/cpu tests/e2e/engine tests/e2e/server/test_leaks_over_http.py -n 2 $(PARALLEL)
 
 test-full-size: $(STAMP) ## Run the tests on models of the released shapes (10 minutes, 15 GB of memory)
 	$(BIN)/python -m pytest tests/soak/full_size -m full_size
@@ -76,5 +84,8 @@ page: $(STAMP) ## Make a page of 24 videos with every answer, in build/page
 model: $(STAMP) ## Make the default model again, in build/model (40 minutes on a core; goes on where it was stopped)
 	$(BIN)/f2l-vllm make-model build/model
 
+release: $(STAMP) ## Build wheel, sdist and bill of materials in dist/; refuses changes and a version without its changelog
+	PYTHON=$(BIN)/python .ci/release
+
 clean: ## Remove .venv and caches
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

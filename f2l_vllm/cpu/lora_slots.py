@@ -18,9 +18,15 @@ from typing import Any
 
 import torch
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-from vllm.lora.layers.classifier import ClassificationHeadWithLoRA
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
+
+from f2l_vllm import vllm_versions
+
+if vllm_versions.installed() == "0.32":
+    from vllm.lora.layers.classifier import ClassificationHeadWithLoRA as ClassificationHead
+else:  # one of two kinds
+    from vllm.lora.layers.classifier import BaseClassificationHeadWithLoRA as ClassificationHead
 
 
 class CompactLoRAModelManager(LRUCacheLoRAModelManager):
@@ -33,7 +39,7 @@ class CompactLoRAModelManager(LRUCacheLoRAModelManager):
         linears = [m for m in self.modules.values() if isinstance(m, BaseLinearLayerWithLoRA)]
         if self.lora_config.fully_sharded_loras:
             linears = []
-        self._packed_linears = [m for m in linears if not isinstance(m, ClassificationHeadWithLoRA)]
+        self._packed_linears = [m for m in linears if not isinstance(m, ClassificationHead)]
         for module in self._packed_linears:
             module.lora_a_stacked = tuple(transposed_slots(a) for a in module.lora_a_stacked)
             module.lora_b_stacked = tuple(transposed_slots(b) for b in module.lora_b_stacked)

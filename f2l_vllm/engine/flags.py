@@ -1,6 +1,6 @@
 """Reads the flags of `vllm serve` like vLLM, but without loading it, so that mistakes are reported at once.
 
-`flags.json` holds the flags of the vLLM version that this package supports (`flags_table` writes it).
+`flags-0.32.json` and its like hold the flags of each vLLM that this package supports (`flags_table` writes them).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-TABLE = Path(__file__).with_name("flags.json")
+from f2l_vllm import vllm_versions
+
 _AMOUNT = re.compile(r"(\d+)([kmgtKMGT])?|(\d+\.\d+)([kmgt])")
 _UNITS = "kmgt"
 _VALUE = "\0"  # marks a value in an error message: argparse puts the flag's name and a colon before it
@@ -67,18 +68,26 @@ def without_model(words: Sequence[str], model: str) -> list[str]:
     return list(words)
 
 
+def table() -> Path:
+    """The installed vLLM's flags.
+
+    Raises:
+        ValueError: this package does not run with it.
+    """
+    return Path(__file__).with_name(f"flags-{vllm_versions.installed()}.json")
+
+
 @cache
 def _parser() -> _Parser:
     parser = _Parser(prog="vllm serve", add_help=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("model_tag", nargs="?")
-    for flag in json.loads(TABLE.read_text()):
+    for flag in json.loads(table().read_text()):
         options: dict[str, Any] = {"dest": flag["dest"]}
         if flag.get("switch"):
-            positive = [name for name in flag["names"] if not name.startswith("--no-")]
-            negative = [name for name in flag["names"] if name.startswith("--no-")]
-            parser.add_argument(*positive, action="store_true", **options)
-            if negative:
-                parser.add_argument(*negative, action="store_false", **options)
+            off = flag.get("off", [])
+            parser.add_argument(*(name for name in flag["names"] if name not in off), action="store_true", **options)
+            if off:
+                parser.add_argument(*off, action="store_false", **options)
             continue
         if "values" in flag:
             options["nargs"] = flag["values"]

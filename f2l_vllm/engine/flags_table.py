@@ -1,6 +1,6 @@
-"""Writes the flags of vLLM 0.32's `vllm serve` to a file, because building vLLM's own parser takes 17 CPU seconds.
+"""Writes the flags of the installed vLLM to a file, because building the parser of `vllm serve` takes 17 CPU seconds.
 
-`python -m f2l_vllm.engine.flags_table` writes `flags.json`, which `engine/flags.py` reads;
+`python -m f2l_vllm.engine.flags_table` writes `flags-0.33.json` or its like, which `engine/flags.py` reads;
 `tests/unit/engine/test_flags.py` compares the two, so that another vLLM version fails there first.
 """
 
@@ -12,8 +12,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from f2l_vllm import torch_shims
-from f2l_vllm.engine.flags import TABLE
+from f2l_vllm import torch_shims, vllm_versions
+from f2l_vllm.engine.flags import table
 
 # The kind of a flag's values follows from which of these vLLM's own function accepts; other kinds are left to vLLM.
 _PROBES = ("7", "0.5", "1k", "word", '{"a": 1}')
@@ -29,18 +29,25 @@ _BOUNDS = {"ge": "least", "gt": "above", "le": "most", "lt": "below"}
 def describe() -> list[dict[str, Any]]:
     """Every flag of vLLM's parser: its names, its destination, the number and the kind of its values."""
     torch_shims.install()
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    if vllm_versions.installed() == "0.32":
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    else:
+        from vllm.entrypoints.common.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve", add_help=False))
     bounds = _bounds()
-    return [_flag(action, bounds) for action in parser._actions if action.option_strings]
+    names: dict[argparse.Action, list[str]] = {}  # also those that an action hides from its help
+    for name, action in parser._option_string_actions.items():
+        names.setdefault(action, []).append(name)
+    return [_flag(action, found, bounds) for action, found in names.items()]
 
 
-def _flag(action: argparse.Action, bounds: dict[str, dict[str, float]]) -> dict[str, Any]:
-    flag: dict[str, Any] = {"names": list(action.option_strings), "dest": action.dest}
+def _flag(action: argparse.Action, names: list[str], bounds: dict[str, dict[str, float]]) -> dict[str, Any]:
+    flag: dict[str, Any] = {"names": names, "dest": action.dest}
     if action.nargs == 0:
-        return flag | {"switch": True}
+        off = [name for name in names if _turns_off(action, name)]
+        return flag | {"switch": True} | ({"off": off} if off else {})
     flag["values"] = action.nargs
     if action.choices:
         flag["choices"] = [str(choice) for choice in action.choices]
@@ -49,6 +56,14 @@ def _flag(action: argparse.Action, bounds: dict[str, dict[str, float]]) -> dict[
         if kind != "json" and action.dest in bounds:
             flag |= bounds[action.dest]
     return {name: value for name, value in flag.items() if value is not None}
+
+
+def _turns_off(action: argparse.Action, name: str) -> bool:
+    if not isinstance(action, argparse.BooleanOptionalAction):
+        return False
+    given = argparse.Namespace()
+    action(argparse.ArgumentParser(), given, [], name)
+    return getattr(given, action.dest) is False
 
 
 def _takes(convert: Callable[[str], Any] | Any, text: str) -> bool:
@@ -80,4 +95,4 @@ def _bounds() -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    TABLE.write_text("[\n" + ",\n".join(json.dumps(flag) for flag in describe()) + "\n]\n")
+    table().write_text("[\n" + ",\n".join(json.dumps(flag) for flag in describe()) + "\n]\n")

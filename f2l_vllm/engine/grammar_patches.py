@@ -1,4 +1,4 @@
-"""Changes how vLLM 0.32's engine follows constraints: it compiles them beside its steps and gives up slow ones.
+"""Changes how vLLM's engine follows constraints: it compiles them beside its steps and gives up slow ones.
 
 `tests/unit/server/test_vllm_grammars.py` holds a contract test for each patched place.
 """

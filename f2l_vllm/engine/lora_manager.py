@@ -1,4 +1,4 @@
-"""Holds adapters in vLLM's workers: replaces vLLM 0.32's `LRUCacheWorkerLoRAManager`, and builds on its internals.
+"""Holds adapters in vLLM's workers: replaces vLLM's `LRUCacheWorkerLoRAManager`, and builds on its internals.
 
 There are three differences. A step looks up each of its adapters directly; the stock manager copies its whole registry
 for each. The host tier drops nothing by itself: `residency`, which knows the requests, decides. A load reads the file
@@ -11,7 +11,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ class HostTierLoRAManager(LRUCacheWorkerLoRAManager):
         """
         lora = self._load_packed(lora_request) or super()._load_adapter(lora_request)
         attaches = lora.modules_to_save or self._adapter_manager.is_pooling_model or not self._is_whole_model
-        if not attaches and self._targets.isdisjoint(lora.loras):
+        if not attaches and not any(map(partial(self._adapter_manager._get_lora_layer_weights, lora), self._targets)):
             found = sorted({name.rsplit(".", 1)[-1] for name in lora.loras})
             raise ValueError(
                 f"adapter {lora_request.lora_name!r} changes nothing that this engine adapts (it has {found}): check "

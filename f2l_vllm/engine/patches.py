@@ -1,4 +1,4 @@
-"""Changes vLLM 0.32 in the engine's processes: `Residency` decides which adapters are in host memory.
+"""Changes vLLM in the engine's processes: `Residency` decides which adapters are in host memory.
 
 `tests/unit/engine/test_patches.py` holds a contract test for each patched place.
 """

@@ -1,4 +1,4 @@
-"""What this package relies on inside vLLM 0.32 in the API process; docs/patches.md lists everything.
+"""What this package relies on inside vLLM in the API process; docs/patches.md lists everything.
 
 Each function names what it relies on. `tests/unit/server/test_vllm_api.py` holds a contract test for each, so that
 another vLLM version fails there first, with a clear message, and not in production.
@@ -33,7 +33,6 @@ from f2l_vllm.settings import Settings, listed, refuse_environment
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED_VLLM = "0.32"
 # The model the client asked for, set while its request is set up: responses show it instead of an adapter's name.
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
 

@@ -1,4 +1,4 @@
-"""Turns the failures of vLLM 0.32 into answers: whose fault each one is, and what the client is told.
+"""Turns the failures of vLLM into answers: whose fault each one is, and what the client is told.
 
 vLLM reads and renders a request in many places, and a malformed request can raise any Python exception there. Until
 the engine is asked, vLLM's handlers depend on the request alone, so a failure there is the request's fault. After that

@@ -1,4 +1,4 @@
-"""What this package relies on in how vLLM 0.32 constrains answers: what reaches the engine, and what it may cost.
+"""What this package relies on in how vLLM constrains answers: what reaches the engine, and what it may cost.
 
 `tests/unit/server/test_vllm_grammars.py` holds a contract test for each dependency.
 """

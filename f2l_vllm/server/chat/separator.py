@@ -115,15 +115,20 @@ async def _stream(chunks: AsyncGenerator[str, None], separator: str, choices: in
 
 
 def _edited(chunk: str, separator: str, begun: dict[int, str]) -> str:
-    if '"choices":[{' not in chunk:  # an error, usage, or the end
+    if '"choices":[{' not in chunk and '"type":"text_delta"' not in chunk:  # an error, usage, or the end
         return chunk
-    body: Mapping[str, Any] = json.loads(chunk.removeprefix("data: "))
+    head, _, data = chunk.partition("data: ")
+    body: Mapping[str, Any] = json.loads(data)
+    # From vLLM 0.33 on, streams of `/v1/messages` are Anthropic's events here, not yet chunks of a chat.
+    choices, text_field = body.get("choices"), "content"
+    if choices is None:
+        choices, text_field = [{"index": 0, "delta": body["delta"]}], "text"
     is_edited = False
-    for choice in body["choices"]:
+    for choice in choices:
         index, delta = choice["index"], choice["delta"]
         if index not in begun:
             continue
-        given = delta.get("content") or ""
+        given = delta.get(text_field) or ""
         kept, text = "", begun[index] + given
         if separator.startswith(text) and text != separator and choice.get("finish_reason") is None:
             begun[index] = text
@@ -131,5 +136,5 @@ def _edited(chunk: str, separator: str, begun: dict[int, str]) -> str:
             kept = text.removeprefix(separator)
             del begun[index]
         if kept != given:
-            delta["content"], is_edited = kept, True
-    return f"data: {json.dumps(body, separators=(',', ':'), ensure_ascii=False)}\n\n" if is_edited else chunk
+            delta[text_field], is_edited = kept, True
+    return f"{head}data: {json.dumps(body, separators=(',', ':'), ensure_ascii=False)}\n\n" if is_edited else chunk

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from f2l_vllm import vllm_versions
 from f2l_vllm.bench import planner, report
 from f2l_vllm.cli.main import app
 
@@ -29,7 +30,7 @@ def test_latency_over_frames_through_real_servers(tmp_path: Path) -> None:
     result = json.loads(target.read_text())
 
     assert (result["suite"], result["configuration"]["model"]) == ("latency", "tiny")
-    assert result["versions"]["vllm"].startswith("0.32")
+    assert result["versions"]["vllm"].startswith(vllm_versions.installed())
     assert result["machine"]["cores"] >= 1
     rows = {(row["arm"], row["frames"]): row for row in result["rows"]}
     assert list(rows) == [(arm, frames) for frames in (4, 8, 1024) for arm in ARMS]

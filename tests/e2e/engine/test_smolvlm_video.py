@@ -268,7 +268,7 @@ def test_plugin_can_be_registered_twice(configure: Callable[..., ModelConfig]) -
 
 
 class TestContractWithVllm032:
-    """What the model class takes for granted in vLLM 0.32 and in transformers."""
+    """What the model class takes for granted in vLLM and in transformers."""
 
     def test_methods_that_are_overridden_or_called_exist(self) -> None:
         for name in (

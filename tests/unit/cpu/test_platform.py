@@ -11,12 +11,17 @@ import pytest
 import vllm.platforms
 import vllm.plugins
 from vllm import EngineArgs
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.utils.system_utils import get_mp_context
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
+from f2l_vllm import vllm_versions
 from f2l_vllm.cpu import plugin
 from f2l_vllm.cpu.platform import TorchCpuPlatform
+
+if vllm_versions.installed() == "0.32":
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+else:
+    from vllm.entrypoints.common.startup import cli_env_setup
 
 
 @pytest.fixture
@@ -123,7 +128,7 @@ def test_engine_keeps_its_worker_inside_and_the_environment_as_it_was(
 def test_the_engine_is_forked_if_a_launcher_says_so(
     configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, asked: str | None, found: str
 ) -> None:
-    """vLLM 0.32's CPU platform spawns it whatever the environment says; its command line does unless that says it."""
+    """vLLM's CPU platform spawns it whatever the environment says; its command line does unless that says it."""
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
     if asked is not None:
         monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", asked)

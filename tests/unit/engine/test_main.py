@@ -1,4 +1,4 @@
-"""A contract with vLLM 0.32: what `engine/__main__.py` imports without garbage collection is what its command needs."""
+"""A contract with vLLM: what `engine/__main__.py` imports without garbage collection is what its command needs."""
 
 import gc
 import inspect

@@ -1,4 +1,4 @@
-"""Contracts with vLLM 0.32: what `engine/patches.py` and `engine/lora_manager.py` lean on in the engine."""
+"""Contracts with vLLM: what `engine/patches.py` and `engine/lora_manager.py` lean on in the engine."""
 
 import inspect
 from inspect import signature

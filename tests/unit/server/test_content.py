@@ -5,8 +5,16 @@ import typing
 
 import pytest
 
+from f2l_vllm import vllm_versions
 from f2l_vllm.server.chat.content import CONTENTS, CONVERSATIONS, ITEMS, PARTS, REFUSED, REQUESTS, admit, private
 from f2l_vllm.server.errors import APIError
+
+if vllm_versions.installed() == "0.32":
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.renderers import chat_utils
+else:
+    from vllm.entrypoints.common.cli_args import make_arg_parser
+    from vllm.renderers.chat_utils import chat_message as chat_utils
 
 TEXT = {"type": "text", "text": "What is shown?"}
 PICTURE = {"type": "image_url", "image_url": {"url": "https://a.example/p.png", "detail": "low"}}
@@ -220,10 +228,11 @@ spaces_between_special_tokens state stop stop_sequences stop_token_ids store str
 stream_state structured_outputs suffix temperature text thinking thinking_token_budget token_ids token_offsets
 tokens tool_choice tools top_k top_logprobs top_p truncate_prompt_tokens truncation truncation_side use_beam_search
 user watermarking
+joint parse_context prompt_cache_options prompt_cache_retention return_weight_versions safety_identifier
 """
 
 
-class TestContractWithVllm032:
+class TestContractWithVllm:
     """Another version that reads more than this one fails here first; decide then what `content.py` does about it."""
 
     # Kinds of parts that vLLM reads and this server does not take.
@@ -243,8 +252,6 @@ class TestContractWithVllm032:
     CHECKED: typing.ClassVar = {*CONVERSATIONS, *CONTENTS, *REQUESTS, *REFUSED, "audio", "vllm_xargs"}
 
     def test_every_parser_of_parts_is_decided_about(self):
-        from vllm.renderers import chat_utils
-
         parsers = set(chat_utils.MM_PARSER_MAP)
         assert parsers - set(PARTS) == self.LEFT_OUT
         assert parsers - self.LEFT_OUT <= set(PARTS)
@@ -256,8 +263,6 @@ class TestContractWithVllm032:
             assert keys & media_keys <= {kind, "image_url"}, kind
 
     def test_every_key_by_which_a_part_is_read_is_decided_about(self):
-        from vllm.renderers import chat_utils
-
         known = set().union(*PARTS.values()) | {"type"}
         # Of kinds that are left out.
         others = {"image_pil", "image_embeds", "audio_embeds", "video_embeds", "audio_url", "input_audio", "data"}
@@ -267,7 +272,6 @@ class TestContractWithVllm032:
         from fastapi.routing import APIRoute
         from pydantic import BaseModel
         from vllm.entrypoints.launchers.app import build_app
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
         def models(annotation):

@@ -1,4 +1,4 @@
-"""vLLM 0.32 fetches and decodes media for a question by this server's rules."""
+"""vLLM fetches and decodes media for a question by this server's rules."""
 
 import asyncio
 import base64
@@ -14,6 +14,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 from vllm.multimodal.media.audio import AudioMediaIO
 from vllm.multimodal.media.connector import MediaConnector
 from vllm.multimodal.media.image import ImageMediaIO
+from vllm.multimodal.media.video import VideoMediaIO
 
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.media import connector as media
@@ -128,10 +129,11 @@ def test_what_is_no_picture_is_refused(address, code):
     assert code_of(lambda: asyncio.run(connector().fetch_image_async(address))) == code
 
 
-def test_frames_are_decoded_as_a_video_whatever_their_address_calls_them():
+def test_frames_are_decoded_as_a_video_whatever_their_address_calls_them(monkeypatch):
     """vLLM itself would read `video/jpeg` as pictures, in its own process."""
+    monkeypatch.setattr(media, "_frames", lambda path, media_io: (path.read_bytes(), type(media_io)))
     address = data_uri(png(3), "video/jpeg")
-    assert code_of(lambda: asyncio.run(connector().fetch_video_async(address))) != "invalid_image"
+    assert asyncio.run(connector().fetch_video_async(address)) == (png(3), VideoMediaIO)
 
 
 def test_sound_and_embeddings_are_refused():

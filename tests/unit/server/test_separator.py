@@ -15,6 +15,8 @@ from openai.types.responses import (
     ResponseTextDeltaEvent,
     ResponseTextDoneEvent,
 )
+from vllm.entrypoints.anthropic.protocol import AnthropicDelta, AnthropicStreamEvent
+from vllm.entrypoints.anthropic.serving import wrap_data_with_event
 
 from f2l_vllm.server.chat import separator
 
@@ -106,6 +108,19 @@ def test_a_separator_of_several_tokens_is_all_or_nothing(given: list[str], expec
         return [chunk((0, {"content": text}), end="stop" if text is texts[-1] else None) for text in texts]
 
     assert streamed([*chunks(given), DONE], "\n\n") == [*chunks(expected), DONE]
+
+
+def test_a_stream_of_anthropics_events_begins_with_its_first_word() -> None:
+    """As vLLM 0.33 hands them over."""
+
+    def event(kind: str, **fields: Any) -> str:
+        return wrap_data_with_event(AnthropicStreamEvent(type=kind, **fields).model_dump_json(exclude_unset=True), kind)
+
+    def delta(text: str) -> str:
+        return event("content_block_delta", index=0, delta=AnthropicDelta(type="text_delta", text=text))
+
+    ends = event("content_block_stop", index=0), event("message_stop")
+    assert streamed([delta(" Red"), delta(" and"), *ends]) == [delta("Red"), delta(" and"), *ends]
 
 
 def test_calls_of_tools_errors_and_what_does_not_begin_a_turn_stay_as_they_are() -> None:

@@ -1,4 +1,4 @@
-"""What this package leans on of vLLM 0.32's constraints and errors: another version fails here first."""
+"""What this package leans on of vLLM's constraints and errors: another version fails here first."""
 
 import asyncio
 import inspect
@@ -13,7 +13,7 @@ from f2l_vllm.server.chat.constraints import Constraint
 from f2l_vllm.server.errors import APIError
 from tests.support import source_of
 
-CHANGED = "vLLM 0.32 {}; this version does not: see docs/patches.md"
+CHANGED = "vLLM {}; the installed version does not: see docs/patches.md"
 
 
 def test_what_reaches_the_engine_is_read_of_the_sampling_parameters():
