@@ -38,7 +38,7 @@ def plot(result: Result, folder: Path) -> list[Path]:
         case "tax":
             return [_tax(result, folder / "tax.png")]
         case "ramp":
-            return []  # its table says all
+            return [_ramp(result, folder / "ramp.png")]
         case _:
             return [_capacity(result, folder / "capacity.png")]
 
@@ -201,6 +201,24 @@ def _tax(result: Result, path: Path) -> Path:
     style.axis(at, y="speed / speed without LoRA")
     at.grid(axis="y", alpha=0.3)
     style.title(of, "What LoRA leaves of the speed of text traffic", _details(result))
+    return style.save(of, path)
+
+
+def _ramp(result: Result, path: Path) -> Path:
+    """The share of good answers over the rate of questions, with its intervals."""
+    rows = sorted(result["rows"], key=lambda row: row["rate"])
+    rates, shares = [row["rate"] for row in rows], [row["share"] for row in rows]
+    ends = [[abs(row["share"] - row["share_ci95"][end]) for row in rows] for end in (0, 1)]
+    of = style.figure(8, 4.4)
+    at = of.subplots()
+    at.errorbar(rates, shares, ends, color=style.BLUE, marker="o", capsize=3, label="95 % interval")
+    at.axhline(result["configuration"]["share"], color="black", linestyle="--", linewidth=1)
+    at.set_xscale("log")
+    style.plain_ticks(at.xaxis)
+    style.axis(at, x="questions per second", y="share of good answers")
+    at.grid(axis="y", alpha=0.3)
+    style.title(of, "Good answers over the rate of questions", _details(result))
+    style.legend(of, at)
     return style.save(of, path)
 
 

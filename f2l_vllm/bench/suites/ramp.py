@@ -1,7 +1,8 @@
 """The highest rate of questions at which a server that runs already gives good answers.
 
 Questions come at random times, whatever the server does. The rate is doubled, or halved, until good and bad are known;
-then the gap between them is halved until it is small. An answer that fails is not good.
+then the gap between them is halved until it is small. An answer that fails is not good, and no rate is that the server
+does not keep up with.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from f2l_vllm.bench.results_file import ResultsFile, Row, Say
 
 _MOST_RATES = 24
 _UPLOADS = 4
+_KEPT_UP = 0.5  # of the rate, from the first question to the last answer
 
 
 async def run(suite: suites.Ramp, folder: Path, results: ResultsFile, say: Say) -> None:
@@ -124,7 +126,7 @@ def row(
         "good": good,
         "share": round(good / n, 4),
         "share_ci95": [round(interval.low, 4), round(interval.high, 4)],
-        "is_good": good >= share * n,
+        "is_good": good >= share * n and len(answers) / seconds >= _KEPT_UP * rate,
         "failures": {name: failures.count(name) for name in sorted(set(failures))},
     }
     if answers:

@@ -54,6 +54,7 @@ def test_a_row_has_its_number_and_intervals() -> None:
     low, high = row["median_ttft_ci95_ms"]
     assert low <= row["median_ttft_ms"] <= high
     assert ramp.row(8.0, 100, 99, answers, 10.0, [], 0.99)["is_good"]
+    assert not ramp.row(8.0, 100, 100, answers, 30.0, [], 0.99)["is_good"]  # it took much longer than asking
     silent = ramp.row(8.0, 3, 0, [], 1.0, ["engine_lost"] * 3, 0.99)
     result = {"suite": "ramp", "rows": [row, silent], "highest": None}
     result["configuration"] = {"share": 0.99, "slo": {"ttft": 500.0, "tpot": None}}
