@@ -160,7 +160,11 @@ def answer_from_videos(
     between = separator.find(functools.partial(vllm_api.rendered, state.openai_serving_chat))
     if between:
         vllm_api.wrap_chat_answers(state, functools.partial(separator.left_out, separator=between))
-        vllm_api.wrap_responses(state, functools.partial(separator.left_out_of_responses, separator=between))
+        vllm_api.wrap_responses(
+            state,
+            functools.partial(separator.left_out_of_responses, separator=between),
+            functools.partial(separator.left_out_behind, separator=between),
+        )
     vllm_api.wrap_servings(
         state,
         openai_serving_chat=lambda inner: ChatHandler(inner, asking, served.names),

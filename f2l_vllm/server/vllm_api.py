@@ -175,10 +175,12 @@ def wrap_chat_answers(state: State, wrap: Callable[[Any], Any]) -> None:
             setattr(serving, method, wrap(getattr(serving, method)))
 
 
-def wrap_responses(state: State, wrap: Callable[[Any], Any]) -> None:
-    """Put `wrap` around `create_responses`, which returns a response or a stream, before `guard_other_servings`."""
+def wrap_responses(state: State, wrap: Callable[[Any], Any], wrap_behind: Callable[[Any], Any]) -> None:
+    """Put `wrap` around `create_responses`, which returns a response or a stream, and `wrap_behind` around
+    `responses_full_generator`, which writes a whole response; call it before `wrap_servings`."""
     if (serving := getattr(state, "openai_serving_responses", None)) is not None:
         serving.create_responses = wrap(serving.create_responses)
+        serving.responses_full_generator = wrap_behind(serving.responses_full_generator)
 
 
 def rendered(chat: Any, messages: list[Any], add_generation_prompt: bool) -> str:
@@ -237,6 +239,12 @@ def background_task(responses: Any, response_id: str) -> asyncio.Task[Any] | Non
     """The task that writes a response which the client has asked for in the background, until it has ended."""
     task: asyncio.Task[Any] | None = responses.background_tasks.get(response_id)
     return task
+
+
+def detail_stored(responses: Any, response_id: str, details: Mapping[str, Any]) -> None:
+    """Add what it was answered from to what vLLM has stored of a response, if it has."""
+    if (stored := responses.response_store.get(response_id)) is not None:
+        stored.f2l = dict(details)
 
 
 def forget_response(responses: Any, response_id: str) -> None:

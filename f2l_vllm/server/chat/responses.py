@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -105,7 +106,12 @@ class ResponsesHandler(Handler):
             task = vllm_api.background_task(self._inner, request.request_id) if request.background else None
             if task is not None and (lease := source.lease) is not None:
                 source.lease = None  # the answer is written behind what the client gets
-                task.add_done_callback(lambda _: lease.release())
+
+                def written(_: asyncio.Task[Any]) -> None:
+                    vllm_api.detail_stored(self._inner, request.request_id, source.details)
+                    lease.release()
+
+                task.add_done_callback(written)
             return _told(result, source, raw_request) if hasattr(result, "__aiter__") else result
 
         return await self._answer(answer, request, raw_request, source)

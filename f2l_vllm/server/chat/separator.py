@@ -65,6 +65,19 @@ def left_out_of_responses(answer: Callable[..., Awaitable[Any]], separator: str)
     return answered
 
 
+def left_out_behind(write: Callable[..., Awaitable[Any]], separator: str) -> Callable[..., Awaitable[Any]]:
+    """Like `left_out_of_responses`, for the method that writes answers in the background, which are fetched later."""
+
+    @functools.wraps(write)
+    async def written(request: Any, *args: Any, **kwargs: Any) -> Any:
+        result = await write(request, *args, **kwargs)
+        if request.background and not request.stream:
+            _leave_out(result, separator)
+        return result
+
+    return written
+
+
 async def _events(events: AsyncGenerator[Any, None], separator: str) -> AsyncGenerator[Any, None]:
     begun: dict[tuple[int, int], str | None] = {}  # by text: the part of the separator seen so far; None: past it
     async with aclosing(events):

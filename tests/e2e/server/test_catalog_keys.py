@@ -78,7 +78,8 @@ def test_a_conversation_is_stored_for_its_own_tenant_and_goes_on_about_its_video
         other.responses.create(model="base", input="Mine.", extra_body={"request_id": first.id}, **greedy)
     while (found := own.responses.retrieve(behind.id)).status in ("queued", "in_progress"):
         time.sleep(0.1)
-    assert found.output_text.strip() == first.output_text
+    assert found.output_text == first.output_text
+    assert found.model_extra["f2l"]["videos"][0]["file_id"] == video.id
     own.files.delete(video.id)
     with pytest.raises(openai.NotFoundError) as error:
         own.responses.create(model="base", input="What else?", previous_response_id=first.id, **greedy)

@@ -152,6 +152,8 @@ def test_an_answer_in_the_background_holds_its_adapter_until_it_is_written():
         written.set()
         await asyncio.sleep(0.01)
         assert not lease.held
+        stored, _ = await handler.get("a", "resp_1")
+        assert "visual_tokens" in stored.f2l
         frames = {"model": "file-1", "background": True, "model_extra": {"f2l": {"mode": "frames"}}}
         await refused("invalid_f2l_options", handler.ask("a", "resp_2", **frames))
 

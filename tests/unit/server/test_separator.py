@@ -200,6 +200,16 @@ def test_a_response_begins_with_its_first_word() -> None:
     assert [part.text for part in response.output[0].content] == ["Red.", "Blue."]
 
 
+def test_an_answer_written_in_the_background_begins_with_its_first_word_once() -> None:
+    async def write(_: Any) -> Any:
+        return response_of("  Red.")
+
+    for background, stream, left in ((True, False, " Red."), (False, False, "  Red."), (True, True, "  Red.")):
+        request = SimpleNamespace(background=background, stream=stream)
+        response = asyncio.run(separator.left_out_behind(write, " ")(request))
+        assert response.output[0].content[0].text == left  # others are edited where they are given out
+
+
 @pytest.mark.parametrize("deltas", [[" Red", "."], [" ", "Red."], ["", " ", "Red", "."]])
 def test_a_stream_of_a_response_begins_with_its_first_word(deltas: list[str]) -> None:
     place: dict[str, Any] = {"content_index": 0, "item_id": "m", "output_index": 0, "logprobs": []}

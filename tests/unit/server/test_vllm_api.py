@@ -279,6 +279,7 @@ def test_what_vllm_stores_of_a_response_is_under_the_requests_id_in_three_places
         "self.response_store[response.id] = response",
         "self.event_store[request.request_id] = ",
         "self.background_tasks[response_id] = task",
+        "response = await self.responses_full_generator(request, *args, **kwargs)",
     ):
         assert line in source
     assert "id=request.request_id," in inspect.getsource(protocol.ResponsesResponse.from_request)
@@ -286,6 +287,10 @@ def test_what_vllm_stores_of_a_response_is_under_the_requests_id_in_three_places
     vllm_api.forget_response(Namespace(**stores), "resp_1")
     assert list(stores.values()) == [{"resp_2": 2}] * 3
     assert vllm_api.background_task(Namespace(background_tasks={}), "resp_1") is None
+    stored = Namespace(response_store={"resp_1": Namespace()})
+    for name in ("resp_1", "resp_2"):
+        vllm_api.detail_stored(stored, name, {"rank": 16})
+    assert stored.response_store["resp_1"].f2l == {"rank": 16}
 
 
 def test_events_of_a_response_carry_further_fields_and_an_error_is_one_of_the_clients():
