@@ -15,7 +15,7 @@ SOAK_SECONDS ?= 3600
 PARALLEL ?= --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo cluster-demo check unit test test-next test-full-size fuzz soak lint format site bench page model release clean
+.PHONY: help setup clients serve demo cluster-demo check unit test test-next test-full-size fuzz soak lint format site bench page model release clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,14 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' vllm==$(VLLM)
+	touch $@
+
+CLIENTS := .venv-clients
+clients: $(CLIENTS)/.installed ## Create .venv-clients with what applications ask with, for its tests
+
+$(CLIENTS)/.installed: tests/e2e/server/clients.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 serve: $(STAMP) ## Serve the default model on http://127.0.0.1:8000
@@ -43,7 +51,7 @@ check: lint unit ## The gate before a commit: style, types, who imports whom, un
 unit: $(STAMP) ## Run the tests that start no server, no Ray and no engine
 	$(BIN)/python -m pytest tests/unit -n 3 $(PARALLEL)
 
-test: unit ## Run the tests, unit and end to end
+test: unit clients ## Run the tests, unit and end to end
 	$(BIN)/python -m pytest tests/e2e -n 2 $(PARALLEL)
 
 test-next: VLLM = 0.33.0
@@ -88,4 +96,4 @@ release: $(STAMP) ## Build wheel, sdist and bill of materials in dist/; refuses 
 	PYTHON=$(BIN)/python .ci/release
 
 clean: ## Remove .venv and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

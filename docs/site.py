@@ -95,7 +95,7 @@ def reference() -> dict[str, str]:
     from fastapi import FastAPI
 
     from f2l_vllm import __version__
-    from f2l_vllm.server.videos.routes import router
+    from f2l_vllm.server.videos.part_routes import router
 
     app = FastAPI(title="f2l-vllm", version=__version__)
     app.include_router(router)
@@ -183,7 +183,7 @@ begins with `F2L_` and is none of these is refused at start. `F2L_CPU_PLATFORM` 
 """
 HTTP_HEAD = """# HTTP
 
-These routes are added to vLLM's. Questions go to vLLM's own routes `/v1/chat/completions` and `/v1/completions`:
+These routes are added to vLLM's. Questions go to `/v1/chat/completions`, `/v1/completions` and `/v1/messages`:
 [asking](../asking.md). Also open are `/health`, `/metrics` (Prometheus, `f2l_*` beside `vllm:*`) and
 [some more](../operations.md#routes). Every error has a stable code: [errors](../errors.md). A program can read this
 page as an [OpenAPI description](openapi.json).

@@ -34,7 +34,7 @@ LINES = (
     ("faults/test_server_faults.py",),
     ("pool/test_pool.py",),
     ("recipes/test_shipped_model.py",),
-    ("server/test_leaks_over_http.py", "server/test_spans_over_http.py"),
+    ("server/test_leaks_over_http.py", "server/test_spans_over_http.py", "server/test_documents_over_http.py"),
     (
         "server/test_catalog_keys.py",
         "server/test_log_over_http.py",
