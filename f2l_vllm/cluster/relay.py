@@ -32,8 +32,8 @@ _TRIES = 3
 _PAUSE_SECONDS = 0.05  # before an engine is asked a second time
 _KEPT_SECONDS = 60  # less than the time after which engines close idle connections
 _CONNECT_SECONDS = 2
-# A machine that has vanished answers no packet. What was sent to it, or waits for it, fails after 10 s: Linux asks for a
-# sign of life only where nothing is under way, and would send what is under way again for a quarter of an hour.
+# A machine that has vanished answers no packet. What was sent to it, or waits for it, fails after 10 s: Linux asks for
+# a sign of life only where nothing is under way, and would send what is under way again for a quarter of an hour.
 _ALIVE = ((socket.TCP_USER_TIMEOUT, 10_000), (socket.TCP_KEEPIDLE, 4), (socket.TCP_KEEPINTVL, 2))
 # Headers that belong to one connection, or that every server makes anew.
 _OURS = frozenset(
