@@ -11,12 +11,12 @@ import numpy as np
 
 def picture(index: int, width: int = 64, height: int = 48) -> np.ndarray:
     """A frame that tells its index: a bright bar that moves, on a colour that drifts. uint8 [H, W, 3]."""
-    frame = np.zeros((height, width, 3), dtype=np.uint8)
-    frame[..., 0] = (index * 7) % 256
-    frame[..., 2] = np.linspace(0, 200, width, dtype=np.uint8)
+    row = np.zeros((width, 3), dtype=np.uint8)
+    row[:, 0] = (index * 7) % 256
+    row[:, 2] = np.linspace(0, 200, width, dtype=np.uint8)
     start = (index * 3) % width
-    frame[:, start : start + 6] = 255
-    return frame
+    row[start : start + 6] = 255
+    return np.repeat(row[None], height, axis=0)
 
 
 def write_video(
