@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,16 +15,12 @@ from f2l_vllm.cli.main import app
 ARMS = ("adapter", "adapter-cold", "frames", "frames-cached")
 
 
-def bench(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "f2l_vllm.cli", "bench", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=900)
-
-
 def test_latency_over_frames_through_real_servers(tmp_path: Path) -> None:
     target, plots, tables = tmp_path / "result.json", tmp_path / "plots", tmp_path / "result.md"
     asked = ["latency", "--shape", "tiny", "--frames", "4,8,1024", "--resolution", "224", "--rounds", "1"]
-    ran = bench(*asked, "--json", str(target), "--plots", str(plots), "--markdown", str(tables))
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    wanted = ["--json", str(target), "--plots", str(plots), "--markdown", str(tables)]
+    ran = CliRunner().invoke(app, ["bench", *asked, *wanted])
+    assert ran.exit_code == 0, ran.output
     result = json.loads(target.read_text())
 
     assert (result["suite"], result["configuration"]["model"]) == ("latency", "tiny")
