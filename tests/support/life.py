@@ -23,8 +23,7 @@ QUESTION = [{"role": "user", "content": "What is shown?"}]
 GREEDY = {"temperature": 0, "max_tokens": 40}
 PATIENT = {"f2l": {"wait": 300}}
 LONG = {"temperature": 0, "max_tokens": 1500, "extra_body": {"ignore_eos": True}}
-# Three jobs at a time; long videos are decoded in three parts.
-FLAGS = ("--hypernetwork-workers", "3", "--worker-cpus", "0.3", "--chunk-seconds", "10", "--max-chunks", "3")
+FLAGS = ("--worker-cpus", "0.3", "--chunk-seconds", "10", "--max-chunks", "3")  # long videos are decoded in three parts
 
 
 class Life:
@@ -54,9 +53,10 @@ class Life:
         for file_id in others:
             self.server.client.files.delete(file_id)
 
-    def start(self) -> None:
-        """Serve the data folder."""
-        self.server = self.disk.run(lambda: Server(self._model, self.disk.folder, *FLAGS))
+    def start(self, workers: int = 3) -> None:
+        """Serve the data folder, with as many jobs at a time as there are workers."""
+        flags = ("--hypernetwork-workers", str(workers), *FLAGS)
+        self.server = self.disk.run(lambda: Server(self._model, self.disk.folder, *flags))
         self.server.wait_ready()
 
     def end(self) -> None:

@@ -24,59 +24,6 @@ def life(hypernetwork_model, tmp_path_factory):
     life.end()
 
 
-def test_workers_killed_at_every_stage_lose_nothing(life):
-    with life.at_every_stage() as (processes, files):
-        before = life.published
-        answer = life.stream(life.kept)
-        send(signal.SIGKILL, processes.workers)
-    assert "".join(answer) == life.whole
-    life.check(files)
-    assert life.published == before + len(files)
-
-
-def test_a_pool_killed_with_jobs_at_every_stage_loses_nothing(life):
-    with life.at_every_stage() as (processes, files):
-        before = life.published
-        answer = life.stream(life.kept)
-        send(signal.SIGKILL, processes.pool)
-    assert "".join(answer) == life.whole
-    life.check(files)
-    assert life.published == before + len(files)
-
-
-def test_an_engine_that_dies_ends_its_server_and_the_next_one_goes_on(life):
-    with life.at_every_stage() as (processes, files), ThreadPoolExecutor() as threads:
-        answer = life.stream(life.kept)
-        waiting = [threads.submit(life.ask, file_id, timeout=300, extra_body=PATIENT) for file_id in files]
-        send(signal.SIGKILL, processes.engine)
-        with pytest.raises((openai.APIError, httpx.TransportError)):
-            list(answer)
-        for question in waiting:
-            with pytest.raises(openai.InternalServerError) as error:
-                question.result(300)
-            assert error.value.code == "shutting_down"
-        assert life.server.process.wait(120) != 0  # which tells a supervisor to start another
-        until(lambda: not alive(processes.all), "everything has ended")
-    life.start()
-    assert life.ask(life.kept) == life.answers[life.clips[0]]
-    life.check(files)
-    assert life.published == len(files)
-
-
-def test_a_server_killed_with_jobs_at_every_stage_loses_nothing(life):
-    with life.at_every_stage() as (processes, files):
-        answer = life.stream(life.kept)
-        send(signal.SIGKILL, processes.server)  # alone: its parts end with it, whatever they are at
-        with pytest.raises((openai.APIError, httpx.TransportError)):
-            list(answer)
-        until(lambda: not alive(processes.all), "everything has ended")
-    assert life.server.process.wait() == -signal.SIGKILL
-    life.start()
-    assert life.ask(life.kept) == life.answers[life.clips[0]]
-    life.check(files)
-    assert life.published == len(files)
-
-
 def refused(life, clip):
     """The status and code with which an upload is refused, in words."""
     with pytest.raises(openai.APIStatusError) as error:
@@ -117,3 +64,57 @@ def test_a_read_only_store_answers_and_refuses_uploads(life):
         assert life.server.client.files.content(life.kept).read() == life.clips[0].read_bytes()
     life.check_disk(1)
     life.check({life.upload(clip): clip})
+
+
+def test_workers_killed_at_every_stage_lose_nothing(life):
+    with life.at_every_stage() as (processes, files):
+        before = life.published
+        answer = life.stream(life.kept)
+        send(signal.SIGKILL, processes.workers)
+    assert "".join(answer) == life.whole
+    life.check(files)
+    assert life.published == before + len(files)
+
+
+def test_a_pool_killed_with_jobs_at_every_stage_loses_nothing(life):
+    with life.at_every_stage() as (processes, files):
+        before = life.published
+        answer = life.stream(life.kept)
+        send(signal.SIGKILL, processes.pool)
+    assert "".join(answer) == life.whole
+    life.check(files)
+    assert life.published == before + len(files)
+
+
+def test_an_engine_that_dies_ends_its_server_and_the_next_one_goes_on(life):
+    with life.at_every_stage() as (processes, files), ThreadPoolExecutor() as threads:
+        answer = life.stream(life.kept)
+        waiting = [threads.submit(life.ask, file_id, timeout=300, extra_body=PATIENT) for file_id in files]
+        send(signal.SIGKILL, processes.engine)
+        with pytest.raises((openai.APIError, httpx.TransportError)):
+            list(answer)
+        for question in waiting:
+            with pytest.raises(openai.InternalServerError) as error:
+                question.result(300)
+            assert error.value.code == "shutting_down"
+        assert life.server.process.wait(120) != 0  # which tells a supervisor to start another
+        until(lambda: not alive(processes.all), "everything has ended")
+    life.start()
+    assert life.ask(life.kept) == life.answers[life.clips[0]]
+    life.check(files)
+    assert life.published == len(files)
+
+
+def test_a_server_killed_with_jobs_at_every_stage_loses_nothing(life):
+    """The last to stop three workers: the next server has one."""
+    with life.at_every_stage() as (processes, files):
+        answer = life.stream(life.kept)
+        send(signal.SIGKILL, processes.server)  # alone: its parts end with it, whatever they are at
+        with pytest.raises((openai.APIError, httpx.TransportError)):
+            list(answer)
+        until(lambda: not alive(processes.all), "everything has ended")
+    assert life.server.process.wait() == -signal.SIGKILL
+    life.start(workers=1)
+    assert life.ask(life.kept) == life.answers[life.clips[0]]
+    life.check(files)
+    assert life.published == len(files)
