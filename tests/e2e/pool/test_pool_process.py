@@ -74,6 +74,7 @@ def served(tmp_path_factory, hypernetwork_model):
     home = tmp_path_factory.mktemp("served") / "home"
     home.mkdir()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("f2l_vllm.pool.supervisor._RESTART_SECONDS", 0.2)
         for name, value in {"F2L_HOME": home, "F2L_JOB_ATTEMPTS": 1, "F2L_JOB_SECONDS": 10}.items():
             patch.setenv(name, str(value))
         served = Served(home, hypernetwork_model)

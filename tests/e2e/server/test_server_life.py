@@ -134,14 +134,14 @@ def test_videos_that_come_and_go_leave_nothing_behind(beginning, home, catalog_u
         beginning.client.files.delete(file_id)
 
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(cycle, range(24)))
+        list(threads.map(cycle, range(12)))
     for file_id in kept:
         beginning.client.files.delete(file_id)
     catalog = Catalog(catalog_url)
     try:
         assert catalog.counts() == ({}, 0, 0)
         assert catalog.recent_adapters(100) == []
-        assert catalog.purge(time.time()) >= 26
+        assert catalog.purge(time.time()) >= 14
     finally:
         catalog.close()
     kept_files = [path for folder in ("adapters", "videos", "tmp") for path in (home / folder).rglob("*")]
