@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from typer.testing import CliRunner, Result
 
 from f2l_vllm.cli.main import app
 from f2l_vllm.evaluation.answers import ANSWERS_FILE, read_answers
-from f2l_vllm.evaluation.server import started_server
 from f2l_vllm.evaluation.sources import world_questions
 from f2l_vllm.synthetic.phrases import QUESTION_TYPES
 from tests.support.endpoint import Endpoint
@@ -43,9 +42,8 @@ def answers_of(folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def base_url() -> Iterator[str]:
-    with started_server("f2l-tiny", None, None, "--kv-cache-memory-bytes 200000000") as url:
-        yield url
+def base_url(evaluated_url: str) -> str:
+    return evaluated_url
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from f2l_vllm.cli.main import app
+from tests.e2e.conftest import Shared
 from tests.support.collector import Collector
 from tests.support.server import Server
 
@@ -14,8 +15,8 @@ CHUNK_SECONDS = 8
 RATE = 0.5  # of merged visual tokens
 
 
-@pytest.fixture(scope="session")
-def default_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def default_server(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> Server:
     """The default model with few places for adapters and prompts read in parts; a chunk for every eight seconds; it
     calls tools, and fetches from this machine."""
     places = ("--max-loras", "3", "--max-cpu-loras", "4", "--enable-prefix-caching", "--enable-chunked-prefill")
@@ -25,10 +26,10 @@ def default_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
         "--structured-outputs-config",
         '{"backend": "xgrammar", "disable_any_whitespace": true}',
     )  # spaces tempt a small model
-    home = tmp_path_factory.mktemp("default") / "home"
     flags, env = (*places, *chunks, *tools, *json_at_once), {"F2L_ALLOWED_MEDIA_DOMAINS": "127.0.0.1"}
-    with Server("f2l-tiny", home, *flags, env=env) as server:
-        yield server
+    return shared.get(
+        "default", lambda: Server("f2l-tiny", tmp_path_factory.mktemp("default") / "home", *flags, env=env)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -39,13 +40,12 @@ def collector() -> Iterator[Collector]:
     collector.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def other_server(
-    hypernetwork_model: Path, tmp_path_factory: pytest.TempPathFactory, collector: Collector
-) -> Iterator[Server]:
+    shared: Shared, hypernetwork_model: Path, tmp_path_factory: pytest.TempPathFactory, collector: Collector
+) -> Server:
     """Keys of the catalog; half of the visual tokens; adapters on disk only; its workers' methods can be called; it
     stores responses. Its log is JSON, with vLLM's requests in it, and its spans are collected."""
-    home = tmp_path_factory.mktemp("other") / "home"
     merging = ("--video-pruning-rate", str(RATE), "--merge-rate", str(RATE))
     env = {
         "VLLM_ENABLE_RESPONSES_API_STORE": "1",
@@ -56,9 +56,13 @@ def other_server(
         **collector.environment,
     }
     log = ("--log-format", "json", "--enable-log-requests")
-    flags, key = ("--tenants", "catalog", *merging, *log), keys_of(home)("add", "news")
-    with Server(hypernetwork_model, home, *flags, api_key=key, env=env) as server:
-        yield server
+    flags = ("--tenants", "catalog", *merging, *log)
+
+    def start() -> Server:
+        home = tmp_path_factory.mktemp("other") / "home"
+        return Server(hypernetwork_model, home, *flags, api_key=keys_of(home)("add", "news"), env=env)
+
+    return shared.get("other", start)
 
 
 def keys_of(home: Path) -> Callable[..., str]:
