@@ -17,18 +17,13 @@ VISION_HIDDEN_AT_ONCE = 2**24  # hidden activations of a vision MLP: 64 MiB in f
 
 def embed_frames(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Visual tokens [F, P, D]; the frames hold no padding."""
-    import torch  # whoever has a model has loaded it
-
     parameter = next(model.parameters())
     inner: Any = getattr(model, "model", model)
     mask = batch.get("pixel_attention_mask")
-    seen = inner.get_image_features(
+    tokens: Tensor = inner.get_image_features(
         pixel_values=batch["pixel_values"].to(parameter.device, parameter.dtype),
         pixel_attention_mask=None if mask is None else mask.to(parameter.device),
-    )
-    tokens: Tensor = seen.pooler_output
-    if isinstance(tokens, list):  # from transformers 5.20 on, one tensor for each video
-        tokens = torch.cat(tokens).unflatten(0, (len(seen.last_hidden_state), -1))
+    ).pooler_output
     return tokens
 
 

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from f2l_vllm import torch_shims, vllm_versions
@@ -29,13 +30,11 @@ _BOUNDS = {"ge": "least", "gt": "above", "le": "most", "lt": "below"}
 def describe() -> list[dict[str, Any]]:
     """Every flag of vLLM's parser: its names, its destination, the number and the kind of its values."""
     torch_shims.install()
-    if vllm_versions.installed() == "0.32":
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    else:
-        from vllm.entrypoints.common.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve", add_help=False))
+    room = "launchers" if vllm_versions.installed() == "0.32" else "common"
+    arguments = import_module(f"vllm.entrypoints.{room}.cli_args")
+    parser = arguments.make_arg_parser(FlexibleArgumentParser(prog="vllm serve", add_help=False))
     bounds = _bounds()
     names: dict[argparse.Action, list[str]] = {}  # also those that an action hides from its help
     for name, action in parser._option_string_actions.items():

@@ -11,6 +11,7 @@ from fastapi.routing import APIRoute
 from f2l_vllm.server.chat.request import QUESTION_ROUTES, STORED_ROUTES
 from f2l_vllm.server.middleware.auth import keep_listed_routes
 from f2l_vllm.server.videos.routes import router
+from tests.support.vllm_names import make_arg_parser
 
 OPEN = {"/health", "/ready", "/ping", "/version", "/metrics"}
 
@@ -19,7 +20,6 @@ OPEN = {"/health", "/ready", "/ping", "/version", "/metrics"}
 def vllm_routes():
     """Every route of vLLM's own server for a generating model, without plugins."""
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])

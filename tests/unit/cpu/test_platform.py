@@ -14,14 +14,9 @@ from vllm import EngineArgs
 from vllm.utils.system_utils import get_mp_context
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from f2l_vllm import vllm_versions
 from f2l_vllm.cpu import plugin
 from f2l_vllm.cpu.platform import TorchCpuPlatform
-
-if vllm_versions.installed() == "0.32":
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-else:
-    from vllm.entrypoints.common.startup import cli_env_setup
+from tests.support.vllm_names import cli_env_setup
 
 
 @pytest.fixture

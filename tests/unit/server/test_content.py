@@ -5,16 +5,9 @@ import typing
 
 import pytest
 
-from f2l_vllm import vllm_versions
 from f2l_vllm.server.chat.content import CONTENTS, CONVERSATIONS, ITEMS, PARTS, REFUSED, REQUESTS, admit, private
 from f2l_vllm.server.errors import APIError
-
-if vllm_versions.installed() == "0.32":
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.renderers import chat_utils
-else:
-    from vllm.entrypoints.common.cli_args import make_arg_parser
-    from vllm.renderers.chat_utils import chat_message as chat_utils
+from tests.support.vllm_names import chat_utils, make_arg_parser
 
 TEXT = {"type": "text", "text": "What is shown?"}
 PICTURE = {"type": "image_url", "image_url": {"url": "https://a.example/p.png", "detail": "low"}}

@@ -54,6 +54,7 @@ from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.tenants import Keys
 from f2l_vllm.settings import Settings
 from tests.support import source_of
+from tests.support.vllm_names import make_arg_parser
 
 
 def test_slots_and_the_kv_cache_of_a_token_are_known():
@@ -237,7 +238,6 @@ def test_responses_are_made_by_one_method_and_streamed_as_the_clients_events():
 
 def preflight(origins):
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     flags = ["--api-key", "key", *(["--allowed-origins", json.dumps(origins)] if origins else [])]
