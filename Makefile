@@ -69,11 +69,14 @@ fuzz: $(STAMP) ## Attack a server of its own with mutated requests (10 minutes; 
 soak: $(STAMP) ## Harm servers of one PostgreSQL and one store, and check what clients saw (an hour; SOAK_SECONDS=300 for less)
 	$(BIN)/python -m tests.soak.history --seconds $(SOAK_SECONDS) --json build/history.json
 
-lint: $(STAMP) ## Check style, types and who imports whom
+lint: $(STAMP) ## Check style, types, who imports whom, and what launches
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint launch/Dockerfile
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec launch/compose.yaml
+	$(BIN)/shellcheck .ci/run .ci/release launch/local.sh
 
 format: $(STAMP) ## Rewrite in the house style
 	$(BIN)/ruff check --fix .

@@ -132,7 +132,8 @@ def test_the_profile_of_compose_scrapes_the_server_and_shows_the_dashboards():
     (job,) = config["scrape_configs"]
     (target,) = job["static_configs"][0]["targets"]
     name, _, port = target.partition(":")
-    assert f"{port}:{port}" in services[name]["ports"]
+    servers = [one for one in services.values() if name in str(one.get("networks"))]
+    assert [f"{port}:{port}" in server["ports"] for server in servers] == [True, True]  # with a GPU, and without
     (down,) = (alert for alert in promql.alerts() if alert["expr"].startswith("up"))
     assert re.fullmatch(re.findall(r'job=~"([^"]+)"', down["expr"])[0], job["job_name"])
     (source,) = yaml.safe_load((LAUNCH / "grafana" / "provisioning" / "datasources" / "prometheus.yaml").read_text())[
