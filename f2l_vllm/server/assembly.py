@@ -23,7 +23,7 @@ from f2l_vllm.hypernetwork.config_file import read_config
 from f2l_vllm.hypernetwork.fit import check_shapes
 from f2l_vllm.pool.messages import WorkerSpec
 from f2l_vllm.pool.supervisor import PoolProcess
-from f2l_vllm.server import metrics, vllm_api, vllm_grammars
+from f2l_vllm.server import metrics, vllm_answers, vllm_api, vllm_grammars
 from f2l_vllm.server.chat import separator
 from f2l_vllm.server.chat.compose import Composer
 from f2l_vllm.server.chat.constraints import Constraint
@@ -159,8 +159,8 @@ def answer_from_videos(
     vllm_api.leave_adapters_out_of_metrics(engine_client)
     between = separator.find(functools.partial(vllm_api.rendered, state.openai_serving_chat))
     if between:
-        vllm_api.wrap_chat_answers(state, functools.partial(separator.left_out, separator=between))
-        vllm_api.wrap_responses(
+        vllm_answers.wrap_chat_answers(state, functools.partial(separator.left_out, separator=between))
+        vllm_answers.wrap_responses(
             state,
             functools.partial(separator.left_out_of_responses, separator=between),
             functools.partial(separator.left_out_behind, separator=between),

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import Request
 
-from f2l_vllm.server import errors, metrics, vllm_api
+from f2l_vllm.server import errors, metrics, vllm_answers, vllm_api
 from f2l_vllm.server.chat.request import (
     FILE_PREFIX,
     Options,
@@ -42,9 +42,9 @@ class AnswerStream:
     async def __anext__(self) -> str:
         try:
             chunk = await anext(self._stream)
-            if vllm_api.is_error_chunk(chunk) and await has_lost_its_adapter(self._source):
+            if vllm_answers.is_error_chunk(chunk) and await has_lost_its_adapter(self._source):
                 return errors.chunk(adapter_unavailable(), self._path)
-            return vllm_api.detailed_chunk(chunk, self._source.details)
+            return vllm_answers.detailed_chunk(chunk, self._source.details)
         except BaseException:  # the end of the answer, an error, or the client gone
             await self.aclose()
             raise
@@ -134,12 +134,12 @@ class Handler:
             vllm_api.visual_tokens.reset(noting)
             if not isinstance(result, AnswerStream):
                 source.release()
-            failed = result is None or vllm_api.error_status(result) is not None
+            failed = result is None or vllm_answers.error_status(result) is not None
             metrics.QUESTIONS.labels(source.mode, "error" if failed else "answered").inc()
         if not failed:
             metrics.TOKENS_AVOIDED.inc(source.visual_tokens_avoided)
             if not isinstance(result, AnswerStream):
-                result = vllm_api.with_details(result, source.details)
+                result = vllm_answers.with_details(result, source.details)
         return result
 
 

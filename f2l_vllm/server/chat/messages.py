@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Request
 
-from f2l_vllm.server import vllm_api, vllm_errors
+from f2l_vllm.server import vllm_answers, vllm_errors
 from f2l_vllm.server.chat.handlers import Handler, fields_of, refuse_videos
 from f2l_vllm.server.chat.request import FILE_PREFIX
 from f2l_vllm.server.chat.resolve import Asking
@@ -19,7 +19,7 @@ class MessagesHandler(Handler):
     """`/v1/messages` and its `count_tokens`: `model` may be a file id."""
 
     def __init__(self, inner: Any, asking: Asking, base_names: list[str]) -> None:
-        super().__init__(vllm_api.breaking_off(inner), asking, base_names)
+        super().__init__(vllm_answers.breaking_off(inner), asking, base_names)
 
     async def create_messages(self, request: Any, raw_request: Request | None = None) -> Any:
         """vLLM's method, with the video resolved first."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import Request
 
-from f2l_vllm.server import errors, vllm_api, vllm_errors
+from f2l_vllm.server import errors, vllm_answers, vllm_api, vllm_errors
 from f2l_vllm.server.chat.handlers import Handler, fields_of, has_lost_its_adapter, refuse_videos
 from f2l_vllm.server.chat.request import Options, Video, is_framed, videos, without_videos
 from f2l_vllm.server.chat.resolve import Asking, Source
@@ -63,7 +63,7 @@ class ResponsesHandler(Handler):
                 if hasattr(answer, "__aiter__"):
                     answer = _told(answer, Source("adapter"), raw_request)
         finally:
-            if kept and (answer is None or vllm_api.error_status(answer) is not None):
+            if kept and (answer is None or vllm_answers.error_status(answer) is not None):
                 del self._kept[request.request_id]
         return answer
 
@@ -103,12 +103,12 @@ class ResponsesHandler(Handler):
 
         async def answer(request: Any, raw_request: Request | None) -> Any:
             result = await self._inner.create_responses(request, raw_request)
-            task = vllm_api.background_task(self._inner, request.request_id) if request.background else None
+            task = vllm_answers.background_task(self._inner, request.request_id) if request.background else None
             if task is not None and (lease := source.lease) is not None:
                 source.lease = None  # the answer is written behind what the client gets
 
                 def written(_: asyncio.Task[Any]) -> None:
-                    vllm_api.detail_stored(self._inner, request.request_id, source.details)
+                    vllm_answers.detail_stored(self._inner, request.request_id, source.details)
                     lease.release()
 
                 task.add_done_callback(written)
@@ -141,7 +141,7 @@ class ResponsesHandler(Handler):
             raise bad_request("invalid_request", "Another response has this id: leave it out.", "request_id")
         self._kept[request.request_id] = kept
         if len(self._kept) > _KEPT:
-            vllm_api.forget_response(self._inner, self._kept.popitem(last=False)[0])
+            vllm_answers.forget_response(self._inner, self._kept.popitem(last=False)[0])
         return True
 
 
@@ -166,4 +166,4 @@ async def _told(
         if refused is None and raw_request is not None:
             cause = error.__context__ if vllm_api.is_failed_generation(error.__context__) else error
             refused = vllm_errors.refusal(cause, raw_request.scope) if isinstance(cause, Exception) else None
-        yield vllm_api.error_event(errors.counted(refused or errors.internal_error()), number)
+        yield vllm_answers.error_event(errors.counted(refused or errors.internal_error()), number)

@@ -74,7 +74,7 @@ class Handler(ResponsesHandler):
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
-    monkeypatch.setattr(responses.vllm_api, "with_details", lambda response, details: response)
+    monkeypatch.setattr(responses.vllm_answers, "with_details", lambda response, details: response)
 
 
 def refused(code, awaitable):

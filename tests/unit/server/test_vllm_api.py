@@ -1,4 +1,4 @@
-"""Contracts with vLLM: what `server/vllm_api.py` leans on. Another version fails here first."""
+"""Contracts with vLLM: what `server/vllm_api.py` and `vllm_answers.py` rely on. Another version fails here first."""
 
 import asyncio
 import inspect
@@ -48,7 +48,7 @@ from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
 
 from f2l_vllm import vllm_versions
 from f2l_vllm.engine.defaults import EngineLimits, check_limits
-from f2l_vllm.server import vllm_api
+from f2l_vllm.server import vllm_answers, vllm_api
 from f2l_vllm.server.app import F2LEndpointPlugin
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.tenants import Keys
@@ -151,23 +151,23 @@ def test_responses_carry_further_fields():
         ChatCompletionResponse(model="m", choices=[], usage=usage),
         CompletionResponse(model="m", choices=[], usage=usage),
     ):
-        detailed = vllm_api.with_details(response, {"rank": 16})
+        detailed = vllm_answers.with_details(response, {"rank": 16})
         assert detailed.model_dump()["f2l"] == {"rank": 16}  # as vLLM's routes write it
 
 
 def test_messages_carry_further_fields_whole_and_streamed():
     message = AnthropicMessagesResponse(id="chatcmpl-1", content=[], model="m", stop_reason="end_turn")
-    detailed = vllm_api.with_details(message, {"rank": 16})
+    detailed = vllm_answers.with_details(message, {"rank": 16})
     assert isinstance(detailed, AnthropicMessagesResponse)  # what its route looks for
     assert detailed.model_dump(exclude_none=True) == {**message.model_dump(exclude_none=True), "f2l": {"rank": 16}}
     started = AnthropicStreamEvent(type="message_start", message=message).model_dump_json(exclude_unset=True)
-    first = vllm_api.detailed_chunk(wrap_data_with_event(started, "message_start"), {"rank": 16})
+    first = vllm_answers.detailed_chunk(wrap_data_with_event(started, "message_start"), {"rank": 16})
     head, _, body = first.partition("data: ")
     assert (head, json.loads(body)["message"]["f2l"], first[-2:]) == ("event: message_start\n", {"rank": 16}, "\n\n")
     source = inspect.getsource(AnthropicServingMessages.message_stream_converter)
     assert 'yield wrap_data_with_event(data, "message_start")' in source
     assert 'yield wrap_data_with_event(data, "error")' in source
-    assert vllm_api.is_error_chunk(wrap_data_with_event("{}", "error"))
+    assert vllm_answers.is_error_chunk(wrap_data_with_event("{}", "error"))
 
 
 def test_a_stream_of_messages_raises_what_went_wrong():
@@ -183,7 +183,7 @@ def test_a_stream_of_messages_raises_what_went_wrong():
         async for chunk in await messages.create_chat_completion(True):
             assert "choices" in chunk
 
-    messages = vllm_api.breaking_off(Namespace(create_chat_completion=answer))
+    messages = vllm_answers.breaking_off(Namespace(create_chat_completion=answer))
     with pytest.raises(RuntimeError, match="no token fits"):
         asyncio.run(read())
     assert "sanitize_message(str(e))" in inspect.getsource(AnthropicServingMessages.message_stream_converter)
@@ -193,14 +193,14 @@ def test_the_last_chunk_of_a_stream_with_usage_carries_further_fields():
     usage = UsageInfo(prompt_tokens=1, total_tokens=2, completion_tokens=1)
     for model in (ChatCompletionStreamResponse, CompletionStreamResponse):
         last = f"data: {model(model='m', choices=[], usage=usage).model_dump_json(exclude_unset=True)}\n\n"
-        detailed = vllm_api.detailed_chunk(last, {"rank": 16})
+        detailed = vllm_answers.detailed_chunk(last, {"rank": 16})
         assert detailed.startswith("data: ")
         assert detailed.endswith("\n\n")
         body = json.loads(detailed[6:])
         assert body.pop("f2l") == {"rank": 16}
         assert body == json.loads(last[6:])
     for other in ("data: [DONE]\n\n", 'data: {"choices":[{"delta":{"content":"\\"choices\\":[]"}}]}\n\n'):
-        assert vllm_api.detailed_chunk(other, {"rank": 16}) == other
+        assert vllm_answers.detailed_chunk(other, {"rank": 16}) == other
     for kind in (OpenAIServingChat, OpenAIServingCompletion):
         assert "choices=[]," in source_of(kind)
 
@@ -217,7 +217,7 @@ def test_a_chat_is_answered_by_methods_that_take_its_request_first():
         return request
 
     state = State({"openai_serving_chat": Namespace(create_chat_completion=answer), "anthropic_serving_messages": None})
-    vllm_api.wrap_chat_answers(state, lambda method: (method, "wrapped"))
+    vllm_answers.wrap_chat_answers(state, lambda method: (method, "wrapped"))
     assert state.openai_serving_chat.create_chat_completion == (answer, "wrapped")
 
 
@@ -284,19 +284,19 @@ def test_what_vllm_stores_of_a_response_is_under_the_requests_id_in_three_places
         assert line in source
     assert "id=request.request_id," in inspect.getsource(protocol.ResponsesResponse.from_request)
     stores = {name: {"resp_1": 1, "resp_2": 2} for name in ("response_store", "msg_store", "event_store")}
-    vllm_api.forget_response(Namespace(**stores), "resp_1")
+    vllm_answers.forget_response(Namespace(**stores), "resp_1")
     assert list(stores.values()) == [{"resp_2": 2}] * 3
-    assert vllm_api.background_task(Namespace(background_tasks={}), "resp_1") is None
+    assert vllm_answers.background_task(Namespace(background_tasks={}), "resp_1") is None
     stored = Namespace(response_store={"resp_1": Namespace()})
     for name in ("resp_1", "resp_2"):
-        vllm_api.detail_stored(stored, name, {"rank": 16})
+        vllm_answers.detail_stored(stored, name, {"rank": 16})
     assert stored.response_store["resp_1"].f2l == {"rank": 16}
 
 
 def test_events_of_a_response_carry_further_fields_and_an_error_is_one_of_the_clients():
     event = Namespace(type="response.completed", response=Namespace())
-    assert vllm_api.detailed_chunk(event, {"rank": 16}).response.f2l == {"rank": 16}
-    error = vllm_api.error_event(APIError(503, "adapter_unavailable", "Ask again."), 3)
+    assert vllm_answers.detailed_chunk(event, {"rank": 16}).response.f2l == {"rank": 16}
+    error = vllm_answers.error_event(APIError(503, "adapter_unavailable", "Ask again."), 3)
     assert json.loads(error.model_dump_json(indent=None, by_alias=True)) == {
         "type": "error",
         "code": "adapter_unavailable",
@@ -304,7 +304,7 @@ def test_events_of_a_response_carry_further_fields_and_an_error_is_one_of_the_cl
         "param": None,
         "sequence_number": 3,
     }
-    assert not vllm_api.is_error_chunk(error)
+    assert not vllm_answers.is_error_chunk(error)
 
 
 def test_a_chat_template_is_rendered_to_text_as_for_a_request():
@@ -509,9 +509,9 @@ def test_a_request_that_the_engine_gave_up_raises_in_one_way_and_is_streamed_in_
     assert streamed[vllm_versions.installed()] in source_of(OpenAIServingChat)
     error = ErrorResponse(error=ErrorInfo(message="m", type="InternalServerError", code=500))
     for written in (json.dumps(error.model_dump()), error.model_dump_json()):
-        assert vllm_api.is_error_chunk(f"data: {written}\n\n")
+        assert vllm_answers.is_error_chunk(f"data: {written}\n\n")
     assert "json.dumps(" in inspect.getsource(GenerateBaseServing.create_streaming_error_response)
-    assert not vllm_api.is_error_chunk(
+    assert not vllm_answers.is_error_chunk(
         'data: {"id":"chatcmpl-1","choices":[{"delta":{"content":"{\\"error\\":"}}]}\n\n'
     )
 
