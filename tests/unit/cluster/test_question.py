@@ -18,6 +18,9 @@ def test_a_question_has_the_key_of_its_videos_however_it_names_them():
     assert key(asked("file-b", "file-a").encode()) == "file-b file-a"
     url = {"type": "video_url", "video_url": {"url": "http://v"}}
     assert key(json.dumps({"messages": [{"content": [url]}]}).encode()) == "http://v"
+    part = {"type": "input_file", "file_id": "file-a"}
+    assert key(json.dumps({"input": [{"content": [part]}]}).encode()) == "file-a"
+    assert key(b'{"model": "file-a", "input": "What is shown?"}') == "file-a"
 
 
 UNREADABLE = (b"", b"{", b"[" * 100_000, b"\xff", b'{"messages": [{"content": [{"type": "file", "file": {}}]}]}')
