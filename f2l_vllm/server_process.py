@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-import httpx
-
 START_SECONDS = 600.0
 STOP_SECONDS = 60.0
 LOOPBACK = "127.0.0.1"
@@ -72,6 +70,8 @@ class ServerProcess:
         Raises:
             ServerFailed: the process ended, or `START_SECONDS` have passed.
         """
+        import httpx  # the command line imports this module, and most commands need no client
+
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
