@@ -98,7 +98,8 @@ async def app(scope, receive, send):
 
 tracing.start("server")
 client = TestClient(Traced(app))
-assert client.get("/v1/files").text == "none"
+assert client.get("/v1/files").text == client.post("/v1/uploads").text == "none"
+assert client.post("/v1/uploads/upload_1/complete").text != "none"
 asked = client.post("/v1/chat/completions", headers={"traceparent": sys.argv[1]})
 print(asked.text)
 """

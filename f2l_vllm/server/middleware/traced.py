@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from f2l_vllm import logs, tracing
 
-_NAMES = {
-    "/v1/files": "upload",
-    "/v1/chat/completions": "answer",
-    "/v1/completions": "answer",
-    "/v1/responses": "answer",
-    "/v1/messages": "answer",
+_PATHS = {
+    "upload": re.compile("/v1/files|/v1/uploads/[^/]+/complete"),
+    "answer": re.compile("/v1/(chat/completions|completions|responses|messages)"),
 }
 
 
@@ -28,7 +27,8 @@ class Traced:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        name = _NAMES.get(scope.get("path", "")) if scope.get("method") == "POST" else None
+        path = scope.get("path", "") if scope.get("method") == "POST" else ""
+        name = next((name for name, paths in _PATHS.items() if paths.fullmatch(path)), None)
         if name is None:
             await self._app(scope, receive, send)
             return
