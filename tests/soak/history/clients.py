@@ -199,8 +199,8 @@ class Client:
     async def known_key(self, server: str) -> str | None:
         """A new key that this server has heard of; None if PostgreSQL is away."""
         key = await self._add_key()
-        if key is not None:
-            await self.ask(server, _UNKNOWN, key=key)
+        while key is not None and (await self.ask(server, _UNKNOWN, key=key)).status == 401:
+            await asyncio.sleep(_KEY_SECONDS / 3)  # it reads the keys once a second at most
         return key
 
     async def ask_when_revoked(self, server: str, key: str) -> None:
