@@ -40,7 +40,7 @@ LINES = (
     ("server/test_s3_store.py", "evaluation/test_evaluate.py"),
     ("pool/test_pool.py",),
     ("server/test_leaks_over_http.py", "server/test_spans_over_http.py", "server/test_documents_over_http.py"),
-    ("console/test_asking.py", "console/test_gallery.py", "console/test_page.py"),
+    ("console/test_page.py", "console/test_gallery.py", "console/test_asking.py"),
     ("recipes/test_shipped_model.py",),
     ("cluster/test_serve.py",),
     ("cluster/test_workers.py",),

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, ConsoleMessage, Request
+from playwright.sync_api import Browser, ConsoleMessage, Playwright, Request
 
 _NOTE_CLICKS = "window.clicks = 0; addEventListener('click', event => { window.clicks += event.isTrusted }, true)"
 _NOTE_BREACHES = "addEventListener('securitypolicyviolation', event => console.error('CSP', event.violatedDirective))"
+
+
+def chromium(playwright: Playwright) -> Browser:
+    """The system's Chromium, without a window."""
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    assert found is not None, "the tests of the console need a browser: apt-get install chromium"
+    return playwright.chromium.launch(executable_path=found, args=["--headless", "--no-sandbox", "--disable-gpu"])
 
 
 class Visit:

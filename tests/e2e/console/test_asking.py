@@ -14,6 +14,7 @@ QUESTION = "Describe the video."
 
 
 def ask(page, text=QUESTION):
+    expect(page.locator(".timeline").first).to_be_visible()
     page.get_by_label("Question", exact=True).fill(text)
     page.keyboard.press("Enter")
     done = page.locator(".question").first.locator("[data-state=done]")

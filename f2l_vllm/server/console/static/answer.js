@@ -2,6 +2,7 @@
 import { about } from "./about.js";
 import { html } from "./html.js";
 import { IconButton } from "./icons.js";
+import { library } from "./library.js";
 import { Problem } from "./notice.js";
 import { Snippets } from "./snippets.js";
 import { dismiss, stop } from "./question.js";
@@ -32,18 +33,24 @@ function named(file, span) {
 function Side({ side }) {
   const notes = { waiting: "waits for the other answer", asking: "reads", stopped: "stopped" };
   return html`<section class=${`side is-${side.mode}`} aria-label=${NAMES[side.mode]} aria-busy=${side.state === "asking"}>
-    <h3>${NAMES[side.mode]}${side.first !== undefined && html`<span>first token after <b>${duration(side.first)}</b></span>`}</h3>
+    <h3>${NAMES[side.mode]}${side.first !== undefined && html`<span>first token after <b>${duration(side.first)}</b>${waited(side)}</span>`}</h3>
     ${side.state === "failed"
       ? html`<${Problem} error=${side.error} />`
       : html`<p class="text" dir="auto" data-state=${side.state} aria-live="polite">${side.text || html`<i>${notes[side.state] ?? "no words"}</i>`}</p>`}
   </section>`;
 }
 
+function waited(side) {
+  const seconds = side.source?.waited_seconds ?? 0;
+  return seconds >= 0.01 ? `, of which ${duration(seconds)} for the video to be read` : "";
+}
+
 // Rows of the table: a name, the value of each side, how it is written, and what stands beside it.
 function measures(one) {
   const { adapter = {}, frames = {} } = one.sides;
   const known = about.value.kv_bytes_per_token ?? 0;
-  const stored = one.files.reduce((sum, file) => sum + (file.f2l.adapter_bytes ?? 0), 0);
+  const present = one.files.map((file) => library.value.files.get(file.id) ?? file); // it may have been read since
+  const stored = present.reduce((sum, file) => sum + (file.f2l.adapter_bytes ?? 0), 0);
   const seen = frames.source?.visual_tokens;
   return [
     ["First token", adapter.first, frames.first, duration],
