@@ -45,18 +45,19 @@ def films(folder: Path, count: int, seed: int) -> list[Path]:
 def main() -> None:
     """Write all pictures."""
     TARGET.mkdir(exist_ok=True)
+    expect.set_options(timeout=120_000)
     with tempfile.TemporaryDirectory() as work, sync_playwright() as playwright:
         server = ServerProcess("f2l-tiny", Path(work) / "home")
         try:
             made = films(Path(work), 1 + _ROWS, seed=5)
             server.wait_ready()
             browser = chromium(playwright)
-            _animate(Visit(browser, server.url, None), made[-1])
             for theme in ("light", "dark"):
                 visit = Visit(browser, server.url, None, theme)
                 _pages(visit, theme, made[:-1])
                 assert visit.faults == [], visit.faults
                 visit.close()
+            _animate(Visit(browser, server.url, None), made[-1])
             browser.close()
         finally:
             server.stop()
@@ -68,8 +69,8 @@ def _pages(visit: Visit, theme: str, made: list[Path]) -> None:
     page.goto(f"{visit.url}/console")
     if theme == "light":
         page.locator("input[type=file]").set_input_files(made)
-    expect(page.locator(".row .poster img")).to_have_count(_ROWS, timeout=120_000)
-    expect(page.locator(".row .strip img")).to_have_count(_ROWS, timeout=120_000)
+    expect(page.locator(".row .poster img")).to_have_count(_ROWS)
+    expect(page.locator(".row .strip img")).to_have_count(_ROWS)
     _save(page, f"videos-{theme}")
     page.locator(".row .name a").nth(1).click()
     for question in _QUESTIONS:
@@ -107,7 +108,7 @@ def _load(url: str) -> None:
 def _ask(page: Page, question: str) -> None:
     page.get_by_label("Question", exact=True).fill(question)
     page.keyboard.press("Enter")
-    expect(page.locator(".question").first.locator("[data-state=done]")).to_have_count(2, timeout=120_000)
+    expect(page.locator(".question").first.locator("[data-state=done]")).to_have_count(2)
     page.wait_for_timeout(300)
 
 
@@ -126,14 +127,15 @@ def _animate(visit: Visit, film: Path) -> None:
         shots.append((picture.resize(_SMALL, Image.Resampling.LANCZOS), milliseconds))
 
     page.goto(f"{visit.url}/console")
-    expect(page.locator(".welcome")).to_be_visible()
+    expect(page.locator(".row .strip img")).to_have_count(_ROWS)
     shoot(900)
     page.locator("input[type=file]").set_input_files(film)
     for _ in range(5):
         shoot(160)
-    expect(page.locator(".strip img")).to_be_visible()
+    mine = page.locator(".row", has_text=film.name)
+    expect(mine.locator(".strip img")).to_be_visible()
     shoot(900)
-    page.locator(".row .name a").click()
+    mine.locator(".name a").click()
     expect(page.locator(".film img")).to_be_visible()
     shoot(700)
     field = page.get_by_label("Question", exact=True)

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
 
+from f2l_vllm.server.app import F2LEndpointPlugin
 from f2l_vllm.server.console.pages import FOLDER, Pages
 from f2l_vllm.server.console.previews import POSTER, STRIP, STRIP_FRAMES, Previews
 from f2l_vllm.server.console.routes import attach
@@ -73,6 +74,17 @@ def test_who_takes_nothing_compressed_gets_it_plain(browser):
 def test_the_page_is_found_without_its_slash_behind_any_prefix(browser):
     answer = browser.get("/console")
     assert (answer.status_code, answer.headers["location"]) == (307, "console/")
+
+
+@pytest.mark.parametrize("given", ["1", "0"])
+def test_an_operator_may_leave_it_out(monkeypatch, given):
+    monkeypatch.setenv("F2L_CONSOLE", given)
+    app = FastAPI()
+    F2LEndpointPlugin().attach_router(app)
+    paths = {getattr(route, "path", "") for route in app.router.routes}
+    own = {path for path in paths if path.startswith("/console")}
+    assert "/v1/files" in paths
+    assert own >= {"/console", "/console/app.js", "/console/events"} if given == "1" else own == set()
 
 
 def test_every_code_of_the_errors_has_a_headline():

@@ -62,7 +62,7 @@ function Form({ files, spans, tooMany }) {
   return html`<form class="asking" onSubmit=${submit}>
     <input ref=${input} type="text" dir="auto" autocomplete="off" aria-label="Question" value=${text} disabled=${Boolean(tooMany)}
       placeholder=${files.length > 1 ? "Ask about these videos" : "Ask about this video"} onInput=${(event) => setText(event.target.value)} />
-    <button type="submit" class="primary" disabled=${!text.trim() || Boolean(tooMany)}>Ask</button>
+    <button type="submit" class="primary" disabled=${!text.trim() || !files.length || Boolean(tooMany)}>Ask</button>
     <label><input type="checkbox" checked=${compare} onChange=${(event) => setCompare(event.target.checked)} /> Beside it, the answer from the frames${isCut ? " (of whole videos)" : ""}</label>
     <a href="#/">Add a video</a>
     ${tooMany && html`<p class="hint">One question takes at most ${tooMany} videos here.</p>`}
