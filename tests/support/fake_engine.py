@@ -2,7 +2,7 @@
 
 A question may hold `max_tokens`, `ms` (before each token) and `first_ms` (before the first one). The answer's chunks
 hold the server's port as `engine`. `GET /asked` lists the models it was asked about. With `--slots`, so many questions
-are answered at a time.
+are answered at a time; `--grace` is how many seconds answers in work have when it is stopped.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int)
     parser.add_argument("--slots", type=int, default=1000)
+    parser.add_argument("--grace", type=int, default=1)
     options = parser.parse_args()
     with FileLock(options.home / SERVER_LOCK):
         uvicorn.run(
@@ -99,7 +100,7 @@ def main() -> None:
             port=options.port,
             log_level="error",
             timeout_keep_alive=75,
-            timeout_graceful_shutdown=1,
+            timeout_graceful_shutdown=options.grace,
         )
 
 
