@@ -56,11 +56,6 @@ from f2l_vllm.settings import Settings
 from tests.support import source_of
 from tests.support.vllm_names import make_arg_parser
 
-if vllm_versions.installed() == "0.32":
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-else:
-    from vllm.entrypoints.common.cli_args import make_arg_parser
-
 
 def test_slots_and_the_kv_cache_of_a_token_are_known():
     model = create_autospec(ModelConfig, instance=True, dtype=torch.bfloat16)
