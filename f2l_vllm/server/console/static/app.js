@@ -68,7 +68,7 @@ function Header({ page }) {
   const { key, isAway } = useStore(session);
   useStore(theme);
   return html`<header class="top">
-    <a class="mark" href="#/" aria-label="f2l-vllm, videos"><b>f2l</b><span>vllm</span></a>
+    <a class="mark" href="#/"><b>f2l</b> <span>vllm</span></a>
     <nav aria-label="Pages">
       ${PAGES.map(([name, text]) => html`<a href=${`#/${name}`} aria-current=${name === page ? "page" : undefined}>${text}</a>`)}
     </nav>

@@ -23,10 +23,11 @@ export function Plot({ title, lines, data, write }) {
   const plot = useRef(null);
   const { chosen } = useStore(theme);
   useEffect(() => {
+    const element = box.current;
     const quiet = colour("quiet");
     const axis = { stroke: quiet, font: "11px Inter, system-ui, sans-serif", ticks: { show: false }, grid: { stroke: colour("line"), width: 1 } };
     const options = {
-      width: box.current.clientWidth,
+      width: element.clientWidth,
       height: HEIGHT,
       padding: [8, 8, 0, 0],
       legend: { show: false },
@@ -38,12 +39,13 @@ export function Plot({ title, lines, data, write }) {
       axes: [{ ...axis, grid: { show: false }, size: 26, space: 90, values: (_, values) => values.map(time) }, { ...axis, size: 52, values: (_, values) => values.map(write) }],
       series: [{}, ...lines.map(({ name, tone }) => ({ label: name, stroke: colour(tone), width: 1.75, spanGaps: true, points: { show: false } }))],
     };
-    plot.current = new uPlot(options, data, box.current);
-    const watch = new ResizeObserver(() => plot.current?.setSize({ width: box.current.clientWidth, height: HEIGHT }));
-    watch.observe(box.current);
+    const drawn = new uPlot(options, data, element);
+    plot.current = drawn;
+    const watch = new ResizeObserver(() => drawn.setSize({ width: element.clientWidth, height: HEIGHT }));
+    watch.observe(element);
     return () => {
       watch.disconnect();
-      plot.current.destroy();
+      drawn.destroy();
       plot.current = null;
     };
   }, [chosen]);
