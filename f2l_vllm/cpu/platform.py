@@ -91,6 +91,7 @@ class TorchCpuPlatform(CpuPlatform):
 
         if not cache.user_specified_block_size:
             cache.block_size = _DEFAULT_BLOCK_SIZE
+            cache.user_specified_block_size = True  # or vLLM 0.33 chooses again, for attention that needs 128 tokens
         # The inherited method binds OpenMP threads, and for that wants a worker process per engine and its own libgomp
         # preloaded. Here nothing is bound, so the worker runs inside the engine and the environment stays as it is.
         if parallel.world_size == 1 and executor in (None, "uni"):

@@ -144,6 +144,7 @@ def test_chunked_prefill_and_prefix_caching_are_on(configure: Callable[..., Any]
     config = configure()
     assert config.scheduler_config.enable_chunked_prefill
     assert config.cache_config.enable_prefix_caching
+    assert config.cache_config.user_specified_block_size  # `update_block_size_for_backend` leaves such a size alone
     assert config.cache_config.block_size == 32
 
 
