@@ -64,7 +64,7 @@ class ResponsesHandler(Handler):
                     answer = _told(answer, Source("adapter"), raw_request)
         finally:
             if kept and (answer is None or vllm_answers.error_status(answer) is not None):
-                del self._kept[request.request_id]
+                self._kept.pop(request.request_id, None)  # or it was the oldest of too many
         return answer
 
     async def retrieve_responses(self, response_id: str, starting_after: int | None, stream: bool | None) -> Any:
