@@ -168,6 +168,8 @@ def test_a_catalog_of_an_earlier_version_tells_once_it_is_opened_by_many_at_once
         connection.execute(text("DROP SEQUENCE f2l_jobs_told"))
         connection.execute(text("DROP TABLE alembic_version"))
     add(catalog)
+    with catalog._write() as connection:
+        connection.execute(text("ALTER TABLE jobs DROP COLUMN trace"))
     start = threading.Barrier(4)
 
     def open_it(_number):
