@@ -15,7 +15,7 @@ SOAK_SECONDS ?= 3600
 PARALLEL ?= --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clients serve demo cluster-demo check unit test test-next test-full-size fuzz soak lint format site bench page model release clean
+.PHONY: help setup clients serve demo cluster-demo check unit test test-clients test-next test-full-size fuzz soak lint format site bench page model release clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,8 +51,11 @@ check: lint unit ## The gate before a commit: style, types, who imports whom, un
 unit: $(STAMP) ## Run the tests that start no server, no Ray and no engine
 	$(BIN)/python -m pytest tests/unit -n 3 $(PARALLEL)
 
-test: unit clients ## Run the tests, unit and end to end
+test: unit ## Run the tests, unit and end to end
 	$(BIN)/python -m pytest tests/e2e -n 2 $(PARALLEL)
+
+test-clients: $(STAMP) clients ## Run what docs/integrations.md shows, with the packages of clients.txt
+	$(BIN)/python -m pytest tests/e2e/server/test_documents_over_http.py -k "integration or notebook"
 
 test-next: VLLM = 0.33.0
 test-next: ## Run unit tests, contracts, parity and leaks with another vLLM, installed in build/ (VLLM=0.33.0)

@@ -91,7 +91,7 @@ asyncio.run(both())
 @pytest.fixture
 def clients() -> Path:
     if not CLIENTS.is_dir():
-        pytest.skip("the packages of clients.txt are not installed: make clients")
+        pytest.skip("the packages of clients.txt are not installed: make test-clients")
     return CLIENTS
 
 
