@@ -53,7 +53,11 @@ def test_latency_over_frames_through_real_servers(tmp_path: Path) -> None:
         rows["frames", 8]["ttft_ms"]["median"] / rows["adapter", 8]["ttft_ms"]["median"], abs=0.01
     )
     assert ratios["frames", 1024]["prompt_tokens"] > 300
-    assert sorted(path.name for path in plots.iterdir()) == ["latency-heat-maps.png", "latency.png"]
+    assert sorted(path.name for path in plots.iterdir()) == [
+        "first-token.png",
+        "latency-heat-maps.png",
+        "latency.png",
+    ]
     assert tables.read_text() == report.markdown(result)
     assert planner.plan(planner.Measured([target]), planner.Need(8, 4, 2, 1e9))["best"] in ("adapter", "kv", "frames")
 

@@ -2,11 +2,13 @@
 
 import shutil
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
@@ -166,6 +168,7 @@ def loaders():
             _validate_modules_to_save=check,
             _validate_token_classification_lora=check,
         )
+        model_manager._get_lora_layer_weights = partial(LoRAModelManager._get_lora_layer_weights, model_manager)
         vllm_config = Namespace(
             parallel_config=Namespace(pipeline_parallel_size=1),
             scheduler_config=Namespace(max_num_seqs=2, max_num_batched_tokens=32),

@@ -56,7 +56,7 @@ def refusal(call, *args, **options):
     return error.value.status_code, details["type"], details.get("code")
 
 
-def test_errors_are_anthropics_and_carry_our_codes(server, client, video, slow_clip):
+def test_errors_are_anthropics_and_carry_our_codes(server, client, video, slow_clip, tmp_path):
     count = client.messages.count_tokens
     missing = (404, "not_found_error", "video_not_found")
     assert refusal(ask, client, "file-0") == missing
@@ -65,7 +65,9 @@ def test_errors_are_anthropics_and_carry_our_codes(server, client, video, slow_c
     options = (400, "invalid_request_error", "invalid_f2l_options")
     assert refusal(ask, client, video.id, **frames) == options
     assert refusal(count, model=video.id, messages=QUESTION, **frames) == options
-    slow = server.client.files.create(file=slow_clip, purpose="vision")
+    unread = tmp_path / "unread.mp4"
+    unread.write_bytes(slow_clip.read_bytes() + b"\0")  # other bytes than those that other tests upload
+    slow = server.client.files.create(file=unread, purpose="vision")
     with pytest.raises(anthropic.ConflictError) as error:
         ask(client, slow.id, extra_headers={"X-F2L-Wait": "none"})
     assert error.value.body["error"]["code"] == "video_not_ready"

@@ -45,7 +45,7 @@ function App() {
   return html`
     <${Header} page=${page} />
     ${isAway && html`<p class="away" role="status">The server does not answer. This page goes on as soon as it is back.</p>`}
-    <main ref=${main} data-scroller tabindex="-1">
+    <main ref=${main} data-scroller tabindex="0">
       ${isRefused ? html`<${KeyForm} />`
         : page === "ask" ? html`<${Ask} ids=${ids} />`
         : page === "server" ? html`<${Later} />`
