@@ -28,6 +28,7 @@ import httpx
 from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI, NotFoundError
 from sqlalchemy import update
 
+from benchmarks.fleet import films
 from benchmarks.haproxy import haproxy
 from f2l_vllm import torch_shims
 from f2l_vllm.bench import record
@@ -240,8 +241,6 @@ async def _run(cluster: Cluster, url: str, paths: list[Path], options: argparse.
 
 def main() -> None:
     """Measure, print, and write the result."""
-    from f2l_vllm.synthetic.render import write_mp4
-    from f2l_vllm.synthetic.world import sample_scenes
     from tests.support.postgres import needed_postgres
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -254,10 +253,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="f2l-many-") as name, needed_postgres() as postgres:
         folder = Path(name)
-        paths = [
-            write_mp4(scene, folder / f"{index}.mp4", size=(160, 120), fps=10, seconds=2.5)
-            for index, scene in enumerate(sample_scenes(options.videos, options.seed, "train"))
-        ]
+        paths = films(folder, options.videos, options.seed, fps=10)
         cluster = Cluster(folder, postgres.new_database(), options.servers)
         try:
             with haproxy([f"127.0.0.1:{port}" for port in _PORTS[: options.servers]], _ADDRESS, folder):

@@ -26,6 +26,7 @@ import httpx
 import numpy as np
 from openai import OpenAI
 
+from benchmarks.fleet import films
 from benchmarks.haproxy import haproxy_version, proxied
 from f2l_vllm import torch_shims
 from f2l_vllm.bench import record
@@ -230,21 +231,13 @@ async def _measure(scenario: Scenario, policy: str, seed: int, questions: int) -
 @contextmanager
 def real_servers(model: str, scenario: Scenario) -> Iterator[RealServers]:
     """Servers that are ready to answer about all videos."""
-    from f2l_vllm.synthetic.render import write_mp4
-    from f2l_vllm.synthetic.world import sample_scenes
     from tests.support.postgres import needed_postgres
 
     with tempfile.TemporaryDirectory(prefix="f2l-plan-") as name, needed_postgres() as postgres:
         folder = Path(name)
         servers = RealServers(model, scenario, folder, postgres.new_database())
         try:
-            scenes = sample_scenes(scenario.videos, 1, "train")
-            servers.fill(
-                [
-                    write_mp4(scene, folder / f"{number}.mp4", size=(160, 120), fps=10, seconds=2.5)
-                    for number, scene in enumerate(scenes)
-                ]
-            )
+            servers.fill(films(folder, scenario.videos, 1, fps=10))
             yield servers
         finally:
             servers.end()

@@ -70,7 +70,7 @@ class Previews:
             if found is not None:
                 self._kept.move_to_end((video, kind))
         if isinstance(found, VideoError):
-            raise found
+            raise _again(found)
         return found
 
     async def make(self, video: str, kind: str, path: Path, timestamps: Sequence[float], tenant: str) -> Preview:
@@ -94,7 +94,7 @@ class Previews:
             try:
                 made = await asyncio.shield(work)  # a thread cannot be cancelled
             except VideoError as error:
-                self._keep(video, kind, error)
+                self._keep(video, kind, _again(error))
                 raise
             self._keep(video, kind, made)
             return made
@@ -156,6 +156,11 @@ def _side_by_side(frames: np.ndarray) -> bytes:
     picture = io.BytesIO()
     whole.save(picture, "WEBP", quality=_QUALITY, method=4)
     return picture.getvalue()
+
+
+def _again(error: VideoError) -> VideoError:
+    """The same without its traceback, which holds what was at work and grows each time that an error is raised."""
+    return VideoError(error.code, error.message)
 
 
 def _size(made: Preview | VideoError | None) -> int:

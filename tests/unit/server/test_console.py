@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import io
 import re
+import traceback
 
 import pytest
 from fastapi import FastAPI
@@ -122,15 +123,20 @@ def test_pictures_are_made_once_and_forgotten_with_their_video(tmp_path):
         make(previews, POSTER, path)
 
 
-def test_a_video_that_cannot_be_decoded_is_tried_once(tmp_path):
+def test_a_video_that_cannot_be_decoded_is_tried_once(tmp_path, monkeypatch):
     path = tmp_path / "a.mp4"
     path.write_bytes(b"no video")
     previews = Previews(Settings())
     with pytest.raises(VideoError) as first:
         make(previews, POSTER, path)
-    with pytest.raises(VideoError) as second:
-        make(previews, POSTER, path)
-    assert first.value is second.value
+    monkeypatch.setattr(previews, "_make", None)
+    depths = []
+    for _ in range(3):
+        with pytest.raises(VideoError) as again:
+            make(previews, POSTER, path)
+        assert (again.value.code, again.value.message) == (first.value.code, first.value.message)
+        depths.append(len(list(traceback.walk_tb(again.value.__traceback__))))
+    assert len(set(depths)) == 1  # one error raised again and again would hold ever more frames
 
 
 def test_no_more_is_kept_than_there_is_room_for(tmp_path, monkeypatch):

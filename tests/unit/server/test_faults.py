@@ -105,7 +105,7 @@ def test_what_fails_before_the_engine_is_asked_is_the_requests_fault():
 def test_what_fails_after_that_is_the_servers_fault_and_says_nothing_of_python():
     async def generating(request: Request):
         vllm_errors.note_engine_asked()
-        raise RuntimeError("/root/secret.py is broken")
+        raise RuntimeError("/srv/secret.py is broken")
 
     status, body = post(Harness(generating), b"{}")
     assert (status, body["error"]["code"]) == (500, "internal_error")
