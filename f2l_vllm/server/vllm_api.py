@@ -41,6 +41,7 @@ def log_like_vllm(name: str) -> None:
     """Send our log records to the handlers of the `vllm` logger, with its level and format, unless both already go to
     the handler of this package."""
     if logs.is_configured():
+        logging.getLogger().setLevel(logging.INFO)  # a library that vLLM's SageMaker routes import hides warnings
         return
     ours, theirs = logging.getLogger(name), logging.getLogger("vllm")
     ours.setLevel(theirs.level or logging.INFO)

@@ -1,10 +1,26 @@
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from f2l_vllm import logs
 from f2l_vllm.catalog.catalog import Catalog
 from tests.support.postgres import Postgres, temporary_postgres
+
+
+@pytest.fixture(autouse=True)
+def logging_as_at_the_start() -> Iterator[None]:
+    """What a test, or a library on import, sets for the whole process holds for no other test."""
+    root, *others = loggers = [logging.getLogger(name) for name in (None, "f2l_vllm", "vllm")]
+    root.setLevel(logging.WARNING)
+    for logger in others:
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
+    yield
+    for logger in loggers:
+        for handler in [handler for handler in logger.handlers if isinstance(handler, logs.Handler)]:
+            logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import json
+import logging
 from argparse import Namespace
 from contextlib import contextmanager
 from unittest.mock import create_autospec
@@ -10,6 +11,7 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 import uvicorn
+from model_hosting_container_standards.logging_config import configure_root_logger
 from starlette.datastructures import State
 from starlette.testclient import TestClient
 from vllm.config import CacheConfig, LoRAConfig, ModelConfig
@@ -35,6 +37,7 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, UsageInfo
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.sagemaker import api_router as sagemaker
 from vllm.exceptions import GenerationError
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import PlaceholderRange
@@ -46,7 +49,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
 
-from f2l_vllm import vllm_versions
+from f2l_vllm import logs, vllm_versions
 from f2l_vllm.engine.defaults import EngineLimits, check_limits
 from f2l_vllm.server import vllm_answers, vllm_api
 from f2l_vllm.server.app import F2LEndpointPlugin
@@ -572,3 +575,16 @@ def test_the_output_processor_counts_the_requests_in_work():
     assert vllm_api.questions_in_work(engine) == 0
     processor.request_states["one"] = object()
     assert vllm_api.questions_in_work(engine) == 1
+
+
+def test_warnings_of_libraries_are_shown_though_vllms_routes_hide_them(monkeypatch, capsys):
+    """Importing a library of its SageMaker routes has the root logger show errors alone; vLLM leaves it so."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [logs.Handler("server")])
+    configure_root_logger()
+    assert root.level == logging.ERROR
+    assert "import model_hosting_container_standards" in inspect.getsource(sagemaker._attach_router)
+    root.handlers[0].setLevel(logging.NOTSET)  # as vLLM restores it
+    vllm_api.log_like_vllm("f2l_vllm")
+    logging.getLogger("some.library").warning("low on memory")
+    assert "[some.library] low on memory" in capsys.readouterr().err
