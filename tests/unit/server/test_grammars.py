@@ -94,7 +94,7 @@ def test_what_is_tried_and_refused_and_nothing_of_the_trying_process_is_left_to_
                 assert {name: seen[name] for name in names} == dict.fromkeys(names, code)
             started = time.monotonic()
             assert await refused(grammars, *SLOW["ambiguity"]) == "structured_output_too_complex"
-            assert time.monotonic() - started < 0.05  # it is remembered
+            assert time.monotonic() - started < 2.5  # it is remembered: a trial takes 5
             process = grammars._process
         assert process.returncode is not None
 

