@@ -2,7 +2,8 @@
 
 The servers are `f2l-vllm serve` of one PostgreSQL and one store, each bound to a core of its own, behind HAProxy with
 `launch/haproxy.cfg`. Clients and proxy run on the cores of the servers that they ask: one server shares its core with
-them, several share theirs. Rounds of one server and of all of them alternate.
+them, several share theirs. Rounds of one server, of all behind one proxy, and of each behind a proxy and with clients
+of its own alternate. The last have nothing to do with each other, so they show what the machine's cores do at once.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,20 @@ def _servers(options: argparse.Namespace, database: str, folder: Path) -> Iterat
             server.end()
 
 
+def _round_on(core: int, socket: Path, *given: Any) -> dict[str, Any]:
+    """A round whose clients run on a core."""
+    with _on({core}):
+        return asyncio.run(_round(socket, *given))
+
+
+@contextmanager
+def _proxy(cores: Sequence[int], addresses: list[str], folder: Path) -> Iterator[Path]:
+    folder = folder / "-".join(["proxy", *map(str, cores)]) / str(len(addresses))
+    folder.mkdir(parents=True)
+    with _on(set(cores)), proxied(addresses, folder) as socket:
+        yield socket
+
+
 async def _round(socket: Path, videos: list[str], clients: int, options: argparse.Namespace) -> dict[str, Any]:
     """Whole answers a second, and what became of the questions."""
     dice, counts, ends = random.Random(options.seed), Counter[str](), list[float]()
@@ -98,16 +115,26 @@ def _measure(options: argparse.Namespace, database: str, folder: Path) -> dict[s
         videos = [client.files.create(file=path, purpose="vision").id for path in paths]
         for video in videos:
             client.files.wait_for_processing(video, poll_interval=0.1)
-        rounds: dict[str, list[dict[str, Any]]] = {"one": [], "all": []}
-        for _ in range(options.rounds):
-            for arm, count in (("one", 1), ("all", len(servers))):
-                addresses = [server.url.removeprefix("http://") for server in servers[:count]]
-                with _on(set(range(count))), proxied(addresses, folder) as socket:
-                    time.sleep(2)  # the proxy looks every second
-                    rounds[arm].append(asyncio.run(_round(socket, videos, options.clients * count, options)))
+        addresses = [server.url.removeprefix("http://") for server in servers]
+        rounds: dict[str, list[Any]] = {"one": [], "all": [], "apart": []}
+        with ProcessPoolExecutor(len(servers), get_context("spawn")) as processes, ExitStack() as stack:
+            together = stack.enter_context(_proxy(range(len(servers)), addresses, folder))
+            alone = [stack.enter_context(_proxy([core], [one], folder)) for core, one in enumerate(addresses)]
+            time.sleep(2)  # the proxies look every second
+            for _ in range(options.rounds):
+                for arm, count, socket in (("one", 1, alone[0]), ("all", len(servers), together)):
+                    with _on(set(range(count))):
+                        rounds[arm].append(asyncio.run(_round(socket, videos, options.clients * count, options)))
                     print(arm, rounds[arm][-1], flush=True)
+                given = (videos, options.clients, options)
+                asked = [processes.submit(_round_on, core, socket, *given) for core, socket in enumerate(alone)]
+                each = [one.result() for one in asked]
+                both = round(sum(one["answers_per_s"] for one in each), 2)
+                rounds["apart"].append({"answers_per_s": both, "each": each})
+                print("apart", rounds["apart"][-1], flush=True)
     medians = {arm: statistics.median(one["answers_per_s"] for one in rounds[arm]) for arm in rounds}
-    return {**rounds, "median_answers_per_s": medians, "times": round(medians["all"] / medians["one"], 2)}
+    times = {arm: round(medians[arm] / medians["one"], 2) for arm in ("all", "apart")}
+    return {**rounds, "median_answers_per_s": medians, "times": times}
 
 
 def main() -> None:
@@ -127,13 +154,13 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="f2l-core-each-") as name, needed_postgres() as postgres:
         results = _measure(options, postgres.new_database(), Path(name))
-    print(results["median_answers_per_s"], f"{results['times']} times as many", sep="\n")
+    print(results["median_answers_per_s"], f"times as many: {results['times']}", sep="\n")
     if options.json is not None:
         configuration = {name: value for name, value in vars(options).items() if name != "json"}
         configuration["haproxy"] = haproxy_version()
         record.write(options.json, configuration, results)
-    if results["times"] < _BAR * options.servers:
-        raise SystemExit(f"{options.servers} servers answer {results['times']} times what one answers")
+    if (times := results["times"]["all"]) < _BAR * options.servers:
+        raise SystemExit(f"{options.servers} servers answer {times} times what one answers")
 
 
 if __name__ == "__main__":
