@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 
@@ -82,4 +83,5 @@ def _prepare_process() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     # vLLM imports a library that builds GPU kernels at once, in processes that take 8 CPU seconds to fail here.
     os.environ["HUMMING_DISABLE_PARALLEL_BUILD"] = "1"
+    logging.getLogger("vllm.utils.flashinfer").setLevel(logging.ERROR)  # it misses CUDA's compiler
     torch_shims.install()

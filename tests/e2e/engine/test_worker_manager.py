@@ -166,7 +166,8 @@ def loaders():
             _is_moe=False,
             _validate_moe_lora_format=check,
             _validate_modules_to_save=check,
-            _validate_token_classification_lora=check,
+            _validate_token_classification_lora=check,  # vLLM 0.32
+            _validate_classification_head_lora=check,  # vLLM 0.33
         )
         model_manager._get_lora_layer_weights = partial(LoRAModelManager._get_lora_layer_weights, model_manager)
         vllm_config = Namespace(

@@ -53,6 +53,7 @@ def other_server(
         "VLLM_SERVER_DEV_MODE": "1",
         "F2L_EXTRA_ROUTES": "/collective_rpc",
         "F2L_HOT_BYTES": "0",
+        "CUDA_HOME": "/none",  # as on a machine that never had a GPU
         **collector.environment,
     }
     log = ("--log-format", "json", "--enable-log-requests")

@@ -70,7 +70,7 @@ def details():
 @pytest.fixture(scope="module")
 def beginning(home, hypernetwork_model, catalog_url):
     """The server of the first life, as long as it runs."""
-    env = {"F2L_DATABASE_URL": catalog_url}
+    env = {"F2L_DATABASE_URL": catalog_url, "CUDA_HOME": "/none"}  # as on a machine that never had a GPU
     with Server(hypernetwork_model, home, "--api-key", KEY, *CHUNKS, api_key=KEY, env=env) as server:
         yield server
 
