@@ -21,7 +21,7 @@ class Arm:
     """One way to answer.
 
     Attributes:
-        reads: what a question is answered from.
+        reads: what a question is answered from; `text`: from itself alone, as a model without videos would.
         cold: its question is the first about the video and waits for the upload and the internalization.
         warmed: another question about the video is answered before, so that the server has the video's KV.
         flags, env: of its server; `{merge_rate}` stands for the suite's, `{kept_tokens}` for the tokens of all videos
@@ -30,12 +30,17 @@ class Arm:
     """
 
     name: str
-    reads: Literal["adapter", "frames"]
+    reads: Literal["adapter", "frames", "text"]
     cold: bool = False
     warmed: bool = False
     flags: tuple[str, ...] = _NOTHING_KEPT
     env: tuple[tuple[str, str], ...] = ()
     workers: bool = True
+
+    @property
+    def anywhere(self) -> bool:
+        """Whether it can be measured at a server that was started for something else."""
+        return self.flags == _NOTHING_KEPT and not self.env
 
     @property
     def merges(self) -> bool:
@@ -70,13 +75,14 @@ ARMS = {
         Arm("frames", "frames"),
         Arm("frames-cached", "frames", warmed=True, flags=_ALL_KEPT, workers=False),
         Arm("frames-merged", "frames", flags=(*_NOTHING_KEPT, "--video-pruning-rate", _MERGE), workers=False),
+        Arm("text", "text"),
     )
 }
 
 
 def about_adapter(file_id: str) -> dict[str, Any]:
     """The part of a question that names its video: an uploaded file, answered from its adapter."""
-    return {"model": file_id, "parts": []}
+    return {"model": file_id}
 
 
 def about_frames(model: str, video: Path) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from f2l_vllm.bench.arms import ARMS, Arm, ServerKind, about_adapter, about_fram
 from f2l_vllm.bench.client import Answer, Client, WrongAnswer
 from f2l_vllm.bench.costs import Costs
 from f2l_vllm.bench.films import Films
-from f2l_vllm.bench.servers import Room, Servers, video_server
+from f2l_vllm.bench.running import RunningServer
+from f2l_vllm.bench.servers import Room, Server, Servers, video_server
 from f2l_vllm.bench.shapes import Subject
 from f2l_vllm.bench.suite import OfVideos
-from f2l_vllm.server_process import ServerProcess
 
 _WAIT_SECONDS = 3600
 _WARM_FRAMES, _WARM_EDGE = 2, 128
@@ -28,22 +28,51 @@ UPLOADS = 2  # at a time: the server internalizes one while the next is sent
 
 
 class Askers:
-    """All arms of a suite. A context manager that stops their servers.
+    """All arms of a suite. A context manager that stops the servers it started, and leaves no file at another.
 
     Args:
+        subject: the model to start servers with, or a server that runs.
         folder: for films, servers' data and logs.
-        room: what every server must have room for.
+        frames, sequences, videos, kept: what every server must have room for, as in `Room`.
+
+    Raises:
+        ValueError: the prompts are too long for the model.
     """
 
-    def __init__(self, suite: OfVideos, subject: Subject, costs: Costs, folder: Path, room: Room) -> None:
+    def __init__(
+        self,
+        suite: OfVideos,
+        subject: Subject | RunningServer,
+        folder: Path,
+        *,
+        frames: int,
+        sequences: int,
+        videos: int,
+        kept: int = 0,
+    ) -> None:
         self.films = Films(folder / "films")
         self.adapter_bytes: int | None = None  # size of the adapters made here, as the server reports it
         self._suite = suite
         self._arms = [ARMS[name] for name in suite.arms]
-        self._flags = room.flags(subject, costs)
-        self._kept_tokens = room.kept_tokens
-        start = video_server(subject, folder, self._flags, suite.serve_flags)
-        self._servers = Servers(start, suite.servers_at_once, self._warm)
+        self._running = subject if isinstance(subject, RunningServer) else None
+        self._flags: list[str] = []
+        self._kept_tokens = 0
+        if isinstance(subject, RunningServer):
+            self.kv_bytes_per_token = subject.kv_bytes_per_token
+            self._servers = Servers(lambda kind: subject, 1, self._warm)
+        else:
+            costs = Costs(subject)
+            tokens = costs.longest_prompt(suite.questions, frames) + suite.output_tokens
+            if tokens > costs.longest:
+                raise ValueError(
+                    f"{frames} frames make a prompt of {tokens} tokens and {subject.name} reads {costs.longest}: ask "
+                    "about fewer (latency: lower count_above, and longer videos are counted)"
+                )
+            room = Room(tokens, sequences, frames, videos, suite.kv_gib, kept)
+            self._flags, self._kept_tokens = room.flags(subject, costs), room.kept_tokens
+            self.kv_bytes_per_token = costs.kv_bytes_per_token
+            start = video_server(subject, folder, self._flags, suite.serve_flags)
+            self._servers = Servers(start, suite.servers_at_once, self._warm)
         self._files: dict[tuple[ServerKind, Path], str] = {}
         self._clients: dict[str, tuple[Client, str]] = {}  # server's URL -> client, name of the model
         self._open = AsyncExitStack()
@@ -72,7 +101,9 @@ class Askers:
         return len({self._kind(arm) for arm in self._arms}) <= self._suite.servers_at_once
 
     def described(self) -> dict[str, Any]:
-        """How the servers are started, for the result."""
+        """How the servers are started, for the result; of one that runs, what it says of itself."""
+        if self._running is not None:
+            return self._running.facts
         return {
             "flags_of_all": self._flags[self._flags.index("--dtype") :],
             "flags_of_arms": {arm.name: _words(self._kind(arm)) for arm in self._arms},
@@ -104,10 +135,13 @@ class Askers:
             WrongAnswer: the server answered from something else than the arm says.
         """
         client, base = await self._client(arm)
-        if arm.reads == "adapter":
-            about = about_adapter(await self._file(arm, client, video))
-        else:
-            about = about_frames(base, video)
+        match arm.reads:
+            case "adapter":
+                about = about_adapter(await self._file(arm, client, video))
+            case "frames":
+                about = about_frames(base, video)
+            case "text":
+                about = {"model": base}
         answer = await client.ask(question, started=arrived, **about)
         _check(answer, arm, waits=False)
         return answer
@@ -141,9 +175,11 @@ class Askers:
     async def _client(self, arm: Arm) -> tuple[Client, str]:
         return await self._client_of(await self._servers.get(self._kind(arm)))
 
-    async def _client_of(self, server: ServerProcess) -> tuple[Client, str]:
+    async def _client_of(self, server: Server) -> tuple[Client, str]:
         if server.url not in self._clients:
-            client = await self._open.enter_async_context(Client(server.url, self._suite.output_tokens))
+            key = "none" if self._running is None else self._running.api_key
+            made = Client(server.url, self._suite.output_tokens, key, tidy=self._running is not None)
+            client = await self._open.enter_async_context(made)
             self._clients[server.url] = client, await client.base_model()
         return self._clients[server.url]
 
@@ -160,7 +196,7 @@ class Askers:
         details: dict[str, Any] = (file.model_extra or {}).get("f2l") or {}
         self.adapter_bytes = details.get("adapter_bytes", self.adapter_bytes)
 
-    async def _warm(self, kind: ServerKind, server: ServerProcess) -> None:
+    async def _warm(self, kind: ServerKind, server: Server) -> None:
         """Do everything that a server's arms do once: the first time takes longer."""
         client, base = await self._client_of(server)
         for reads in dict.fromkeys(arm.reads for arm in self._arms if self._kind(arm) == kind):
@@ -170,7 +206,8 @@ class Askers:
                 await client.ask(self._suite.questions[0], **about_adapter(file.id))
                 await client.delete(file.id)
             else:
-                await client.ask(self._suite.questions[0], **about_frames(base, video))
+                about = about_frames(base, video) if reads == "frames" else {"model": base}
+                await client.ask(self._suite.questions[0], **about)
 
 
 def _words(kind: ServerKind) -> list[str]:
@@ -178,7 +215,7 @@ def _words(kind: ServerKind) -> list[str]:
 
 
 def _check(answer: Answer, arm: Arm, waits: bool) -> None:
-    mode = answer.details.get("mode")
+    mode = answer.details.get("mode", "text")
     if mode != arm.reads:
         raise WrongAnswer(f"the arm {arm.name} was answered from {mode!r}, not from {arm.reads!r}")
     if waits and not answer.details.get("waited_seconds"):

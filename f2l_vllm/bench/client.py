@@ -52,11 +52,14 @@ class Client:
     Args:
         url: without `/v1`.
         output_tokens: exact length of every answer.
+        tidy: in the end, delete what was uploaded.
     """
 
-    def __init__(self, url: str, output_tokens: int, api_key: str = "none") -> None:
+    def __init__(self, url: str, output_tokens: int, api_key: str = "none", tidy: bool = False) -> None:
         self._openai = AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=_TIMEOUT_SECONDS)
         self._output_tokens = output_tokens
+        self._tidy = tidy
+        self._uploaded: set[str] = set()
 
     async def __aenter__(self) -> Client:
         return self
@@ -64,7 +67,11 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._openai.close()
+        try:
+            for file_id in list(self._uploaded) if self._tidy else ():
+                await self.delete(file_id)
+        finally:
+            await self._openai.close()
 
     async def base_model(self) -> str:
         """The model's own name on this server."""
@@ -78,6 +85,7 @@ class Client:
             WrongAnswer: it could not be internalized.
         """
         file = await self._openai.files.create(file=video, purpose="vision")
+        self._uploaded.add(file.id)
         return await self.processed(file.id) if wait else file
 
     async def processed(self, file_id: str) -> FileObject:
@@ -100,6 +108,7 @@ class Client:
     async def delete(self, file_id: str) -> None:
         """Delete a file and its adapter."""
         await self._openai.files.delete(file_id)
+        self._uploaded.discard(file_id)
 
     async def ask(
         self,

@@ -9,11 +9,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
+from f2l_vllm.bench import report
 from f2l_vllm.evaluation.plots import style
 
 Result = dict[str, Any]
 # An arm has the same colour and marker in every picture.
-_ARMS = ("adapter", "frames", "frames-cached", "adapter-cold", "frames-merged", "adapter-merged")
+_ARMS = ("adapter", "frames", "frames-cached", "adapter-cold", "frames-merged", "adapter-merged", "text")
 _ARMS_THAT_DIFFER = ("adapter", "frames", "frames-merged")  # in counted quantities
 _NAMES = {
     "adapter": "adapter, ready",
@@ -22,6 +23,7 @@ _NAMES = {
     "frames": "frames in context",
     "frames-cached": "frames, prefix cached",
     "frames-merged": "frames, merged",
+    "text": "question alone",
 }
 
 
@@ -80,7 +82,7 @@ _FIRST_TOKEN = "first token, ms"
 _QUANTITIES: dict[str, Callable[[Result], float | None]] = {
     _FIRST_TOKEN: lambda row: (row["ttft_ms"] or {}).get("median"),
     "prompt tokens": lambda row: row["prompt_tokens"],
-    "state of a video, MB": lambda row: row["state_bytes"] / 1e6,
+    "state of a video, MB": lambda row: (row["state_bytes"] or 0) / 1e6 or None,
 }
 
 
@@ -246,14 +248,12 @@ def _line(at: Axes, arm: str, x: Any, y: Any) -> None:
 
 
 def _colour(arm: str) -> str:
-    return style.COLOURS[_ARMS.index(arm)]
+    return (*style.COLOURS, style.GREY)[_ARMS.index(arm)]
 
 
 def _marker(arm: str) -> str:
-    return style.MARKERS[_ARMS.index(arm)]
+    return (*style.MARKERS, "X")[_ARMS.index(arm)]
 
 
 def _details(result: Result) -> str:
-    machine, configuration = result["machine"], result["configuration"]
-    where = machine["device"] if machine["device"] != "cpu" else f"{machine['cores']} cores of {machine['cpu']}"
-    return f"{configuration['model']} in {configuration['dtype']}, {where}"
+    return f"{report.model(result)}, {'asked from ' * ('url' in result.get('servers', {}))}{report.machine(result)}"

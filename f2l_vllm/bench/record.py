@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -23,8 +24,10 @@ def header(configuration: dict[str, Any]) -> dict[str, Any]:
     """The fields that every result begins with."""
     module = sys.modules["__main__"].__spec__
     started = [Path(sys.argv[0]).name] if module is None else ["python", "-m", module.name]
+    given = [re.sub("^(--api-key)=.*", r"\1=KEY", word) for word in sys.argv[1:]]
+    hidden = ["KEY" if before == "--api-key" else word for before, word in zip([None, *given], given, strict=False)]
     return {
-        "command": shlex.join([*started, *sys.argv[1:]]),
+        "command": shlex.join([*started, *hidden]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "configuration": configuration,
         "machine": environment.machine(),

@@ -13,20 +13,43 @@ _FEW = (1, 2, 4, 8, 16, 32, 64)
 
 def markdown(result: Result) -> str:
     """Title, machine, table and sentences."""
-    machine, configuration = result["machine"], result["configuration"]
     header, rows = grid(result)
-    where = machine["device"] if machine["device"] != "cpu" else f"{machine['cores']} cores of {machine['cpu']}"
     lines = [
-        f"# {result['suite']}: {configuration['model']} in {configuration['dtype']}",
+        f"# {result['suite']}: {model(result)}",
         "",
-        f"{where}, {machine['memory_gib']:.0f} GiB; {result['date'][:10]}; vLLM {result['versions']['vllm']}, torch "
-        f"{result['versions']['torch']}. `{result['command']}`",
+        f"{where(result)}. `{result['command']}`",
         "",
         *_markdown_table(header, rows),
         "",
         *(f"- {line}" for line in sentences(result)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def model(result: Result) -> str:
+    """The model that was measured, and in which dtype."""
+    configuration = result["configuration"]
+    served = configuration["dtype"] == "as served"
+    return f"{configuration['model']}{', ' if served else ' in '}{configuration['dtype']}"
+
+
+def machine(result: Result) -> str:
+    """The machine that measured."""
+    found = result["machine"]
+    return found["device"] if found["device"] != "cpu" else f"{found['cores']} cores of {found['cpu']}"
+
+
+def where(result: Result) -> str:
+    """Machine, day and versions; of a server that ran already, what it says of itself, and whose machine this is."""
+    here = f"{machine(result)}, {result['machine']['memory_gib']:.0f} GiB"
+    server, versions = result.get("servers", {}), result["versions"]
+    if "url" not in server:
+        return f"{here}; {result['date'][:10]}; vLLM {versions['vllm']}, torch {versions['torch']}"
+    cached = {"True": "on", "False": "off"}.get(server.get("enable_prefix_caching"), "unknown")
+    return (
+        f"A server at {server['url']}: f2l-vllm {server['f2l_vllm']}, vLLM {server['vllm']}, prefix cache {cached}. "
+        f"Asked from {here}; {result['date'][:10]}"
+    )
 
 
 def table(result: Result) -> Table:

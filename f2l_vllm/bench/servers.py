@@ -11,6 +11,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from f2l_vllm.bench.arms import ServerKind
 from f2l_vllm.bench.costs import Costs
@@ -18,8 +19,23 @@ from f2l_vllm.bench.shapes import Subject
 from f2l_vllm.cpu.plugin import openmp_defaults
 from f2l_vllm.server_process import ServerProcess
 
-Start = Callable[[ServerKind], ServerProcess]
-Warm = Callable[[ServerKind, ServerProcess], Awaitable[None]]
+
+class Server(Protocol):
+    """What `Servers` has to know of one."""
+
+    @property
+    def url(self) -> str:
+        """Without `/v1`."""
+
+    def wait_ready(self) -> None:
+        """Return when it is ready, or raise `ServerFailed`."""
+
+    def end(self) -> None:
+        """Stop it."""
+
+
+Start = Callable[[ServerKind], Server]
+Warm = Callable[[ServerKind, Server], Awaitable[None]]
 
 _LEAST_KV = 256 << 20
 _MOST_BATCHED = 8192  # tokens of one step: the text layers' activations grow with their number
@@ -109,7 +125,7 @@ class Servers:
         self._start = start
         self._at_once = at_once
         self._warm = warm
-        self._running: dict[ServerKind, ServerProcess] = {}  # most recently asked last
+        self._running: dict[ServerKind, Server] = {}  # most recently asked last
         self.starts = 0
 
     async def prepare(self, kinds: Iterable[ServerKind]) -> None:
@@ -117,7 +133,7 @@ class Servers:
         chosen = [kind for kind in dict.fromkeys(kinds) if kind not in self._running]
         await self._start_all(chosen[: self._at_once - len(self._running)])
 
-    async def get(self, kind: ServerKind) -> ServerProcess:
+    async def get(self, kind: ServerKind) -> Server:
         """A ready server.
 
         Raises:

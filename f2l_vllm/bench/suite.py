@@ -30,6 +30,7 @@ def _several(value: Any) -> Any:
 _OneOrMore = BeforeValidator(_several)
 Counts = Annotated[tuple[PositiveInt, ...], Field(min_length=1), _OneOrMore]
 Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], _OneOrMore]
+Url = Annotated[str, Field(pattern="^https?://")]
 
 
 class Base(BaseModel):
@@ -62,18 +63,26 @@ class OfVideos(Base):
         questions: the same for each arm.
         output_tokens: exact length of every answer.
         merge_rate: part of the visual tokens that the merging arms leave out.
+        base_url: of a server that runs already, with or without `/v1`; None: servers are started.
     """
 
     arms: Annotated[Texts, Field(min_length=1)]
     questions: Annotated[Texts, Field(min_length=2)]
     output_tokens: PositiveInt = 8
     merge_rate: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    base_url: Url | None = None
 
     @model_validator(mode="after")
     def _known_arms(self) -> OfVideos:
         unknown = [name for name in self.arms if name not in ARMS]
         if unknown or len(set(self.arms)) < len(self.arms):
             raise ValueError(f"arms are different ones of {', '.join(ARMS)}, not {', '.join(self.arms)}")
+        return self
+
+    @model_validator(mode="after")
+    def _starts_servers(self) -> OfVideos:
+        if self.base_url and (self.serve_flags or self.kv_gib or self.dtype):
+            raise ValueError("serve_flags, kv_gib and dtype are of servers that are started: base_url starts none")
         return self
 
 
@@ -207,7 +216,7 @@ class Ramp(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     suite: Literal["ramp"]
-    base_url: Annotated[str, Field(pattern="^https?://")] = "http://127.0.0.1:8000"
+    base_url: Url = "http://127.0.0.1:8000"
     arm: Literal["adapter", "frames"] = "adapter"
     videos: PositiveInt = 16
     frames: PositiveInt
@@ -289,6 +298,11 @@ def parse_changes(pairs: Sequence[str], lists: Mapping[str, str | None], values:
 
 def _said(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"][1:]) or "suite"
+    if where == "base_url" and error["type"] == "extra_forbidden":
+        return (
+            f"the suite {error['loc'][0]} asks no server that runs already: it needs the model's files, and tax an "
+            "engine without LoRA beside one with it"
+        )
     if error["type"] == "extra_forbidden":
         return f"the suite {error['loc'][0]} has no key '{where}'"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}"

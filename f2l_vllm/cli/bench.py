@@ -14,7 +14,7 @@ import typer
 from openai import APIConnectionError, APIError
 from rich.console import Console
 
-from f2l_vllm.bench import plots, report, run, shapes
+from f2l_vllm.bench import plots, report, run, running, shapes
 from f2l_vllm.bench import suite as suites
 from f2l_vllm.bench.client import WrongAnswer
 from f2l_vllm.bench.vllm_client import TrafficFailed
@@ -27,6 +27,7 @@ console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
 
 def bench(
     chosen: suites.Suite,
+    api_key: str,
     shape: str | None,
     model: str | None,
     hypernetwork: str | None,
@@ -44,16 +45,16 @@ def bench(
     """
     try:
         with _folder(work) as folder, stoppable():
-            if isinstance(chosen, suites.Ramp):
-                _say(f"{chosen.suite} of {chosen.base_url}")
-                result = asyncio.run(run.measure_running(chosen, folder, json_to, resume, _say))
-                return _show(result, plots_to, markdown_to)
-            if model is None:
+            subject: shapes.Subject | running.RunningServer
+            if isinstance(chosen, suites.OfVideos | suites.Ramp) and chosen.base_url is not None:
+                subject = running.reach(chosen.base_url, api_key)
+                chosen = chosen.model_copy(update=running.measurable(chosen, _say))
+            elif model is None:
                 kept = shapes.cache_folder() if work is None else folder / "shapes"
                 subject = shapes.of_shape(shape or shapes.TINY, kept, chosen.dtype)
             else:
                 subject = shapes.of_model(model, hypernetwork, chosen.dtype)
-            console.print(f"{chosen.suite} of {subject.name} in {subject.dtype}, in {folder}", highlight=False)
+            _say(f"{chosen.suite} of {subject.name} in {subject.dtype}, in {folder}")
             result = asyncio.run(run.measure(chosen, subject, folder, json_to, resume, _say))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -38,7 +38,10 @@ def bench(
     concurrency: Annotated[str | None, typer.Option(help="Questions in work at a time, by comma (throughput).")] = None,
     streams: Annotated[str | None, typer.Option(help="Streams at a time, by comma (tax).")] = None,
     adapters: Annotated[str | None, typer.Option(help="Numbers of adapters, by comma; 0: no LoRA (tax).")] = None,
-    base_url: Annotated[str | None, typer.Option(help="The server, which runs already; OPENAI_API_KEY (ramp).")] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="Measure this server, which runs already; else servers are started.")
+    ] = None,
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Its API key.")] = "none",
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other key of the suite: key=value, the value as YAML.")
     ] = None,
@@ -67,8 +70,8 @@ def bench(
             {"rounds": rounds, "videos": videos, "serve_flags": serve_flags, "base_url": base_url},
         )
         chosen = load(suite, changes)
-        if chosen.suite == "ramp" and not (model is shape is None):
-            raise ValueError("ramp asks the model that the server has: leave out --model and --shape")
+        if getattr(chosen, "base_url", None) and not (model is shape is None):
+            raise ValueError("a server that runs already has its model: leave out --model and --shape")
         if model is not None:
             models.resolve_hypernetwork(model, hypernetwork)
         elif shape is not None and shape not in SHAPES:
@@ -81,7 +84,7 @@ def bench(
     keep(markdown_to, plots, overwrite=overwrite or resume)
     from f2l_vllm.cli.bench import bench as run  # loaded after the options have been checked
 
-    run(chosen, shape, model, hypernetwork, work, resume, json_to, plots, markdown_to)
+    run(chosen, api_key, shape, model, hypernetwork, work, resume, json_to, plots, markdown_to)
 
 
 def plan(

@@ -33,7 +33,7 @@ LINES = (
         "server/test_routes_over_http.py",
         "server/test_dashboards_over_http.py",
         "server/test_upload_over_http.py",
-        "server/test_ramp_over_http.py",
+        "server/test_bench_over_http.py",
     ),
     ("faults/test_server_faults.py",),
     ("server/test_history.py",),

@@ -12,16 +12,17 @@ from f2l_vllm.bench import suite as suites
 from f2l_vllm.bench.arms import ARMS, Arm
 from f2l_vllm.bench.askers import Askers
 from f2l_vllm.bench.break_even import questions as break_even
-from f2l_vllm.bench.costs import Costs
 from f2l_vllm.bench.results_file import ResultsFile, Row, Say
-from f2l_vllm.bench.servers import Room
+from f2l_vllm.bench.running import RunningServer
 from f2l_vllm.bench.shapes import Subject
 from f2l_vllm.evaluation.percentiles import percentiles
 
 _SEQUENCES = 2
 
 
-async def run(suite: suites.Amortise, subject: Subject, folder: Path, results: ResultsFile, say: Say) -> None:
+async def run(
+    suite: suites.Amortise, subject: Subject | RunningServer, folder: Path, results: ResultsFile, say: Say
+) -> None:
     """Ask about a fresh video in each round, the same questions in all arms.
 
     A row per arm: `ttft_ms` of each question (medians over rounds), of which `asked` were really asked, and their
@@ -32,12 +33,10 @@ async def run(suite: suites.Amortise, subject: Subject, folder: Path, results: R
     """
     if results.rows:
         return
-    costs = Costs(subject)
     arms = [ARMS[name] for name in suite.arms]
-    tokens = costs.longest_prompt(suite.questions, suite.frames) + suite.output_tokens
-    room = Room(tokens, _SEQUENCES, suite.frames, 2 * suite.rounds, suite.kv_gib)
+    videos = 2 * suite.rounds
     rounds: dict[str, list[list[float]]] = {arm.name: [] for arm in arms}
-    async with Askers(suite, subject, costs, folder, room) as askers:
+    async with Askers(suite, subject, folder, frames=suite.frames, sequences=_SEQUENCES, videos=videos) as askers:
         results.note(servers=askers.described())
         await askers.prepare()
         for number in range(suite.rounds):
@@ -64,7 +63,7 @@ def derive(rows: list[Row]) -> dict[str, Any]:
     found = []
     for ours in rows:
         for other in rows:
-            if ours["arm"].startswith("adapter") and not other["arm"].startswith("adapter"):
+            if ours["arm"].startswith("adapter") and other["arm"].startswith("frames"):
                 pairs = zip(ours["cumulative_ttft_ms"], other["cumulative_ttft_ms"], strict=True)
                 met = next((place + 1 for place, (a, b) in enumerate(pairs) if a <= b), None)
                 found.append(

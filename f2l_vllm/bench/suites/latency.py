@@ -13,14 +13,16 @@ from f2l_vllm.bench.askers import Askers
 from f2l_vllm.bench.client import Answer
 from f2l_vllm.bench.costs import Costs
 from f2l_vllm.bench.results_file import ResultsFile, Row, Say
-from f2l_vllm.bench.servers import Room
+from f2l_vllm.bench.running import RunningServer
 from f2l_vllm.bench.shapes import Subject
 from f2l_vllm.evaluation.percentiles import percentiles
 
 _SEQUENCES = 2
 
 
-async def run(suite: suites.Latency, subject: Subject, folder: Path, results: ResultsFile, say: Say) -> None:
+async def run(
+    suite: suites.Latency, subject: Subject | RunningServer, folder: Path, results: ResultsFile, say: Say
+) -> None:
     """Measure every cell; in each round of a cell the arms take turns, each with the same question.
 
     Cells above `suite.count_above` frames are counted: `ttft_ms` is None and `counted` true.
@@ -29,7 +31,6 @@ async def run(suite: suites.Latency, subject: Subject, folder: Path, results: Re
         ServerFailed, APIError, WrongAnswer: a server did not start, or did not answer as asked.
         ValueError: the prompts are too long for the model.
     """
-    costs = Costs(subject)
     todo = [
         (frames, edge)
         for frames in suite.frames
@@ -39,22 +40,17 @@ async def run(suite: suites.Latency, subject: Subject, folder: Path, results: Re
     measured = [(frames, edge) for frames, edge in todo if frames <= suite.count_above]
     if measured:
         longest = max(frames for frames in suite.frames if frames <= suite.count_above)
-        tokens = costs.longest_prompt(suite.questions, longest) + suite.output_tokens
-        if tokens > costs.longest:
-            raise ValueError(
-                f"{longest} frames make a prompt of {tokens} tokens and {subject.name} reads {costs.longest}: lower "
-                "count_above, and longer videos are counted"
-            )
         videos = 2 * len(suite.resolution) * len(suite.frames)
-        room = Room(tokens, _SEQUENCES, longest, videos, suite.kv_gib)
-        async with Askers(suite, subject, costs, folder, room) as askers:
+        async with Askers(suite, subject, folder, frames=longest, sequences=_SEQUENCES, videos=videos) as askers:
             results.note(servers=askers.described())
             await askers.prepare()
             for frames, edge in measured:
-                results.add(*await _cell(suite, costs, askers, frames, edge, say))
-    for frames, edge in todo:
-        if frames > suite.count_above:
-            results.add(*(_counted(ARMS[name], suite, costs, frames, edge) for name in suite.arms))
+                results.add(*await _cell(suite, askers, frames, edge, say))
+    if len(measured) < len(todo) and isinstance(subject, Subject):
+        costs = Costs(subject)
+        for frames, edge in todo:
+            if frames > suite.count_above:
+                results.add(*(_counted(ARMS[name], suite, costs, frames, edge) for name in suite.arms))
 
 
 def derive(rows: list[Row]) -> dict[str, Any]:
@@ -72,14 +68,18 @@ def derive(rows: list[Row]) -> dict[str, Any]:
                     "frames": row["frames"],
                     "resolution": row["resolution"],
                     "ttft": round(row["ttft_ms"]["median"] / adapter["ttft_ms"]["median"], 2) if timed else None,
-                    **{name: round(row[name] / adapter[name], 2) for name in ("prompt_tokens", "state_bytes")},
+                    **{name: _ratio(row[name], adapter[name]) for name in ("prompt_tokens", "state_bytes")},
                 }
             )
     arms = dict.fromkeys(ratio["arm"] for ratio in ratios)
     return {"ratios": ratios, "geometric_means": {arm: _means(arm, ratios) for arm in arms}}
 
 
-async def _cell(suite: suites.Latency, costs: Costs, askers: Askers, frames: int, edge: int, say: Say) -> list[Row]:
+def _ratio(value: int | None, other: int | None) -> float | None:
+    return None if value is None or not other else round(value / other, 2)
+
+
+async def _cell(suite: suites.Latency, askers: Askers, frames: int, edge: int, say: Say) -> list[Row]:
     """All arms at one number of frames and resolution."""
     arms = [ARMS[name] for name in suite.arms]
     answers: dict[str, list[Answer]] = {arm.name: [] for arm in arms}
@@ -88,8 +88,9 @@ async def _cell(suite: suites.Latency, costs: Costs, askers: Askers, frames: int
         question = suite.questions[number % len(suite.questions)]
         other = suite.questions[(number + 1) % len(suite.questions)]
         for arm in askers.turn(number):
-            if arm.reads == "adapter" and not arm.cold:
-                await askers.upload(arm, [known])
+            if arm.reads != "frames" and not arm.cold:
+                if arm.reads == "adapter":
+                    await askers.upload(arm, [known])
                 answer = await askers.ask(arm, known, question)
             else:
                 video = await asyncio.to_thread(askers.fresh, frames, edge)
@@ -102,12 +103,10 @@ async def _cell(suite: suites.Latency, costs: Costs, askers: Askers, frames: int
                 video.unlink()
             answers[arm.name].append(answer)
             say(f"{frames} frames, {edge} px, {arm.name}: first token after {answer.ttft * 1e3:.1f} ms")
-    return [_row(arm, suite, costs, askers, frames, edge, answers[arm.name]) for arm in arms]
+    return [_row(arm, askers, frames, edge, answers[arm.name]) for arm in arms]
 
 
-def _row(
-    arm: Arm, suite: suites.Latency, costs: Costs, askers: Askers, frames: int, edge: int, answers: list[Answer]
-) -> Row:
+def _row(arm: Arm, askers: Askers, frames: int, edge: int, answers: list[Answer]) -> Row:
     times = [answer.ttft * 1e3 for answer in answers]
     timed = {
         "median": round(statistics.median(times), 3),
@@ -116,7 +115,8 @@ def _row(
     }
     tokens = statistics.median_low(answer.prompt_tokens for answer in answers)
     visual = answers[0].details["visual_tokens"] if arm.reads == "frames" else 0
-    return _cost(arm, costs, frames, edge, tokens, visual, askers.adapter_bytes) | {"ttft_ms": timed}
+    state = _state(arm, visual, askers.kv_bytes_per_token, askers.adapter_bytes)
+    return _cost(arm, frames, edge, tokens, visual, state) | {"ttft_ms": timed}
 
 
 def _counted(arm: Arm, suite: suites.Latency, costs: Costs, frames: int, edge: int) -> Row:
@@ -126,10 +126,18 @@ def _counted(arm: Arm, suite: suites.Latency, costs: Costs, frames: int, edge: i
     whole = statistics.median_low(costs.prompt_tokens(question, in_prompt) for question in asked)
     visual = costs.visual_tokens(in_prompt, suite.merge_rate if arm.merges else 0.0)
     tokens = whole - (costs.visual_tokens(in_prompt) - visual)
-    return _cost(arm, costs, frames, edge, tokens, visual, None) | {"counted": True}
+    state = _state(arm, visual, costs.kv_bytes_per_token, costs.adapter_bytes)
+    return _cost(arm, frames, edge, tokens, visual, state) | {"counted": True}
 
 
-def _cost(arm: Arm, costs: Costs, frames: int, edge: int, tokens: int, visual: int, adapter_bytes: int | None) -> Row:
+def _state(arm: Arm, visual: int, kv_bytes_per_token: int | None, adapter_bytes: int | None) -> int | None:
+    """Bytes that keep the video answerable; None if the server does not say."""
+    if arm.reads == "frames":
+        return visual * kv_bytes_per_token if kv_bytes_per_token else None
+    return adapter_bytes if arm.reads == "adapter" else 0
+
+
+def _cost(arm: Arm, frames: int, edge: int, tokens: int, visual: int, state: int | None) -> Row:
     return {
         "arm": arm.name,
         "frames": frames,
@@ -137,7 +145,7 @@ def _cost(arm: Arm, costs: Costs, frames: int, edge: int, tokens: int, visual: i
         "ttft_ms": None,
         "prompt_tokens": tokens,
         "visual_tokens": visual,
-        "state_bytes": visual * costs.kv_bytes_per_token if visual else adapter_bytes or costs.adapter_bytes,
+        "state_bytes": state,
         "counted": False,
     }
 
@@ -145,7 +153,7 @@ def _cost(arm: Arm, costs: Costs, frames: int, edge: int, tokens: int, visual: i
 def _means(arm: str, ratios: list[dict[str, Any]]) -> dict[str, float]:
     means = {}
     for name in ("ttft", "prompt_tokens", "state_bytes"):
-        values = [ratio[name] for ratio in ratios if ratio["arm"] == arm and ratio[name] is not None]
+        values = [ratio[name] for ratio in ratios if ratio["arm"] == arm and ratio[name]]
         if values:
             means[name] = round(statistics.geometric_mean(values), 2)
     return means

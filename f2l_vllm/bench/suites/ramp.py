@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,48 +23,41 @@ from f2l_vllm.bench.arms import about_adapter, about_frames
 from f2l_vllm.bench.client import Answer, Client
 from f2l_vllm.bench.films import Films
 from f2l_vllm.bench.results_file import ResultsFile, Row, Say
+from f2l_vllm.bench.running import RunningServer
 
 _MOST_RATES = 24
 _UPLOADS = 4
 _KEPT_UP = 0.5  # of the rate, from the first question to the last answer
 
 
-async def run(suite: suites.Ramp, folder: Path, results: ResultsFile, say: Say) -> None:
+async def run(suite: suites.Ramp, server: RunningServer, folder: Path, results: ResultsFile, say: Say) -> None:
     """Ask at one rate after the other; a row for each. What was uploaded is deleted in the end.
 
     Raises:
         APIError, WrongAnswer: the server did not take the videos, or answers otherwise than asked.
     """
     films = Films(folder / "films")
-    url = suite.base_url.rstrip("/").removesuffix("/v1")
-    uploaded: list[str] = []
-    async with Client(url, suite.output_tokens, os.environ.get("OPENAI_API_KEY", "none")) as client:
-        base = await client.base_model()
+    results.note(servers=server.facts)
+    async with Client(server.url, suite.output_tokens, server.api_key, tidy=True) as client:
         paths = [
             await asyncio.to_thread(films.make, suite.frames, suite.resolution, suite.seed, number)
             for number in range(suite.videos)
         ]
-        try:
-            if suite.arm == "adapter":
-                gate = asyncio.Semaphore(_UPLOADS)
+        if suite.arm == "adapter":
+            gate = asyncio.Semaphore(_UPLOADS)
 
-                async def upload(path: Path) -> dict[str, Any]:
-                    async with gate:
-                        file = await client.upload(path, wait=False)
-                        uploaded.append(file.id)
-                        return about_adapter((await client.processed(file.id)).id)
+            async def upload(path: Path) -> dict[str, Any]:
+                async with gate:
+                    return about_adapter((await client.upload(path)).id)
 
-                about = [*await asyncio.gather(*map(upload, paths))]
-            else:
-                about = [about_frames(base, path) for path in paths]
-            for one in about:  # before anything is timed
-                await client.ask(suite.questions[0], **one)
-            while (rate := next_rate(results.rows, suite.rate, suite.precision, suite.lowest)) is not None:
-                results.add(await _at(rate, suite, client, about))
-                say(_said(results.rows[-1]))
-        finally:
-            for name in uploaded:
-                await client.delete(name)
+            about = [*await asyncio.gather(*map(upload, paths))]
+        else:
+            about = [about_frames(server.name, path) for path in paths]
+        for one in about:  # before anything is timed
+            await client.ask(suite.questions[0], **one)
+        while (rate := next_rate(results.rows, suite.rate, suite.precision, suite.lowest)) is not None:
+            results.add(await _at(rate, suite, client, about))
+            say(_said(results.rows[-1]))
 
 
 def derive(rows: list[Row]) -> dict[str, Any]:

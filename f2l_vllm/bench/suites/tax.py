@@ -12,7 +12,7 @@ from f2l_vllm.bench import vllm_client
 from f2l_vllm.bench.arms import ServerKind
 from f2l_vllm.bench.costs import Costs, write_adapter
 from f2l_vllm.bench.results_file import ResultsFile, Row, Say
-from f2l_vllm.bench.servers import ENGINE_ENV, EngineProcess, Servers
+from f2l_vllm.bench.servers import ENGINE_ENV, EngineProcess, Server, Servers
 from f2l_vllm.bench.shapes import Subject
 from f2l_vllm.evaluation.percentiles import is_carried
 from f2l_vllm.hypernetwork.config_file import read_config
@@ -52,7 +52,7 @@ async def run(suite: suites.Tax, subject: Subject, folder: Path, results: Result
         )
         return {name: found[name] for name in figures(what["requests"])}
 
-    async def warm(kind: ServerKind, server: ServerProcess) -> None:
+    async def warm(kind: ServerKind, server: Server) -> None:
         most = max(suite.adapters) if kind == with_lora else 0
         await traffic(server.url, most, input_tokens=suite.prefill_tokens, output_tokens=1, requests=2, concurrency=1)
         await traffic(server.url, most, input_tokens=16, output_tokens=2, requests=max(1, most), concurrency=8)

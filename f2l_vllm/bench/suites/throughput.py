@@ -11,13 +11,14 @@ from f2l_vllm.bench import suite as suites
 from f2l_vllm.bench.arms import ARMS, Arm
 from f2l_vllm.bench.askers import Askers
 from f2l_vllm.bench.client import Answer
-from f2l_vllm.bench.costs import Costs
 from f2l_vllm.bench.results_file import ResultsFile, Row, Say
-from f2l_vllm.bench.servers import Room
+from f2l_vllm.bench.running import RunningServer
 from f2l_vllm.bench.shapes import Subject
 
 
-async def run(suite: suites.Throughput, subject: Subject, folder: Path, results: ResultsFile, say: Say) -> None:
+async def run(
+    suite: suites.Throughput, subject: Subject | RunningServer, folder: Path, results: ResultsFile, say: Say
+) -> None:
     """Measure every popularity and concurrency; in each round the arms take turns over the same trace.
 
     Rows hold the keys of `vllm bench serve` over all rounds, and each round's throughput in `rounds`.
@@ -25,11 +26,9 @@ async def run(suite: suites.Throughput, subject: Subject, folder: Path, results:
     Raises:
         ServerFailed, APIError, WrongAnswer: a server did not start, or did not answer as asked.
     """
-    costs = Costs(subject)
     arms = [ARMS[name] for name in suite.arms]
-    tokens = costs.longest_prompt(suite.questions, suite.frames) + suite.output_tokens
     kept = suite.videos if any(arm.warmed for arm in arms) else 0
-    room = Room(tokens, max(suite.concurrency), suite.frames, suite.videos, suite.kv_gib, kept)
+    room = {"sequences": max(suite.concurrency), "frames": suite.frames, "videos": suite.videos, "kept": kept}
     todo = [
         (popularity, concurrency)
         for popularity in suite.popularity
@@ -38,7 +37,7 @@ async def run(suite: suites.Throughput, subject: Subject, folder: Path, results:
     ]
     if not todo:
         return
-    async with Askers(suite, subject, costs, folder, room) as askers:
+    async with Askers(suite, subject, folder, **room) as askers:
         results.note(servers=askers.described())
         await askers.prepare()
         videos = [
@@ -52,7 +51,7 @@ async def run(suite: suites.Throughput, subject: Subject, folder: Path, results:
             for number in range(suite.rounds):
                 whole = _trace(suite, popularity, number)
                 for arm in askers.turn(number):
-                    known = arm.warmed or arm.reads == "adapter"
+                    known = arm.warmed or arm.reads != "frames"
                     asked = whole[: suite.requests if known else suite.frames_requests]
                     answers, seconds = await _replay(arm, askers, videos, asked, suite, concurrency)
                     found[arm.name].append((answers, seconds))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from typer.testing import CliRunner
 
 from f2l_vllm.bench import report
 from f2l_vllm.bench.client import Answer
 from f2l_vllm.bench.suites import ramp
-from f2l_vllm.cli.main import app
 
 
 def tried(limit: float, first: float, precision: float = 0.1, lowest: float = 1e-9) -> list[dict]:
@@ -62,17 +60,3 @@ def test_a_row_has_its_number_and_intervals() -> None:
     assert {len(line) for line in cells} == {len(header)}
     assert report.sentences(result) == ["At no rate were 99% of the answers good (ttft 500 ms)."]
     assert "Up to 8 questions a second" in report.sentences(result | {"highest": row})[0]
-
-
-def test_a_server_that_is_not_there_and_a_model_of_ones_own_are_refused(tmp_path) -> None:
-    target = str(tmp_path / "ramp.json")
-
-    def bench(*words: str):
-        done = CliRunner().invoke(app, ["bench", "ramp", "--json", target, *words])
-        return done.exit_code, " ".join(done.output.split())
-
-    assert bench("--shape", "tiny") == (2, bench("--shape", "tiny")[1])
-    assert "leave out --model and --shape" in bench("--shape", "tiny")[1]
-    code, said = bench("--base-url", "http://127.0.0.1:9", "--set", "frames=2")
-    assert code == 1
-    assert "Connection error" in said

@@ -40,7 +40,10 @@ def test_a_key_may_be_replaced_by_one_value_or_several() -> None:
         ("throughput", {"request_rate": 2}, "request_rate"),
         ("throughput", {"slo": {"tfft": 1}}, "has no key"),
         ("throughput", {"arms": ["adapter-cold"]}, "measure it with the suite latency"),
-        ("latency", {"base_url": "http://a"}, "the suite latency has no key 'base_url'"),
+        ("tax", {"base_url": "http://a"}, "the suite tax asks no server that runs already"),
+        ("capacity", {"base_url": "http://a"}, "it needs the model's files"),
+        ("latency", {"base_url": "somewhere"}, "base_url"),
+        ("latency", {"base_url": "http://a", "serve_flags": "--fps 2"}, "base_url starts none"),
         ("ramp", {"slo": {}}, "slo needs a limit"),
         ("ramp", {"base_url": "somewhere"}, "base_url"),
         ("amortise", {"arms": ["adapter-cold"]}, "the first question of the arm adapter"),
@@ -89,3 +92,4 @@ def test_arms_with_the_same_server_share_it_and_merging_ones_say_how_much() -> N
     assert kinds["frames-merged"].flags[-2:] == ("--video-pruning-rate", "0.7")
     assert kinds["adapter-merged"].env == (("F2L_MERGE_RATE", "0.7"),)
     assert [name for name, arm in ARMS.items() if arm.merges] == ["adapter-merged", "frames-merged"]
+    assert [name for name, arm in ARMS.items() if arm.anywhere] == ["adapter", "adapter-cold", "frames", "text"]
