@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from f2l_vllm.bench import intervals
 from f2l_vllm.bench.client import Answer
-from f2l_vllm.evaluation.percentiles import percentiles
+from f2l_vllm.evaluation.percentiles import is_carried, percentiles
 
 PERCENTILES = (50, 90, 95, 99)
 
 
 def summary(answers: Sequence[Answer], seconds: float, slo: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Throughput, goodput and percentiles, except percentiles for which there are too few answers.
+    """Throughput, goodput, percentiles with their intervals, except percentiles for which there are too few answers.
+
+    To vLLM's keys come `median_ttft_ci95_ms` and so on: [low, high], or None where the answers carry no interval.
 
     Args:
         seconds: from the first question to the last answer.
@@ -44,7 +47,14 @@ def summary(answers: Sequence[Answer], seconds: float, slo: Mapping[str, float] 
     }
     for name, some in values.items():
         figures |= _spread(name, np.array(some or [0.0]) * 1e3)
+        if name != "itl":  # the gaps within an answer depend on each other
+            figures |= _intervals(name, np.array(some) * 1e3)
     return figures
+
+
+def rounded(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures as they are kept."""
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
 
 
 def is_good(answer: Answer, slo: Mapping[str, float]) -> bool:
@@ -59,6 +69,14 @@ def _spread(name: str, milliseconds: np.ndarray) -> dict[str, float]:
         f"std_{name}_ms": float(milliseconds.std()),
     }
     return figures | {f"{p}_{name}_ms": value for p, value in percentiles(milliseconds, PERCENTILES).items()}
+
+
+def _intervals(name: str, milliseconds: np.ndarray) -> dict[str, intervals.Interval]:
+    carried = {f"p{p}": p for p in PERCENTILES[1:] if is_carried(p, len(milliseconds))}
+    return {
+        f"{figure}_{name}_ci95_ms": intervals.of_quantile(milliseconds, p)
+        for figure, p in ({"median": 50} | carried).items()
+    }
 
 
 def _value(answer: Answer, name: str) -> float:

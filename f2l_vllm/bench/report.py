@@ -8,6 +8,18 @@ from typing import Any
 from rich.table import Table
 
 Result = dict[str, Any]
+_MEANING = (
+    "[low, high]: 95 % interval, where enough values for one were kept; of medians and percentiles by order statistics"
+)
+_OF_ROUNDS = ", of ratios by a bootstrap of the rounds"
+LEGENDS = {  # what n counts, and how the intervals come about
+    "latency": f"n rounds. {_MEANING}{_OF_ROUNDS}.",
+    "amortise": f"n rounds, and n answers after the first ones. {_MEANING}.",
+    "throughput": f"n answers in all rounds. {_MEANING}, of rates and ratios by Student's t over the rounds.",
+    "tax": f"n rounds. {_MEANING}{_OF_ROUNDS}.",
+    "ramp": f"n questions. {_MEANING}, of shares by Wilson's method.",
+    "capacity": "Counted: exact numbers, which have no interval.",
+}
 _FEW = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -20,6 +32,8 @@ def markdown(result: Result) -> str:
         f"{where(result)}. `{result['command']}`",
         "",
         *_markdown_table(header, rows),
+        "",
+        LEGENDS[result["suite"]],
         "",
         *(f"- {line}" for line in sentences(result)),
     ]
@@ -74,12 +88,13 @@ def sentences(result: Result) -> list[str]:
 
 
 def _latency(rows: list[Result]) -> tuple[list[str], list[list[str]]]:
-    header = ["arm", "frames", "resolution", "first token, ms", "p90", "prompt tokens", "state"]
+    header = ["arm", "frames", "resolution", "n", "first token, ms", "p90", "prompt tokens", "state"]
     cells = []
     for row in rows:
         times = row["ttft_ms"] or {}
-        figures = [_figure(times.get("median"), 1), _figure(times.get("p90"), 1), _count(row["prompt_tokens"])]
-        cells.append([row["arm"], str(row["frames"]), f"{row['resolution']} px", *figures, _bytes(row["state_bytes"])])
+        figures = [_within(times.get(name), times.get(f"{name}_ci95"), 1) for name in ("median", "p90")]
+        where = [row["arm"], str(row["frames"]), f"{row['resolution']} px", _count(times.get("n"))]
+        cells.append([*where, *figures, _count(row["prompt_tokens"]), _bytes(row["state_bytes"])])
     return header, cells
 
 
@@ -88,7 +103,11 @@ def _latency_sentences(result: Result) -> list[str]:
     for ratio in result["ratios"]:
         where = f"{ratio['frames']} frames, {ratio['resolution']} px"
         parts = {"first token": "ttft", "prompt tokens": "prompt_tokens", "state": "state_bytes"}
-        told = [f"{name} {ratio[key]:g}x" for name, key in parts.items() if ratio[key] is not None]
+        told = [
+            f"{name} {_times(ratio[key], ratio.get(f'{key}_ci95'))}"
+            for name, key in parts.items()
+            if ratio[key] is not None
+        ]
         if not ratio["arm"].startswith("adapter") or ratio["ttft"] is not None:
             lines.append(f"{ratio['arm']} / adapter, {where}: {', '.join(told)}")
     if any(row["counted"] for row in result["rows"]):
@@ -99,11 +118,16 @@ def _latency_sentences(result: Result) -> list[str]:
 def _amortise(rows: list[Result]) -> tuple[list[str], list[list[str]]]:
     most = len(rows[0]["cumulative_ttft_ms"])
     few = [count for count in _FEW if count <= most]
-    header = ["arm", "first question, ms", "later ones, ms", *(f"sum of {count}, s" for count in few)]
+    header = ["arm", "n", "first question, ms", "n, later", "later ones, ms", *(f"sum of {count}, s" for count in few)]
     cells = []
     for row in rows:
-        sums = [_figure(row["cumulative_ttft_ms"][count - 1] / 1e3, 2) for count in few]
-        cells.append([row["arm"], _figure(row["first_ttft_ms"], 1), _figure(row["later_ttft_ms"]["median"], 1), *sums])
+        around = row.get("cumulative_ttft_ci95_ms", [None] * most)
+        sums = [_within(row["cumulative_ttft_ms"][count - 1], around[count - 1], 2, 1e3) for count in few]
+        first = _within(row["first_ttft_ms"], row.get("first_ttft_ci95_ms"), 1)
+        later = row["later_ttft_ms"]
+        rounds = len(row["rounds"]) if "rounds" in row else None
+        shown = [_count(later.get("n")), _within(later["median"], later.get("median_ci95"), 1)]
+        cells.append([row["arm"], _count(rounds), first, *shown, *sums])
     return header, cells
 
 
@@ -124,35 +148,43 @@ def _amortise_sentences(result: Result) -> list[str]:
 
 
 def _throughput(rows: list[Result]) -> tuple[list[str], list[list[str]]]:
-    header = ["arm", "popularity", "at a time", "requests/s", "goodput/s"]
+    header = ["arm", "popularity", "at a time", "rounds", "n", "requests/s", "goodput/s"]
     header += [f"{name} {p}, ms" for name in ("first token", "per token", "whole") for p in ("p50", "p99")]
     cells = []
     for row in rows:
-        spread = [f"{p}_{of}_ms" for of in ("ttft", "tpot", "e2el") for p in ("median", "p99")]
-        rates = [_figure(row["request_throughput"], 3), _figure(row.get("request_goodput"), 3)]
-        cells.append(
-            [row["arm"], row["popularity"], str(row["concurrency"]), *rates, *(_figure(row.get(s), 1) for s in spread)]
-        )
+        counts = [str(row["concurrency"]), _count(len(row["rounds"])), _count(row["completed"])]
+        rates = [
+            _within(row.get(name), row.get(f"{name}_ci95"), 3) for name in ("request_throughput", "request_goodput")
+        ]
+        spread = [
+            _within(row.get(f"{p}_{of}_ms"), row.get(f"{p}_{of}_ci95_ms"), 1)
+            for of in ("ttft", "tpot", "e2el")
+            for p in ("median", "p99")
+        ]
+        cells.append([row["arm"], row["popularity"], *counts, *rates, *spread])
     return header, cells
 
 
 def _throughput_sentences(result: Result) -> list[str]:
     return [
         f"adapter / {one['over']}, {one['videos']} videos of {one['frames']} frames, {one['popularity']}, "
-        f"{one['concurrency']} at a time: {one['requests']:g}x the requests per second; first token {one['ttft']:g}x "
-        "sooner"
+        f"{one['concurrency']} at a time: {_times(one['requests'], one.get('requests_ci95'))} the requests per second; "
+        f"first token {_times(one['ttft'], one.get('ttft_ci95'))} sooner"
         for one in result["ratios"]
     ]
 
 
 def _tax(rows: list[Result]) -> tuple[list[str], list[list[str]]]:
-    header = ["traffic", "streams", "adapters", "tokens/s", "per token, ms", "first token, ms"]
+    header = ["traffic", "streams", "adapters", "n", "tokens/s", "per token, ms", "first token, ms"]
     cells = []
     for row in rows:
-        decode = row["traffic"] == "decode"
-        figures = [row["output_throughput"] if decode else None, row["median_tpot_ms"] if decode else None]
-        shown = [_figure(value, 1) for value in (*figures, row["median_ttft_ms"])]
-        cells.append([row["traffic"], str(row["streams"]), str(row["adapters"] or "no LoRA"), *shown])
+        left_out = () if row["traffic"] == "decode" else ("output_throughput", "median_tpot_ms")
+        shown = [
+            "–" if name in left_out else _within(row[name], row.get(f"{name}_ci95"), 1)
+            for name in ("output_throughput", "median_tpot_ms", "median_ttft_ms")
+        ]
+        rounds = _count(len(row["rounds"]))
+        cells.append([row["traffic"], str(row["streams"]), str(row["adapters"] or "no LoRA"), rounds, *shown])
     return header, cells
 
 
@@ -161,8 +193,10 @@ def _tax_sentences(result: Result) -> list[str]:
     for one in result["ratios"]:
         what = "prefill" if one["traffic"] == "prefill" else f"decode, {one['streams']} streams"
         adapters = f"{one['adapters']} adapters" if one["adapters"] else "no LoRA"
-        more = f" ({one['decode_speed']:g} per token)" if "decode_speed" in one else ""
-        lines.append(f"{what}, {adapters} / {one['over']}: {one['speed']:g} of the speed{more}")
+        speed = _within(one["speed"], one.get("speed_ci95"), 4)
+        per_token = _within(one.get("decode_speed"), one.get("decode_speed_ci95"), 4)
+        more = f" ({per_token} per token)" if "decode_speed" in one else ""
+        lines.append(f"{what}, {adapters} / {one['over']}: {speed} of the speed{more}")
     return lines
 
 
@@ -190,15 +224,12 @@ def _capacity_sentences(result: Result) -> list[str]:
 
 
 def _ramp(rows: list[Result]) -> tuple[list[str], list[list[str]]]:
-    header = ["questions/s", "n", "good", "95 % interval", "first token, ms", "95 % interval", "p99, ms", "failed"]
+    header = ["questions/s", "n", "good", "first token, ms", "p99, ms", "failed"]
     cells = []
     for row in sorted(rows, key=lambda row: row["rate"]):
-        low, high = row["share_ci95"]
-        bounds = row.get("median_ttft_ci95_ms")
-        shown = "–" if bounds is None else " to ".join(_figure(bound, 1) for bound in bounds)
-        share = [f"{row['share']:.1%}", f"{low:.1%} to {high:.1%}"]
-        times = [_figure(row.get("median_ttft_ms"), 1), shown, _figure(row.get("p99_ttft_ms"), 1)]
-        cells.append([f"{row['rate']:g}", str(row["n"]), *share, *times, str(sum(row["failures"].values()))])
+        share = f"{row['share']:.1%} [{', '.join(f'{end:.1%}' for end in row['share_ci95'])}]"
+        times = [_within(row.get(f"{p}_ttft_ms"), row.get(f"{p}_ttft_ci95_ms"), 1) for p in ("median", "p99")]
+        cells.append([f"{row['rate']:g}", _count(row["n"]), share, *times, _count(sum(row["failures"].values()))])
     return header, cells
 
 
@@ -219,8 +250,16 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> lis
     return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
 
 
-def _figure(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
+def _within(value: float | None, interval: Sequence[float | None] | None, digits: int, unit: float = 1) -> str:
+    """A figure in multiples of a unit, with its interval if it has one."""
+    if value is None:
+        return "–"
+    ends = [f"{end / unit:,.{digits}f}" for end in interval or () if end is not None]
+    return f"{value / unit:,.{digits}f}{f' [{ends[0]}, {ends[1]}]' if len(ends) == 2 else ''}"
+
+
+def _times(value: float, interval: Sequence[float] | None) -> str:
+    return f"{value:g}x" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
 def _count(value: int | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ from f2l_vllm.bench.running import RunningServer
 from f2l_vllm.bench.shapes import Subject
 from f2l_vllm.bench.suites import amortise, capacity, latency, ramp, tax, throughput
 
-SUITES: dict[type, Any] = {  # the module that measures each
-    suites.Amortise: amortise,
-    suites.Capacity: capacity,
-    suites.Latency: latency,
-    suites.Ramp: ramp,
-    suites.Tax: tax,
-    suites.Throughput: throughput,
+SUITES: dict[str, Any] = {  # the module that measures each
+    "amortise": amortise,
+    "capacity": capacity,
+    "latency": latency,
+    "ramp": ramp,
+    "tax": tax,
+    "throughput": throughput,
 }
 
 
@@ -38,7 +39,23 @@ async def measure(
     """
     configuration = {**suite.model_dump(mode="json"), "model": subject.name, "dtype": subject.dtype}
 
-    module = SUITES[type(suite)]
+    module = SUITES[suite.suite]
     into = ResultsFile(json_to, suite.suite, configuration, module.derive, resume)
     await module.run(suite, subject, folder, into, say)
     return into.content
+
+
+def measured(path: Path) -> dict[str, Any]:
+    """A result that was written before, with what follows from its rows.
+
+    Raises:
+        ValueError: it is no result of a suite.
+    """
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if result["suite"] == "amortise" and result["configuration"]["rounds"] == 1:  # its medians are the answers
+            for row in result["rows"]:
+                row.setdefault("rounds", [row["ttft_ms"][: row["asked"]]])
+        return result | SUITES[result["suite"]].derive(result["rows"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no result of 'f2l-vllm bench': {error!r}") from error

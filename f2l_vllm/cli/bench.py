@@ -67,9 +67,17 @@ def bench(
     _show(result, plots_to, markdown_to)
 
 
+def again(path: Path, plots_to: Path | None, markdown_to: Path | None) -> None:
+    """Show a result that was written before; nothing is measured."""
+    try:
+        _show(run.measured(path), plots_to, markdown_to)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 def _show(result: dict[str, Any], plots_to: Path | None, markdown_to: Path | None) -> None:
     console.print(report.table(result))
-    for line in report.sentences(result):
+    for line in (report.LEGENDS[result["suite"]], *report.sentences(result)):
         console.print(line, markup=False, highlight=False)
     if markdown_to is not None:
         write_whole(markdown_to, report.markdown(result))

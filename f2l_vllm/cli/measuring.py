@@ -19,7 +19,9 @@ _SERVERS = "How many servers"
 def bench(
     suite: Annotated[
         str,
-        typer.Argument(help="latency, amortise, throughput, tax, capacity, ramp, or the path of a suite's YAML file."),
+        typer.Argument(
+            help="latency, amortise, throughput, tax, capacity, ramp, a suite's YAML file, or a result's JSON to show."
+        ),
     ],
     json_to: Annotated[
         Path | None,
@@ -69,6 +71,13 @@ def bench(
             | {"streams": streams, "adapters": adapters},
             {"rounds": rounds, "videos": videos, "serve_flags": serve_flags, "base_url": base_url},
         )
+        if suite.endswith(".json"):
+            if changes or json_to or resume or not (model is shape is None):
+                raise ValueError(f"{suite} is shown as it was measured: only --markdown and --plots go with it")
+            keep(markdown_to, plots, overwrite=overwrite)
+            from f2l_vllm.cli.bench import again
+
+            return again(Path(suite), plots, markdown_to)
         chosen = load(suite, changes)
         if getattr(chosen, "base_url", None) and not (model is shape is None):
             raise ValueError("a server that runs already has its model: leave out --model and --shape")

@@ -12,6 +12,7 @@ from f2l_vllm.bench import suite as suites
 from f2l_vllm.bench.arms import ARMS, Arm
 from f2l_vllm.bench.askers import Askers
 from f2l_vllm.bench.break_even import questions as break_even
+from f2l_vllm.bench.intervals import of_quantile
 from f2l_vllm.bench.results_file import ResultsFile, Row, Say
 from f2l_vllm.bench.running import RunningServer
 from f2l_vllm.bench.shapes import Subject
@@ -25,8 +26,8 @@ async def run(
 ) -> None:
     """Ask about a fresh video in each round, the same questions in all arms.
 
-    A row per arm: `ttft_ms` of each question (medians over rounds), of which `asked` were really asked, and their
-    running sum, `cumulative_ttft_ms`.
+    A row per arm: `ttft_ms` of each question, of which `asked` were really asked, and their running sum,
+    `cumulative_ttft_ms`, both medians over `rounds`.
 
     Raises:
         ServerFailed, APIError, WrongAnswer: a server did not start, or did not answer as asked.
@@ -55,11 +56,13 @@ async def run(
 
 
 def derive(rows: list[Row]) -> dict[str, Any]:
-    """`break_even`: the number of questions after which an arm that reads adapters has cost no more than another.
+    """`rows` with their numbers of values and intervals; `break_even`: the number of questions after which an arm that
+    reads adapters has cost no more than another.
 
     `questions` is None if the arm has cost more up to the last question. `projected` extends both arms by the median
     of their later questions, and is None if they never meet.
     """
+    rows = [_with_intervals(row) for row in rows]
     found = []
     for ours in rows:
         for other in rows:
@@ -69,7 +72,24 @@ def derive(rows: list[Row]) -> dict[str, Any]:
                 found.append(
                     {"arm": ours["arm"], "over": other["arm"], "questions": met, "projected": _projected(ours, other)}
                 )
-    return {"break_even": found}
+    return {"rows": rows, "break_even": found}
+
+
+def _with_intervals(row: Row) -> Row:
+    if "rounds" not in row:
+        return row
+    later = [value for times in row["rounds"] for value in times[1:]]
+    sums = zip(*(_sums(times, len(row["ttft_ms"])) for times in row["rounds"]), strict=True)
+    return row | {
+        "first_ttft_ci95_ms": of_quantile([times[0] for times in row["rounds"]]),
+        "later_ttft_ms": {**row["later_ttft_ms"], "n": len(later), "median_ci95": of_quantile(later)},
+        "cumulative_ttft_ci95_ms": [of_quantile(some) for some in sums],
+    }
+
+
+def _sums(times: list[float], questions: int) -> list[float]:
+    """Running sums; the questions that were not asked are taken to cost the median of the others."""
+    return [*itertools.accumulate(times + [statistics.median(times)] * (questions - len(times)))]
 
 
 def _projected(ours: Row, other: Row) -> int | None:
@@ -96,10 +116,9 @@ def _asked(arm: Arm, suite: suites.Amortise) -> int:
 
 def _row(arm: Arm, suite: suites.Amortise, rounds: list[list[float]]) -> Row:
     times = [statistics.median(some) for some in zip(*rounds, strict=True)]
-    asked = len(times)
-    later = times[1:] or times
-    if asked < suite.questions_per_video:
-        times += [statistics.median(times)] * (suite.questions_per_video - asked)
+    asked, questions = len(times), suite.questions_per_video
+    later = [value for some in rounds for value in some[1:]] or times
+    sums = zip(*(_sums(some, questions) for some in rounds), strict=True)
     return {
         "arm": arm.name,
         "frames": suite.frames,
@@ -110,6 +129,7 @@ def _row(arm: Arm, suite: suites.Amortise, rounds: list[list[float]]) -> Row:
             "median": round(statistics.median(later), 3),
             **{name: round(value, 3) for name, value in percentiles(later, (90,)).items()},
         },
-        "ttft_ms": [round(value, 3) for value in times],
-        "cumulative_ttft_ms": [round(value, 3) for value in itertools.accumulate(times)],
+        "ttft_ms": [round(value, 3) for value in times + [statistics.median(times)] * (questions - asked)],
+        "cumulative_ttft_ms": [round(statistics.median(some), 3) for some in sums],
+        "rounds": [[round(value, 3) for value in some] for some in rounds],
     }

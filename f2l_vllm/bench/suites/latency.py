@@ -12,6 +12,7 @@ from f2l_vllm.bench.arms import ARMS, Arm
 from f2l_vllm.bench.askers import Askers
 from f2l_vllm.bench.client import Answer
 from f2l_vllm.bench.costs import Costs
+from f2l_vllm.bench.intervals import of_quantile, of_ratio
 from f2l_vllm.bench.results_file import ResultsFile, Row, Say
 from f2l_vllm.bench.running import RunningServer
 from f2l_vllm.bench.shapes import Subject
@@ -54,7 +55,9 @@ async def run(
 
 
 def derive(rows: list[Row]) -> dict[str, Any]:
-    """`ratios`: every arm over the arm `adapter` in each cell; `geometric_means` of the ratios over cells."""
+    """`rows` with the number of their values and the intervals; `ratios`: every arm over the arm `adapter` in each
+    cell, paired by rounds; `geometric_means` of the ratios over cells."""
+    rows = [row | {"ttft_ms": _with_intervals(row["ttft_ms"])} for row in rows]
     ratios = []
     for adapter in (row for row in rows if row["arm"] == "adapter"):
         for row in rows:
@@ -67,15 +70,25 @@ def derive(rows: list[Row]) -> dict[str, Any]:
                     "over": "adapter",
                     "frames": row["frames"],
                     "resolution": row["resolution"],
-                    "ttft": round(row["ttft_ms"]["median"] / adapter["ttft_ms"]["median"], 2) if timed else None,
+                    "ttft": _ratio(row["ttft_ms"]["median"], adapter["ttft_ms"]["median"]) if timed else None,
+                    "ttft_ci95": of_ratio(row["ttft_ms"]["all"], adapter["ttft_ms"]["all"]) if timed else None,
                     **{name: _ratio(row[name], adapter[name]) for name in ("prompt_tokens", "state_bytes")},
                 }
             )
     arms = dict.fromkeys(ratio["arm"] for ratio in ratios)
-    return {"ratios": ratios, "geometric_means": {arm: _means(arm, ratios) for arm in arms}}
+    return {"rows": rows, "ratios": ratios, "geometric_means": {arm: _means(arm, ratios) for arm in arms}}
 
 
-def _ratio(value: int | None, other: int | None) -> float | None:
+def _with_intervals(times: dict[str, Any] | None) -> dict[str, Any] | None:
+    if times is None:
+        return None
+    figures = {
+        f"{name}_ci95": of_quantile(times["all"], p) for name, p in (("median", 50), ("p90", 90)) if name in times
+    }
+    return {**times, "n": len(times["all"]), **figures}
+
+
+def _ratio(value: float | None, other: float | None) -> float | None:
     return None if value is None or not other else round(value / other, 2)
 
 

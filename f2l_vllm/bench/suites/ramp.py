@@ -13,11 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from openai import APIError
-from scipy import stats
 
-from f2l_vllm.bench import metrics, trace
+from f2l_vllm.bench import intervals, metrics, trace
 from f2l_vllm.bench import suite as suites
 from f2l_vllm.bench.arms import about_adapter, about_frames
 from f2l_vllm.bench.client import Answer, Client
@@ -109,25 +107,17 @@ async def _at(rate: float, suite: suites.Ramp, client: Client, about: Sequence[d
 def row(
     rate: float, n: int, good: int, answers: Sequence[Answer], seconds: float, failures: Sequence[str], share: float
 ) -> Row:
-    """Figures of one rate. `share_ci95` is Wilson's interval of the good answers' share, `median_ttft_ci95_ms` that of
-    the median by order statistics."""
-    interval = stats.binomtest(good, n).proportion_ci(method="wilson")
+    """Figures of one rate; `share_ci95` is Wilson's interval of the good answers' share."""
     found: Row = {
         "rate": round(rate, 4),
         "n": n,
         "good": good,
         "share": round(good / n, 4),
-        "share_ci95": [round(interval.low, 4), round(interval.high, 4)],
+        "share_ci95": intervals.of_share(good, n),
         "is_good": good >= share * n and len(answers) / seconds >= _KEPT_UP * rate,
         "failures": {name: failures.count(name) for name in sorted(set(failures))},
     }
-    if answers:
-        first = np.array([answer.ttft for answer in answers]) * 1e3
-        median = stats.quantile_test(first, p=0.5).confidence_interval(0.95)
-        bounds = [round(float(end), 1) if math.isfinite(end) else None for end in (median.low, median.high)]
-        found |= {name: round(value, 4) for name, value in metrics.summary(answers, seconds).items()}
-        found["median_ttft_ci95_ms"] = bounds
-    return found
+    return found | metrics.rounded(metrics.summary(answers, seconds)) if answers else found
 
 
 def _said(row: Row) -> str:

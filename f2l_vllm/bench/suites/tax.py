@@ -11,6 +11,7 @@ from f2l_vllm.bench import suite as suites
 from f2l_vllm.bench import vllm_client
 from f2l_vllm.bench.arms import ServerKind
 from f2l_vllm.bench.costs import Costs, write_adapter
+from f2l_vllm.bench.intervals import of_quantile, of_ratio
 from f2l_vllm.bench.results_file import ResultsFile, Row, Say
 from f2l_vllm.bench.servers import ENGINE_ENV, EngineProcess, Server, Servers
 from f2l_vllm.bench.shapes import Subject
@@ -21,6 +22,7 @@ from f2l_vllm.server_process import ServerProcess
 
 _NAME = "base"
 _FIGURES = ("output_throughput", "request_throughput", "total_input_tokens", "total_output_tokens")
+SHOWN = ("output_throughput", "median_tpot_ms", "median_ttft_ms")  # in tables
 _TIMES = ("ttft", "tpot", "itl", "e2el")
 
 
@@ -101,7 +103,12 @@ def adapters_of(suite: suites.Tax, cell: dict[str, Any]) -> list[int]:
 
 
 def derive(rows: list[Row]) -> dict[str, Any]:
-    """`ratios`: speed with LoRA over speed without it, higher is better; and many streams over one."""
+    """`rows` with the intervals of what tables show; `ratios`: speed with LoRA over speed without it, higher is better;
+    and many streams over one. Each ratio has its interval, over paired rounds where the servers took turns."""
+    rows = [
+        row | {f"{name}_ci95": of_quantile([one[name] for one in row["rounds"]]) for name in SHOWN if "rounds" in row}
+        for row in rows
+    ]
     base = {(row["traffic"], row["streams"]): row for row in rows if row["adapters"] == 0}
     single = {bool(row["adapters"]): row for row in rows if row["traffic"] == "decode" and row["streams"] == 1}
     ratios = []
@@ -110,18 +117,21 @@ def derive(rows: list[Row]) -> dict[str, Any]:
         without = base.get((row["traffic"], row["streams"]))
         if row["adapters"] and without:
             if row["traffic"] == "prefill":
-                figures = {"speed": without["median_ttft_ms"] / row["median_ttft_ms"]}
+                figures = _ratio("speed", without, row, "median_ttft_ms")
             else:
-                figures = {
-                    "speed": row["output_throughput"] / without["output_throughput"],
-                    "decode_speed": without["median_tpot_ms"] / row["median_tpot_ms"],
-                }
-            ratios.append({**cell, "over": "no LoRA"} | {name: round(value, 4) for name, value in figures.items()})
+                figures = _ratio("speed", row, without, "output_throughput")
+                figures |= _ratio("decode_speed", without, row, "median_tpot_ms")
+            ratios.append({**cell, "over": "no LoRA", **figures})
         alone = single.get(bool(row["adapters"]))
         if row["traffic"] == "decode" and row["streams"] > 1 and alone:
-            ratio = row["output_throughput"] / alone["output_throughput"]
-            ratios.append({**cell, "over": "one stream", "speed": round(ratio, 4)})
-    return {"ratios": ratios}
+            figures = _ratio("speed", row, alone, "output_throughput", paired=False)
+            ratios.append({**cell, "over": "one stream", **figures})
+    return {"rows": rows, "ratios": ratios}
+
+
+def _ratio(name: str, row: Row, other: Row, figure: str, paired: bool = True) -> dict[str, Any]:
+    mine, theirs = ([one[figure] for one in some.get("rounds", ())] for some in (row, other))
+    return {name: round(row[figure] / other[figure], 4), f"{name}_ci95": of_ratio(mine, theirs, paired)}
 
 
 def _traffic(suite: suites.Tax, cell: dict[str, Any]) -> dict[str, int]:

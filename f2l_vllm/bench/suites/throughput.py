@@ -11,9 +11,12 @@ from f2l_vllm.bench import suite as suites
 from f2l_vllm.bench.arms import ARMS, Arm
 from f2l_vllm.bench.askers import Askers
 from f2l_vllm.bench.client import Answer
+from f2l_vllm.bench.intervals import Interval, of_rounds
 from f2l_vllm.bench.results_file import ResultsFile, Row, Say
 from f2l_vllm.bench.running import RunningServer
 from f2l_vllm.bench.shapes import Subject
+
+_RATES = ("request_throughput", "request_goodput")
 
 
 async def run(
@@ -21,7 +24,7 @@ async def run(
 ) -> None:
     """Measure every popularity and concurrency; in each round the arms take turns over the same trace.
 
-    Rows hold the keys of `vllm bench serve` over all rounds, and each round's throughput in `rounds`.
+    Rows hold the keys of `vllm bench serve` over all rounds, and some of each round's in `rounds`.
 
     Raises:
         ServerFailed, APIError, WrongAnswer: a server did not start, or did not answer as asked.
@@ -61,7 +64,17 @@ async def run(
 
 
 def derive(rows: list[Row]) -> dict[str, Any]:
-    """`ratios`: requests per second of the adapter arm over every other arm's, and their first token over its."""
+    """`rows` with the intervals of the rates over rounds; `ratios`: requests per second of the adapter arm over every
+    other arm's, and their first token over its, paired by rounds."""
+    rows = [
+        row
+        | {
+            f"{name}_ci95": of_rounds(some)
+            for name in _RATES
+            if (some := [one[name] for one in row["rounds"] if name in one])
+        }
+        for row in rows
+    ]
     ratios = []
     for adapter in (row for row in rows if row["arm"] == "adapter"):
         cell = {name: adapter[name] for name in ("videos", "frames", "popularity", "concurrency")}
@@ -69,8 +82,17 @@ def derive(rows: list[Row]) -> dict[str, Any]:
             if row["arm"] != "adapter" and all(row[name] == value for name, value in cell.items()):
                 rate = adapter["request_throughput"] / row["request_throughput"]
                 first = row["median_ttft_ms"] / adapter["median_ttft_ms"]
-                ratios.append({**cell, "over": row["arm"], "requests": round(rate, 2), "ttft": round(first, 2)})
-    return {"ratios": ratios}
+                ratios.append(
+                    {**cell, "over": row["arm"], "requests": round(rate, 2), "ttft": round(first, 2)}
+                    | {"requests_ci95": _paired(adapter, row, "request_throughput")}
+                    | {"ttft_ci95": _paired(row, adapter, "median_ttft_ms")}
+                )
+    return {"rows": rows, "ratios": ratios}
+
+
+def _paired(row: Row, other: Row, figure: str) -> Interval:
+    pairs = zip(row["rounds"], other["rounds"], strict=True)
+    return of_rounds([mine[figure] / theirs[figure] for mine, theirs in pairs if figure in mine and figure in theirs])
 
 
 async def _know(arm: Arm, askers: Askers, videos: list[Path], suite: suites.Throughput, say: Say) -> None:
@@ -116,6 +138,7 @@ def _row(
 ) -> Row:
     answers = [answer for some, _ in rounds for answer in some]
     slo = suite.slo.model_dump(exclude_none=True)
+    each = [metrics.rounded(metrics.summary(some, seconds, slo)) for some, seconds in rounds]
     figures = metrics.summary(answers, sum(seconds for _, seconds in rounds), slo)
     return {
         "arm": arm,
@@ -126,6 +149,6 @@ def _row(
         "concurrency": concurrency,
         "arrivals": suite.arrivals,
         "request_rate": suite.request_rate,
-        **{name: round(value, 4) for name, value in figures.items()},
-        "rounds": [{"request_throughput": round(len(some) / seconds, 4)} for some, seconds in rounds],
+        **metrics.rounded(figures),
+        "rounds": [{name: one[name] for name in (*_RATES, "median_ttft_ms") if name in one} for one in each],
     }

@@ -26,12 +26,14 @@ def test_figures_of_known_answers() -> None:
     assert found["median_itl_ms"] == pytest.approx(30)
     assert found["median_e2el_ms"] == pytest.approx(200)
     assert "request_goodput" not in found
+    assert found["median_ttft_ci95_ms"] is None  # three answers carry none
+    assert metrics.summary([answer(0.1 * n, [], 1) for n in range(1, 7)], 2.0)["median_ttft_ci95_ms"] == [100, 600]
 
 
 def test_percentiles_that_so_few_answers_do_not_carry_are_left_out() -> None:
     def names(count: int) -> set[str]:
         found = metrics.summary([answer(0.1 * n, [], 1) for n in range(count)], 2.0)
-        return {name for name in found if name.startswith("p") and "ttft" in name}
+        return {name for name in found if name.startswith("p") and "ttft_ms" in name}
 
     assert names(1) == set()
     assert names(9) == {"p50_ttft_ms"}

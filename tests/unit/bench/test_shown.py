@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
+from typer.testing import CliRunner
 
-from f2l_vllm.bench import plots, report
+from f2l_vllm.bench import plots, report, run
 from f2l_vllm.bench import suite as suites
+from f2l_vllm.cli.main import app
 
 RECORDED = Path(__file__).parent / "recorded"
+COMMITTED = Path(__file__).parents[3] / "benchmarks" / "results"
 PICTURES = {"latency": ["latency-heat-maps.png", "latency.png", "first-token.png"]}
 
 
@@ -53,7 +56,7 @@ def test_a_cell_that_was_counted_shows_no_time_and_says_so() -> None:
     result = recorded("latency")
     counted = [row for row in report.grid(result)[1] if row[1] == "1024"]
     assert counted
-    assert all(row[3:5] == ["–", "–"] for row in counted)
+    assert all(row[3:6] == ["–"] * 3 for row in counted)
     assert "counted" in report.sentences(result)[-1]
 
 
@@ -75,3 +78,32 @@ def test_never_is_said_as_never() -> None:
     result = recorded("amortise")
     result["break_even"] = [{"arm": "adapter", "over": "frames-cached", "questions": None, "projected": None}]
     assert "however many questions" in report.sentences(result)[0]
+
+
+@pytest.mark.parametrize("table", sorted(COMMITTED.glob("*.md")), ids=lambda path: path.stem)
+def test_a_committed_table_is_what_its_result_says(table: Path) -> None:
+    assert table.read_text() == report.markdown(run.measured(table.with_suffix(".json")))
+
+
+def test_intervals_are_shown_where_the_values_carry_one() -> None:
+    lines = report.markdown(run.measured(COMMITTED / "tax-500m.json")).splitlines()
+    assert "| decode | 1 | no LoRA | 7 | 33.7 [31.8, 36.9] | 29.2 [26.8, 31.2] | 45.8 [44.0, 61.4] |" in lines
+    few = report.markdown(run.measured(COMMITTED / "latency-tiny.json")).splitlines()
+    assert "| adapter | 4 | 224 px | 3 | 10.4 | 10.7 | 27 | 66.7 kB |" in few
+
+
+def test_a_result_is_shown_again_as_it_was_measured(tmp_path: Path) -> None:
+    def bench(*words: str) -> tuple[int, str]:
+        ran = CliRunner().invoke(app, ["bench", *words], env={"COLUMNS": "200"})
+        return ran.exit_code, ran.output
+
+    target, path = str(tmp_path / "again.md"), str(RECORDED / "ramp.json")
+    code, said = bench(path, "--markdown", target)
+    assert code == 0, said
+    assert Path(target).read_text() == report.markdown(run.measured(RECORDED / "ramp.json"))
+    assert bench(path, "--markdown", target)[0] == 2, "it was there"
+    assert "is shown as it was measured" in bench(path, "--frames", "8")[1]
+    (tmp_path / "other.json").write_text('{"suite": "speed"}')
+    for name in ("other.json", "missing.json"):
+        code, said = bench(str(tmp_path / name))
+        assert (code, "is no result of 'f2l-vllm bench'" in said) == (2, True), said
