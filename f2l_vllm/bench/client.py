@@ -86,16 +86,10 @@ class Client:
         """
         file = await self._openai.files.create(file=video, purpose="vision")
         self._uploaded.add(file.id)
-        return await self.processed(file.id) if wait else file
-
-    async def processed(self, file_id: str) -> FileObject:
-        """Return a file when it is internalized.
-
-        Raises:
-            WrongAnswer: it could not be internalized.
-        """
+        if not wait:
+            return file
         file = await self._openai.files.wait_for_processing(
-            file_id, poll_interval=_POLL_SECONDS * 5, max_wait_seconds=_TIMEOUT_SECONDS
+            file.id, poll_interval=_POLL_SECONDS * 5, max_wait_seconds=_TIMEOUT_SECONDS
         )
         if file.status != "processed":
             raise WrongAnswer(f"{file.filename} was not internalized: {file.status_details or file.status}")

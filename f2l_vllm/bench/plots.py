@@ -214,7 +214,10 @@ def _ramp(result: Result, path: Path) -> Path:
     of = style.figure(8, 4.4)
     at = of.subplots()
     at.errorbar(rates, shares, ends, color=style.BLUE, marker="o", capsize=3, label="95 % interval")
-    at.axhline(result["configuration"]["share"], color="black", linestyle="--", linewidth=1)
+    wanted, best = result["configuration"]["share"], result["highest"]
+    at.axhline(wanted, color="black", linestyle="--", linewidth=1, label=f"wanted: {wanted:.3g}")
+    if best is not None:
+        at.axvline(best["rate"], color=style.ORANGE, linewidth=2, label=f"highest rate held: {best['rate']:g}/s")
     at.set_xscale("log")
     style.plain_ticks(at.xaxis)
     style.axis(at, x="questions per second", y="share of good answers")

@@ -71,7 +71,7 @@ def table(result: Result) -> Table:
     header, rows = grid(result)
     shown = Table(title=f"{result['suite']}: {result['configuration']['model']}")
     for place, name in enumerate(header):
-        shown.add_column(name, justify="left" if place == 0 else "right")
+        shown.add_column(name, justify="left" if place == 0 else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
     return shown

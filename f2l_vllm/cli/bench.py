@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import typer
 from openai import APIConnectionError, APIError
 from rich.console import Console
 
-from f2l_vllm.bench import plots, report, run, running, shapes
+from f2l_vllm.bench import page, plots, report, run, running, shapes
 from f2l_vllm.bench import suite as suites
 from f2l_vllm.bench.client import WrongAnswer
 from f2l_vllm.bench.vllm_client import TrafficFailed
@@ -23,6 +24,15 @@ from f2l_vllm.files import write_whole
 from f2l_vllm.server_process import ServerFailed
 
 console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Where a result is written for people, besides the terminal."""
+
+    plots: Path | None
+    markdown: Path | None
+    page: Path | None
 
 
 def bench(
@@ -34,8 +44,7 @@ def bench(
     work: Path | None,
     resume: bool,
     json_to: Path,
-    plots_to: Path | None,
-    markdown_to: Path | None,
+    shown: Shown,
 ) -> None:
     """Measure, write the results after every cell, and show them; exit with 1 when it cannot be done.
 
@@ -54,7 +63,7 @@ def bench(
                 subject = shapes.of_shape(shape or shapes.TINY, kept, chosen.dtype)
             else:
                 subject = shapes.of_model(model, hypernetwork, chosen.dtype)
-            _say(f"{chosen.suite} of {subject.name} in {subject.dtype}, in {folder}")
+            _say(f"{chosen.suite} of {subject.name} ({subject.dtype}), in {folder}")
             result = asyncio.run(run.measure(chosen, subject, folder, json_to, resume, _say))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -64,24 +73,26 @@ def bench(
         if json_to.exists():
             console.print(f"{json_to} holds the cells that were measured; --resume goes on from there")
         raise typer.Exit(1) from error
-    _show(result, plots_to, markdown_to)
+    _show(result, shown)
 
 
-def again(path: Path, plots_to: Path | None, markdown_to: Path | None) -> None:
+def again(path: Path, shown: Shown) -> None:
     """Show a result that was written before; nothing is measured."""
     try:
-        _show(run.measured(path), plots_to, markdown_to)
+        _show(run.measured(path), shown)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def _show(result: dict[str, Any], plots_to: Path | None, markdown_to: Path | None) -> None:
+def _show(result: dict[str, Any], to: Shown) -> None:
     console.print(report.table(result))
     for line in (report.LEGENDS[result["suite"]], *report.sentences(result)):
         console.print(line, markup=False, highlight=False)
-    if markdown_to is not None:
-        write_whole(markdown_to, report.markdown(result))
-    for path in plots.plot(result, plots_to) if plots_to is not None else []:
+    if to.markdown is not None:
+        write_whole(to.markdown, report.markdown(result))
+    if to.page is not None:
+        page.write(result, to.page)
+    for path in plots.plot(result, to.plots) if to.plots is not None else []:
         console.print(f"written: {path}", highlight=False)
 
 

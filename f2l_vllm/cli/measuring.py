@@ -56,6 +56,7 @@ def bench(
     resume: Annotated[bool, typer.Option("--resume", help="Keep the cells that are in the JSON file.")] = False,
     plots: Annotated[Path | None, typer.Option(help="Folder for plots.", file_okay=False)] = None,
     markdown_to: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write an HTML file with tables and plots here.")] = None,
 ) -> None:
     """Measure adapters against frames in context, on real servers: latency, throughput, memory, what LoRA costs."""
     from f2l_vllm.bench.suite import load, parse_changes
@@ -73,11 +74,11 @@ def bench(
         )
         if suite.endswith(".json"):
             if changes or json_to or resume or not (model is shape is None):
-                raise ValueError(f"{suite} is shown as it was measured: only --markdown and --plots go with it")
-            keep(markdown_to, plots, overwrite=overwrite)
-            from f2l_vllm.cli.bench import again
+                raise ValueError(f"{suite} is shown as it was measured: only --markdown, --plots and --page go with it")
+            keep(markdown_to, plots, page, overwrite=overwrite)
+            from f2l_vllm.cli.bench import Shown, again
 
-            return again(Path(suite), plots, markdown_to)
+            return again(Path(suite), Shown(plots, markdown_to, page))
         chosen = load(suite, changes)
         if getattr(chosen, "base_url", None) and not (model is shape is None):
             raise ValueError("a server that runs already has its model: leave out --model and --shape")
@@ -90,10 +91,11 @@ def bench(
     json_to = json_to or Path(f"{Path(suite).stem}.json")
     ways = "--resume keeps its cells, "
     keep(json_to, overwrite=overwrite or resume, ways=ways)
-    keep(markdown_to, plots, overwrite=overwrite or resume)
-    from f2l_vllm.cli.bench import bench as run  # loaded after the options have been checked
+    keep(markdown_to, plots, page, overwrite=overwrite or resume)
+    from f2l_vllm.cli.bench import Shown  # loaded after the options have been checked
+    from f2l_vllm.cli.bench import bench as run
 
-    run(chosen, api_key, shape, model, hypernetwork, work, resume, json_to, plots, markdown_to)
+    run(chosen, api_key, shape, model, hypernetwork, work, resume, json_to, Shown(plots, markdown_to, page))
 
 
 def plan(

@@ -6,15 +6,19 @@ import json
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from rich.console import Console
 from typer.testing import CliRunner
 
-from f2l_vllm.bench import plots, report, run
+from f2l_vllm.bench import page, plots, report, run
 from f2l_vllm.bench import suite as suites
 from f2l_vllm.cli.main import app
+from f2l_vllm.evaluation.plots import style
 
 RECORDED = Path(__file__).parent / "recorded"
 COMMITTED = Path(__file__).parents[3] / "benchmarks" / "results"
@@ -50,6 +54,31 @@ def test_pictures_are_pictures(name: str, tmp_path: Path) -> None:
         assert pixels.shape[0] > 300
         assert pixels.shape[1] > 600
         assert pixels.std() > 0.01, "an empty picture"
+
+
+@pytest.mark.parametrize("name", suites.names())
+def test_a_page_has_the_table_and_every_picture_and_shows_names_as_text(name: str, tmp_path: Path) -> None:
+    result = run.measured(RECORDED / f"{name}.json")
+    result["configuration"]["model"] = "<script>alert(1)</script>"
+    page.write(result, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert text.count('src="data:image/png;base64,') == len(PICTURES.get(name, [name]))
+    assert "<script" not in text
+    found = ElementTree.fromstring("<table>" + text.split("<table>", 1)[1].split("</table>", 1)[0] + "</table>")
+    assert [[cell.text for cell in row] for row in found.iter("tr")] == [
+        *map(list, [report.grid(result)[0]]),
+        *report.grid(result)[1],
+    ]
+
+
+def test_a_ramps_picture_marks_the_highest_rate_that_was_held(tmp_path: Path) -> None:
+    result = run.measured(RECORDED / "ramp.json")
+    assert result["highest"] is not None
+    held = imread(plots.plot(result, tmp_path / "held")[0])
+    none = imread(plots.plot(result | {"highest": None}, tmp_path / "none")[0])
+    orange = [np.isclose(pixels[..., :3], to_rgb(style.ORANGE), atol=0.02).all(-1) for pixels in (held, none)]
+    assert orange[0].any(0).sum() < orange[0].any(1).sum(), "a vertical line"
+    assert not orange[1].any()
 
 
 def test_a_cell_that_was_counted_shows_no_time_and_says_so() -> None:
