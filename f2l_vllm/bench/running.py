@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
+from openai import BadRequestError, UnprocessableEntityError
 from prometheus_client.parser import text_string_to_metric_families
 
-from f2l_vllm.bench.arms import ARMS
+from f2l_vllm.bench.arms import ARMS, about_frames
+from f2l_vllm.bench.client import Client
+from f2l_vllm.bench.films import Films
 from f2l_vllm.bench.results_file import Say
 from f2l_vllm.bench.suite import Latency, OfVideos, Ramp
 from f2l_vllm.server_process import ServerFailed
@@ -80,17 +84,21 @@ def reach(base_url: str, api_key: str) -> RunningServer:
     return RunningServer(url, api_key, card["id"], facts, known)
 
 
-def measurable(suite: OfVideos | Ramp, say: Say) -> dict[str, Any]:
-    """The keys to replace in a suite, so that a client can measure it; what is left out is said.
+async def measurable(suite: OfVideos | Ramp, server: RunningServer, folder: Path, say: Say) -> dict[str, Any]:
+    """The keys to replace in a suite, so that it can be measured at this server; what is left out is said.
 
     Raises:
         ValueError: nothing is left.
+        APIError: the server did not answer.
     """
     changes: dict[str, Any] = {}
     if isinstance(suite, OfVideos):
         changes["arms"] = tuple(name for name in suite.arms if ARMS[name].anywhere)
         if left_out := [name for name in suite.arms if not ARMS[name].anywhere]:
             say(f"left out: {', '.join(left_out)}, whose servers are started with flags of their own")
+        if "frames" in changes["arms"] and (why := await _refused(server, folder)):
+            changes["arms"] = tuple(name for name in changes["arms"] if name != "frames")
+            say(f"left out: frames, which this server does not take ({why})")
     if isinstance(suite, Latency):
         changes["frames"] = tuple(count for count in suite.frames if count <= suite.count_above)
         if more := [count for count in suite.frames if count > suite.count_above]:
@@ -99,6 +107,17 @@ def measurable(suite: OfVideos | Ramp, say: Say) -> dict[str, Any]:
         able = ", ".join(name for name, arm in ARMS.items() if arm.anywhere)
         raise ValueError(f"nothing is left to measure at a server that runs already: its arms are {able}")
     return changes
+
+
+async def _refused(server: RunningServer, folder: Path) -> str | None:
+    """Why the server takes no frames; None if it takes them."""
+    film = Films(folder / "films").make(2, 128, "frames")
+    async with Client(server.url, 1, server.api_key) as client:
+        try:
+            await client.ask("What is shown?", **about_frames(server.name, film))
+        except (BadRequestError, UnprocessableEntityError) as error:
+            return error.message
+    return None
 
 
 def _check_ready(url: str, answer: httpx.Response) -> None:

@@ -57,7 +57,8 @@ def bench(
             subject: shapes.Subject | running.RunningServer
             if isinstance(chosen, suites.OfVideos | suites.Ramp) and chosen.base_url is not None:
                 subject = running.reach(chosen.base_url, api_key)
-                chosen = chosen.model_copy(update=running.measurable(chosen, _say))
+                changes = asyncio.run(running.measurable(chosen, subject, folder, _say))
+                chosen = chosen.model_copy(update=changes)
             elif model is None:
                 kept = shapes.cache_folder() if work is None else folder / "shapes"
                 subject = shapes.of_shape(shape or shapes.TINY, kept, chosen.dtype)

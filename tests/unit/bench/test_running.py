@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ def pages() -> Iterator[tuple[str, dict]]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
             status, body = answers.get(self.path.partition("?")[0], (404, "no such page"))
             if status == 200 and self.path.startswith("/v1/") and self.headers["Authorization"] != "Bearer good":
                 status, body = 401, {"error": {"code": "invalid_api_key"}}
@@ -36,6 +38,8 @@ def pages() -> Iterator[tuple[str, dict]]:
             self.send_header("Content-Length", str(len(payload)))
             self.end_headers()
             self.wfile.write(payload)
+
+        do_POST = do_GET
 
         def log_message(self, *_: object) -> None:
             pass
@@ -92,22 +96,28 @@ def test_what_cannot_be_asked_is_told_apart(pages, tmp_path: Path) -> None:
     assert not (tmp_path / "out.json").exists()
 
 
-def test_what_needs_a_server_of_its_own_is_left_out_and_said() -> None:
+def test_what_a_server_cannot_show_is_left_out_and_said(pages, tmp_path: Path) -> None:
+    url, answers = pages
+    answers |= READY
+    answers["/v1/chat/completions"] = 400, {"error": {"message": "At most 0 videos"}}  # it takes no frames
+    server = running.reach(url, "good")
     told: list[str] = []
-    latency = suites.load("latency", {"base_url": "http://a"})
-    assert isinstance(latency, suites.Latency)
-    changes = running.measurable(latency, told.append)
-    assert changes == {"arms": ("adapter", "adapter-cold", "frames"), "frames": (8, 16, 32)}
+
+    def measurable(name: str, **keys: object) -> dict:
+        suite = suites.load(name, {"base_url": url, **keys})
+        assert isinstance(suite, suites.OfVideos | suites.Ramp)
+        return asyncio.run(running.measurable(suite, server, tmp_path, told.append))
+
+    assert measurable("latency") == {"arms": ("adapter", "adapter-cold"), "frames": (8, 16, 32)}
     assert told[0].startswith("left out: frames-cached, ")
-    assert told[1] == "left out: 64, 128, 256, 512, 1024 frames, above count_above=32"
-    nothing = suites.load("latency", {"base_url": "http://a", "arms": "frames-cached"})
-    assert isinstance(nothing, suites.Latency)
-    with pytest.raises(ValueError, match="its arms are adapter, adapter-cold, frames, text"):
-        running.measurable(nothing, told.append)
-    ramp = suites.load("ramp")
-    assert isinstance(ramp, suites.Ramp)
-    assert running.measurable(ramp, told.append) == {}
-    assert len(told) == 3 + 1
+    assert told[1].startswith("left out: frames, which this server does not take (Error code: 400")
+    assert told[2] == "left out: 64, 128, 256, 512, 1024 frames, above count_above=32"
+    for arms in ("frames", "frames-cached"):
+        with pytest.raises(ValueError, match="its arms are adapter, adapter-cold, frames, text"):
+            measurable("amortise", arms=arms)
+    told.clear()
+    assert measurable("ramp") == {}
+    assert not told
 
 
 @pytest.mark.parametrize("given", [["--api-key", "secret"], ["--api-key=secret"]])
