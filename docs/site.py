@@ -95,7 +95,7 @@ def reference() -> dict[str, str]:
     from fastapi import FastAPI
 
     from f2l_vllm import __version__
-    from f2l_vllm.server.videos.part_routes import router
+    from f2l_vllm.server.batches.routes import router
 
     app = FastAPI(title="f2l-vllm", version=__version__)
     app.include_router(router)

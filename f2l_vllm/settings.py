@@ -79,6 +79,9 @@ class Settings(BaseSettings):
     queue_share: float = Field(
         0.5, gt=0, le=1, description="Part of the queue that one tenant may fill; with `tenants` only."
     )
+    batch_requests: int = Field(
+        16, ge=0, description="A batch asks while the engine has fewer requests than this; 0: this server runs none."
+    )
     job_attempts: int = Field(3, ge=1, description="Workers a video may cost before it is marked `error`.")
     job_seconds: float = Field(600.0, gt=0, description="Longest a worker may take over one video, seconds.")
     wait_seconds: float = Field(30.0, ge=0, description="How long a question waits for a video in work, seconds.")

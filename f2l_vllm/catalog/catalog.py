@@ -27,6 +27,7 @@ from sqlalchemy import (
 )
 
 from f2l_vllm.catalog.adapters import Published
+from f2l_vllm.catalog.batches import Batches
 from f2l_vllm.catalog.duties import Duties
 from f2l_vllm.catalog.jobs import Jobs
 from f2l_vllm.catalog.keys import Keys
@@ -34,6 +35,7 @@ from f2l_vllm.catalog.revisions import Adoption
 from f2l_vllm.catalog.servers import Servers
 from f2l_vllm.catalog.states import GONE, IN_WORK, LIVE, VideoState
 from f2l_vllm.catalog.tables import (
+    IS_VIDEO,
     Bytes,
     FileRecord,
     FileWithAdapter,
@@ -47,6 +49,7 @@ from f2l_vllm.catalog.tables import (
 )
 from f2l_vllm.catalog.tombstones import Tombstones, doom_video_unless_named, give_back, name_video
 from f2l_vllm.catalog.transactions import (
+    NOTHING_TO_MAKE,
     QueueFull,
     QuotaExceeded,
     adapter_record,
@@ -93,7 +96,7 @@ class Removal:
         return any(one.is_video for one in self.doomed)
 
 
-class Catalog(Adoption, Duties, Jobs, Keys, Published, Servers, Tombstones):
+class Catalog(Adoption, Batches, Duties, Jobs, Keys, Published, Servers, Tombstones):
     """Files, adapters, jobs and keys in one database."""
 
     # Files
@@ -112,6 +115,7 @@ class Catalog(Adoption, Duties, Jobs, Keys, Published, Servers, Tombstones):
         """Enter a file. It is ready at once if its adapter exists, else it waits for the adapter's job.
 
         Args:
+            adapter_name: empty for a document.
             tenant_bytes: how many bytes all files of a tenant may hold.
             video: where the bytes are, from `reserve_video`; None: under their plain hash, and nobody deletes them
                 meanwhile.
@@ -133,12 +137,16 @@ class Catalog(Adoption, Duties, Jobs, Keys, Published, Servers, Tombstones):
                     return known
                 if known is not None:
                     connection.execute(update(files).where(files.c.id == known.id).values(from_address=False))
+            if upload.file_id is not None and (known := file_of(connection, upload.file_id, upload.tenant)) is not None:
+                if video is not None:
+                    give_back(connection, video)
+                return known
             generation = "" if video is None else name_video(connection, video)
-            found = standing(connection, adapter_name, self.revision)
+            found = standing(connection, adapter_name, self.revision) if adapter_name else NOTHING_TO_MAKE
             ready = found.is_published
             now = self.now()
             values = {
-                "id": f"file-{secrets.token_hex(12)}",
+                "id": upload.file_id or f"file-{secrets.token_hex(12)}",
                 "tenant": upload.tenant,
                 "filename": upload.filename,
                 "purpose": upload.purpose,
@@ -208,12 +216,12 @@ class Catalog(Adoption, Duties, Jobs, Keys, Published, Servers, Tombstones):
         purpose: str | None = None,
         state: VideoState | None = None,
     ) -> tuple[list[FileRecord], bool]:
-        """One page of a tenant's files in upload order, and whether more follow. `state` keeps only files in it.
+        """One page of a tenant's files in upload order, and whether more follow. `state` keeps only videos in it.
 
         Raises:
             KeyError: `after` names no file of this tenant.
         """
-        of_state = files.c.state.in_(LIVE) if state is None else files.c.state == state
+        of_state = files.c.state.in_(LIVE) if state is None else and_(files.c.state == state, IS_VIDEO)
         query = select(files).where(files.c.tenant == tenant, of_state, self._not_due())
         if purpose is not None:
             query = query.where(files.c.purpose == purpose)
@@ -244,10 +252,10 @@ class Catalog(Adoption, Duties, Jobs, Keys, Published, Servers, Tombstones):
         return found
 
     def in_work(self, tenant: str, since: int | None, limit: int) -> tuple[dict[str, tuple[VideoState, float]], int]:
-        """State and progress of a tenant's files that are in work or were uploaded after the file number `since`, and
+        """State and progress of a tenant's videos that are in work or were uploaded after the file number `since`, and
         the number of the last upload. At most `limit` of each; `since` None: only those in work."""
         columns = (files.c.id, files.c.number, files.c.state, files.c.progress)
-        own = select(*columns).where(files.c.tenant == tenant)
+        own = select(*columns).where(files.c.tenant == tenant, IS_VIDEO)
         queries = [own.where(files.c.state.in_(list(IN_WORK))).order_by(files.c.number).limit(limit)]
         if since is None:
             newest = select(func.max(files.c.number)).where(files.c.tenant == tenant)
@@ -345,9 +353,9 @@ class Catalog(Adoption, Duties, Jobs, Keys, Published, Servers, Tombstones):
         return or_(files.c.pinned, files.c.expires_at.is_(None), files.c.expires_at > self.now())
 
     def counts(self) -> tuple[dict[str, int], int, int]:
-        """Files by state, jobs waiting, jobs running."""
+        """Videos by state, jobs waiting, jobs running."""
+        by_state = select(files.c.state, func.count()).where(files.c.state.in_(LIVE), IS_VIDEO).group_by(files.c.state)
         with self._read() as connection:
-            by_state = select(files.c.state, func.count()).where(files.c.state.in_(LIVE)).group_by(files.c.state)
             states = {row[0]: row[1] for row in connection.execute(by_state)}
         return states, *self.jobs()
 

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, bindparam, delete, exists, func, insert, sele
 from f2l_vllm.catalog.database import Database, clock, moment
 from f2l_vllm.catalog.servers import SERVER_SECONDS
 from f2l_vllm.catalog.states import GONE, LIVE, VideoState
-from f2l_vllm.catalog.tables import FileRecord, adapters, files, jobs, servers, serving, usage
+from f2l_vllm.catalog.tables import IS_VIDEO, FileRecord, adapters, files, jobs, servers, serving, usage
 from f2l_vllm.catalog.transactions import PRESENT, drop_jobs, file_record, move
 
 OTHER_REVISION = "adapter_of_other_revision"
@@ -79,7 +79,7 @@ class Adoption(Database):
         """
         self._count_bytes_again()
         used = func.coalesce(files.c.last_used_at, files.c.created_at)
-        query = select(files).where(files.c.state.in_(LIVE)).order_by(used.desc())
+        query = select(files).where(files.c.state.in_(LIVE), IS_VIDEO).order_by(used.desc())
         with self._read() as connection:
             rows = connection.execute(query)
             stale = [file_record(row) for row in rows if name_of(row.sha256) != row.adapter_name]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from sqlalchemy import Column, Connection, MetaData, String, Table, insert, inspect, select, text
 
+from f2l_vllm.catalog.batch_tables import metadata  # with every table
 from f2l_vllm.catalog.notices import create_triggers
-from f2l_vllm.catalog.tables import metadata
 
 logger = logging.getLogger(__name__)
 

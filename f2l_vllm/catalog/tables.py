@@ -28,7 +28,7 @@ from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.address import object_name
 
 
-class _Text(TypeDecorator[str]):
+class Text(TypeDecorator[str]):
     """Text from outside. PostgreSQL cannot store NUL, so it is replaced; an id with NUL matches no file."""
 
     impl = String
@@ -54,17 +54,18 @@ class _Info(TypeDecorator[AdapterInfo]):
 VIDEO, ADAPTER, KEY = "video", "adapter", "key"  # kinds of tombstones
 LATE = "late"  # another: the adapter of an attempt that was given up and may still put it into the store
 LONGEST_TENANT, LONGEST_LABEL = 128, 64
+DOCUMENTS = ("batch", "batch_output")  # purposes of files that are no videos; such a file's adapter has no name
 metadata = MetaData()
-_Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite autoincrements INTEGER columns only
+Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite autoincrements INTEGER columns only
 
 files = Table(
     "files",
     metadata,
-    Column("number", _Number, primary_key=True, autoincrement=True),  # upload order: the list's cursor
-    Column("id", _Text(64), nullable=False, unique=True),
+    Column("number", Number, primary_key=True, autoincrement=True),  # upload order: the list's cursor
+    Column("id", Text(64), nullable=False, unique=True),
     Column("tenant", String(LONGEST_TENANT), nullable=False),
-    Column("filename", _Text(1024), nullable=False),
-    Column("purpose", _Text(32), nullable=False),
+    Column("filename", Text(1024), nullable=False),
+    Column("purpose", Text(32), nullable=False),
     Column("bytes", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False, index=True),
     Column("adapter_name", String(128), nullable=False, index=True),
@@ -72,7 +73,7 @@ files = Table(
     Column("state", String(16), nullable=False),
     Column("progress", Float, nullable=False, default=0.0),
     Column("error_code", String(64)),
-    Column("error_message", _Text(2048)),
+    Column("error_message", Text(2048)),
     Column("created_at", Float, nullable=False),
     Column("last_used_at", Float),
     Column("expires_at", Float, index=True),
@@ -84,6 +85,7 @@ files = Table(
     Column("from_address", Boolean, nullable=False, server_default=false()),
     sqlite_autoincrement=True,
 )
+IS_VIDEO = files.c.adapter_name != ""
 # A tenant has one file for the same bytes, whatever their address.
 _OF_ADDRESS = and_(files.c.from_address.is_(True), files.c.state.in_([literal_column(f"'{state}'") for state in LIVE]))
 Index(
@@ -101,7 +103,7 @@ Index("files_by_state", files.c.state, files.c.tenant, files.c.number)  # whose 
 adapters = Table(
     "adapters",
     metadata,
-    Column("id", _Number, primary_key=True, autoincrement=True),
+    Column("id", Number, primary_key=True, autoincrement=True),
     Column("name", String(128), nullable=False, unique=True),
     Column("rank", Integer, nullable=False),
     Column("bytes", BigInteger, nullable=False),
@@ -127,7 +129,7 @@ parts = Table(
 jobs = Table(
     "jobs",
     metadata,
-    Column("id", _Number, primary_key=True, autoincrement=True),
+    Column("id", Number, primary_key=True, autoincrement=True),
     Column("adapter_name", String(128), nullable=False, unique=True),
     Column("sha256", String(64), nullable=False),
     Column("running", Integer, nullable=False, default=0),
@@ -160,7 +162,7 @@ servers = Table(
     Column("applied", BigInteger, nullable=False),
     Column("revision", String(128), nullable=False, server_default=""),  # of models and sampling
     Column("heard", BigInteger),
-    Column("place", _Text, nullable=False, server_default=""),  # host and data folder, for people
+    Column("place", Text, nullable=False, server_default=""),  # host and data folder, for people
 )
 
 # What is in the store although no row names it any more, or yet. `done_at` is set once it is removed. Also the keys
@@ -168,7 +170,7 @@ servers = Table(
 tombstones = Table(
     "tombstones",
     metadata,
-    Column("seq", _Number, primary_key=True, autoincrement=True),
+    Column("seq", Number, primary_key=True, autoincrement=True),
     Column("kind", String(8), nullable=False),
     Column("name", String(128), nullable=False),  # an adapter's name, a video's hash or a key's
     Column("generation", String(32), nullable=False, server_default=""),
@@ -227,6 +229,7 @@ class Upload:
         from_address: it was named by an address. A tenant has one such file for the same bytes: if there is one, it
             is the file, unless it is `instead_of`.
         trace: the `traceparent` that its job goes on with.
+        file_id: the id that its file gets. If there was ever such a file, it is the file, and nothing is entered.
     """
 
     tenant: str
@@ -240,6 +243,7 @@ class Upload:
     from_address: bool = False
     instead_of: str | None = None
     trace: str | None = None
+    file_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -270,6 +274,11 @@ class FileRecord:
     ended_at: float | None = None
     generation: str = ""
     from_address: bool = False
+
+    @property
+    def is_document(self) -> bool:
+        """Whether it is no video."""
+        return self.purpose in DOCUMENTS
 
     @property
     def video(self) -> str:

@@ -186,6 +186,9 @@ class Standing:
         return Queue.MUCH_ROOM if self.waiting < limit - 2 * SPARE else Queue.LITTLE_ROOM
 
 
+NOTHING_TO_MAKE = Standing(is_published=True, background=None, is_poisonous=False, waiting=0)  # of a document
+
+
 def standing(connection: Connection, adapter_name: str, revision: str | None = None) -> Standing:
     """What there is of an adapter.
 

@@ -6,6 +6,7 @@ Its name is `f2l_files` in `VLLM_PLUGINS`; settings come from the environment (`
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 from argparse import Namespace
@@ -24,6 +25,8 @@ torch_shims.install()
 
 from f2l_vllm import logs, models, tracing  # noqa: E402  (torchvision must be importable first)
 from f2l_vllm.server import assembly, vllm_api, vllm_errors  # noqa: E402
+from f2l_vllm.server.batches.routes import router  # noqa: E402
+from f2l_vllm.server.batches.runner import Batches  # noqa: E402
 from f2l_vllm.server.chat.grammars import Grammars  # noqa: E402
 from f2l_vllm.server.console import routes as console  # noqa: E402
 from f2l_vllm.server.console.pages import Pages  # noqa: E402
@@ -37,7 +40,6 @@ from f2l_vllm.server.middleware.load import Load  # noqa: E402
 from f2l_vllm.server.middleware.request_ids import RequestIds  # noqa: E402
 from f2l_vllm.server.middleware.traced import Traced  # noqa: E402
 from f2l_vllm.server.tenants import Keys  # noqa: E402
-from f2l_vllm.server.videos.part_routes import router  # noqa: E402
 from f2l_vllm.server.videos.service import VideoService  # noqa: E402
 from f2l_vllm.settings import CATALOG, Settings, listed  # noqa: E402
 
@@ -112,18 +114,21 @@ class F2LEndpointPlugin:
         service = self._service = assembly.open_service(settings, served, engine_client, state, ending)
         if settings.tenants == CATALOG:
             keys = service.keys
-        self._put_in_front(settings, keys, ending, lambda: vllm_api.questions_in_work(engine_client))
+        load = functools.partial(vllm_api.questions_in_work, engine_client)
+        self._put_in_front(settings, keys, ending, load)
         await service.membership.attend()
         if service.pool is not None:
             service.pool.start()
         state.f2l = service
+        assert self._app is not None, "vLLM attaches routes first"
+        batches = state.f2l_batches = Batches(service, self._app, load, vllm_api.api_keys(args))
         state.f2l_base_model = models.loadable_name(served.model)
         if self._pages is not None:
             state.f2l_about = assembly.about(settings, served, engine_client)
             state.f2l_previews = Previews(settings)
             service.forgetting.include(state.f2l_previews)
         warm = _warm(service, min(settings.warm_adapters, served.limits.host_slots))
-        lasting = (service.maintain(), service.membership.run(), warm)
+        lasting = (service.maintain(), service.membership.run(), batches.run(), warm)
         self._background = [asyncio.create_task(work) for work in lasting]
         assembly.answer_from_videos(settings, served, engine_client, state, service, keys)
         self._welcome = asyncio.create_task(_welcome(service, state, vllm_api.url(args)))

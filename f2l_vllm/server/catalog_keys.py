@@ -37,6 +37,10 @@ class CatalogKeys(Keys):
         """As in `Keys`; None, too, while this server cannot know which keys were revoked."""
         return super().tenant(authorization) if self._is_heard else None
 
+    def knows(self, tenant: str) -> bool:
+        """As in `Keys`; False, too, while this server cannot know which keys were revoked."""
+        return super().knows(tenant) if self._is_heard else False
+
     async def look_again(self) -> None:
         """Learn of keys that were added lately: one reading of all keys, at most once a second.
 

@@ -26,6 +26,7 @@ QUESTIONS = Counter("f2l_questions", "Questions about videos, by mode and outcom
 WAIT_SECONDS = Histogram("f2l_question_wait_seconds", "Time questions waited for their video.", buckets=_SECONDS)
 TOKENS_AVOIDED = Counter("f2l_visual_tokens_avoided", "Visual tokens that questions did not have to carry.")
 ERRORS = Counter("f2l_errors", "Requests answered with an error of this server's own, by code.", ["code"])
+BATCH_LINES = Counter("f2l_batch_lines", "Requests of batches that have an answer, by outcome.", ["outcome"])
 COMPOSED = Counter("f2l_composed", "Adapters composed of several videos, or of some chunks of one.")
 
 

@@ -20,6 +20,7 @@ from f2l_vllm.catalog.tables import LONGEST_TENANT
 logger = logging.getLogger(__name__)
 
 DEFAULT_TENANT = "default"
+ON_BEHALF = "f2l.on_behalf"  # in the scope of a request that this server sends to itself: whose request it is
 _HASHED = "sha256:"
 
 # The tenant of the current request, for code that does not get the request itself.
@@ -72,6 +73,13 @@ class Keys:
         scheme, _, key = (authorization or "").partition(" ")
         found = self._tenants.get(key_hash(key))  # by hash, so that timing reveals nothing
         return found if scheme.lower() == "bearer" else None
+
+    def knows(self, tenant: str) -> bool:
+        """Whether there is a valid key of this tenant's."""
+        if self.is_open:
+            return tenant == DEFAULT_TENANT
+        self._refresh()
+        return tenant in self._tenants.values()
 
     async def look_again(self) -> None:
         """Learn of keys that `tenant` may have missed. Called when it knows none, before the request is refused."""

@@ -46,6 +46,7 @@ LINES = (
     ("cluster/test_workers.py",),
     (
         "server/test_catalog_keys.py",
+        "server/test_batches_over_http.py",
         "server/test_log_over_http.py",
         "server/test_traces_over_http.py",
         "server/test_lost_adapters_over_http.py",

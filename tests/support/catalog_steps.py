@@ -10,7 +10,7 @@ STAGES = (VideoState.DECODING, VideoState.ENCODING, VideoState.PUBLISHING)
 def add(catalog, adapter="f2l-1", sha="a", tenant="t", limit=10, filename="v.mp4", **options):
     """Enter a file. `options`: of its `Upload`, or of `Catalog.add_file`."""
     of_upload = {name: options.pop(name) for name in set(options) & set(Upload.__dataclass_fields__)}
-    upload = Upload(tenant, sha * 64, 3, filename, "vision", **of_upload)
+    upload = Upload(**{"purpose": "vision", **of_upload}, tenant=tenant, sha256=sha * 64, bytes=3, filename=filename)
     return catalog.add_file(upload, adapter, queue_limit=limit, **options)
 
 

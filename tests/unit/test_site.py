@@ -37,7 +37,8 @@ def test_the_reference_has_every_setting_command_and_route(site: Path) -> None:
     for command in ("serve", "ask", "keys add", "manifest world"):
         assert f"$ f2l-vllm {command}" in commands
     openapi = json.loads((site / "reference" / "openapi.json").read_text())
-    sources = [path.read_text() for path in (ROOT / "f2l_vllm" / "server" / "videos").glob("*.py")]
+    server = ROOT / "f2l_vllm" / "server"
+    sources = [path.read_text() for room in ("videos", "batches") for path in (server / room).glob("*.py")]
     routes = [route for text in sources for route in re.findall(r'^@router\.(\w+)\("(.+?)"\)', text, re.MULTILINE)]
     assert len(routes) >= 10
     for method, path in routes:

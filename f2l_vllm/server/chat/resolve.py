@@ -18,7 +18,7 @@ from f2l_vllm.server.errors import APIError, bad_request, video_not_found
 from f2l_vllm.server.local_videos import LocalVideo, address_of
 from f2l_vllm.server.registry import Lease
 from f2l_vllm.server.videos.by_url import RemoteVideos
-from f2l_vllm.server.videos.service import VideoService
+from f2l_vllm.server.videos.service import VideoService, check_video
 from f2l_vllm.store.store import StoreError
 
 _ATTEMPTS = 3
@@ -70,6 +70,8 @@ class Asking:
 
         ids = [video.file_id for video in videos if video.file_id is not None]
         files = await self._service.find(ids, tenant, "messages")  # first, so that a wrong id costs no fetch
+        for one in files:
+            check_video(one.file, "messages")
         addresses = {video.url: video.filename for video in videos if video.url is not None}
         if addresses:  # do not fetch more than there is room for
             self._composer.check(len({one.file.sha256 for one in files} | addresses.keys()), len(videos))

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from f2l_vllm.server.chat.request import QUESTION_ROUTES, STORED_ROUTES
 from f2l_vllm.server.errors import APIError, response, unavailable
-from f2l_vllm.server.tenants import Keys
+from f2l_vllm.server.tenants import ON_BEHALF, Keys
 from f2l_vllm.server.videos.routes import router
 from f2l_vllm.store.errors import Unavailable
 
@@ -64,13 +64,13 @@ class AuthMiddleware:
         headers = Headers(scope=_with_authorization(scope))
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         authorization = headers.get("authorization")
-        tenant = self._keys.tenant(authorization)
+        tenant = self._tenant(scope, authorization)
         if tenant is None and path.rstrip("/") not in self._open:
             refusal = _invalid_key()
             try:
-                if authorization is not None:
+                if authorization is not None or ON_BEHALF in scope:
                     await self._keys.look_again()
-                    tenant = self._keys.tenant(authorization)
+                    tenant = self._tenant(scope, authorization)
             except Unavailable as error:
                 refusal = unavailable(error)
             if tenant is None:
@@ -79,6 +79,13 @@ class AuthMiddleware:
         if tenant is not None:
             scope.setdefault("state", {})["tenant"] = tenant
         await self._app(scope, receive, send)
+
+    def _tenant(self, scope: Scope, authorization: str | None) -> str | None:
+        """Whose request it is. What a tenant has asked for in advance is answered while the tenant has a key."""
+        asked_by: str | None = scope.get(ON_BEHALF)
+        if asked_by is None:
+            return self._keys.tenant(authorization)
+        return asked_by if self._keys.knows(asked_by) else None
 
     async def _refuse(self, error: APIError, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":

@@ -71,7 +71,7 @@ class RemoteVideos:
         known = await asyncio.to_thread(self._service.catalog.file_of_address, tenant, sha256)
         if known is not None and not self._may_do_better(known):
             return known
-        await inspect(temporary, self._service.settings)
+        await inspect(temporary, self._service.settings, PURPOSE)
         size = (await asyncio.to_thread(temporary.stat)).st_size
         idle = self._service.settings.url_seconds
         instead_of = None if known is None else known.id

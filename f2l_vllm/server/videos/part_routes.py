@@ -19,7 +19,7 @@ from f2l_vllm.server.tenants import tenant_of
 from f2l_vllm.server.videos.parts import PART_BYTES, PartialUpload
 from f2l_vllm.server.videos.routes import file_object, router, service
 from f2l_vllm.server.videos.service import VideoService
-from f2l_vllm.server.videos.uploads import expiry_of, inspect, purpose_of, receive_part, shown_name, too_large
+from f2l_vllm.server.videos.uploads import check_size, expiry_of, inspect, purpose_of, receive_part, shown_name
 
 _locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by upload
 
@@ -50,13 +50,12 @@ class Completion(BaseModel):
 
 @router.post("/v1/uploads")
 async def begin_upload(given: NewUpload, request: Request) -> dict[str, Any]:
-    """Announce a video; its parts may come for an hour."""
+    """Announce a video, or the requests of a batch; the parts may come for an hour."""
     videos, tenant = service(request), tenant_of(request)
     purpose, name = purpose_of(given.purpose), shown_name(given.filename)
     after = given.expires_after
     expiry = expiry_of(after and after.anchor, after and after.seconds)
-    if given.bytes > videos.settings.max_upload_bytes:
-        raise too_large(videos.settings.max_upload_bytes)
+    check_size(purpose, given.bytes, videos.settings)
     videos.check_room(given.bytes)
     await _check_quota(videos, tenant, given.bytes)
     return upload_object(await asyncio.to_thread(videos.parts.begin, tenant, given.bytes, name, purpose, expiry))
@@ -126,7 +125,7 @@ async def _complete(videos: VideoService, upload: PartialUpload, given: Completi
     temporary = videos.store.temporary()
     try:
         sha256 = await asyncio.to_thread(videos.parts.join, upload, given.part_ids, given.md5, temporary)
-        await inspect(temporary, videos.settings)
+        await inspect(temporary, videos.settings, upload.purpose)
         expiry = upload.expires_seconds, upload.idle_seconds
         entered = Upload(upload.tenant, sha256, upload.bytes, upload.filename, upload.purpose, *expiry)
         record = await videos.enter(temporary, entered)

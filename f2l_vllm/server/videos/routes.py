@@ -51,6 +51,7 @@ def service(request: Request) -> VideoService:
 async def create_file(request: Request) -> JSONResponse:
     """Accept a video, as multipart fields: `file`, `purpose` (`vision`), and optionally `expires_after[anchor]`,
     `expires_after[seconds]` and `f2l[pinned]`. Internalization goes on behind; the same bytes are internalized once.
+    With the purpose `batch` the file holds the requests of a batch, a JSON object in each line.
 
     The file's `status` goes from `uploaded` to `processed` or `error`; its object `f2l` says more.
     """
@@ -58,7 +59,7 @@ async def create_file(request: Request) -> JSONResponse:
     temporary = videos.store.temporary()
     try:
         upload = await receive(request, temporary, videos.settings, videos.check_room)
-        await inspect(temporary, videos.settings)
+        await inspect(temporary, videos.settings, upload.purpose)
         record = await videos.enter(temporary, upload)
     finally:
         videos.store.discard(temporary)

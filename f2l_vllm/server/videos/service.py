@@ -17,11 +17,19 @@ from f2l_vllm import tracing
 from f2l_vllm.catalog.catalog import Catalog, QueueFull, QuotaExceeded
 from f2l_vllm.catalog.listener import Listener
 from f2l_vllm.catalog.states import IN_WORK, VideoState
-from f2l_vllm.catalog.tables import AdapterRecord, FileRecord, FileWithAdapter, Tombstone, Upload
+from f2l_vllm.catalog.tables import DOCUMENTS, AdapterRecord, FileRecord, FileWithAdapter, Tombstone, Upload
 from f2l_vllm.pool.supervisor import PoolProcess
 from f2l_vllm.server import metrics
 from f2l_vllm.server.catalog_keys import CatalogKeys
-from f2l_vllm.server.errors import APIError, HTTPStatus, shutting_down, video_failed, video_not_found, video_not_ready
+from f2l_vllm.server.errors import (
+    APIError,
+    HTTPStatus,
+    bad_request,
+    shutting_down,
+    video_failed,
+    video_not_found,
+    video_not_ready,
+)
 from f2l_vllm.server.registry import Registry
 from f2l_vllm.server.videos.forgetting import Forgetting
 from f2l_vllm.server.videos.janitor import Janitor, try_all
@@ -82,20 +90,21 @@ class VideoService:
         self._cleaned, self._swept = -_CLEANING_SECONDS, -_SWEEP_SECONDS
 
     async def enter(self, temporary: Path, upload: Upload) -> FileRecord:
-        """Keep an uploaded and inspected video and enter it in the catalog.
+        """Keep an uploaded and inspected file and enter it in the catalog.
 
         Raises:
             APIError: `queue_full`, with `Retry-After`, or `storage_quota_exceeded`; nothing is kept then.
             Unavailable: store or catalog cannot take it now, or servers of another revision answer; nothing is kept
                 then.
         """
+        is_document = upload.purpose in DOCUMENTS
         add = functools.partial(
             self.catalog.add_file,
             replace(upload, trace=tracing.traceparent()),
-            self._revisions.name(upload.sha256),
+            "" if is_document else self._revisions.name(upload.sha256),
             queue_limit=self.settings.queue_limit,
             tenant_limit=self.settings.tenant_queue_limit,
-            tenant_bytes=self.settings.tenant_bytes,
+            tenant_bytes=None if upload.file_id else self.settings.tenant_bytes,  # a batch's answers are not lost
             job_attempts=self.settings.job_attempts,
         )
         try:
@@ -105,10 +114,11 @@ class VideoService:
             headers = {"Retry-After": str(error.retry_after)}
             raise APIError(HTTPStatus.TOO_MANY_REQUESTS, "queue_full", message, headers=headers) from error
         except QuotaExceeded as error:
-            message = f"There is no room for this video among your files: {error} MB. Delete some of them."
+            message = f"There is no room for this file among your files: {error} MB. Delete some of them."
             raise APIError(HTTPStatus.FORBIDDEN, "storage_quota_exceeded", message, param="file") from error
-        metrics.UPLOADS.labels(str(record.state is VideoState.PROCESSED).lower()).inc()
-        metrics.UPLOAD_BYTES.inc(upload.bytes)
+        if not is_document:
+            metrics.UPLOADS.labels(str(record.state is VideoState.PROCESSED).lower()).inc()
+            metrics.UPLOAD_BYTES.inc(upload.bytes)
         return record
 
     def check_room(self, more: int) -> None:
@@ -165,6 +175,7 @@ class VideoService:
         """
         started = time.monotonic()
         found = known or (await self.find([file_id], tenant, param))[0]
+        check_video(found.file, param)
         self.note_use(found.file)
         if _ends_soon(found.file, self.catalog.now()):
             with suppress(Unavailable):
@@ -321,6 +332,13 @@ class VideoService:
     def _refuse_when_stopping(self) -> None:
         if self._is_stopping():
             raise shutting_down()
+
+
+def check_video(record: FileRecord, param: str | None = None) -> None:
+    """Refuse a file that is no video. Raises APIError `not_a_video`."""
+    if record.is_document:
+        message = f"The file '{record.id}' is no video: its purpose is '{record.purpose}'. Name a video."
+        raise bad_request("not_a_video", message, param)
 
 
 def _ends_soon(record: FileRecord, now: float) -> bool:

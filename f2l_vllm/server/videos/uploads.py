@@ -1,4 +1,4 @@
-"""Receives a video: writes the multipart body to disk under a cap, hashes it, and inspects it in its own process."""
+"""Receives a file: writes the multipart body to disk under a cap, hashes it, and inspects it in its own process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from f2l_vllm.catalog.tables import Upload
+from f2l_vllm.catalog.tables import DOCUMENTS, Upload
 from f2l_vllm.server.errors import APIError, bad_request
 from f2l_vllm.server.tenants import tenant_of
 from f2l_vllm.settings import Settings
@@ -27,7 +27,8 @@ from f2l_vllm.video.decoder import DecodeLimits, Decoders
 from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.probe import VideoInfo
 
-PURPOSES = ("vision", "user_data")
+PURPOSES = ("vision", "user_data", "batch")
+BATCH_BYTES = 200_000_000  # of a batch's requests, as in OpenAI's API
 _OVERHEAD_BYTES = 1 << 20  # multipart boundaries and the other fields
 _INSPECTORS = 2
 _INSPECT_SECONDS = 20.0
@@ -97,19 +98,23 @@ async def _form(
     return form, upload, target
 
 
-async def inspect(path: Path, settings: Settings) -> VideoInfo:
-    """Probe a received file in another process and refuse it if it is no video or too large.
+async def inspect(path: Path, settings: Settings, purpose: str) -> None:
+    """Probe a received file in another process and refuse it if it is no video or too large. The requests of a batch
+    are only measured: what is in them is checked when the batch begins.
 
     Raises:
         APIError: what is wrong with the video, with the codes of `f2l_vllm.video.errors`.
     """
+    if purpose in DOCUMENTS:
+        check_size(purpose, path.stat().st_size, settings)
+        return
 
     def probe() -> VideoInfo:
         with _inspectors().lend() as decoder:
             return decoder.probe(path, settings.video_limits)
 
     try:
-        return await asyncio.get_running_loop().run_in_executor(_threads(), probe)
+        await asyncio.get_running_loop().run_in_executor(_threads(), probe)
     except VideoError as error:
         raise APIError(
             _STATUS.get(error.code, HTTPStatus.BAD_REQUEST), error.code, error.message, param="file"
@@ -127,9 +132,17 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_INSPECTORS, "f2l-inspect")
 
 
-def too_large(cap: int) -> APIError:
+def check_size(purpose: str, size: int, settings: Settings) -> None:
+    """Refuse a file that is larger than those of its purpose may be. Raises APIError `file_too_large`."""
+    if purpose in DOCUMENTS and size > BATCH_BYTES:
+        raise too_large(BATCH_BYTES, "send several batches")
+    if size > settings.max_upload_bytes:
+        raise too_large(settings.max_upload_bytes)
+
+
+def too_large(cap: int, advice: str = "compress or cut the video") -> APIError:
     """413: the upload is over the server's cap."""
-    message = f"The upload is larger than the {cap / 1e6:.0f} MB this server accepts: compress or cut the video."
+    message = f"The upload is larger than the {cap / 1e6:.0f} MB this server accepts: {advice}."
     return APIError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "file_too_large", message, param="file")
 
 

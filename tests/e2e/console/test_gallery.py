@@ -80,6 +80,17 @@ def test_what_others_upload_and_delete_shows_by_itself(host, page, films):
     host.client.files.delete(file.id)
 
 
+def test_the_questions_of_a_batch_are_not_among_the_videos(host, page, films):
+    files = [host.client.files.create(file=("questions.jsonl", b"{}"), purpose="batch")]
+    files.append(host.client.files.create(file=("beside.mp4", films[1].read_bytes() + b"\4"), purpose="vision"))
+    for _ in range(2):
+        expect(row(page, "beside.mp4")).to_be_visible()
+        expect(row(page, "questions.jsonl")).to_have_count(0)
+        page.reload()
+    for file in files:
+        host.client.files.delete(file.id)
+
+
 def test_a_link_is_fetched_where_a_host_is_allowed(visit):
     page = visit.page
     facts = {"model": "base", "media_domains": ["videos.example.com"]}

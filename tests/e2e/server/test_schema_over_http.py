@@ -1,11 +1,11 @@
-"""The routes of files, uploads and models under requests made from their schema: no server error, OpenAI's shape."""
+"""This server's own routes under requests made from their schema: no server error, and errors in OpenAI's shape."""
 
 import pytest
 import schemathesis
 from fastapi import FastAPI
 from hypothesis import HealthCheck, settings
 
-from f2l_vllm.server.videos.part_routes import router
+from f2l_vllm.server.batches.routes import router
 
 QUESTION = [{"role": "user", "content": "What is shown?"}]
 app = FastAPI()
@@ -22,7 +22,7 @@ def _nothing_is_lost(server, clips):
     assert ask.choices[0].finish_reason
 
 
-@schema.include(path_regex="^/v1/(files|models|uploads)").parametrize()
+@schema.include(path_regex="^/v1/(files|models|uploads|batches)").parametrize()
 @settings(
     max_examples=12,
     derandomize=True,

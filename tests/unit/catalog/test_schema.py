@@ -14,6 +14,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Engine, create_engine, event, inspect, make_url, text
 
 from f2l_vllm.catalog import schema
+from f2l_vllm.catalog.batch_tables import BatchState
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.database import check_reachable
 from f2l_vllm.catalog.states import VideoState
@@ -80,6 +81,10 @@ def test_a_catalog_of_0_1_0_goes_on_where_it_was(stored_url):
     assert add(catalog, "f2l-f", "f", from_address=True).number == 6
     assert [removed.object for removed in catalog.remove_file(first.id, "t").doomed if removed.is_video] == ["a" * 64]
     assert catalog.add_key("news")
+    batch = catalog.add_batch("t", "/v1/responses", second.id, seconds=60, limit=1, details={"metadata": {"a": "b"}})
+    batch = catalog.move_batch(batch, BatchState.IN_PROGRESS, total=1)
+    assert catalog.add_answer(batch, 1, "answer", is_success=True)
+    assert catalog.open_batches() == [catalog.batch(batch.id, "t")]
     catalog.close()
 
 

@@ -106,6 +106,16 @@ def test_a_video_in_parts_is_the_file_that_it_would_be_in_one_piece(door, film):
     assert refusal(lambda: in_thirds(client, upload, film)) == (400, "upload_not_pending")
 
 
+def test_requests_of_a_batch_come_in_parts_too(door):
+    client, requests = door.client(), b'{"custom_id": "one"}\n' * 9
+    given = {"filename": "q.jsonl", "mime_type": "text/jsonl", "purpose": "batch"}
+    assert refusal(lambda: client.uploads.create(bytes=200_000_001, **given)) == (413, "file_too_large")
+    upload = client.uploads.create(bytes=len(requests), **given)
+    done = client.uploads.complete(upload.id, part_ids=in_thirds(client, upload, requests))
+    assert (done.file.purpose, done.file.status) == ("batch", "processed")
+    assert client.files.content(done.file.id).read() == requests
+
+
 def test_the_clients_own_way_in_chunks(door, film, tmp_path):
     done = door.client().uploads.upload_file_chunked(
         file=tmp_path / "film.mp4", mime_type="video/mp4", purpose="vision", part_size=1000
@@ -203,7 +213,7 @@ def test_an_abandoned_one_is_gone_after_its_hour(door, film, monkeypatch):
     [
         ({"bytes": 0}, (400, "invalid_request")),
         ({"bytes": 20_001}, (413, "file_too_large")),
-        ({"purpose": "batch-output"}, (400, "invalid_purpose")),
+        ({"purpose": "batch_output"}, (400, "invalid_purpose")),
         ({"expires_after": {"anchor": "created_at", "seconds": 5}}, (400, "invalid_expires_after")),
     ],
 )

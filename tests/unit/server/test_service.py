@@ -50,7 +50,8 @@ class Bench:
         temporary.write_text(text)
         sha256 = hashlib.sha256(text.encode()).hexdigest()
         try:
-            return await self.service.enter(temporary, Upload(T, sha256, len(text), "v.mp4", "vision", **options))
+            given = {"tenant": T, "filename": "v.mp4", "purpose": "vision", **options}
+            return await self.service.enter(temporary, Upload(sha256=sha256, bytes=len(text), **given))
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -5,8 +5,10 @@ import { Store } from "./store.js";
 const PAGE = 500;
 const AGAIN_MS = 2000;
 
-// `ids`: newest first, as far as they were read; `files`: by id; `hasMore`: whether older ones follow.
-export const library = new Store({ ids: [], files: new Map(), hasMore: true, stored: 0, why: null, error: null });
+// `ids`: newest first, as far as they were read; `files`: by id; `last`: where the next page begins; `hasMore`: whether
+// there is one.
+const EMPTY = { ids: [], last: null, hasMore: true, error: null };
+export const library = new Store({ ...EMPTY, files: new Map(), stored: 0, why: null });
 
 let reading = null;
 let life = null;
@@ -14,7 +16,7 @@ let life = null;
 // Begins anew: with another key, or when a server is back.
 export function open() {
   close();
-  library.set({ ids: [], files: new Map(), hasMore: true, error: null });
+  library.set({ ...EMPTY, files: new Map() });
   life = new AbortController();
   reading = null;
   follow(life.signal);
@@ -34,14 +36,17 @@ export function more() {
 }
 
 async function read(signal) {
-  const last = library.value.ids.at(-1);
+  const { last } = library.value;
   try {
     const page = await json(`v1/files?limit=${PAGE}${last ? `&after=${last}` : ""}`, { signal });
     const { ids, files } = library.value;
-    for (const file of page.data) files.set(file.id, file);
+    const videos = page.data.filter((file) => !file.purpose.startsWith("batch"));
+    for (const file of videos) files.set(file.id, file);
     const known = new Set(ids);
-    const added = page.data.map((file) => file.id).filter((id) => !known.has(id));
-    library.set({ ids: [...ids, ...added], hasMore: page.has_more, stored: page.f2l?.stored_bytes ?? 0, error: null });
+    const added = videos.map((file) => file.id).filter((id) => !known.has(id));
+    const next = { last: page.last_id, hasMore: page.has_more, stored: page.f2l?.stored_bytes ?? 0, error: null };
+    library.set({ ids: [...ids, ...added], ...next });
+    if (!videos.length && page.has_more) await read(signal);
   } catch (error) {
     if (error.code === "invalid_cursor") return open(); // the last file was deleted elsewhere
     if (error.name !== "AbortError") library.set({ error });

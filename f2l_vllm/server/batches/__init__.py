@@ -1,0 +1,1 @@
+"""Batches: many questions in one file, answered behind everybody's own."""
