@@ -16,29 +16,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from f2l_vllm.catalog.database import check_reachable
-from f2l_vllm.cpu.plugin import MODE_VARIABLE
 from f2l_vllm.settings import SERVER_LOCK, Settings
 
 _LEAST_SHARE = 0.0001  # of a GPU or CPU: Ray knows no smaller share
 _ELSEWHERE = ("ray", "external_launcher")  # executors that may use GPUs of other machines
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
-
-
-def gpus() -> int:
-    """How many GPUs Ray and vLLM find here: the driver's, minus those that CUDA_VISIBLE_DEVICES hides; none if this
-    package's CPU platform is asked for. Does not initialise CUDA."""
-    if os.environ.get(MODE_VARIABLE) == "1":
-        return 0
-    from ray._private.accelerators import get_accelerator_manager_for_resource
-
-    if (manager := get_accelerator_manager_for_resource("GPU")) is None:
-        return 0
-    visible = manager.get_current_process_visible_accelerator_ids()
-    if visible is not None:
-        hidden = next((i for i, name in enumerate(visible) if name.strip().startswith("-")), len(visible))
-        visible = visible[:hidden]  # CUDA reads the list up to the first invalid entry
-    found = manager.get_current_node_num_accelerators()
-    return int(found if visible is None else min(found, len(visible)))
 
 
 def check_workers(settings: Settings, found: int) -> None:
@@ -83,14 +65,18 @@ def check_engine(flags: Namespace, model: Path, found: int) -> None:
         heads = f"the model's {text['num_attention_heads']} attention heads cannot be shared by {tensor}"
         raise ValueError(f"--tensor-parallel-size {tensor}: {heads}; give a divisor of their number")
     world = tensor * getattr(flags, "pipeline_parallel_size", 1)
-    here = getattr(flags, "nnodes", 1) == 1 and getattr(flags, "distributed_executor_backend", "") not in _ELSEWHERE
-    if found and here and world > found:
+    if found and is_one_machine(flags) and world > found:
         raise ValueError(
             f"the engine would need {world} GPUs, and this machine has {found}: lower what multiplies to it"
         )
     slots, places = getattr(flags, "max_loras", None), getattr(flags, "max_cpu_loras", None)
     if slots and places and places < slots:
         raise ValueError(f"--max-cpu-loras {places} must be at least --max-loras, which is {slots}")
+
+
+def is_one_machine(flags: Namespace) -> bool:
+    """Whether the engine's workers all run on this machine."""
+    return getattr(flags, "nnodes", 1) == 1 and getattr(flags, "distributed_executor_backend", "") not in _ELSEWHERE
 
 
 def check_paths(flags: Namespace) -> None:

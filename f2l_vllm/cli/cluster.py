@@ -46,13 +46,13 @@ def up(
     """Start the service, and wait until it is ready."""
     import yaml
 
-    from f2l_vllm.cli.checks import gpus
+    from f2l_vllm.cli import gpus
     from f2l_vllm.cluster import local
 
     if config is not None:
         wanted: dict[str, Any] = yaml.safe_load(config.read_text())
     else:
-        numbers = {"engines": engines, "fronts": fronts, "workers": workers, "gpus": int(gpus() > 0)}
+        numbers = {"engines": engines, "fronts": fronts, "workers": workers, "gpus": min(1, gpus.find().count)}
         wanted = local.config(model, context.args, **numbers, host=host, port=port)
     with _failing():
         url = start(wanted, _folder(home), address, seconds)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from f2l_vllm import torch_shims
-from f2l_vllm.cli import checks
+from f2l_vllm.cli import checks, gpus
 from f2l_vllm.cli.serve import Launch
 
 _PACKAGES = ("f2l-vllm", "vllm", "torch", "transformers", "ray", "av", "safetensors", "openai")
@@ -36,9 +36,12 @@ def doctor(launch: Callable[[], Launch]) -> None:
             table.add_row(package, "[red]not installed[/]")
             problems.append(f"{package} is not installed: pip install f2l-vllm")
     torch_shims.install()
-    device, memory = _device()
+    found = gpus.find()
+    device, memory, built_for = _device()
     table.add_row("device", device)
     table.add_row("memory", memory)
+    if mismatch := found.mismatch(built_for):
+        problems.append(mismatch)
     for group in ("vllm.platform_plugins", "vllm.general_plugins", "vllm.endpoint_plugins"):
         own = [entry.name for entry in entry_points(group=group) if entry.value.startswith("f2l_vllm.")]
         table.add_row(group, ", ".join(own) or "[red]missing[/]")
@@ -56,6 +59,8 @@ def doctor(launch: Callable[[], Launch]) -> None:
     except ValueError as error:
         problems.append(str(error))
     console.print(table)
+    if unused := found.unused():
+        console.print(f"[yellow]note[/]: {escape(unused)}")
     for problem in problems:
         console.print(f"[red]problem[/]: {escape(problem)}")
     if problems:
@@ -63,14 +68,17 @@ def doctor(launch: Callable[[], Launch]) -> None:
     console.print("[green]ready to serve[/]")
 
 
-def _device() -> tuple[str, str]:
+def _device() -> tuple[str, str, str | None]:
+    """The device, the memory, and the CUDA that torch is built for."""
     import torch
     from vllm.platforms import current_platform
 
     with open("/proc/meminfo") as meminfo:
         total, _, available = (int(next(meminfo).split()[1]) / 2**20 for _ in range(3))
+    built_for = torch.version.cuda
     memory = f"{total:.1f} GiB, {available:.1f} GiB available"
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-        return f"{torch.cuda.device_count()} x {', '.join(sorted(names))}", memory
-    return f"no GPU; vLLM runs on {type(current_platform).__name__} ({torch.get_num_threads()} threads)", memory
+        return f"{torch.cuda.device_count()} x {', '.join(sorted(names))}", memory, built_for
+    where = f"no GPU; vLLM runs on {type(current_platform).__name__} ({torch.get_num_threads()} threads)"
+    return where, memory, built_for

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from f2l_vllm import logs, models, tracing
-from f2l_vllm.cli import checks
-from f2l_vllm.cpu.plugin import check_mode, engine_method, openmp_defaults
+from f2l_vllm.cli import checks, gpus
+from f2l_vllm.cpu.plugin import MODE_VARIABLE, check_mode, engine_method, openmp_defaults
 from f2l_vllm.engine import defaults, flags
 from f2l_vllm.engine.defaults import refuse_flags
 from f2l_vllm.pool.messages import WorkerSpec
@@ -38,6 +38,7 @@ class Launch:
     Attributes:
         flags: vLLM's flags that the user gave.
         workers: workers that load while the engine loads; None: workers wait until the engine has loaded.
+        gpus: what this machine has.
     """
 
     argv: list[str]
@@ -45,6 +46,7 @@ class Launch:
     settings: Settings
     flags: Namespace
     workers: WorkerSpec | None
+    gpus: gpus.Gpus
 
 
 def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
@@ -67,9 +69,9 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
     inputs = Inputs.read(model, settings)
     chosen, directory, config = inputs.settings, inputs.model, inputs.config
     rank = inputs.engine_rank(chosen_flags)
-    gpus = checks.gpus()
-    checks.check_workers(chosen, gpus)
-    checks.check_engine(chosen_flags, directory, gpus)
+    found = gpus.find()
+    checks.check_workers(chosen, found.count)
+    checks.check_engine(chosen_flags, directory, found.count)
     given = {f"--{name.replace('_', '-')}" for name in vars(chosen_flags)}
     usual = {
         "--host": ["127.0.0.1"],
@@ -79,7 +81,7 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
             rank=rank,
             modules=config.modules,
             is_small=model in models.shipped(),
-            has_gpu=gpus > 0,
+            has_gpu=found.count > 0,
             slots=getattr(chosen_flags, "max_loras", None),
             places=getattr(chosen_flags, "max_cpu_loras", None),
         ),
@@ -105,13 +107,15 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
         **logs.environment(os.environ, words),
         **(tracing.environment(os.environ, collector) if collector else {}),
         **openmp_defaults(os.environ),
-        **({} if gpus else engine_method(os.environ)),
+        **({} if found.count else engine_method(os.environ)),
+        # vLLM looks for a platform among all GPUs of the driver, and would fail on hidden ones.
+        **({MODE_VARIABLE: "1"} if found.are_hidden and checks.is_one_machine(chosen_flags) else {}),
     }
     workers = None
     # On a GPU the workers wait: the engine first measures the free memory and takes its share.
-    if chosen.hypernetwork_workers and not gpus and chosen.ray_address is None:
+    if chosen.hypernetwork_workers and not found.count and chosen.ray_address is None:
         workers = inputs.workers(chosen_flags)
-    return Launch(argv, env, chosen, chosen_flags, workers)
+    return Launch(argv, env, chosen, chosen_flags, workers, found)
 
 
 def serve(launch: Launch) -> None:
@@ -123,6 +127,8 @@ def serve(launch: Launch) -> None:
     checks.check_now(launch.settings, launch.flags)
     os.environ.update(launch.env)
     logs.configure("server")
+    if unused := launch.gpus.unused():
+        logger.warning("%s", unused)
     logger.info("starting vLLM with %s; until the model is loaded it says little", launch.argv[4])
     if launch.workers is not None:
         os.environ.update(start_early(launch.workers))

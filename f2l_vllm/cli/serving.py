@@ -129,6 +129,8 @@ def _serve(context: typer.Context, launch: Callable[[], Launch]) -> None:
             serve(started)
     except ValueError as error:
         raise typer.BadParameter(str(error), context) from error
+    if unused := started.gpus.unused():
+        typer.echo(f"f2l-vllm {context.info_name}: {unused}", err=True)
     typer.echo(" ".join([*(f"{k}={shlex.quote(v)}" for k, v in started.env.items()), shlex.join(started.argv)]))
 
 

@@ -25,7 +25,7 @@ from prometheus_client import make_wsgi_app
 
 from f2l_vllm import logs
 from f2l_vllm.catalog.database import check_reachable
-from f2l_vllm.cli import checks
+from f2l_vllm.cli import checks, gpus
 from f2l_vllm.pool.config import PoolConfig, prepare_ray
 from f2l_vllm.pool.messages import Event, Failed, Published, WorkerSpec
 from f2l_vllm.server import metrics
@@ -60,7 +60,7 @@ def plan(model: str, settings: dict[str, str], max_lora_rank: int | None = None)
     inputs = Inputs.read(model, settings)
     if not inputs.settings.hypernetwork_workers:
         raise ValueError("--hypernetwork-workers 0 is for servers: give 1 or more here")
-    checks.check_workers(inputs.settings, checks.gpus())
+    checks.check_workers(inputs.settings, gpus.find().count)
     return Workers(inputs.settings, inputs.workers(Namespace(max_lora_rank=max_lora_rank)), inputs.revision)
 
 

@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from f2l_vllm import models, tracing
-from f2l_vllm.cli import checks
+from f2l_vllm.cli import gpus
 from f2l_vllm.cli.main import app
 from f2l_vllm.cli.serve import PLUGINS, plan
 
@@ -150,7 +150,7 @@ def test_the_engine_is_forked_where_there_is_no_gpu_unless_told_otherwise(hypern
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     assert method() is None
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
-    monkeypatch.setattr(checks, "gpus", lambda: 1.0)
+    monkeypatch.setattr(gpus, "find", lambda: gpus.Gpus(("0",), 80 << 30, 1))
     assert method() is None
 
 
