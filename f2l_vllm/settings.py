@@ -73,7 +73,12 @@ class Settings(BaseSettings):
     )
     batch_videos: int = Field(8, ge=1, description="Videos that a worker takes at a time when `batch_tokens` is set.")
     worker_cpus: float = Field(1.0, ge=0, description="CPUs that Ray reserves for each worker.")
-    worker_gpus: float = Field(0.0, ge=0, description="GPUs, or a fraction of one, that Ray reserves for each worker.")
+    worker_gpus: float | None = Field(
+        None, ge=0, description="GPUs, or a fraction of one, for each worker; 0: the CPU. Default: `serve` shares."
+    )
+    worker_devices: str | None = Field(
+        None, description="CUDA_VISIBLE_DEVICES of the workers. Default: the GPUs that `serve` leaves to them."
+    )
     ray_address: str | None = Field(None, description="A running Ray cluster; default: a private one, started here.")
     queue_limit: int = Field(256, ge=1, description="Videos that may wait for a worker before `queue_full`.")
     queue_share: float = Field(

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # One machine, no container: install once, then serve. Flags go to `f2l-vllm serve`, e.g.
-#   launch/local.sh HuggingFaceTB/SmolVLM2-500M-Video-Instruct --hypernetwork-workers 2 --worker-gpus 0.2 \
-#       --gpu-memory-utilization 0.6 --api-key "$KEY"
+#   launch/local.sh HuggingFaceTB/SmolVLM2-500M-Video-Instruct --hypernetwork-workers 2 --api-key "$KEY"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 make setup

@@ -30,10 +30,10 @@ def check_workers(settings: Settings, found: int) -> None:
         found: GPUs of this machine. They do not matter for a joined cluster: its GPUs come and go, and `/ready` says
             what is missing.
     """
-    for name, share in (("--worker-gpus", settings.worker_gpus), ("--worker-cpus", settings.worker_cpus)):
-        if 0 < share < _LEAST_SHARE:
-            raise ValueError(f"{name} {share:g} is less than Ray reserves: give 0, or {_LEAST_SHARE} or more")
-    share, workers = settings.worker_gpus, settings.hypernetwork_workers
+    share, workers = settings.worker_gpus or 0.0, settings.hypernetwork_workers
+    for name, share_of in (("--worker-gpus", share), ("--worker-cpus", settings.worker_cpus)):
+        if 0 < share_of < _LEAST_SHARE:
+            raise ValueError(f"{name} {share_of:g} is less than Ray reserves: give 0, or {_LEAST_SHARE} or more")
     if share > 1 and not share.is_integer():
         raise ValueError(f"--worker-gpus {share:g}: Ray shares one GPU, or gives whole ones; give {int(share)}")
     if not share or not workers or settings.ray_address is not None:
@@ -57,14 +57,13 @@ def check_engine(flags: Namespace, model: Path, found: int) -> None:
     stretched = text.get("rope_scaling") or os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") == "1"
     if length and longest and length > longest and not (stretched or hasattr(flags, "hf_overrides")):
         raise ValueError(f"--max-model-len {length}: the model was made for {longest} tokens at most")
-    tensor = getattr(flags, "tensor_parallel_size", None)
-    tensor = 1 if tensor is None else tensor
+    tensor = _tensor_parallel(flags)
     if tensor < 1:
         raise ValueError(f"--tensor-parallel-size {tensor} must be at least 1")
     if text["num_attention_heads"] % tensor:
         heads = f"the model's {text['num_attention_heads']} attention heads cannot be shared by {tensor}"
         raise ValueError(f"--tensor-parallel-size {tensor}: {heads}; give a divisor of their number")
-    world = tensor * getattr(flags, "pipeline_parallel_size", 1)
+    world = engine_gpus(flags)
     if found and is_one_machine(flags) and world > found:
         raise ValueError(
             f"the engine would need {world} GPUs, and this machine has {found}: lower what multiplies to it"
@@ -72,6 +71,16 @@ def check_engine(flags: Namespace, model: Path, found: int) -> None:
     slots, places = getattr(flags, "max_loras", None), getattr(flags, "max_cpu_loras", None)
     if slots and places and places < slots:
         raise ValueError(f"--max-cpu-loras {places} must be at least --max-loras, which is {slots}")
+
+
+def engine_gpus(flags: Namespace) -> int:
+    """How many GPUs the engine takes."""
+    return _tensor_parallel(flags) * int(getattr(flags, "pipeline_parallel_size", 1))
+
+
+def _tensor_parallel(flags: Namespace) -> int:
+    given = getattr(flags, "tensor_parallel_size", None)
+    return 1 if given is None else int(given)
 
 
 def is_one_machine(flags: Namespace) -> bool:

@@ -54,6 +54,7 @@ def doctor(launch: Callable[[], Launch]) -> None:
         table.add_row("data folder", f"{home} ({shutil.disk_usage(existing).free / 1e9:.0f} GB free)")
         table.add_row("model", planned.argv[4])
         table.add_row("hypernetwork", planned.env["F2L_HYPERNETWORK"])
+        table.add_row("workers", _workers(planned))
         table.add_row("serve runs", " ".join(planned.argv[3:]))
         checks.check_now(planned.settings, planned.flags)
     except ValueError as error:
@@ -66,6 +67,14 @@ def doctor(launch: Callable[[], Launch]) -> None:
     if problems:
         raise typer.Exit(1)
     console.print("[green]ready to serve[/]")
+
+
+def _workers(planned: Launch) -> str:
+    count, shares = planned.settings.hypernetwork_workers, planned.shares
+    if not count:
+        return "none"
+    where = "on the CPU" if not shares.worker else f"with {shares.worker:g} of a GPU each"
+    return f"{count} {where}" + (f" (of {shares.devices})" if shares.devices else "")
 
 
 def _device() -> tuple[str, str, str | None]:

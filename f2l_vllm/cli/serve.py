@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from f2l_vllm import logs, models, tracing
-from f2l_vllm.cli import checks, gpus
+from f2l_vllm.cli import checks, gpu_shares, gpus
 from f2l_vllm.cpu.plugin import MODE_VARIABLE, check_mode, engine_method, openmp_defaults
 from f2l_vllm.engine import defaults, flags
 from f2l_vllm.engine.defaults import refuse_flags
@@ -39,6 +39,7 @@ class Launch:
         flags: vLLM's flags that the user gave.
         workers: workers that load while the engine loads; None: workers wait until the engine has loaded.
         gpus: what this machine has.
+        shares: how engine and workers divide them.
     """
 
     argv: list[str]
@@ -47,6 +48,7 @@ class Launch:
     flags: Namespace
     workers: WorkerSpec | None
     gpus: gpus.Gpus
+    shares: gpu_shares.Shares
 
 
 def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
@@ -70,8 +72,9 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
     chosen, directory, config = inputs.settings, inputs.model, inputs.config
     rank = inputs.engine_rank(chosen_flags)
     found = gpus.find()
-    checks.check_workers(chosen, found.count)
     checks.check_engine(chosen_flags, directory, found.count)
+    shares = _shares(inputs, chosen_flags, found)
+    checks.check_workers(chosen, shares.devices.count(",") + 1 if shares.devices else found.count)
     given = {f"--{name.replace('_', '-')}" for name in vars(chosen_flags)}
     usual = {
         "--host": ["127.0.0.1"],
@@ -85,6 +88,7 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
             slots=getattr(chosen_flags, "max_loras", None),
             places=getattr(chosen_flags, "max_cpu_loras", None),
         ),
+        **({} if shares.engine is None else {"--gpu-memory-utilization": [f"{shares.engine:g}"]}),
     }
     server_keys = [os.environ.get("VLLM_API_KEY", ""), *(["given"] if "--api-key" in given else [])]
     Keys([key for key in server_keys if key], chosen.tenants)  # raises if the keys cannot work
@@ -99,6 +103,8 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
     env = {
         **settings,
         "F2L_HYPERNETWORK": str(inputs.hypernetwork),
+        **({"F2L_WORKER_GPUS": f"{shares.worker:g}"} if shares.worker and chosen.worker_gpus is None else {}),
+        **({"F2L_WORKER_DEVICES": shares.devices} if shares.devices and chosen.worker_devices is None else {}),
         "VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, *PLUGINS])),
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": os.environ.get(
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(defaults.KEEP_ALIVE_SECONDS)
@@ -113,9 +119,24 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
     }
     workers = None
     # On a GPU the workers wait: the engine first measures the free memory and takes its share.
-    if chosen.hypernetwork_workers and not found.count and chosen.ray_address is None:
+    if chosen.hypernetwork_workers and not shares.worker and chosen.ray_address is None:
         workers = inputs.workers(chosen_flags)
-    return Launch(argv, env, chosen, chosen_flags, workers, found)
+    return Launch(argv, env, chosen, chosen_flags, workers, found, shares)
+
+
+def _shares(inputs: Inputs, flags: Namespace, found: gpus.Gpus) -> gpu_shares.Shares:
+    settings = inputs.settings
+    if settings.ray_address is not None or not checks.is_one_machine(flags):
+        return gpu_shares.Shares(settings.worker_gpus or 0.0)  # whose GPUs the workers get is for the cluster to say
+    return gpu_shares.divide(
+        found,
+        workers=settings.hypernetwork_workers,
+        need=gpu_shares.worker_bytes(inputs.model, inputs.hypernetwork) if found.count else 0,
+        asked=settings.worker_gpus,
+        engine_gpus=checks.engine_gpus(flags),
+        utilization=getattr(flags, "gpu_memory_utilization", None),
+        has_own_limit=getattr(flags, "kv_cache_memory_bytes", None) is not None,
+    )
 
 
 def serve(launch: Launch) -> None:

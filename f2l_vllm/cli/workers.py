@@ -15,7 +15,7 @@ import threading
 from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -25,7 +25,7 @@ from prometheus_client import make_wsgi_app
 
 from f2l_vllm import logs
 from f2l_vllm.catalog.database import check_reachable
-from f2l_vllm.cli import checks, gpus
+from f2l_vllm.cli import checks, gpu_shares, gpus
 from f2l_vllm.pool.config import PoolConfig, prepare_ray
 from f2l_vllm.pool.messages import Event, Failed, Published, WorkerSpec
 from f2l_vllm.server import metrics
@@ -60,7 +60,12 @@ def plan(model: str, settings: dict[str, str], max_lora_rank: int | None = None)
     inputs = Inputs.read(model, settings)
     if not inputs.settings.hypernetwork_workers:
         raise ValueError("--hypernetwork-workers 0 is for servers: give 1 or more here")
-    checks.check_workers(inputs.settings, gpus.find().count)
+    found, chosen = gpus.find(), inputs.settings
+    checks.check_workers(chosen, found.count)
+    if found.count and chosen.worker_gpus is None and chosen.ray_address is None:
+        need, count = gpu_shares.worker_bytes(inputs.model, inputs.hypernetwork), chosen.hypernetwork_workers
+        share = gpu_shares.divide(found, workers=count, need=need, asked=None, engine_gpus=0).worker
+        inputs = replace(inputs, settings=chosen.model_copy(update={"worker_gpus": share}))
     return Workers(inputs.settings, inputs.workers(Namespace(max_lora_rank=max_lora_rank)), inputs.revision)
 
 

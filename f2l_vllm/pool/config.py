@@ -28,7 +28,7 @@ class PoolConfig:
         return cls(
             workers=settings.hypernetwork_workers if workers is None else workers,
             cpus=settings.worker_cpus,
-            gpus=settings.worker_gpus,
+            gpus=settings.worker_gpus or 0.0,
             ray_address=settings.ray_address,
             job_attempts=settings.job_attempts,
             job_seconds=settings.job_seconds,
@@ -42,5 +42,7 @@ def prepare_ray(settings: Settings) -> None:
     """Set what Ray reads from the environment when it is imported."""
     if settings.ray_address is None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for a cluster that nobody joins: all listen on loopback
+        if settings.worker_devices is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = settings.worker_devices
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # otherwise a lane that is slow to stop would start another Ray

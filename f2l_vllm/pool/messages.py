@@ -29,6 +29,7 @@ class WorkerSpec:
     store: str | None = None
     reserve_bytes: int | None = None
     decode: DecodeLimits = field(default_factory=DecodeLimits)
+    gpus: float = 0.0  # for this worker; 0: it computes on the CPU
 
     @classmethod
     def of(cls, settings: Settings, *, model: Path, hypernetwork: Path, rank: int, max_rank: int) -> WorkerSpec:
@@ -47,6 +48,7 @@ class WorkerSpec:
             reading=replace(settings.reading, max_chunks=max_rank // rank - 1),
             batch_tokens=settings.batch_tokens,
             decode=settings.decode_limits,
+            gpus=settings.worker_gpus or 0.0,
         )
 
 

@@ -41,13 +41,17 @@ class HypernetworkWorker:
 
         from f2l_vllm.hypernetwork.adapter_check import AdapterCheck
         from f2l_vllm.hypernetwork.internalizer import Internalizer
+        from f2l_vllm.pool.device import take_device
         from f2l_vllm.video.decoder import IsolatedDecoder
 
         torch.set_num_threads(max(1, spec.threads))
+        device = take_device(spec.gpus)
         self._spec = spec
         self._store = open_store(spec.home, url=spec.store, reserve_bytes=spec.reserve_bytes)
         self._shapes = BaseShapes.read(spec.model)
-        self._internalizer = Internalizer.load(spec.model, spec.hypernetwork, limits=spec.limits, reading=spec.reading)
+        self._internalizer = Internalizer.load(
+            spec.model, spec.hypernetwork, device, limits=spec.limits, reading=spec.reading
+        )
         self._decoder = self._internalizer.decoder = IsolatedDecoder(spec.decode)
         self._check = AdapterCheck(self._internalizer.model, self._internalizer.processor.tokenizer)
         self._cancelled: set[str] = set()
