@@ -68,6 +68,12 @@ def check_engine(flags: Namespace, model: Path, found: int) -> None:
         raise ValueError(
             f"the engine would need {world} GPUs, and this machine has {found}: lower what multiplies to it"
         )
+    dtype = getattr(flags, "dtype", None)
+    if found and dtype in ("float32", "float"):
+        raise ValueError(
+            f"--dtype {dtype}: on a GPU vLLM computes adapters in bfloat16 or float16 only (its LoRA kernels); leave "
+            "the flag out"
+        )
     slots, places = getattr(flags, "max_loras", None), getattr(flags, "max_cpu_loras", None)
     if slots and places and places < slots:
         raise ValueError(f"--max-cpu-loras {places} must be at least --max-loras, which is {slots}")

@@ -57,7 +57,8 @@ def install_residency() -> None:
 
     @functools.wraps(EngineCore.collective_rpc)
     def collective_rpc(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _residency(self).doubt()
+        if hasattr(self, "scheduler"):  # else the engine is being made and has no adapters yet
+            _residency(self).doubt()
         return stock_collective_rpc(self, *args, **kwargs)
 
     for method in (add_request, add_lora, remove_lora, pin_lora, collective_rpc):

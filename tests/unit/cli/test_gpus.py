@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -95,6 +97,22 @@ def test_hidden_gpus_are_not_looked_for_by_vllm(monkeypatch: pytest.MonkeyPatch)
     assert "F2L_CPU_PLATFORM" not in elsewhere.env
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert "F2L_CPU_PLATFORM" not in plan("f2l-tiny", {}, []).env
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float"])
+def test_a_dtype_that_vllms_lora_kernels_do_not_take_is_refused_on_a_gpu(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = Path(find_spec("vllm").submodule_search_locations[0]) / "lora" / "ops" / "triton_ops"
+    for name in ("lora_shrink_op.py", "lora_expand_op.py"):
+        assert "assert weight.dtype in [torch.float16, torch.bfloat16]" in (kernels / name).read_text()
+    Driver().install(monkeypatch)
+    for flags in (["--dtype", "bfloat16"], ["--dtype", "auto"], []):
+        plan("f2l-tiny", {}, flags)
+    with pytest.raises(ValueError, match=f"--dtype {dtype}: on a GPU"):
+        plan("f2l-tiny", {}, ["--dtype", dtype])
+    monkeypatch.setenv("F2L_CPU_PLATFORM", "1")
+    plan("f2l-tiny", {}, ["--dtype", dtype])
 
 
 def test_a_driver_that_does_not_answer_is_said_and_not_taken_for_a_machine_without_one(

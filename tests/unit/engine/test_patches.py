@@ -2,6 +2,7 @@
 
 import inspect
 from inspect import signature
+from types import SimpleNamespace
 
 import pytest
 from vllm.lora.model_manager import AdapterLRUCache, LoRAModelManager, LRUCacheLoRAModelManager
@@ -36,6 +37,18 @@ def test_every_request_enters_through_add_request():
     for name in ("add_lora", "remove_lora", "pin_lora", "collective_rpc"):
         assert name not in vars(EngineCoreProc)
     assert "getattr(self, method_name)" in inspect.getsource(EngineCoreProc._handle_client_request)
+
+
+def test_workers_are_called_before_there_is_a_scheduler():
+    """`--max-model-len auto` tells them a shorter length while the engine is made."""
+    source = inspect.getsource(EngineCore._initialize_kv_caches)
+    assert 'self.collective_rpc("update_max_model_len"' in source
+    init = inspect.getsource(EngineCore.__init__)
+    assert init.index("self._initialize_kv_caches(") < init.index("self.scheduler:")
+    plugin.register()
+    engine = EngineCore.__new__(EngineCore)
+    engine.model_executor = SimpleNamespace(collective_rpc=lambda *call: call)
+    assert engine.collective_rpc("update_max_model_len", args=(64,)) == ("update_max_model_len", None, (64,), None)
 
 
 def test_what_crosses_to_the_engine_is_made_into_what_annotations_say():
