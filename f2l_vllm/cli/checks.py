@@ -16,10 +16,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from f2l_vllm.catalog.database import check_reachable
+from f2l_vllm.engine.defaults import is_on_one_machine
 from f2l_vllm.settings import SERVER_LOCK, Settings
 
 _LEAST_SHARE = 0.0001  # of a GPU or CPU: Ray knows no smaller share
-_ELSEWHERE = ("ray", "external_launcher")  # executors that may use GPUs of other machines
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 
 
@@ -64,7 +64,7 @@ def check_engine(flags: Namespace, model: Path, found: int) -> None:
         heads = f"the model's {text['num_attention_heads']} attention heads cannot be shared by {tensor}"
         raise ValueError(f"--tensor-parallel-size {tensor}: {heads}; give a divisor of their number")
     world = engine_gpus(flags)
-    if found and is_one_machine(flags) and world > found:
+    if found and is_on_one_machine(flags) and world > found:
         raise ValueError(
             f"the engine would need {world} GPUs, and this machine has {found}: lower what multiplies to it"
         )
@@ -87,11 +87,6 @@ def engine_gpus(flags: Namespace) -> int:
 def _tensor_parallel(flags: Namespace) -> int:
     given = getattr(flags, "tensor_parallel_size", None)
     return 1 if given is None else int(given)
-
-
-def is_one_machine(flags: Namespace) -> bool:
-    """Whether the engine's workers all run on this machine."""
-    return getattr(flags, "nnodes", 1) == 1 and getattr(flags, "distributed_executor_backend", "") not in _ELSEWHERE
 
 
 def check_paths(flags: Namespace) -> None:

@@ -115,7 +115,7 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
         **openmp_defaults(os.environ),
         **({} if found.count else engine_method(os.environ)),
         # vLLM looks for a platform among all GPUs of the driver, and would fail on hidden ones.
-        **({MODE_VARIABLE: "1"} if found.are_hidden and checks.is_one_machine(chosen_flags) else {}),
+        **({MODE_VARIABLE: "1"} if found.are_hidden and defaults.is_on_one_machine(chosen_flags) else {}),
     }
     workers = None
     # On a GPU the workers wait: the engine first measures the free memory and takes its share.
@@ -126,7 +126,7 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
 
 def _shares(inputs: Inputs, flags: Namespace, found: gpus.Gpus) -> gpu_shares.Shares:
     settings = inputs.settings
-    if settings.ray_address is not None or not checks.is_one_machine(flags):
+    if settings.ray_address is not None or not defaults.is_on_one_machine(flags):
         return gpu_shares.Shares(settings.worker_gpus or 0.0)  # whose GPUs the workers get is for the cluster to say
     return gpu_shares.divide(
         found,

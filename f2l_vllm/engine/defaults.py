@@ -13,10 +13,13 @@ from typing import Any
 from f2l_vllm.hypernetwork.ranks import advice
 
 SEQUENCES = 32
-"""Requests in a step, and slots for adapters.
+"""Slots for adapters and, without a GPU, requests in a step.
 
 As many slots as requests: the scheduler skips a request whose adapter finds no free slot
-(`v1/core/sched/scheduler.py`), so with fewer slots a rarely asked video waits behind those asked often.
+(`v1/core/sched/scheduler.py`), so with fewer slots a rarely asked video waits behind those asked often. A GPU, though,
+needs more requests in a step than that to be busy, and vLLM captures CUDA graphs for batches up to a multiple of their
+number (`config/vllm.py`): there vLLM's own number stays, which goes by the GPU, and questions about more than 32 videos
+at a time wait for a slot.
 
 No more than 32: a slot takes memory even when unused (at rank 64, 14.4 MB for the 500M shape and 31.5 MB for 2.2B), and
 on a GPU every LoRA kernel of a step is launched for all slots (`lora/ops/triton_ops/lora_shrink_op.py`: the grid has
@@ -32,6 +35,9 @@ KEEP_ALIVE_SECONDS = 75
 using a connection after the same time (`httpx/_config.py`, `keepalive_expiry`): a question sent at that moment finds it
 closed. With 32 connections idle for 4.97 s, 42 of 800 questions failed with "Connection error" at `max_retries=0`; with
 this value none."""
+
+
+_ELSEWHERE = ("ray", "external_launcher")  # executors that may use other machines
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,16 @@ def refuse_flags(args: Any) -> None:
             raise ValueError(f"--{name}: videos are served over HTTP by this process; leave the flag out")
 
 
+def is_on_one_machine(parallel: Any) -> bool:
+    """Whether the engine's workers all run on the API server's machine, so that they find what it keeps in `/dev/shm`.
+
+    Args:
+        parallel: vLLM's arguments, all or only the given ones, or its `ParallelConfig`.
+    """
+    executor = getattr(parallel, "distributed_executor_backend", None)
+    return getattr(parallel, "nnodes", 1) == 1 and executor not in _ELSEWHERE
+
+
 def engine_flags(
     *,
     rank: int,
@@ -105,8 +121,9 @@ def engine_flags(
         "--lora-target-modules": sorted(modules),
         "--max-loras": [str(slots)],
         "--max-cpu-loras": [str(max(HOST_ADAPTERS, slots))],
-        "--max-num-seqs": [str(SEQUENCES)],
     }
+    if not has_gpu:
+        flags["--max-num-seqs"] = [str(SEQUENCES)]
     if is_small and not has_gpu:
         # The model is so small that fp32 costs nothing, and processors without fast bf16 need not emulate it.
         flags["--dtype"] = ["float32"]

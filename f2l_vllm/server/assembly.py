@@ -96,7 +96,8 @@ def open_service(
         settings.data_folder,
         url=settings.store,
         cache_bytes=settings.cache_bytes,
-        hot_bytes=settings.hot_bytes,
+        # On another machine an engine's worker finds the data folder, if that is shared, and not this one's memory.
+        hot_bytes=settings.hot_bytes if vllm_api.is_on_one_machine(engine_client) else 0,
         reserve_bytes=settings.reserve_bytes,
     )
     catalog = Catalog(settings.catalog_url)

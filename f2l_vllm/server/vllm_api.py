@@ -23,6 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from vllm.lora.request import LoRARequest
 
 from f2l_vllm import logs
+from f2l_vllm.engine import defaults
 from f2l_vllm.engine.defaults import EngineLimits, refuse_flags
 from f2l_vllm.engine.residency import FIRST_ADAPTER_ID
 from f2l_vllm.settings import Settings, listed, refuse_environment
@@ -71,6 +72,11 @@ def engine_limits(engine_client: Any) -> EngineLimits:
     modules = getattr(config, "target_modules", None)
     slots = config.max_cpu_loras or config.max_loras
     return EngineLimits(config.max_lora_rank, slots, frozenset(modules) if modules else None)
+
+
+def is_on_one_machine(engine_client: Any) -> bool:
+    """Whether the engine's workers run on this machine. Read from `engine_client.vllm_config.parallel_config`."""
+    return defaults.is_on_one_machine(engine_client.vllm_config.parallel_config)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What `launch/compose.yaml` starts is a command that `f2l-vllm` takes."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 import yaml
+from vllm import envs
 
 from f2l_vllm.cli import main
 from tests.support import ROOT
@@ -38,3 +40,16 @@ def test_each_device_has_a_service_and_a_stage(device):
     assert service["build"].get("args", {}).get("DEVICE", "gpu") == device
     assert f" AS base-{device}\n" in DOCKERFILE
     assert words(device)[0] == "serve"
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
+def test_what_is_compiled_outlives_a_container(device):
+    compose = yaml.safe_load((ROOT / "launch" / "compose.yaml").read_text())
+    mounts = dict(mount.rsplit(":", 1)[::-1] for mount in compose["services"][device]["volumes"])
+    named = dict(word.split("=", 1) for word in re.findall(r"\b(?:VLLM_CACHE_ROOT|TRITON_CACHE_DIR)=\S+", DOCKERFILE))
+    assert set(named) == {"VLLM_CACHE_ROOT", "TRITON_CACHE_DIR"}
+    for name, folder in named.items():
+        volume = mounts["/" + folder.split("/")[1]]
+        assert volume in compose["volumes"], name
+        assert re.search(rf"install -d -o 1000 .*/{folder.split('/')[1]}\b", DOCKERFILE)  # a new volume takes its owner
+    assert "VLLM_CACHE_ROOT" in inspect.getsource(envs)

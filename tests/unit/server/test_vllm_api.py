@@ -14,7 +14,7 @@ import uvicorn
 from model_hosting_container_standards.logging_config import configure_root_logger
 from starlette.datastructures import State
 from starlette.testclient import TestClient
-from vllm.config import CacheConfig, LoRAConfig, ModelConfig
+from vllm.config import CacheConfig, LoRAConfig, ModelConfig, ParallelConfig
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse, AnthropicStreamEvent
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages, wrap_data_with_event
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
@@ -451,6 +451,13 @@ def test_an_engine_without_lora_is_refused():
     engine = Namespace(vllm_config=Namespace(lora_config=None))
     with pytest.raises(ValueError, match="--enable-lora"):
         vllm_api.engine_limits(engine)
+
+
+@pytest.mark.parametrize(("executor", "one"), [("uni", True), ("mp", True), ("ray", False)])
+def test_adapters_are_kept_in_this_machines_memory_only_if_all_workers_are_here(executor, one):
+    parallel = ParallelConfig()
+    parallel.distributed_executor_backend = executor
+    assert vllm_api.is_on_one_machine(Namespace(vllm_config=Namespace(parallel_config=parallel))) is one
 
 
 def test_an_engine_that_would_not_attach_an_adapter_is_refused():
