@@ -132,5 +132,6 @@ def engine_flags(
 
 # Left at vLLM's default, which is off, and refused by `refuse_flags`:
 # --specialize-active-lora launches LoRA kernels for the number of adapters in a step, rounded up to what CUDA graphs
-# were captured for (`lora/ops/triton_ops/lora_kernel_metadata.py`). Nobody here has verified on a GPU that a batch of
-# requests with and without adapters keeps every adapter under it; if one were lost, the base model would answer.
+# were captured for. That number counts adapters (`v1/worker/gpu/lora_utils.py`); the kernels' list of a step that also
+# has base rows begins with "none" (`lora/ops/triton_ops/lora_kernel_metadata.py`), so the last adapter gets no layer of
+# blocks and its rows are answered by the base model. `unit/engine/test_v2_runner.py` shows it.

@@ -2,10 +2,19 @@
 
 import inspect
 import re
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]  # of the repository
+
+
+def module_source(name: str) -> str:
+    """The text of a module, which is not loaded."""
+    spec = find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).read_text()
 
 
 def source_of(kind: type) -> str:
