@@ -22,7 +22,7 @@ def embed_frames(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     mask = batch.get("pixel_attention_mask")
     tokens: Tensor = inner.get_image_features(
         pixel_values=batch["pixel_values"].to(parameter.device, parameter.dtype),
-        pixel_attention_mask=None if mask is None else mask.to(parameter.device),
+        pixel_attention_mask=None if mask is None else mask.bool().to(parameter.device),
     ).pooler_output
     return tokens
 

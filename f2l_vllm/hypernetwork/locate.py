@@ -45,16 +45,35 @@ def _choose(names: list[str], ref: str, base_model: str | None) -> str:
 
 
 def _download(ref: str, base_model: str | None) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     owner, name, *rest = ref.split("/", 2)
     repo_id = f"{owner}/{name}"
     try:
-        chosen = rest[0] if rest else _choose(HfApi().list_repo_files(repo_id), ref, base_model)
+        chosen = rest[0] if rest else _choose(_names(repo_id), ref, base_model)
         patterns = [chosen] if chosen else ["config.json", "model.safetensors"]
         return Path(snapshot_download(repo_id, allow_patterns=patterns)) / chosen
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ValueError(
             f"No file or directory {ref!r} here, and the Hugging Face repository could not be read: {error}"
         ) from error
+
+
+def _names(repo_id: str) -> list[str]:
+    """The files of a hub repository or, if the hub cannot be asked, of its snapshot in the cache.
+
+    Raises:
+        OSError: the hub cannot be asked, and nothing is in the cache.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return [file.rfilename for file in HfApi().model_info(repo_id).siblings or ()]
+    except Exception as error:  # also those of the HTTP library, which is another one in each version of the hub's
+        try:
+            cached = Path(snapshot_download(repo_id, local_files_only=True, allow_patterns=[]))
+        except LocalEntryNotFoundError:
+            raise OSError(str(error)) from error
+        return [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]

@@ -154,7 +154,8 @@ class SmolVLMVideoMultiModalProcessor(SmolVLMMultiModalProcessor):
         dtype = self.info.ctx.model_config.dtype
         return {
             "pixel_values_videos": torch.cat([output["pixel_values"][0] for output in outputs]).to(dtype),
-            "pixel_attention_mask_videos": torch.cat([output["pixel_attention_mask"][0] for output in outputs]),
+            # The processor's have eight bytes a pixel, more than the pixels themselves in bf16.
+            "pixel_attention_mask_videos": torch.cat([output["pixel_attention_mask"][0].bool() for output in outputs]),
             "num_frames": torch.tensor([output["pixel_values"].shape[1] for output in outputs]),
         }
 

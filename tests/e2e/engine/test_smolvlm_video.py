@@ -148,7 +148,8 @@ def test_prompt_and_pixels_equal_those_of_transformers(
     assert given["prompt_token_ids"] == expected["input_ids"][0].tolist()
     pixels = given["mm_kwargs"]["video"][0].get_data()
     assert torch.equal(pixels["pixel_values_videos"], expected["pixel_values"][0])
-    assert torch.equal(pixels["pixel_attention_mask_videos"], expected["pixel_attention_mask"][0])
+    assert pixels["pixel_attention_mask_videos"].dtype == torch.bool  # a byte a pixel
+    assert torch.equal(pixels["pixel_attention_mask_videos"], expected["pixel_attention_mask"][0].bool())
 
 
 def test_placeholders_hold_one_embedding_per_image_token(

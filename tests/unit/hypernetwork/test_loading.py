@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,7 +127,8 @@ def test_a_hub_reference_downloads_only_the_chosen_file(tmp_path: Path, monkeypa
         shutil.copy(GOLDEN, tmp_path / allow_patterns[0])
         return str(tmp_path)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo_id: names)
+    held = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repo_id: held)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert Hypernetwork.load("owner/ckpts", base_model="x/SmolVLM2-500M").config.rank == 4
     assert asked == {"repo_id": "owner/ckpts", "patterns": ["a-500m.pt"]}
@@ -139,7 +141,7 @@ def test_an_unreachable_hub_is_explained(monkeypatch: pytest.MonkeyPatch) -> Non
     def offline(*_args: object, **_kwargs: object) -> None:
         raise OSError("no route to host")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", offline)
     with pytest.raises(ValueError, match=r"No file or directory 'owner/ckpts' here.*no route to host"):
         Hypernetwork.load("owner/ckpts")
 
