@@ -15,6 +15,7 @@ TOGETHER = 0.92
 _LEAST = 0.1  # of a GPU, for a worker that was given no share: what long videos need has room on a large one
 _UNKNOWN = 0.3  # the same where the driver does not tell the memory
 _ENGINE_LEAST = 0.2  # below that there is hardly a GPU on which an engine starts
+_ENGINE_BYTES = 1 << 30  # for an engine, beside its model: adapters, graphs, a small cache
 _PASS_BYTES = 2 << 30  # for computing, and for CUDA itself; an estimate: no GPU was at hand
 
 
@@ -40,6 +41,7 @@ def divide(
     need: int,
     asked: float | None,
     engine_gpus: int,
+    engine_need: int = 0,
     utilization: float | None = None,
     has_own_limit: bool = False,
 ) -> Shares:
@@ -53,6 +55,7 @@ def divide(
         need: what a worker takes, `worker_bytes`.
         asked: `--worker-gpus`; None: not given.
         engine_gpus: how many GPUs the engine takes; 0: there is no engine here.
+        engine_need: what the engine takes at least, on all its GPUs together: `engine_bytes`.
         utilization: `--gpu-memory-utilization`; None: not given.
         has_own_limit: the operator bounds the engine's memory in another way, `--kv-cache-memory-bytes`.
 
@@ -62,6 +65,7 @@ def divide(
     if not (workers and found.count) or asked == 0:
         return Shares(asked or 0.0)
     least = need / found.bytes if found.bytes else 0.0
+    engine_least = max(_ENGINE_LEAST, engine_need / (found.bytes * max(1, engine_gpus)) if found.bytes else 0.0)
     free = found.ids[engine_gpus:]
     if free:
         worker = asked or _down(1 / math.ceil(workers / len(free)))
@@ -77,13 +81,13 @@ def divide(
         return Shares(asked)
     if asked is not None:
         engine = _down(TOGETHER - workers * asked)
-        if engine < _ENGINE_LEAST:
+        if engine < engine_least:
             raise ValueError(
                 f"{workers} x --worker-gpus {asked:g} leaves the engine no room on the GPU that they share: lower "
                 "--worker-gpus or --hypernetwork-workers"
             )
         return Shares(asked, None if has_own_limit else engine)
-    fair = _down((TOGETHER - _ENGINE_LEAST) / workers)
+    fair = _down((TOGETHER - engine_least) / workers)
     usual = max(_up(least), min(_LEAST if found.bytes else _UNKNOWN, fair))
     if utilization is not None:
         usual = min(usual, _down((1 - utilization) / workers))
@@ -91,16 +95,24 @@ def divide(
             raise ValueError(_too_many(workers, need, found, f"what --gpu-memory-utilization {utilization:g} leaves"))
         return Shares(usual)
     engine = _down(TOGETHER - workers * usual)
-    if engine < _ENGINE_LEAST:
+    if engine < engine_least:
         raise ValueError(_too_many(workers, need, found, "what the engine leaves"))
     return Shares(usual, None if has_own_limit else engine)
 
 
 def worker_bytes(model: Path, hypernetwork: Path) -> int:
     """What a worker takes of a GPU: the model in bf16, the hypernetwork in fp32, and room to compute."""
-    files = [path for path in model.iterdir() if path.suffix in (".safetensors", ".bin")]
     own = hypernetwork / "model.safetensors" if hypernetwork.is_dir() else hypernetwork
-    return 2 * sum(map(_numbers, files)) + 4 * _numbers(own) + _PASS_BYTES
+    return _model_bytes(model) + 4 * _numbers(own) + _PASS_BYTES
+
+
+def engine_bytes(model: Path) -> int:
+    """What an engine takes of a GPU at least: the model in bf16, and what is beside it."""
+    return _model_bytes(model) + _ENGINE_BYTES
+
+
+def _model_bytes(model: Path) -> int:
+    return 2 * sum(_numbers(path) for path in model.iterdir() if path.suffix in (".safetensors", ".bin"))
 
 
 def _numbers(path: Path) -> int:

@@ -74,6 +74,7 @@ def test_the_sum_is_what_vllm_takes_for_itself() -> None:
         (gpu(24, 2), 3, {}, Shares(0.33, None, "1")),
         (gpu(24, 2), 1, {"asked": 0.5}, Shares(0.5, None, "1")),
         (gpu(24, 2), 1, {"engine_gpus": 2}, Shares(0.17, 0.75)),
+        (gpu(12, 2), 1, {"engine_gpus": 2, "engine_need": 9 * GIB}, Shares(0.34, 0.58)),
         (Gpus(("3", "1"), 24 * GIB, 4), 1, {}, Shares(1.0, None, "1")),
         (gpu(24), 2, {"engine_gpus": 0}, Shares(0.5)),  # workers alone
     ],
@@ -86,6 +87,8 @@ def test_a_machine_is_divided(found: Gpus, many: int, given: dict[str, Any], sha
     ("found", "many", "given", "sentence"),
     [
         (gpu(24), 5, {}, "what the engine leaves"),
+        (gpu(12), 1, {"engine_need": 9 * GIB}, "what the engine leaves"),
+        (gpu(12), 1, {"asked": 0.4, "engine_need": 9 * GIB}, "leaves the engine no room"),
         (gpu(8), 1, {"need": LARGE}, "--worker-gpus 0"),
         (gpu(24), 1, {"utilization": 0.92}, "what --gpu-memory-utilization 0.92 leaves"),
         (gpu(24), 2, {"utilization": 0.6, "asked": 0.3}, "0.6 and 2 x --worker-gpus 0.3 are more than the GPU"),
