@@ -23,6 +23,7 @@ from f2l_vllm.hypernetwork.batching import group_by_length, run_groups
 from f2l_vllm.hypernetwork.encoder import VideoEncoder, pad_mask
 from f2l_vllm.hypernetwork.fit import check_fit
 from f2l_vllm.hypernetwork.model import Hypernetwork
+from f2l_vllm.hypernetwork.precision import reading_dtype
 from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.video.chunks import ChunkedVideo, Chunking, cut_video
 from f2l_vllm.video.decoder import Decoder
@@ -118,8 +119,8 @@ class Internalizer:
             model_ref: directory or Hugging Face id of a base model.
             hypernetwork_ref: what `Hypernetwork.load` reads.
             device: when None, a GPU if there is one, else the CPU.
-            dtype: of the model; its checkpoint's own when None. The hypernetwork always computes in fp32: it is a small
-                part of the work, and its output is published.
+            dtype: of the model; when None, bf16 on a GPU and its checkpoint's own elsewhere. The hypernetwork always
+                computes in fp32: it is a small part of the work, and its output is published.
 
         Raises:
             ValueError: something cannot be read, or the parts do not fit together.
@@ -128,9 +129,10 @@ class Internalizer:
 
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        read_in = dtype or reading_dtype(torch.device(device)) or "auto"
         hyper = Hypernetwork.load(hypernetwork_ref, base_model=str(model_ref))
         try:
-            model: nn.Module = AutoModelForImageTextToText.from_pretrained(str(model_ref), dtype=dtype or "auto")
+            model: nn.Module = AutoModelForImageTextToText.from_pretrained(str(model_ref), dtype=read_in)
             processor = AutoProcessor.from_pretrained(str(model_ref))
         except OSError as error:
             raise ValueError(f"The base model {str(model_ref)!r} cannot be loaded: {error}") from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from f2l_vllm.hypernetwork.precision import use_tf32
+
 _CONTEXT_BYTES = 1 << 29  # what CUDA keeps in a process beside torch's memory
 
 
@@ -23,6 +25,7 @@ def take_device(gpus: float) -> torch.device:
             "--worker-gpus 0 workers compute on the CPU"
         )
     device = torch.device("cuda", 0)
+    use_tf32()
     if gpus < 1:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(memory_fraction(gpus, total), device)
