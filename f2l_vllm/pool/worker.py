@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _STATES = {"decode": VideoState.DECODING, "encode": VideoState.ENCODING, "generate": VideoState.ENCODING}
 
 
+_TOO_LARGE = Failed("not_enough_memory", "the worker has not enough memory for this video, even alone")
+
+
 class _GivenUp(Exception):
     """A job was cancelled in the middle."""
 
@@ -86,6 +89,8 @@ class HypernetworkWorker:
             self._decoder.stop()
 
     def _alone(self, name: str, video: str) -> Iterator[Event]:
+        import torch
+
         from f2l_vllm.video.decoder import DecoderStopped
         from f2l_vllm.video.errors import VideoError
 
@@ -110,6 +115,9 @@ class HypernetworkWorker:
         except FileNotFoundError:
             _raise_unless_deleted(path)
             yield Cancelled()
+            return
+        except torch.OutOfMemoryError:  # of a GPU, of which the worker has the same share at each attempt
+            yield _TOO_LARGE
             return
         except VideoError as error:
             yield Failed(error.code, str(error))
@@ -165,7 +173,7 @@ class HypernetworkWorker:
             adapters = error.adapters
         for name, adapter in zip(videos, adapters, strict=True):
             if adapter is None:
-                yield name, Failed("not_enough_memory", "the worker has not enough memory for this video, even alone")
+                yield name, _TOO_LARGE
                 continue
             yield name, Progress(VideoState.PUBLISHING, 0.0)
             adapter.info = adapter.info.decoded_in((decoded - started) / len(jobs))

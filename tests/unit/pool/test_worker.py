@@ -4,6 +4,7 @@ import hashlib
 import shutil
 
 import pytest
+import torch
 
 from f2l_vllm.pool.messages import Failed, Published, WorkerSpec
 from f2l_vllm.pool.worker import HypernetworkWorker
@@ -25,6 +26,25 @@ def worker(hypernetwork_model, tmp_path):
     made = HypernetworkWorker(spec)
     yield made
     made._decoder.close()
+
+
+def test_a_video_too_large_for_the_workers_gpu_fails_once_and_the_next_is_made(worker, tmp_path, monkeypatch):
+    path, store = write_video(tmp_path / "v.mp4", frames=10, fps=2), Store(tmp_path / "home")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    copy = store.temporary()
+    shutil.copy(path, copy)
+    store.keep_video(copy, sha256)
+
+    def too_large(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(worker._internalizer.encoder, "read", too_large)
+        *_, (_, failed) = worker.internalize([("f2l-1", sha256)])
+    assert isinstance(failed, Failed)
+    assert failed.code == "not_enough_memory"
+    *_, (_, published) = worker.internalize([("f2l-1", sha256)])
+    assert isinstance(published, Published)
 
 
 def test_a_video_too_long_for_the_model_fails_alone_and_the_others_go_on(worker, tmp_path):
