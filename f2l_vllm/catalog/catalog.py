@@ -62,6 +62,7 @@ from f2l_vllm.catalog.transactions import (
     move,
     standing,
 )
+from f2l_vllm.catalog.uploads import Uploads
 
 __all__ = ["Catalog", "QueueFull", "QuotaExceeded", "Removal"]
 
@@ -96,7 +97,7 @@ class Removal:
         return any(one.is_video for one in self.doomed)
 
 
-class Catalog(Adoption, Batches, Duties, Jobs, Keys, Published, Servers, Tombstones):
+class Catalog(Adoption, Batches, Duties, Jobs, Keys, Published, Servers, Tombstones, Uploads):
     """Files, adapters, jobs and keys in one database."""
 
     # Files

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from sqlalchemy import Column, Connection, MetaData, String, Table, insert, inspect, select, text
 
-from f2l_vllm.catalog.batch_tables import metadata  # with every table
 from f2l_vllm.catalog.notices import create_triggers
+from f2l_vllm.catalog.upload_tables import metadata  # with every table
 
 logger = logging.getLogger(__name__)
 

@@ -54,7 +54,8 @@ class _Info(TypeDecorator[AdapterInfo]):
 VIDEO, ADAPTER, KEY = "video", "adapter", "key"  # kinds of tombstones
 LATE = "late"  # another: the adapter of an attempt that was given up and may still put it into the store
 LONGEST_TENANT, LONGEST_LABEL = 128, 64
-DOCUMENTS = ("batch", "batch_output")  # purposes of files that are no videos; such a file's adapter has no name
+# Purposes of files that are no videos and have no adapter.
+DOCUMENTS = ("batch", "batch_output", "upload_part")
 metadata = MetaData()
 Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite autoincrements INTEGER columns only
 

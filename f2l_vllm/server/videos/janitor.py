@@ -67,6 +67,7 @@ class Janitor:
             return
         await self._write(self._catalog.purge, self._catalog.now() - _GONE_SECONDS)
         await self._write(self._catalog.purge_batches)
+        await self._write(self._catalog.purge_uploads)
         await self._keeper.bury(await self._write(self._catalog.drop_abandoned))
         await self._write(self._catalog.reopen_late)
         self._cleaned = time.monotonic()

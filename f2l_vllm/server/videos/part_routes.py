@@ -6,6 +6,7 @@ Source: OpenAI API reference, Uploads.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from http import HTTPStatus
 from typing import Any
 from weakref import WeakValueDictionary
@@ -14,9 +15,10 @@ from fastapi import Request
 from pydantic import BaseModel, Field
 
 from f2l_vllm.catalog.tables import Upload
+from f2l_vllm.catalog.upload_tables import PartialUpload
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.tenants import tenant_of
-from f2l_vllm.server.videos.parts import PART_BYTES, PartialUpload
+from f2l_vllm.server.videos.parts import PART_BYTES, check_pending
 from f2l_vllm.server.videos.routes import file_object, router, service
 from f2l_vllm.server.videos.service import VideoService
 from f2l_vllm.server.videos.uploads import check_size, expiry_of, inspect, purpose_of, receive_part, shown_name
@@ -58,22 +60,21 @@ async def begin_upload(given: NewUpload, request: Request) -> dict[str, Any]:
     check_size(purpose, given.bytes, videos.settings)
     videos.check_room(given.bytes)
     await _check_quota(videos, tenant, given.bytes)
-    return upload_object(await asyncio.to_thread(videos.parts.begin, tenant, given.bytes, name, purpose, expiry))
+    return upload_object(await videos.parts.begin(tenant, given.bytes, name, purpose, expiry))
 
 
 @router.post("/v1/uploads/{upload_id}/parts")
 async def add_part(upload_id: str, request: Request) -> dict[str, Any]:
     """Keep one part. Parts may come in any order, at the same time, and again."""
     videos, tenant = service(request), tenant_of(request)
-    upload = await asyncio.to_thread(videos.parts.pending, upload_id, tenant)
+    upload = await videos.parts.pending(upload_id, tenant)
     temporary = videos.store.temporary()
     try:
         sha256 = await receive_part(request, temporary, min(PART_BYTES, upload.bytes), videos.check_room)
-        async with _lock(upload_id):
-            upload = await asyncio.to_thread(videos.parts.pending, upload_id, tenant)
-            part_id = await asyncio.to_thread(videos.parts.add, upload, temporary, sha256)
+        upload = await videos.parts.pending(upload_id, tenant)
+        part_id = await videos.parts.add(upload, temporary, sha256)
     finally:
-        videos.store.discard(temporary)
+        await asyncio.to_thread(videos.store.discard, temporary)
     return {
         "id": part_id,
         "object": "upload.part",
@@ -87,7 +88,7 @@ async def complete_upload(upload_id: str, given: Completion, request: Request) -
     """Make a file of the parts, as an upload in one piece does; a second time answers with the same file."""
     videos, tenant = service(request), tenant_of(request)
     async with _lock(upload_id):
-        upload = await asyncio.to_thread(videos.parts.find, upload_id, tenant)
+        upload = await videos.parts.find(upload_id, tenant)
         if upload.status != "completed":
             upload = await _complete(videos, upload, given)
         file_id = upload.file_id or ""
@@ -100,8 +101,10 @@ async def cancel_upload(upload_id: str, request: Request) -> dict[str, Any]:
     """Drop the parts."""
     videos, tenant = service(request), tenant_of(request)
     async with _lock(upload_id):
-        upload = await asyncio.to_thread(videos.parts.pending, upload_id, tenant)
-        return upload_object(await asyncio.to_thread(videos.parts.end, upload, "cancelled"))
+        ended = await videos.parts.end(await videos.parts.pending(upload_id, tenant), "cancelled")
+    if ended.status != "cancelled":  # another server has completed it meanwhile
+        check_pending(ended)
+    return upload_object(ended)
 
 
 def upload_object(upload: PartialUpload, file: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -120,18 +123,24 @@ def upload_object(upload: PartialUpload, file: dict[str, Any] | None = None) -> 
 
 
 async def _complete(videos: VideoService, upload: PartialUpload, given: Completion) -> PartialUpload:
-    upload = await asyncio.to_thread(videos.parts.pending, upload.id, upload.tenant)
+    """However often and wherever this is begun, it comes to one file."""
+    check_pending(upload)
     videos.check_room(upload.bytes)
     temporary = videos.store.temporary()
     try:
-        sha256 = await asyncio.to_thread(videos.parts.join, upload, given.part_ids, given.md5, temporary)
+        sha256 = await videos.parts.join(upload, given.part_ids, given.md5, temporary)
         await inspect(temporary, videos.settings, upload.purpose)
         expiry = upload.expires_seconds, upload.idle_seconds
-        entered = Upload(upload.tenant, sha256, upload.bytes, upload.filename, upload.purpose, *expiry)
-        record = await videos.enter(temporary, entered)
+        file_id = f"file-{hashlib.sha256(upload.id.encode()).hexdigest()[:24]}"
+        whole = Upload(upload.tenant, sha256, upload.bytes, upload.filename, upload.purpose, *expiry, file_id=file_id)
+        record = await videos.enter(temporary, whole)
     finally:
         await asyncio.to_thread(videos.store.discard, temporary)
-    return await asyncio.to_thread(videos.parts.end, upload, "completed", record.id)
+    ended = await videos.parts.end(upload, "completed", record.id)
+    if ended.status != "completed":  # another server has cancelled it meanwhile
+        await videos.remove(record.id, upload.tenant)
+        check_pending(ended)
+    return ended
 
 
 async def _check_quota(videos: VideoService, tenant: str, more: int) -> None:
@@ -139,7 +148,7 @@ async def _check_quota(videos: VideoService, tenant: str, more: int) -> None:
     if cap is None:
         return
     stored = await asyncio.to_thread(videos.catalog.stored_bytes, tenant)
-    promised = await asyncio.to_thread(videos.parts.promised_bytes, tenant)
+    promised = await asyncio.to_thread(videos.catalog.promised_bytes, tenant)
     if stored + promised + more > cap:
         message = "There is no room for this video among your files and pending uploads: delete or cancel some."
         raise APIError(HTTPStatus.FORBIDDEN, "storage_quota_exceeded", message, param="bytes")

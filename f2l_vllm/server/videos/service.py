@@ -35,7 +35,7 @@ from f2l_vllm.server.videos.forgetting import Forgetting
 from f2l_vllm.server.videos.janitor import Janitor, try_all
 from f2l_vllm.server.videos.keeping import Keeper
 from f2l_vllm.server.videos.membership import Membership
-from f2l_vllm.server.videos.parts import PartialUploads
+from f2l_vllm.server.videos.parts import Parts
 from f2l_vllm.server.videos.residents import Residents
 from f2l_vllm.server.videos.watcher import Watcher
 from f2l_vllm.settings import Settings
@@ -84,7 +84,7 @@ class VideoService:
         self.forgetting = Forgetting(catalog, store, registry, self.keys, revision, self._write)
         self.janitor = Janitor(catalog, self._keeper, lambda: self.forgetting.name, self._write)
         self.membership = Membership(catalog, self.forgetting, revision, self.adopt, listener)
-        self.parts = PartialUploads(settings.data_folder / "uploads")
+        self.parts = Parts(catalog, self._keeper, self._write, self.fetch_video)
         self.residents = Residents(catalog, store, registry, revision, lambda: self.forgetting.name)
         self._used: dict[str, float] = {}  # file ids, and when they were asked about
         self._cleaned, self._swept = -_CLEANING_SECONDS, -_SWEEP_SECONDS
@@ -104,7 +104,8 @@ class VideoService:
             "" if is_document else self._revisions.name(upload.sha256),
             queue_limit=self.settings.queue_limit,
             tenant_limit=self.settings.tenant_queue_limit,
-            tenant_bytes=None if upload.file_id else self.settings.tenant_bytes,  # a batch's answers are not lost
+            # A batch's answers are not lost.
+            tenant_bytes=None if upload.purpose == "batch_output" else self.settings.tenant_bytes,
             job_attempts=self.settings.job_attempts,
         )
         try:
@@ -287,7 +288,6 @@ class VideoService:
         if time.monotonic() - self._cleaned < _CLEANING_SECONDS:
             return
         await asyncio.to_thread(self.store.clear)
-        await asyncio.to_thread(self.parts.sweep)
         self._cleaned = time.monotonic()
         if time.monotonic() - self._swept >= _SWEEP_SECONDS:
             far = self.janitor.has_duty and await self._write(self.catalog.is_due, "sweep", _SWEEP_SECONDS)

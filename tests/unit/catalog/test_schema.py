@@ -85,6 +85,7 @@ def test_a_catalog_of_0_1_0_goes_on_where_it_was(stored_url):
     batch = catalog.move_batch(batch, BatchState.IN_PROGRESS, total=1)
     assert catalog.add_answer(batch, 1, "answer", is_success=True)
     assert catalog.open_batches() == [catalog.batch(batch.id, "t")]
+    assert catalog.begin_upload("t", 9, "v.mp4", "vision", (None, None), limit=1).status == "pending"
     catalog.close()
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import time
 from contextlib import asynccontextmanager
 
 import openai
@@ -10,8 +9,10 @@ import pytest
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from openai import OpenAI
+from sqlalchemy import update
 from starlette.testclient import TestClient
 
+from f2l_vllm.catalog.upload_tables import LASTING_SECONDS, uploads
 from f2l_vllm.server.errors import APIError, answer, answer_validation
 from f2l_vllm.server.videos import parts
 from f2l_vllm.server.videos.part_routes import router
@@ -22,10 +23,10 @@ from tests.unit.server.test_service import Bench
 class Door:
     """A server's routes for files and uploads; the key names the tenant."""
 
-    def __init__(self, folder, **settings):
+    def __init__(self, folder, shared=None, **settings):
         @asynccontextmanager
         async def lifespan(app):
-            self.bench = Bench(folder)
+            self.bench = Bench(folder, **shared or {})
             self.service = app.state.f2l = self.bench.service
             self.service.settings = self.service.settings.model_copy(update=settings)
             yield
@@ -44,7 +45,6 @@ class Door:
 
     def __enter__(self):
         self.http.__enter__()
-        self.folder = self.service.settings.data_folder / "uploads"
         return self
 
     def __exit__(self, *failure):
@@ -76,8 +76,15 @@ def in_thirds(client, upload, film):
     return [client.uploads.parts.create(upload.id, data=piece).id for piece in pieces]
 
 
-def left_over(door):
-    return sorted(path.name for path in door.folder.glob("*/part_*"))
+def left_over(door, upload):
+    """The parts of an upload, after it was seen that nothing but what the catalog names is in the store."""
+    catalog, store = door.service.catalog, door.service.store
+    parts, _ = catalog.files(upload.id, after=None, limit=99, descending=False)
+    assert catalog.stored_bytes(upload.id) == sum(part.bytes for part in parts)
+    assert all(store.has_video(part.video) for part in parts)
+    stored = {path.name for path in (door.service.settings.data_folder / "videos").rglob("*") if path.is_file()}
+    assert catalog.named(stored) == stored
+    return sorted(part.id for part in parts)
 
 
 def refusal(call):
@@ -101,7 +108,7 @@ def test_a_video_in_parts_is_the_file_that_it_would_be_in_one_piece(door, film):
     )
     assert done.file.expires_at - done.file.created_at == 7200
     assert client.files.content(done.file.id).read() == film
-    assert left_over(door) == []
+    assert left_over(door, upload) == []
     assert client.uploads.complete(upload.id, part_ids=ids).file.id == done.file.id  # the first answer was lost, say
     assert refusal(lambda: in_thirds(client, upload, film)) == (400, "upload_not_pending")
 
@@ -128,7 +135,7 @@ def test_a_part_that_is_sent_again_or_in_another_order_is_the_same(door, film):
     upload = begin(client, len(film))
     ids = in_thirds(client, upload, film)
     assert in_thirds(client, upload, film) == ids
-    assert len(left_over(door)) == 3
+    assert len(left_over(door, upload)) == 3
     assert refusal(lambda: client.uploads.complete(upload.id, part_ids=ids[:2])) == (400, "incomplete_upload")
     assert refusal(lambda: client.uploads.complete(upload.id, part_ids=[*ids[:2], "part_0"])) == (
         400,
@@ -143,8 +150,7 @@ def test_a_part_that_is_sent_again_or_in_another_order_is_the_same(door, film):
 def test_a_restart_loses_nothing(film, tmp_path):
     with Door(tmp_path / "server") as door:
         upload = begin(door.client(), len(film))
-        ids = in_thirds(door.client(), upload, film)
-    (door.folder / upload.id / ids.pop()).unlink()  # the last one did not come through
+        ids = in_thirds(door.client(), upload, film)[:2]  # the last answer did not come through
     with Door(tmp_path / "server") as door:
         client = door.client()
         ids.append(client.uploads.parts.create(upload.id, data=film[2 * (len(film) // 3) :]).id)
@@ -163,7 +169,7 @@ def test_a_connection_that_breaks_leaves_no_part(door, film):
     headers = {"Content-Type": "multipart/form-data; boundary=b", "Authorization": "Bearer a"}
     response = door.http.post(f"/v1/uploads/{upload.id}/parts", content=broken(), headers=headers)
     assert response.status_code == 400
-    assert left_over(door) == []
+    assert left_over(door, upload) == []
     assert not list(door.service.settings.data_folder.glob("tmp/*/*"))
     ids = in_thirds(client, upload, film)
     assert client.uploads.complete(upload.id, part_ids=ids).status == "completed"
@@ -186,7 +192,7 @@ def test_a_cancelled_one_leaves_nothing(door, film):
     upload = begin(client, len(film))
     in_thirds(client, upload, film)
     assert client.uploads.cancel(upload.id).status == "cancelled"
-    assert left_over(door) == []
+    assert left_over(door, upload) == []
     for call in (
         lambda: client.uploads.parts.create(upload.id, data=b"x"),
         lambda: client.uploads.complete(upload.id, part_ids=["part_0"]),
@@ -196,16 +202,49 @@ def test_a_cancelled_one_leaves_nothing(door, film):
 
 
 def test_an_abandoned_one_is_gone_after_its_hour(door, film, monkeypatch):
-    client = door.client()
+    client, catalog = door.client(), door.service.catalog
     upload = begin(client, len(film))
     in_thirds(client, upload, film)
-    (door.folder / "upload_half").mkdir()  # killed before it was entered
-    later = time.time() + parts.LASTING_SECONDS
-    monkeypatch.setattr(parts.time, "time", lambda: later)
+    now = catalog.now
+    monkeypatch.setattr(catalog, "now", lambda: now() + LASTING_SECONDS)
     assert refusal(lambda: client.uploads.parts.create(upload.id, data=b"x")) == (404, "upload_not_found")
-    monkeypatch.setattr(parts.time, "time", lambda: later + parts._GRACE_SECONDS + 1)
-    door.service.parts.sweep()
-    assert list(door.folder.iterdir()) == []
+    assert len(catalog.expire_files(catalog.now())) == 0  # it may be completed at this moment
+    with catalog._write() as connection:
+        connection.execute(update(uploads).values(created_at=uploads.c.created_at - LASTING_SECONDS - 601))
+    assert catalog.purge_uploads() == 1
+    assert len(catalog.expire_files(catalog.now() + 601)) == 3
+    assert catalog.tombstones(9)  # their bytes are to be removed
+
+
+def test_parts_are_no_files_of_their_tenant(door, film):
+    client = door.client()
+    upload = begin(client, len(film))
+    (part, *_) = in_thirds(client, upload, film)
+    assert list(client.files.list()) == []
+    assert refusal(lambda: client.files.retrieve(part)) == (404, "video_not_found")
+    assert refusal(lambda: client.files.delete(part)) == (404, "video_not_found")
+    assert door.service.catalog.stored_bytes("a") == 0
+
+
+def test_any_server_takes_a_part_and_completes(film, tmp_path, database_url):
+    shared = {"database": database_url, "url": f"file://{tmp_path / 'store'}"}
+    with Door(tmp_path / "one", shared) as one, Door(tmp_path / "two", shared) as two:
+        upload = begin(one.client(), len(film))
+        third = len(film) // 3
+        ids = [
+            door.client().uploads.parts.create(upload.id, data=piece).id
+            for door, piece in ((one, film[:third]), (two, film[third : 2 * third]), (one, film[2 * third :]))
+        ]
+        assert refusal(lambda: two.client("b").uploads.complete(upload.id, part_ids=ids)) == (404, "upload_not_found")
+        done = two.client().uploads.complete(upload.id, part_ids=ids)
+        assert one.client().files.content(done.file.id).read() == film
+        assert one.client().uploads.complete(upload.id, part_ids=ids).file.id == done.file.id
+        assert one.service.catalog.stored_bytes(upload.id) == 0
+        left = begin(two.client(), len(film))
+        two.client().uploads.parts.create(left.id, data=film[:third])
+        assert one.client().uploads.cancel(left.id).status == "cancelled"
+        assert refusal(lambda: two.client().uploads.parts.create(left.id, data=b"x")) == (400, "upload_not_pending")
+        assert one.service.catalog.stored_bytes(left.id) == 0
 
 
 @pytest.mark.parametrize(
@@ -239,4 +278,4 @@ def test_limits_hold_before_and_while_bytes_come(tmp_path, monkeypatch):
         create(first.id, data=os.urandom(400))
         assert refusal(lambda: create(first.id, data=os.urandom(201))) == (413, "file_too_large")
         assert refusal(lambda: create(first.id, data=b"")) == (400, "empty_file")
-        assert len(left_over(door)) == 1
+        assert len(left_over(door, first)) == 1

@@ -31,10 +31,10 @@ T = "tenant"
 class Bench:
     """A server's videos, without vLLM in front and with this test as the worker."""
 
-    def __init__(self, folder, revision="one", url=None, busy_seconds=10.0, hot_bytes=0):
+    def __init__(self, folder, revision="one", url=None, busy_seconds=10.0, hot_bytes=0, database=None):
         home = folder / "home"
         self.store = open_store(home, url=url, hot_bytes=hot_bytes)
-        self.catalog = Catalog(f"sqlite:///{folder / 'catalog.sqlite3'}", busy_seconds)
+        self.catalog = Catalog(database or f"sqlite:///{folder / 'catalog.sqlite3'}", busy_seconds)
         self.engine = Engine()
         self.registry = Registry(
             {}, self.engine, self.store, base_model="base", host_slots=8, wanted=self.catalog.refers_to
