@@ -11,6 +11,7 @@ from tests.support.balancers import BY_NAME, CONFIGS, StandIn, balanced, find
 from tests.support.stages import until
 
 CHAT, COMPLETIONS, FILES = "/v1/chat/completions", "/v1/completions", "/v1/files"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 VIDEOS = [f"file-{number:024x}" for number in range(40)]
 
 
@@ -51,7 +52,8 @@ def test_questions_of_a_video_go_to_one_server(client):
     for video, home in homes.items():
         content = [{"type": "file", "file": {"file_id": video}}, {"type": "text", "text": "What is shown?"}]
         assert ask(client, "base", messages=[{"role": "user", "content": content}]) == home
-        assert client.post(COMPLETIONS, json={"model": video, "prompt": "It is"}).json()["server"] == home
+        for route, told in ((COMPLETIONS, "prompt"), (RESPONSES, "input"), (MESSAGES, "system")):
+            assert client.post(route, json={"model": video, told: "It is"}).json()["server"] == home
 
 
 def test_questions_of_a_popular_video_are_shared(client, servers, balancer):
