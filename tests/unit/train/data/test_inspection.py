@@ -1,11 +1,14 @@
 """Bad videos of a manifest are found, with a reason, before anything is trained on it."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from f2l_vllm.train.data.inspection import Rejection, inspect_examples
 from f2l_vllm.train.data.manifest import Example
+from f2l_vllm.video.decoder import IsolatedDecoder
 from f2l_vllm.video.probe import Limits
 from tests.support.videos import write_audio, write_video
 
@@ -64,11 +67,21 @@ def test_every_bad_video_and_span_gets_its_reason(folder):
     }
 
 
+class Standing(IsolatedDecoder):
+    """Its process never answers."""
+
+    def _running(self):
+        process = super()._running()
+        os.kill(process.pid, signal.SIGSTOP)
+        return process
+
+
 def test_a_file_that_hangs_its_reader_is_left_out(tmp_path, monkeypatch):
     from f2l_vllm.train.data import inspection
 
     video = write_video(tmp_path / "good.mp4")
-    monkeypatch.setattr(inspection, "INSPECT_SECONDS", 0.001)  # no process is this fast
+    monkeypatch.setattr(inspection, "INSPECT_SECONDS", 0.1)
+    monkeypatch.setattr(inspection, "IsolatedDecoder", Standing)
     (_, (rejection,)) = inspect_examples([about("slow", video)])
     assert rejection == Rejection(video, ("slow",), rejection.reason)
     assert "in reasonable time and memory" in rejection.reason
