@@ -32,14 +32,22 @@ def session(pid):
     return found
 
 
+def command_line(pid):
+    """Of a process; empty if it has ended."""
+    try:
+        return (Path("/proc") / str(pid) / "cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def workers_of(pool):
     """The actors in a pool's session."""
-    return [pid for pid in session(pool) if (Path("/proc") / str(pid) / "cmdline").read_text().startswith("ray::Hyper")]
+    return [pid for pid in session(pool) if command_line(pid).startswith("ray::Hyper")]
 
 
 def programs_of(pool):
     """The scripts that run in a pool's session; of Ray's daemons, those that are written in Python."""
-    words = [(Path("/proc") / str(pid) / "cmdline").read_text().split("\0") for pid in session(pool)]
+    words = [command_line(pid).split("\0") for pid in session(pool)]
     return {Path(word).name for command in words for word in command if word.endswith(".py")}
 
 
