@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 from http import HTTPStatus
 from typing import Any
-from weakref import WeakValueDictionary
 
 from fastapi import Request
 from pydantic import BaseModel, Field
@@ -22,8 +21,6 @@ from f2l_vllm.server.videos.parts import PART_BYTES, check_pending
 from f2l_vllm.server.videos.routes import file_object, router, service
 from f2l_vllm.server.videos.service import VideoService
 from f2l_vllm.server.videos.uploads import check_size, expiry_of, inspect, purpose_of, receive_part, shown_name
-
-_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by upload
 
 
 class ExpiresAfter(BaseModel):
@@ -87,10 +84,15 @@ async def add_part(upload_id: str, request: Request) -> dict[str, Any]:
 async def complete_upload(upload_id: str, given: Completion, request: Request) -> dict[str, Any]:
     """Make a file of the parts, as an upload in one piece does; a second time answers with the same file."""
     videos, tenant = service(request), tenant_of(request)
-    async with _lock(upload_id):
+    async with videos.parts.lock(upload_id):
         upload = await videos.parts.find(upload_id, tenant)
         if upload.status != "completed":
-            upload = await _complete(videos, upload, given)
+            try:
+                upload = await _complete(videos, upload, given)
+            except Exception:  # another server, asked the same, may have dropped the parts meanwhile
+                upload = await videos.parts.find(upload_id, tenant)
+                if upload.status != "completed":
+                    raise
         file_id = upload.file_id or ""
         found = (await asyncio.to_thread(videos.catalog.find, [file_id], tenant)).get(file_id)
     return upload_object(upload, None if found is None else file_object(found.file, found.adapter))
@@ -100,7 +102,7 @@ async def complete_upload(upload_id: str, given: Completion, request: Request) -
 async def cancel_upload(upload_id: str, request: Request) -> dict[str, Any]:
     """Drop the parts."""
     videos, tenant = service(request), tenant_of(request)
-    async with _lock(upload_id):
+    async with videos.parts.lock(upload_id):
         ended = await videos.parts.end(await videos.parts.pending(upload_id, tenant), "cancelled")
     if ended.status != "cancelled":  # another server has completed it meanwhile
         check_pending(ended)
@@ -152,7 +154,3 @@ async def _check_quota(videos: VideoService, tenant: str, more: int) -> None:
     if stored + promised + more > cap:
         message = "There is no room for this video among your files and pending uploads: delete or cancel some."
         raise APIError(HTTPStatus.FORBIDDEN, "storage_quota_exceeded", message, param="bytes")
-
-
-def _lock(upload_id: str) -> asyncio.Lock:
-    return _locks.setdefault(upload_id, asyncio.Lock())

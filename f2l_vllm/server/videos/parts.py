@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from f2l_vllm.catalog.catalog import Catalog, QuotaExceeded
 from f2l_vllm.catalog.tables import FileRecord, Upload
@@ -37,6 +38,11 @@ class Parts:
 
     def __init__(self, catalog: Catalog, keeper: Keeper, write: Write, fetch: Callable[[FileRecord], Path]) -> None:
         self._catalog, self._keeper, self._write, self._fetch = catalog, keeper, write, fetch
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by upload
+
+    def lock(self, upload_id: str) -> asyncio.Lock:
+        """Held by the one request of this server that ends an upload."""
+        return self._locks.setdefault(upload_id, asyncio.Lock())
 
     async def begin(
         self, tenant: str, size: int, filename: str, purpose: str, expiry: tuple[float | None, float | None]

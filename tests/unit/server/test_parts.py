@@ -247,6 +247,51 @@ def test_any_server_takes_a_part_and_completes(film, tmp_path, database_url):
         assert one.service.catalog.stored_bytes(left.id) == 0
 
 
+@pytest.fixture
+def pair(tmp_path, film):
+    """Two servers of one catalog and one store, an upload whose parts are there, and the ids of the parts."""
+    shared = {"database": f"sqlite:///{tmp_path / 'catalog'}", "url": f"file://{tmp_path / 'store'}"}
+    with Door(tmp_path / "one", shared) as one, Door(tmp_path / "two", shared) as two:
+        upload = begin(one.client(), len(film))
+        yield one, two, upload, in_thirds(one.client(), upload, film)
+        assert one.service.catalog.stored_bytes(upload.id) == 0
+
+
+def meanwhile(monkeypatch, owner, name, action):
+    """Have something happen elsewhere right before a method goes on."""
+    method = getattr(owner, name)
+
+    async def late(*args):
+        action()
+        return await method(*args)
+
+    monkeypatch.setattr(owner, name, late)
+
+
+def test_one_that_another_server_completes_at_the_same_time_is_one_file(pair, monkeypatch):
+    one, two, upload, ids = pair
+    done = []
+    complete = one.client().uploads.complete
+    meanwhile(monkeypatch, two.service.parts, "join", lambda: done.append(complete(upload.id, part_ids=ids)))
+    assert two.client().uploads.complete(upload.id, part_ids=ids).file.id == done[0].file.id
+    assert [file.id for file in two.client().files.list()] == [done[0].file.id]
+
+
+def test_one_that_another_server_cancels_while_it_is_completed_is_no_file(pair, monkeypatch):
+    one, two, upload, ids = pair
+    meanwhile(monkeypatch, two.service, "enter", lambda: one.client().uploads.cancel(upload.id))
+    assert refusal(lambda: two.client().uploads.complete(upload.id, part_ids=ids)) == (400, "upload_not_pending")
+    assert list(one.client().files.list()) == []
+
+
+def test_one_that_another_server_completes_is_not_cancelled(pair, monkeypatch):
+    one, two, upload, ids = pair
+    complete = one.client().uploads.complete
+    meanwhile(monkeypatch, two.service.parts, "end", lambda: complete(upload.id, part_ids=ids))
+    assert refusal(lambda: two.client().uploads.cancel(upload.id)) == (400, "upload_not_pending")
+    assert len(list(one.client().files.list())) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
