@@ -2,8 +2,9 @@
 
 PostgreSQL, the store (a folder) and HAProxy with `launch/haproxy.cfg` run on this machine. Clients ask about videos at
 random, each of which has to answer as it did alone, while videos are deleted, expire, and are uploaded again; from the
-moment a file is gone, every server has to say that it is not there. One server after the other is killed, and started
-again. In the end every video is deleted with `wait=erased`, and what is left anywhere is counted.
+moment a file is gone, every server has to say that it is not there. Beside them batches of questions run, each of which
+has to be answered once. One server after the other is killed, and started again. In the end every video is deleted with
+`wait=erased`, and what is left anywhere is counted.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import json
 import os
 import random
 import signal
@@ -40,6 +42,7 @@ torch_shims.install()
 
 _QUESTION: Any = [{"role": "user", "content": "Describe the video."}]
 T = TypeVar("T")
+_ENDED = ("completed", "failed", "expired", "cancelled")
 _PORTS, _ADDRESS = (8001, 8002, 8003), "127.0.0.1:8080"
 
 
@@ -181,6 +184,35 @@ class Run:
                 except APIError:
                     self.counts["not there yet"] += 1  # it starts
 
+    async def batch(self, size: int) -> None:
+        """Questions at random in one file, and the answers in another."""
+        asked = {str(number): self._rng.choice(list(self.ids.items())) for number in range(size)}
+        lines = [_line(number, file_id) for number, (_, file_id) in asked.items()]
+        content = ("questions.jsonl", "\n".join(lines).encode())
+        given = await self._heard(lambda: self._proxy.files.create(file=content, purpose="batch"))
+        create = partial(self._proxy.batches.create, endpoint="/v1/chat/completions", completion_window="24h")
+        batch = await self._heard(partial(create, input_file_id=given.id))
+        while batch.status not in _ENDED:
+            await asyncio.sleep(0.2)
+            batch = await self._heard(partial(self._proxy.batches.retrieve, batch.id))
+        self.counts[f"batches {batch.status}"] += 1
+        answers = Counter[str]()
+        for written in filter(None, (batch.output_file_id, batch.error_file_id)):
+            for line in (await self._heard(partial(self._proxy.files.content, written))).text.splitlines():
+                one = json.loads(line)
+                answers[one["custom_id"]] += 1
+                self.counts[f"batched {self._judged(*asked[one['custom_id']], one['response'])}"] += 1
+        self.counts["batched answers missing"] += size - len(answers)
+        self.counts["batched answers doubled"] += answers.total() - len(answers)
+
+    def _judged(self, path: Path, file_id: str, response: dict[str, Any]) -> str:
+        body = response["body"]
+        if response["status_code"] == 200:
+            return "right" if body["choices"][0]["message"]["content"] == self._answers[path] else "wrong"
+        code = body["error"]["code"]
+        gone = code == "video_not_found" and self.ids.get(path) != file_id
+        return "gone meanwhile" if gone else f"error {response['status_code']} {code}"
+
     async def end(self) -> None:
         """Delete everything, and count what nobody knows of: uploads whose answer was lost with a server."""
         for path in self._paths:
@@ -190,9 +222,18 @@ class Run:
                 answer = (await client.delete(url, params={"wait": "erased"})).json()
             self.counts["erased" if answer["f2l"]["erased"] else "not erased"] += 1
             self.erased_seconds.append(time.perf_counter() - started)
+        async for batch in self._proxy.batches.list():
+            while (await self._proxy.batches.retrieve(batch.id)).status not in _ENDED:  # created, and not heard of
+                await asyncio.sleep(0.2)
         async for file in self._proxy.files.list():
-            self.counts["uploaded, unheard"] += 1
+            self.counts["of batches" if "batch" in file.purpose else "uploaded, unheard"] += 1
             await self._proxy.files.delete(file.id, extra_query={"wait": "erased"})
+
+
+def _line(number: str, file_id: str) -> str:
+    """A request of a batch."""
+    body = {"model": file_id, "messages": _QUESTION, "temperature": 0, "max_completion_tokens": 32}
+    return json.dumps({"custom_id": number, "method": "POST", "url": "/v1/chat/completions", "body": body})
 
 
 def _files(folder: Path) -> int:
@@ -215,6 +256,10 @@ async def _run(cluster: Cluster, url: str, paths: list[Path], options: argparse.
             await asyncio.sleep(0.5)
             await run.change()
 
+    async def batches() -> None:
+        while options.batch and asked < options.questions:
+            await run.batch(options.batch)
+
     async def killer() -> int:
         meanwhile = 0
         for number in range(len(cluster.servers)):
@@ -226,7 +271,8 @@ async def _run(cluster: Cluster, url: str, paths: list[Path], options: argparse.
             meanwhile += asked - before
         return meanwhile
 
-    *_, meanwhile = await asyncio.gather(*(clients() for _ in range(options.concurrency)), changes(), killer())
+    asking = [clients() for _ in range(options.concurrency)]
+    *_, meanwhile = await asyncio.gather(*asking, changes(), batches(), killer())
     while len(run.ids) < len(paths):
         await asyncio.sleep(0.1)
     await run.end()
@@ -248,6 +294,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=24)
     parser.add_argument("--questions", type=int, default=1500)
     parser.add_argument("--concurrency", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=100, help="questions in each batch; 0: no batches")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

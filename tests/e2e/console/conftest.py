@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from f2l_vllm import torch_shims
+from f2l_vllm.cluster.membership import Membership
+from f2l_vllm.cluster.relay import Engine, Relay
 from tests.e2e.console.surfing import Visit, chromium
 from tests.support.server import Server
+from tests.support.serving import serving
 
 torch_shims.install()
 
@@ -70,6 +73,19 @@ def browser() -> Iterator[Browser]:
         browser = chromium(playwright)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="package")
+def front(host: Restartable) -> Iterator[str]:
+    """The address of a front that relays to the server, as Ray Serve runs it."""
+    engines = Membership()
+    engines.update({"engine": host.url})
+
+    async def choose(key: str, tried: Collection[str]) -> Engine:
+        return Engine("engine", host.url)
+
+    with serving(Relay(choose, engines).app()) as url:
+        yield url
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.e2e.console.conftest import KEY
+from tests.e2e.console.surfing import Visit
 
 QUESTION = "Describe the video."
 
@@ -29,9 +30,13 @@ def sent(page):
     return bodies
 
 
-def test_from_an_upload_to_both_answers_in_four_clicks(host, page, films, tmp_path):
+@pytest.mark.parametrize("through", ["server", "front"])
+def test_from_an_upload_to_both_answers_in_four_clicks(host, front, browser, films, tmp_path, through):
+    visit = Visit(browser, host.url if through == "server" else front, KEY)
+    page = visit.page
+    page.goto(f"{visit.url}/console")
     film = tmp_path / "match.mp4"
-    film.write_bytes(films[0].read_bytes() + b"\0")  # bytes that no other test uploads
+    film.write_bytes(films[0].read_bytes() + through.encode())  # bytes that no other test uploads
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name="Add videos").click()
     chooser.value.set_files(film)
@@ -53,6 +58,9 @@ def test_from_an_upload_to_both_answers_in_four_clicks(host, page, films, tmp_pa
     assert page.locator(".costs td.is-adapter").nth(2).inner_text() == "0"
     assert f"{file.f2l['visual_tokens']} visual tokens" in page.locator(".costs tfoot").inner_text()
     assert page.locator(".costs td.is-frames").nth(3).inner_text().endswith("KV cache")
+    host.client.files.delete(file.id)
+    visit.close()
+    assert visit.faults == []
 
 
 def test_several_videos_in_one_question(host, page, films):
@@ -66,18 +74,29 @@ def test_several_videos_in_one_question(host, page, films):
     assert sorted(named) == sorted(ids)
 
 
-def test_a_span_is_chosen_on_the_timeline(visit, film):
+@pytest.mark.parametrize("by", ["keyboard", "mouse"])
+def test_a_span_is_chosen_on_the_timeline(visit, film, by):
     page = visit.page
     page.goto(f"{visit.url}/console/#/ask/{film}")
     bodies = sent(page)
     slider = page.get_by_role("slider", name="From")
-    slider.focus()
-    for _ in range(40):
-        page.keyboard.press("ArrowRight")  # to 4 s, where the second chunk begins
+    if by == "mouse":  # to the middle, which is 4 s, where the second chunk begins
+        box = slider.bounding_box()
+        page.mouse.move(box["x"] + 2, box["y"] + box["height"] / 2)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=5)
+        page.mouse.up()
+    else:
+        slider.focus()
+        for _ in range(40):
+            page.keyboard.press("ArrowRight")
     expect(page.get_by_text("Asked about 0:04 to 0:08.")).to_be_visible()
     ask(page)
     (part, _) = bodies[0]["messages"][0]["content"]
-    assert part["file"] == {"file_id": film, "f2l": {"start": 4, "end": pytest.approx(8, abs=0.2)}}
+    assert part["file"] == {
+        "file_id": film,
+        "f2l": {"start": pytest.approx(4, abs=0.2), "end": pytest.approx(8, abs=0.2)},
+    }
     assert bodies[1]["model"] == film  # the frames are those of the whole video
 
 

@@ -7,36 +7,20 @@ import socket
 import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import httpx
 import pytest
-import uvicorn
-from starlette.types import ASGIApp
 
 from f2l_vllm.cluster import incoming
 from f2l_vllm.cluster.membership import Affinity, Membership
 from f2l_vllm.cluster.relay import Engine, Relay
 from tests.support import fake_engine
 from tests.support.balancers import StandIn
+from tests.support.serving import serving
 
 QUESTION = {"model": "file-1", "messages": []}
 STREAM = {**QUESTION, "stream": True}
-
-
-@contextmanager
-def serving(app: ASGIApp) -> Iterator[str]:
-    """The app under uvicorn, in a thread, as Ray Serve runs it."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 class Fronted:
