@@ -147,7 +147,7 @@ class Run:
             gone = error.code == "video_not_found" and self.ids.get(path) != file_id
             self.counts["gone meanwhile" if gone else f"error {error.status_code} {error.code}"] += 1
         except APIError as error:
-            self.counts[f"error {type(error).__name__}"] += 1
+            self.counts[f"error {type(error).__name__} {error.__cause__!r}"] += 1
 
     async def change(self) -> None:
         """Delete one or let it expire, ask every server that lives for it, and upload it again; or upload it once more
