@@ -4,8 +4,10 @@ Arms: `blocks`, this project's hypernetwork, a layer at a time and a block of to
 mathematics written plainly for all layers at once, with keys and values of tokens and latents concatenated, as the
 published code computes it. Random weights and features at the released shapes; both arms get the same.
 
-Peak memory is the process's own high-water mark, each arm in a fresh process, above what it held when the weights and
-the features lay in memory. Times alternate between the arms within one process; their ratio is that of the medians.
+Each arm's peak memory is taken in a fresh process, above what that held when the weights and the features lay in
+memory: the process's own high-water mark, or on a GPU what torch has allocated there. Times alternate between the arms
+within one process; their ratio is that of the medians. On a GPU, seconds end when its result is there, fp32 is TF32 as
+in a worker, and `launches` are the kernels and copies of one pass, by torch's profiler.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from f2l_vllm.hypernetwork.adapter import Factors
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.hypernetwork.perceiver import EXPANSION
+from f2l_vllm.hypernetwork.precision import use_tf32
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS = (800, 3200, 12800)
@@ -47,17 +50,24 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--rounds", type=int, default=3, help="times each arm runs, at 3,200 tokens and below")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory-of", nargs=4, metavar=("ARM", "SHAPE", "DTYPE", "TOKENS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        use_tf32()
     if options.memory_of:
         arm, shape, dtype, tokens = options.memory_of
-        print(json.dumps(peak_memory(arm, shape, dtype, int(tokens))))
+        print(json.dumps(peak_memory(arm, shape, dtype, int(tokens), device)))
         return
-    results: dict[str, Any] = {"matrix_product_gflops": {name: gflops(dtype) for name, dtype in DTYPES.items()}}
+    results: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "matrix_product_gflops": {name: gflops(dtype, device) for name, dtype in DTYPES.items()},
+    }
     for shape in options.shapes:
         for tokens in options.tokens:
-            results[f"{shape}, {tokens} tokens"] = measure(shape, tokens, options.rounds)
+            results[f"{shape}, {tokens} tokens"] = measure(shape, tokens, options.rounds, device)
     record.write(
         options.json,
         {
@@ -70,12 +80,11 @@ def main() -> None:
     )
 
 
-def measure(shape: str, tokens: int, rounds: int) -> dict[str, Any]:
+def measure(shape: str, tokens: int, rounds: int, device: torch.device) -> dict[str, Any]:
     """Seconds and peak memory of every arm at one size."""
     config = SHAPES[shape].hypernetwork
     inputs = config.num_layers * tokens * config.feature_size * 4 / 2**30
-    meminfo = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) / 2**20 for line in meminfo if line.startswith("MemAvailable"))
+    free = free_gib(device)
     arms = [("blocks", "fp32"), ("blocks", "bf16")]
     row: dict[str, Any] = {"features_fp32_gib": round(inputs, 3)}
     for dtype in DTYPES:
@@ -85,10 +94,10 @@ def measure(shape: str, tokens: int, rounds: int) -> dict[str, Any]:
         else:
             row[f"stacked, {dtype}"] = f"left out: needs about {needed:.1f} GiB, {free:.1f} GiB are free"
     for arm, dtype in arms:
-        row[f"{arm}, {dtype}"] = {"peak_above_inputs_gib": fresh_process(arm, shape, dtype, tokens)}
-    seconds, difference = times(config, tokens, arms, rounds if tokens <= 3200 else 1)
+        row[f"{arm}, {dtype}"] = fresh_process(arm, shape, dtype, tokens, device)
+    seconds, difference = times(config, tokens, arms, rounds if tokens <= 3200 or device.type == "cuda" else 1, device)
     for (arm, dtype), values in seconds.items():
-        row[f"{arm}, {dtype}"]["seconds"] = {"median": round(statistics.median(values), 3), "all": values}
+        row[f"{arm}, {dtype}"]["seconds"] = {"median": round(statistics.median(values), 5), "all": values}
     if ("stacked", "fp32") in arms:
         stacked = row["stacked, fp32"]["seconds"]["median"]
         for arm, dtype in arms:
@@ -99,33 +108,70 @@ def measure(shape: str, tokens: int, rounds: int) -> dict[str, Any]:
     return row
 
 
-def gflops(dtype: torch.dtype, size: int = 2048, rounds: int = 7) -> float:
-    """What torch's own product of square matrices does on this machine, 10^9 operations a second, median."""
-    a, b = torch.ones(2, size, size, dtype=dtype)
+def free_gib(device: torch.device) -> float:
+    """Memory that nobody uses, where this device computes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**30
+    meminfo = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) / 2**20 for line in meminfo if line.startswith("MemAvailable"))
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def gflops(dtype: torch.dtype, device: torch.device, rounds: int = 7) -> float:
+    """What torch's own product of square matrices does on this device, 10^9 operations a second, median."""
+    size = 2048 if device.type == "cpu" else 8192
+    a, b = torch.ones(2, size, size, dtype=dtype, device=device)
+    F.linear(a, b)
     seconds = []
     for _ in range(rounds):
+        wait(device)
         started = time.perf_counter()
         F.linear(a, b)
+        wait(device)
         seconds.append(time.perf_counter() - started)
     return round(2 * size**3 / statistics.median(seconds) / 1e9, 1)
 
 
-def fresh_process(arm: str, shape: str, dtype: str, tokens: int) -> float:
-    """GiB above inputs, measured in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.hypernetwork", "--memory-of", arm, shape, dtype, str(tokens)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+def fresh_process(arm: str, shape: str, dtype: str, tokens: int, device: torch.device) -> dict[str, Any]:
+    """What `peak_memory` finds in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.hypernetwork", "--device", str(device)]
+    command += ["--memory-of", arm, shape, dtype, str(tokens)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-def peak_memory(arm: str, shape: str, dtype: str, tokens: int) -> float:
-    """GiB this process holds at most while generating, above what it holds before."""
+def peak_memory(arm: str, shape: str, dtype: str, tokens: int, device: torch.device) -> dict[str, Any]:
+    """GiB this process holds at most while generating, above what it holds before; on a GPU also its launches."""
     config = SHAPES[shape].hypernetwork
-    hyper, features = random_hypernetwork(config, DTYPES[dtype]), make_features(config, tokens, DTYPES[dtype])
+    hyper = random_hypernetwork(config, DTYPES[dtype]).to(device)
+    features = make_features(config, tokens, DTYPES[dtype]).to(device)
     # The libraries' own buffers and threads come with their first use and do not grow with the video.
     run(arm, hyper, features[:, :32].contiguous())
+    if device.type == "cuda":
+        wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        run(arm, hyper, features)
+        peak = (torch.cuda.max_memory_allocated(device) - held) / 2**30
+        return {"peak_above_inputs_gib": round(peak, 4), "launches": launches(arm, hyper, features)}
     before = restart_high_water_mark()
     run(arm, hyper, features)
-    return round((record.peak_memory_mib(os.getpid()) - before) / 1024, 4)
+    return {"peak_above_inputs_gib": round((record.peak_memory_mib(os.getpid()) - before) / 1024, 4)}
+
+
+def launches(arm: str, hyper: Hypernetwork, features_LTD: Tensor) -> int:
+    """Kernels and copies that a GPU is given in one pass."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        run(arm, hyper, features_LTD)
+        wait(features_LTD.device)
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events() or ())
 
 
 def restart_high_water_mark() -> float:
@@ -137,12 +183,11 @@ def restart_high_water_mark() -> float:
 
 
 def times(
-    config: HypernetworkConfig, tokens: int, arms: list[tuple[str, str]], rounds: int
+    config: HypernetworkConfig, tokens: int, arms: list[tuple[str, str]], rounds: int, device: torch.device
 ) -> tuple[dict[tuple[str, str], list[float]], float | None]:
     """Seconds of every arm, taking turns; and how far the fp32 arms' factors are apart."""
-    full = random_hypernetwork(config, torch.float32)
-    hypers = {"fp32": full, "bf16": random_hypernetwork(config, torch.bfloat16)}
-    features = {"fp32": make_features(config, tokens, torch.float32)}
+    hypers = {name: random_hypernetwork(config, dtype).to(device) for name, dtype in DTYPES.items()}
+    features = {"fp32": make_features(config, tokens, torch.float32).to(device)}
     features["bf16"] = features["fp32"].bfloat16()
     seconds: dict[tuple[str, str], list[float]] = {arm: [] for arm in arms}
     factors: dict[tuple[str, str], Factors] = {}
@@ -150,9 +195,11 @@ def times(
         run(arm, hypers[dtype], features[dtype][:, :32].contiguous())
     for _ in range(rounds):
         for arm, dtype in arms:
+            wait(device)
             started = time.perf_counter()
             factors[arm, dtype] = run(arm, hypers[dtype], features[dtype])
-            seconds[arm, dtype].append(round(time.perf_counter() - started, 3))
+            wait(device)
+            seconds[arm, dtype].append(round(time.perf_counter() - started, 5))
     if ("stacked", "fp32") not in arms:
         return seconds, None
     pairs = zip(factors["blocks", "fp32"]["down_proj"], factors["stacked", "fp32"]["down_proj"], strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,33 @@ from torch import Tensor
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 MIN_PACKED = 2**16  # numbers in a weight; smaller weights are not worth a packed copy
-HIDDEN_AT_ONCE = 2**22  # hidden activations of an MLP per block: 16 MiB in fp32, large enough for full matmul speed
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """How many numbers of each kind of intermediate result a device holds at once.
+
+    Attributes:
+        hidden: hidden activations of an MLP.
+        scores: attention scores.
+        context: of all text layers whose contexts are read together.
+    """
+
+    hidden: int
+    scores: int
+    context: int
+
+
+CPU = BlockSizes(hidden=2**22, scores=2**20, context=2**23)
+"""16 MiB in fp32, large enough for full matmul speed; 4 MiB, which stay in the cache; 32 MiB."""
+ACCELERATOR = BlockSizes(hidden=2**26, scores=2**25, context=2**27)
+"""256, 128 and 512 MiB in fp32. The work of one layer is shorter there than the time in which Python launches it, so
+as many layers as have room are one batch; a worker's share of a GPU counts on 2 GiB for all that it computes."""
+
+
+def block_sizes(device: torch.device) -> BlockSizes:
+    """The limits of this device."""
+    return CPU if device.type == "cpu" else ACCELERATOR
 
 
 def mlp_in_blocks(mlp: Callable[[Tensor], Tensor], x: Tensor, hidden_size: int) -> Tensor:
@@ -26,7 +53,7 @@ def mlp_in_blocks(mlp: Callable[[Tensor], Tensor], x: Tensor, hidden_size: int) 
     Returns:
         [..., Y], equal to `mlp(x)`.
     """
-    tokens = max(1, HIDDEN_AT_ONCE // hidden_size)
+    tokens = max(1, block_sizes(x.device).hidden // hidden_size)
     x_TX = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() or len(x_TX) <= tokens:
         return mlp(x)

@@ -111,9 +111,8 @@ class VideoEncoder:
             on_layer: called with the index of each text layer and its input [B, T, D]. Padded positions, False in
                 `pad_mask`, hold nothing of use.
         """
-        device = next(self.model.parameters()).device
-        mask_BT = pad_mask([len(one) for one in ids]).to(device)
-        ids_BT = torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True).to(device)
+        mask_BT = pad_mask([len(one) for one in ids])
+        ids_BT = torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True)
         # Tokens only look back and padding comes last, so no real token sees padding. Attention therefore needs no
         # mask, which would take T * T numbers per video.
         self._run_text(ids_BT, mask_BT, torch.cat(list(visual)), on_layer, attention_mask=None)
@@ -139,10 +138,10 @@ class VideoEncoder:
             BatchFeature({name: frames[None] for name, frames in zip(split, some, strict=True)})
             for some in zip(*split.values(), strict=True)
         )
-        device = next(self.model.parameters()).device
-        mask_BT = inputs["attention_mask"].to(device)
+        mask_BT = inputs["attention_mask"]
         visual_VD = torch.cat([batch_FPD.flatten(0, 1) for batch_FPD in self._embed(batches)])
-        self._run_text(inputs["input_ids"].to(device), mask_BT, visual_VD, on_layer, mask_BT)
+        mask_on_device = mask_BT.to(next(self.model.parameters()).device)
+        self._run_text(inputs["input_ids"], mask_BT, visual_VD, on_layer, mask_on_device)
 
     def features(self, inputs: BatchFeature) -> tuple[Tensor, Tensor]:
         """The inputs of all text layers.
@@ -193,14 +192,16 @@ class VideoEncoder:
         self, ids_BT: Tensor, mask_BT: Tensor, visual_VD: Tensor, on_layer: OnLayer, attention_mask: Tensor | None
     ) -> None:
         text_model: Any = text_model_of(self.model)
-        embeds_BTD = text_model.get_input_embeddings()(ids_BT)
-        places_BT = (ids_BT == self._image_token_id) & mask_BT.bool()
-        if int(places_BT.sum()) != len(visual_VD):
+        # Where the ids and the mask are, usually on the CPU: a GPU is not waited for.
+        places_V = ((ids_BT == self._image_token_id) & mask_BT.bool()).flatten().nonzero().squeeze(1)
+        if len(places_V) != len(visual_VD):
             raise ValueError(
-                f"The message has {int(places_BT.sum())} places for visual tokens, but the frames give "
+                f"The message has {len(places_V)} places for visual tokens, but the frames give "
                 f"{len(visual_VD)}: the processor and the model do not belong together."
             )
-        embeds_BTD[places_BT] = visual_VD.to(embeds_BTD.dtype)
+        device = visual_VD.device
+        embeds_BTD = text_model.get_input_embeddings()(ids_BT.to(device))
+        embeds_BTD.view(-1, embeds_BTD.shape[-1])[places_V.to(device)] = visual_VD.to(embeds_BTD.dtype)
         last = len(self.layers) - 1
 
         def hook(index: int) -> Callable[..., None]:

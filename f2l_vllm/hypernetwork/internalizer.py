@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -153,7 +154,8 @@ class Internalizer:
             chunking: cut the video and compose the chunks' adapters in rank space, with the bias once; as the reading
                 options say when None.
             on_progress: called with a stage ("decode", "encode", "generate", "compose") and the part of it that is
-                done, at the start and the end of every stage and after each text layer.
+                done, at the start and the end of every stage and after each text layer. A GPU is not waited for
+                before the end of "generate": until then it is the part that it has been given to do.
 
         Returns:
             the adapter, on the model's device.
@@ -289,6 +291,7 @@ class Internalizer:
         clock.lap("perceiver")
         factors = self.hyper.project(latents_BLQd)
         clock.lap("head")
+        seconds = clock.seconds()
         report("generate", 1.0)
         return [
             _Generated(
@@ -302,7 +305,7 @@ class Internalizer:
                     visual_tokens=len(visual[row]),
                     merge_rate=self.encoder.merge_rate,
                     prompt_tokens=len(ids[row]),
-                    seconds={stage: seconds / len(videos) for stage, seconds in clock.seconds.items()},
+                    seconds={stage: taken / len(videos) for stage, taken in seconds.items()},
                 ),
             )
             for row, sampled in enumerate(videos)
@@ -325,20 +328,33 @@ class Internalizer:
 
 
 class _Clock:
-    """Charges each stage its own seconds, waiting for the GPU at every lap."""
+    """Charges each stage its own seconds; a GPU marks the laps itself and is waited for once, at the end."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._last = perf_counter()
-        self.seconds: dict[str, float] = {}
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._stages: list[str] = []
+        self._marks: list[Any] = [self._mark()]
 
     def lap(self, stage: str) -> None:
-        """Charge the time since the last lap to `stage`."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
+        """Charge what was asked for since the last lap to `stage`."""
+        self._stages.append(stage)
+        self._marks.append(self._mark())
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every stage; waits for the last lap."""
+        if self._stream is not None:
+            self._marks[-1].synchronize()
+        seconds = dict.fromkeys(self._stages, 0.0)
+        for stage, (before, after) in zip(self._stages, pairwise(self._marks), strict=True):
+            seconds[stage] += after - before if self._stream is None else before.elapsed_time(after) / 1000
+        return seconds
+
+    def _mark(self) -> Any:
+        if self._stream is None:
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
 
 
 def _no_progress(stage: str, fraction: float) -> None:

@@ -19,18 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from f2l_vllm.hypernetwork.blocks import HIDDEN_AT_ONCE, gated_mlp, mlp_in_blocks, packed
+from f2l_vllm.hypernetwork.blocks import block_sizes, gated_mlp, mlp_in_blocks, packed
 
 EXPANSION = 4  # hidden width of every MLP, in multiples of its reference width
 NORM_EPS = 1e-6
-SCORES_AT_ONCE = 2**20  # attention scores per block of tokens: 4 MiB in fp32 stay in the cache
-CONTEXT_AT_ONCE = 2**23  # numbers of several layers' contexts that are read together: 32 MiB in fp32
 
 
 def unit_rms(x: Tensor) -> Tensor:
     """x scaled to a root mean square of one over its last axis, computed in fp32, returned in x's dtype."""
-    wide = _wide(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)).to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS).to(x.dtype)  # one kernel on a GPU
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -134,7 +131,8 @@ def _read(queries_NZd: Tensor, context_NTd: Tensor, mask_NT: Tensor | None) -> t
     rows, count, _ = queries_NZd.shape
     num_tokens = context_NTd.shape[1]
     # With gradients enabled, autograd keeps every block's scores, so blocks would save nothing.
-    length = num_tokens if torch.is_grad_enabled() else max(1, SCORES_AT_ONCE // (rows * count))
+    at_once = block_sizes(context_NTd.device).scores
+    length = num_tokens if torch.is_grad_enabled() else max(1, at_once // (rows * count))
     parts: tuple[Tensor, Tensor] | None = None
     for start in range(0, num_tokens, length):
         block_NTd = context_NTd[:, start : start + length]
@@ -244,7 +242,7 @@ class Perceiver(nn.Module):
     def packed_projection(self) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of the projection's weights in a layout for faster products, if there is one."""
         gate, up, down = self.modality_projection.weights()
-        rows = max(1, HIDDEN_AT_ONCE // len(gate))
+        rows = max(1, block_sizes(gate.device).hidden // len(gate))
         return packed(gate, rows), packed(up, rows), packed(down, rows)
 
     def read(self, context_NTd: Tensor, mask_NT: Tensor | None = None) -> Tensor:
@@ -255,32 +253,51 @@ class Perceiver(nn.Module):
 class LayerReader:
     """Takes the features of one text layer after the other; keeps only each layer's context, until it is read.
 
-    Short contexts of several layers are read together: the weights that act on a row's few latents are far larger than
-    the latents, so more rows at a time cost hardly more.
+    As many layers as `block_sizes` of the device allow are projected together, and then read together: the weights
+    that act on a row's few latents are far larger than the latents, so more rows at a time cost hardly more.
+    Nothing here waits for the device.
     """
 
     def __init__(self, perceiver: Perceiver, mask_BT: Tensor | None = None) -> None:
         self._perceiver = perceiver
         self._mask_BT = mask_BT
         self._weights = None if torch.is_grad_enabled() else perceiver.packed_projection()
+        self._features: list[Tensor] = []
         self._contexts: list[Tensor] = []
+        self._unread = 0  # layers since the last read
         self._latents: list[Tensor] = []
 
     def add(self, features_BTD: Tensor) -> None:
-        """Take the next layer's features."""
-        self._contexts.append(self._perceiver.context(features_BTD, self._weights))
-        if (len(self._contexts) + 1) * self._contexts[0].numel() > CONTEXT_AT_ONCE:
+        """Take the next layer's features; nobody may write to them afterwards."""
+        sizes, projection = block_sizes(features_BTD.device), self._perceiver.modality_projection
+        tokens = features_BTD.shape[0] * features_BTD.shape[1]
+        self._features.append(features_BTD)
+        self._unread += 1
+        if (self._unread + 1) * tokens * projection.down_proj.out_features > sizes.context:
             self._read()
+        elif (len(self._features) + 1) * tokens * projection.gate_proj.out_features > sizes.hidden:
+            self._project()
 
     def latents(self) -> Tensor:
         """Latents of all layers so far, [B, L, num_outputs, d]."""
-        if self._contexts:
+        if self._unread:
             self._read()
         return torch.cat(self._latents).transpose(0, 1)
 
+    def _project(self) -> None:
+        self._contexts.append(self._perceiver.context(_joined(self._features), self._weights))
+
     def _read(self) -> None:
-        count = len(self._contexts)
-        context_NTd = torch.cat(self._contexts) if count > 1 else self._contexts[0]
-        self._contexts.clear()
-        mask_NT = None if self._mask_BT is None else self._mask_BT.repeat(count, 1)
-        self._latents.append(self._perceiver.read(context_NTd, mask_NT).unflatten(0, (count, -1)))
+        if self._features:
+            self._project()
+        mask_NT = None if self._mask_BT is None else self._mask_BT.repeat(self._unread, 1)
+        latents_NQd = self._perceiver.read(_joined(self._contexts), mask_NT)
+        self._latents.append(latents_NQd.unflatten(0, (self._unread, -1)))
+        self._unread = 0
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """All parts as one tensor; the list is emptied."""
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    parts.clear()
+    return whole

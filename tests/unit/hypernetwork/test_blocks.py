@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from f2l_vllm.hypernetwork.blocks import HIDDEN_AT_ONCE, gated_mlp, mlp_in_blocks, packed
+from f2l_vllm.hypernetwork.blocks import CPU, gated_mlp, mlp_in_blocks, packed
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.model import Hypernetwork
+from tests.support.block_sizes import limit_cpu
 from tests.unit.hypernetwork.test_method import SMALL, random_hypernetwork, reference_factors
 
 SHAPES = {
@@ -54,8 +55,7 @@ def test_blocks_of_any_size_equal_the_literal_reference(
     features, mask_T = torch.randn(config.num_layers, 11, config.feature_size), torch.tensor(mask)
     hidden = 4 * config.feature_size
     scores = config.num_latents * config.num_heads
-    monkeypatch.setattr("f2l_vllm.hypernetwork.blocks.HIDDEN_AT_ONCE", tokens_per_block * hidden)
-    monkeypatch.setattr("f2l_vllm.hypernetwork.perceiver.SCORES_AT_ONCE", tokens_per_block * config.num_layers * scores)
+    limit_cpu(monkeypatch, hidden=tokens_per_block * hidden, scores=tokens_per_block * config.num_layers * scores)
     produced = hyper.generate(features, mask_T)
     for name, pair in reference_factors(hyper, features, mask_T).items():
         for have, want in zip(produced[name], pair, strict=True):
@@ -68,7 +68,7 @@ def test_very_large_scores_neither_overflow_nor_lose_later_blocks(monkeypatch: p
         for layer in hyper.perceiver.encoder.layers:
             layer.self_attn.q_proj.weight.mul_(100.0)
     features, mask = torch.randn(2, 9, 6), torch.ones(9, dtype=torch.bool)
-    monkeypatch.setattr("f2l_vllm.hypernetwork.perceiver.SCORES_AT_ONCE", 2 * 2 * 12)
+    limit_cpu(monkeypatch, scores=2 * 2 * 12)
     for have, want in zip(
         hyper.double().generate(features.double(), mask)["down_proj"],
         reference_factors(hyper, features, mask)["down_proj"],
@@ -84,12 +84,12 @@ def test_nothing_but_the_context_grows_with_the_video() -> None:
     with LargestTensor() as seen:
         hyper.generate(features, torch.ones(30_000, dtype=torch.bool))
     hidden_of_a_layer, context_of_a_layer = 30_000 * 256, 30_000 * 64
-    assert context_of_a_layer < HIDDEN_AT_ONCE < hidden_of_a_layer
-    assert seen.largest <= HIDDEN_AT_ONCE
+    assert context_of_a_layer < CPU.hidden < hidden_of_a_layer
+    assert seen.largest <= CPU.hidden
 
 
 def test_an_mlp_sees_few_tokens_at_a_time_unless_it_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("f2l_vllm.hypernetwork.blocks.HIDDEN_AT_ONCE", 40)
+    limit_cpu(monkeypatch, hidden=40)
     seen: list[int] = []
 
     def mlp(x: torch.Tensor) -> torch.Tensor:

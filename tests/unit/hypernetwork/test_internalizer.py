@@ -18,6 +18,7 @@ from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.probe import Limits
 from f2l_vllm.video.reading import ReadingOptions
 from f2l_vllm.video.sample import Sampling, sample_video
+from tests.support.block_sizes import limit_cpu
 from tests.support.videos import write_video
 from tests.unit.hypernetwork.test_blocks import LargestTensor
 
@@ -96,7 +97,7 @@ def test_reading_a_few_frames_and_tokens_at_a_time_changes_nothing(
     inputs = encoder.prepare(sampled)
     features_BLTD, _ = encoder.features(inputs)
     monkeypatch.setattr("f2l_vllm.base_models.smolvlm.VISION_HIDDEN_AT_ONCE", 4 * 16 * 96)
-    monkeypatch.setattr("f2l_vllm.hypernetwork.blocks.HIDDEN_AT_ONCE", 128 * 100)
+    limit_cpu(monkeypatch, hidden=128 * 100)
     ids, visual = encoder.tokens(sampled), encoder.see(sampled)
     assert torch.equal(ids, inputs["input_ids"][0])
     assert len(visual) == encoder.num_visual_tokens(ids)
@@ -123,7 +124,7 @@ def test_memory_for_reading_does_not_hold_hidden_activations_scores_or_pixels_of
     sampled = sample_video(path, internalizer.processor, sampling=Sampling(max_frames=40))
     assert len(sampled.frames) == 40
     ids = internalizer.encoder.tokens(sampled)
-    monkeypatch.setattr("f2l_vllm.hypernetwork.blocks.HIDDEN_AT_ONCE", 64 * len(ids))
+    limit_cpu(monkeypatch, hidden=64 * len(ids))
     monkeypatch.setattr("f2l_vllm.base_models.smolvlm.VISION_HIDDEN_AT_ONCE", 8 * 16 * 96)
     with LargestTensor() as seen:
         internalizer.internalize_frames(sampled)

@@ -11,6 +11,7 @@ import torch
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from tests.support import reference_hypernetwork as reference
+from tests.support.block_sizes import limit_cpu
 
 SMALL = HypernetworkConfig(
     base_model="test/model",
@@ -101,16 +102,19 @@ def test_generate_equals_forward_and_ignores_padding_and_its_content() -> None:
                 torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("projected_at_once", [1, 2, 5])
 @pytest.mark.parametrize("layers_at_once", [1, 2, 3, 5])
 def test_layers_read_together_or_one_by_one_give_the_same_factors(
-    layers_at_once: int, monkeypatch: pytest.MonkeyPatch
+    layers_at_once: int, projected_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # In doubles, for processors add up single ones in different orders.
     hyper = random_hypernetwork(replace(SMALL, num_layers=5)).double()
     features = torch.randn(2, 5, 9, 6, dtype=torch.float64)
     mask = torch.tensor([[True] * 8 + [False], [True] * 4 + [False] * 5])
     expected = hyper(features, mask)["down_proj"]
-    monkeypatch.setattr("f2l_vllm.hypernetwork.perceiver.CONTEXT_AT_ONCE", layers_at_once * 2 * 9 * SMALL.latent_size)
+    tokens, hidden = 2 * 9, 4 * SMALL.feature_size
+    context = layers_at_once * tokens * SMALL.latent_size
+    limit_cpu(monkeypatch, context=context, hidden=projected_at_once * tokens * hidden)
     read: list[int] = []
     real = hyper.perceiver.read
     monkeypatch.setattr(hyper.perceiver, "read", lambda x, mask: read.append(len(x)) or real(x, mask))
