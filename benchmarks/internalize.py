@@ -2,14 +2,18 @@
 
 A real mp4 is decoded and read by a random model and hypernetwork of the released shapes, loaded from files as a worker
 loads them; the adapter is exported. Memory is the process's high-water mark within each stage, above what it holds
-with everything loaded and before the video is opened. It is taken in a second pass: to restart the mark, 64 times,
+with everything loaded and before the video is opened. It is taken in another pass: to restart the mark, 64 times,
 the kernel goes through all pages of the process, which would be most of the perceiver's seconds.
+
+The model is stored in bf16 and computes in each `--dtype`, by default the one that a worker takes on this CPU. With
+several, the passes for the seconds take turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,16 +24,16 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.hypernetwork import restart_high_water_mark
+from benchmarks.hypernetwork import DTYPES, gflops, restart_high_water_mark
 from f2l_vllm.bench import record
 from f2l_vllm.bench.hypernetwork_shapes import SHAPES, random_hypernetwork, save_model, save_released
+from f2l_vllm.hypernetwork.adapter import Adapter
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.hypernetwork.perceiver import LayerReader
+from f2l_vllm.hypernetwork.precision import reading_dtype
 from f2l_vllm.synthetic.render import write_mp4
 from f2l_vllm.synthetic.world import sample_scenes
 from f2l_vllm.video.sample import Sampling
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Peaks:
@@ -63,29 +67,43 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--shape", default="500M", choices=SHAPES)
     parser.add_argument("--frames", type=int, nargs="+", default=[32, 128])
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="of the model; the hypernetwork is fp32")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="the model computes in; the hypernetwork is fp32")
+    parser.add_argument("--rounds", type=int, default=1, help="passes for the seconds, whose medians are written")
     parser.add_argument("--size", type=int, nargs=2, default=(640, 360), help="width and height of the video")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     shape = SHAPES[options.shape]
+    own = "bf16" if reading_dtype(torch.device("cpu")) is None else "fp32"
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="f2l-bench-") as name:
         folder = Path(name)
-        model = save_model(shape, folder / "model", DTYPES[options.dtype])
+        model = save_model(shape, folder / "model", torch.bfloat16)
         hyper = save_released(random_hypernetwork(shape.hypernetwork, torch.bfloat16), folder / "hypernetwork.pt")
-        internalizer = Internalizer.load(model, hyper)
-        warm_up(internalizer, folder)
+        arms = {name: Internalizer.load(model, hyper, "cpu", DTYPES[name]) for name in options.dtype or [own]}
+        for internalizer in arms.values():
+            warm_up(internalizer, folder)
         for frames in options.frames:
             scene = sample_scenes(1, seed=frames)[0]
             video = write_mp4(scene, folder / f"{frames}.mp4", size=tuple(options.size), fps=4, seconds=frames)
-            internalizer.sampling = Sampling(max_frames=frames, fps=1)
-            results[f"{frames} frames"] = measure(internalizer, video, folder / f"adapter-{frames}")
+            taken: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+            for number in range(options.rounds):
+                for name, internalizer in arms.items():
+                    internalizer.sampling = Sampling(max_frames=frames, fps=1)
+                    target = folder / f"adapter-{frames}-{name}-{number}"
+                    taken[name].append(seconds_of(internalizer, video, target))
+            for name, internalizer in arms.items():
+                key = f"{frames} frames" + (f", {name}" if len(arms) > 1 else "")
+                results[key] = measure(internalizer, video, folder / f"adapter-{frames}-{name}", taken[name])
     record.write(
         options.json,
         {
             "shape": options.shape,
-            "model_dtype": options.dtype,
+            "model_stored_in": "bf16",
+            "model_computes_in": options.dtype or [own],
+            "worker_computes_in": own,
+            "rounds": options.rounds,
+            "matrix_product_gflops": {name: gflops(dtype, torch.device("cpu")) for name, dtype in DTYPES.items()},
             "hypernetwork_dtype": "fp32",
             "video_size": options.size,
             "threads": options.threads,
@@ -102,14 +120,18 @@ def warm_up(internalizer: Internalizer, folder: Path) -> None:
     internalizer.internalize(write_mp4(sample_scenes(1, seed=0)[0], folder / "short.mp4", fps=4, seconds=1))
 
 
-def measure(internalizer: Internalizer, video: Path, target: Path) -> dict[str, Any]:
-    """One video, from file to adapter, twice: for the seconds, and for the memory."""
+def seconds_of(internalizer: Internalizer, video: Path, target: Path) -> dict[str, float]:
+    """One video, from file to adapter: seconds of every stage."""
     adapter = internalizer.internalize(video)
-    base_model = internalizer.hyper.config.base_model
     started = time.perf_counter()
-    adapter.save(target, base_model=base_model)
-    seconds = {**adapter.info.seconds, "export": time.perf_counter() - started}
-    peaks = peaks_of(internalizer, video, target.with_name(f"{target.name}-again"))
+    adapter.save(target, base_model=internalizer.hyper.config.base_model)
+    return {**adapter.info.seconds, "export": time.perf_counter() - started}
+
+
+def measure(internalizer: Internalizer, video: Path, target: Path, taken: list[dict[str, float]]) -> dict[str, Any]:
+    """The medians of the seconds that were taken, and what the same video needs of memory."""
+    seconds = {stage: statistics.median(one[stage] for one in taken) for stage in taken[0]}
+    adapter, peaks = peaks_of(internalizer, video, target)
     tokens = adapter.info.prompt_tokens
     hidden = tokens * internalizer.hyper.config.feature_size * next(internalizer.model.parameters()).element_size()
     return {
@@ -123,8 +145,8 @@ def measure(internalizer: Internalizer, video: Path, target: Path) -> dict[str, 
     }
 
 
-def peaks_of(internalizer: Internalizer, video: Path, target: Path) -> dict[str, float]:
-    """The stages' peaks, in MiB above what the process holds before."""
+def peaks_of(internalizer: Internalizer, video: Path, target: Path) -> tuple[Adapter, dict[str, float]]:
+    """The adapter, and the stages' peaks in MiB above what the process holds before."""
     encoder, hyper = internalizer.encoder, internalizer.hyper
     peaks = Peaks(restart_high_water_mark())
     watched: dict[tuple[Any, str], tuple[str, str]] = {
@@ -140,7 +162,7 @@ def peaks_of(internalizer: Internalizer, video: Path, target: Path) -> dict[str,
         adapter = internalizer.internalize(video)
     adapter.save(target, base_model=hyper.config.base_model)
     peaks.lap("export")
-    return peaks.peak_mib
+    return adapter, peaks.peak_mib
 
 
 if __name__ == "__main__":

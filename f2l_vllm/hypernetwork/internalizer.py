@@ -120,8 +120,8 @@ class Internalizer:
             model_ref: directory or Hugging Face id of a base model.
             hypernetwork_ref: what `Hypernetwork.load` reads.
             device: when None, a GPU if there is one, else the CPU.
-            dtype: of the model; when None, bf16 on a GPU and its checkpoint's own elsewhere. The hypernetwork always
-                computes in fp32: it is a small part of the work, and its output is published.
+            dtype: of the model; when None, `precision.reading_dtype` of the device, else its checkpoint's own. The
+                hypernetwork always computes in fp32: it is a small part of the work, and its output is published.
 
         Raises:
             ValueError: something cannot be read, or the parts do not fit together.

@@ -11,10 +11,20 @@ def reading_dtype(device: torch.device) -> torch.dtype | None:
     A GPU reads in bf16 whatever the checkpoint stores (SmolVLM2-2.2B is stored in fp32), if it computes in bf16. Only
     then does torch take attention kernels whose memory does not grow with the square of the number of tokens. The
     adapter changes by less than two percent of its effect (`tests/unit/hypernetwork/test_precision.py`).
+
+    A CPU without bf16 instructions reads in fp32: it would convert every bf16 weight at every use, which takes several
+    times as long. The weights then take twice a bf16 checkpoint's memory.
     """
+    if device.type == "cpu" and not has_bf16_instructions():
+        return torch.float32
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return None
+
+
+def has_bf16_instructions() -> bool:
+    """Whether this CPU multiplies bf16 matrices itself."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def use_tf32() -> None:

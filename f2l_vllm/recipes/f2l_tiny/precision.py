@@ -16,12 +16,14 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from f2l_vllm.hypernetwork.precision import has_bf16_instructions
+
 _ATTENTION = "sdpa_fp32"
 
 
 def mixed() -> AbstractContextManager[Any]:
     """Autocast to bf16 on a CPU with bf16 instructions; elsewhere fp32, because emulated bf16 is slower."""
-    return torch.autocast("cpu", torch.bfloat16) if _has_fast_bf16() else nullcontext()
+    return torch.autocast("cpu", torch.bfloat16) if has_bf16_instructions() else nullcontext()
 
 
 @contextmanager
@@ -33,10 +35,6 @@ def attention_in_fp32(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         owner.set_attn_implementation("sdpa")
-
-
-def _has_fast_bf16() -> bool:
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _attend(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, BatchFeature
 
-from f2l_vllm.hypernetwork import internalizer
+from f2l_vllm.hypernetwork import internalizer, precision
 from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter
 from f2l_vllm.hypernetwork.encoder import VideoEncoder
 from f2l_vllm.hypernetwork.internalizer import Internalizer
@@ -107,7 +107,9 @@ def test_tf32_changes_an_adapter_by_less_than_its_own_file_does(
 
 
 def test_the_precision_goes_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert reading_dtype(torch.device("cpu")) is None
+    for native, dtype in ((True, None), (False, torch.float32)):
+        monkeypatch.setattr(precision, "has_bf16_instructions", lambda native=native: native)
+        assert reading_dtype(torch.device("cpu")) is dtype
     for native, dtype in ((True, torch.bfloat16), (False, None)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert reading_dtype(torch.device("cuda")) is dtype
