@@ -13,8 +13,6 @@ in a worker, and `launches` are the kernels and copies of one pass, by torch's p
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import statistics
@@ -160,7 +158,7 @@ def peak_memory(arm: str, shape: str, dtype: str, tokens: int, device: torch.dev
         run(arm, hyper, features)
         peak = (torch.cuda.max_memory_allocated(device) - held) / 2**30
         return {"peak_above_inputs_gib": round(peak, 4), "launches": launches(arm, hyper, features)}
-    before = restart_high_water_mark()
+    before = record.restart_high_water_mark()
     run(arm, hyper, features)
     return {"peak_above_inputs_gib": round((record.peak_memory_mib(os.getpid()) - before) / 1024, 4)}
 
@@ -172,14 +170,6 @@ def launches(arm: str, hyper: Hypernetwork, features_LTD: Tensor) -> int:
         run(arm, hyper, features_LTD)
         wait(features_LTD.device)
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events() or ())
-
-
-def restart_high_water_mark() -> float:
-    """Give free memory back to the system, count the peak from here on, and return the MiB held now."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return record.peak_memory_mib(os.getpid())
 
 
 def times(

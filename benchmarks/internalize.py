@@ -13,52 +13,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
-from benchmarks.hypernetwork import DTYPES, gflops, restart_high_water_mark
-from f2l_vllm.bench import record
+from benchmarks.hypernetwork import DTYPES, gflops
+from f2l_vllm.bench import internalize, record
 from f2l_vllm.bench.hypernetwork_shapes import SHAPES, random_hypernetwork, save_model, save_released
-from f2l_vllm.hypernetwork.adapter import Adapter
 from f2l_vllm.hypernetwork.internalizer import Internalizer
-from f2l_vllm.hypernetwork.perceiver import LayerReader
 from f2l_vllm.hypernetwork.precision import reading_dtype
-from f2l_vllm.synthetic.render import write_mp4
-from f2l_vllm.synthetic.world import sample_scenes
 from f2l_vllm.video.sample import Sampling
-
-
-class Peaks:
-    """The high-water mark of every stage, in MiB above `base`."""
-
-    def __init__(self, base: float) -> None:
-        self.base = base
-        self.peak_mib: dict[str, float] = {}
-
-    def around(self, stage: str, between: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, its peak counted as `stage` and that of what ran before it as `between`."""
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            self.lap(between)
-            result = function(*args, **kwargs)
-            self.lap(stage)
-            return result
-
-        return watched
-
-    def lap(self, stage: str) -> None:
-        """What ran since the last lap was `stage`."""
-        peak = record.peak_memory_mib(os.getpid()) - self.base
-        self.peak_mib[stage] = round(max(self.peak_mib.get(stage, 0.0), peak), 1)
-        restart_high_water_mark()
 
 
 def main() -> None:
@@ -82,19 +48,20 @@ def main() -> None:
         hyper = save_released(random_hypernetwork(shape.hypernetwork, torch.bfloat16), folder / "hypernetwork.pt")
         arms = {name: Internalizer.load(model, hyper, "cpu", DTYPES[name]) for name in options.dtype or [own]}
         for internalizer in arms.values():
-            warm_up(internalizer, folder)
+            internalize.warm_up(internalizer, folder)
         for frames in options.frames:
-            scene = sample_scenes(1, seed=frames)[0]
-            video = write_mp4(scene, folder / f"{frames}.mp4", size=tuple(options.size), fps=4, seconds=frames)
+            video = internalize.film(folder, frames, tuple(options.size))
             taken: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
             for number in range(options.rounds):
                 for name, internalizer in arms.items():
                     internalizer.sampling = Sampling(max_frames=frames, fps=1)
                     target = folder / f"adapter-{frames}-{name}-{number}"
-                    taken[name].append(seconds_of(internalizer, video, target))
+                    taken[name].append(internalize.seconds_of(internalizer, video, target))
             for name, internalizer in arms.items():
                 key = f"{frames} frames" + (f", {name}" if len(arms) > 1 else "")
-                results[key] = measure(internalizer, video, folder / f"adapter-{frames}-{name}", taken[name])
+                results[key] = internalize.measure(
+                    internalizer, video, folder / f"adapter-{frames}-{name}", taken[name]
+                )
     record.write(
         options.json,
         {
@@ -110,59 +77,6 @@ def main() -> None:
         },
         results,
     )
-
-
-def warm_up(internalizer: Internalizer, folder: Path) -> None:
-    """Have every weight read from its file and every library set up."""
-    for parameter in internalizer.model.parameters():
-        parameter.sum()
-    internalizer.sampling = Sampling(max_frames=1)
-    internalizer.internalize(write_mp4(sample_scenes(1, seed=0)[0], folder / "short.mp4", fps=4, seconds=1))
-
-
-def seconds_of(internalizer: Internalizer, video: Path, target: Path) -> dict[str, float]:
-    """One video, from file to adapter: seconds of every stage."""
-    adapter = internalizer.internalize(video)
-    started = time.perf_counter()
-    adapter.save(target, base_model=internalizer.hyper.config.base_model)
-    return {**adapter.info.seconds, "export": time.perf_counter() - started}
-
-
-def measure(internalizer: Internalizer, video: Path, target: Path, taken: list[dict[str, float]]) -> dict[str, Any]:
-    """The medians of the seconds that were taken, and what the same video needs of memory."""
-    seconds = {stage: statistics.median(one[stage] for one in taken) for stage in taken[0]}
-    adapter, peaks = peaks_of(internalizer, video, target)
-    tokens = adapter.info.prompt_tokens
-    hidden = tokens * internalizer.hyper.config.feature_size * next(internalizer.model.parameters()).element_size()
-    return {
-        "frames": adapter.info.frames,
-        "prompt_tokens": tokens,
-        "rank": adapter.rank,
-        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
-        "seconds_in_all": round(sum(seconds.values()), 3),
-        "peak_above_weights_mib": peaks,
-        "text_peak_in_hidden_vectors_per_token": round(peaks["text"] * 2**20 / hidden, 1),
-    }
-
-
-def peaks_of(internalizer: Internalizer, video: Path, target: Path) -> tuple[Adapter, dict[str, float]]:
-    """The adapter, and the stages' peaks in MiB above what the process holds before."""
-    encoder, hyper = internalizer.encoder, internalizer.hyper
-    peaks = Peaks(restart_high_water_mark())
-    watched: dict[tuple[Any, str], tuple[str, str]] = {
-        (encoder, "see"): ("vision", "decode"),
-        (LayerReader, "add"): ("perceiver", "text"),
-        (LayerReader, "latents"): ("perceiver", "text"),
-        (hyper, "project"): ("head", "perceiver"),
-    }
-    with ExitStack() as stack:
-        for (owner, name), (stage, before) in watched.items():
-            function = peaks.around(stage, before, getattr(owner, name))
-            stack.enter_context(patch.object(owner, name, function))
-        adapter = internalizer.internalize(video)
-    adapter.save(target, base_model=hyper.config.base_model)
-    peaks.lap("export")
-    return adapter, peaks.peak_mib
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from f2l_vllm.evaluation.questions import ADAPTER, Skipped, plan
 from f2l_vllm.evaluation.scores import Scores
 from f2l_vllm.evaluation.sources import world_questions
 from f2l_vllm.files import write_whole
-from f2l_vllm.hypernetwork.adapter import Adapter
+from f2l_vllm.hypernetwork.adapter import apart
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.video.reading import ReadingOptions
 
@@ -72,15 +72,6 @@ def main() -> None:
     }
     write_whole(options.json, json.dumps(result, indent=1) + "\n")
     print(json.dumps(scores), result["same_answers"], "of", len(pairs), "answers the same")
-
-
-def apart(one: Adapter, other: Adapter) -> float:
-    """How far two adapters are apart, as a part of what the first adds to the weights."""
-    first, second = (
-        torch.cat([torch.einsum("lri,lro->lio", a.double(), b.double()).flatten() for a, b in each.factors.values()])
-        for each in (one, other)
-    )
-    return float((first - second).norm() / first.norm())
 
 
 if __name__ == "__main__":

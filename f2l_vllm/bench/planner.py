@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from f2l_vllm.bench.break_even import questions as break_even
+from f2l_vllm.evaluation import environment
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # of a checkout; an installed package has none
 ADAPTER, KV, FRAMES = "adapter", "kv", "frames"
 # The arms that measured the first token of a way's first question about a video, and of each later question.
 _ARMS = {ADAPTER: ("adapter-cold", "adapter"), KV: ("frames", "frames-cached"), FRAMES: ("frames", "frames")}
@@ -65,7 +66,8 @@ class Measured:
         for path in files:
             try:
                 result = json.loads(path.read_text())
-                rows += [{**row, "model": result["configuration"]["model"]} for row in result["rows"]]
+                of = {"model": result["configuration"]["model"], "machine": result["machine"]}
+                rows += [{**row, **of} for row in result["rows"]]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} is no result of 'f2l-vllm bench latency': {error}") from error
         timed = [row for row in rows if row.get("ttft_ms") and "state_bytes" in row]
@@ -75,6 +77,7 @@ class Measured:
         if len(models) > 1:
             raise ValueError(f"the tables are of several models ({', '.join(models)}): name those of one")
         self.model = models[0]
+        self.machine = ", ".join(dict.fromkeys(environment.name(row["machine"]) for row in timed))
         self.resolution = min(
             {row["resolution"] for row in timed}, key=lambda edge: abs(edge - (resolution or _USUAL_RESOLUTION))
         )
@@ -106,20 +109,33 @@ class Measured:
         return float(row["state_bytes"] if arm == "adapter" else row["state_bytes"] * frames / row["frames"])
 
 
-def tables(shape: str) -> list[Path]:
-    """The measured tables of a shape that come with the package.
+def tables(shape: str, machine: Mapping[str, Any]) -> list[Path]:
+    """The tables of a shape in `benchmarks/results` that were measured on a machine like this one: those that
+    `f2l-vllm doctor --gpu-check` wrote in its folder, or those of this repository.
+
+    Args:
+        machine: as `environment.machine` describes it.
 
     Raises:
-        ValueError: there are none; the message says how to measure them.
+        ValueError: there are none, or they are of another machine; the message says how to measure them.
     """
-    found = [path for path in [RESULTS / f"latency-{shape}.json"] if path.exists()]
-    if not found:
+    name = f"latency-{shape}.json"
+    of_machine, of_repository = RESULTS / environment.folder_name(machine) / name, RESULTS / name
+    if of_machine.exists():
+        return [of_machine]
+    measure = f"measure with 'f2l-vllm bench latency --shape {shape} --json FILE' and give --measured FILE"
+    if not of_repository.exists():
         there = sorted(path.stem.removeprefix("latency-") for path in RESULTS.glob("latency-*.json"))
         raise ValueError(
-            f"no table of the shape {shape!r} comes with this package (there is {', '.join(there) or 'none'}): measure "
-            f"one with 'f2l-vllm bench latency --shape {shape} --json FILE' and give it with --measured FILE"
+            f"there is no table of the shape {shape!r} here ({', '.join(there) or 'none at all'}): {measure}"
         )
-    return found
+    measured, here = Measured([of_repository]).machine, environment.name(machine)
+    if measured != here:
+        raise ValueError(
+            f"the table of {shape} was measured on {measured}, and this is {here}: {measure}; to plan for {measured}, "
+            f"give --measured {of_repository}"
+        )
+    return [of_repository]
 
 
 def plan(measured: Measured, need: Need) -> dict[str, Any]:
@@ -141,6 +157,7 @@ def plan(measured: Measured, need: Need) -> dict[str, Any]:
     ways.sort(key=lambda way: way.total_s)
     return {
         "model": measured.model,
+        "machine": measured.machine,
         "need": asdict(need),
         "resolution": measured.resolution,
         "measured": [str(path) for path in measured.files],

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from f2l_vllm.evaluation import environment
+
 Result = dict[str, Any]
 _MEANING = (
     "[low, high]: 95 % interval, where enough values for one were kept; of medians and percentiles by order statistics"
@@ -31,7 +33,7 @@ def markdown(result: Result) -> str:
         "",
         f"{where(result)}. `{result['command']}`",
         "",
-        *_markdown_table(header, rows),
+        *markdown_table(header, rows),
         "",
         LEGENDS[result["suite"]],
         "",
@@ -49,8 +51,7 @@ def model(result: Result) -> str:
 
 def machine(result: Result) -> str:
     """The machine that measured."""
-    found = result["machine"]
-    return found["device"] if found["device"] != "cpu" else f"{found['cores']} cores of {found['cpu']}"
+    return environment.name(result["machine"])
 
 
 def where(result: Result) -> str:
@@ -245,7 +246,8 @@ def _ramp_sentences(result: Result) -> list[str]:
     ]
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
 

@@ -20,13 +20,14 @@ from f2l_vllm.cli.serve import Launch
 _PACKAGES = ("f2l-vllm", "vllm", "torch", "transformers", "ray", "av", "safetensors", "openai")
 
 
-def doctor(launch: Callable[[], Launch]) -> None:
-    """Print a table; exit with 1 when `serve` could not start.
+def doctor(launch: Callable[[], Launch]) -> Launch:
+    """Print a table, and return what `serve` would run; exit with 1 when it could not start.
 
     Args:
         launch: plans what `serve` would run; a `ValueError` says why it would not.
     """
-    console, problems = Console(), []
+    console, problems = Console(), list[str]()
+    planned: Launch | None = None
     table = Table(show_header=False, box=None)
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs")
     for package in _PACKAGES:
@@ -64,9 +65,10 @@ def doctor(launch: Callable[[], Launch]) -> None:
         console.print(f"[yellow]note[/]: {escape(unused)}")
     for problem in problems:
         console.print(f"[red]problem[/]: {escape(problem)}")
-    if problems:
+    if problems or planned is None:
         raise typer.Exit(1)
     console.print("[green]ready to serve[/]")
+    return planned
 
 
 def _workers(planned: Launch) -> str:

@@ -114,7 +114,7 @@ def plan(
     measured: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Results of 'bench latency' to read instead; may be repeated.",
+            help="Results of 'bench latency' to read instead, of any machine; may be repeated.",
             exists=True,
             dir_okay=False,
             rich_help_panel=_WAYS,

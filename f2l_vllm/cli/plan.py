@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from f2l_vllm.bench import planner
+from f2l_vllm.evaluation import environment
 from f2l_vllm.files import write_whole
 
 console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
@@ -23,13 +24,13 @@ def plan(
 ) -> None:
     """Print what each way costs, the cheapest first."""
     try:
-        tables = planner.Measured(measured or planner.tables(shape), resolution)
+        tables = planner.Measured(measured or planner.tables(shape, environment.machine()), resolution)
         found = planner.plan(tables, need)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     console.print(
         f"{found['model']}, {need.questions} questions about each of {need.videos} videos of {need.frames} frames "
-        f"({found['resolution']} px), {need.memory / 2**30:g} GiB",
+        f"({found['resolution']} px), {need.memory / 2**30:g} GiB; times of {found['machine']}",
         highlight=False,
     )
     table = Table()

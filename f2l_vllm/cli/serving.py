@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
+from f2l_vllm.cli.files import Overwrite
 from f2l_vllm.cli.options import DEFAULT_MODEL, sets
 from f2l_vllm.settings import PREFIX, Settings
 
@@ -25,7 +26,10 @@ _SERVE = """Start Ray, the hypernetwork workers and vLLM's OpenAI server.
 Settings are variables, too: --max-frames is F2L_MAX_FRAMES. Every flag of `vllm serve` may be given: --help=all lists
 them, --help=WORD those with a word in their name. The first to know are below.
 """
-_DOCTOR = "Say what is installed, which device there is, and whether `serve` with the same flags would start."
+_DOCTOR = """Say what is installed, which device there is, and whether `serve` with the same flags would start.
+
+With --gpu-check, compute here, too, and compare with transformers and with the CPU: on a GPU for an hour or more.
+"""
 _WORKERS = """Read the videos of servers that have no workers: as a program of its own, without a server and an engine.
 
 Give it the servers' catalog and store, and the settings for reading videos that they have. It claims videos from the
@@ -134,10 +138,28 @@ def _serve(context: typer.Context, launch: Callable[[], Launch]) -> None:
     typer.echo(" ".join([*(f"{k}={shlex.quote(v)}" for k, v in started.env.items()), shlex.join(started.argv)]))
 
 
-def _doctor(_context: typer.Context, launch: Callable[[], Launch]) -> None:
+def _doctor(
+    _context: typer.Context,
+    launch: Callable[[], Launch],
+    gpu_check: Annotated[
+        bool, typer.Option("--gpu-check", help="Compare what this machine computes with references, and measure it.")
+    ] = False,
+    suites: Annotated[
+        bool, typer.Option("--suites/--no-suites", help="With --gpu-check: measure what answers and adapters cost.")
+    ] = True,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="With --gpu-check: folder to write; default: benchmarks/results/DEVICE.", file_okay=False),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
     from f2l_vllm.cli.doctor import doctor
 
-    doctor(launch)
+    planned = doctor(launch)
+    if gpu_check:
+        from f2l_vllm.cli.gpu_check import run
+
+        run(planned, results, overwrite, with_suites=suites)
 
 
 def _workers(
@@ -174,20 +196,28 @@ def add_to(app: typer.Typer) -> None:
     app.command("workers", help=_WORKERS)(_with_flags(lambda **given: _workers(**given), _workers, flags, 2))
 
 
-def _launching(run: Callable[[typer.Context, Callable[[], Launch]], None]) -> Callable[..., None]:
-    def command(context: typer.Context, **values: Any) -> None:
-        run(context, lambda: _launch(context, **values))
+def _launching(run: Callable[..., None]) -> Callable[..., None]:
+    """`run(context, launch, …)` as a command with the flags of `serve`, and those that `run` has besides."""
+    _, _, *own = inspect.signature(run, eval_str=True, locals={"Launch": Any}).parameters.values()
 
-    return _with_flags(command, _launch, _FLAGS, 3)
+    def command(context: typer.Context, **values: Any) -> None:
+        more = {one.name: values.pop(one.name) for one in own}
+        run(context, lambda: _launch(context, **values), **more)
+
+    return _with_flags(command, _launch, _FLAGS, 3, own)
 
 
 def _with_flags(
-    command: Callable[..., None], options: Callable[..., Any], names: Sequence[str], before: int
+    command: Callable[..., None],
+    options: Callable[..., Any],
+    names: Sequence[str],
+    before: int,
+    more: Sequence[inspect.Parameter] = (),
 ) -> Callable[..., None]:
     """Give a command the signature of `options`, which is what typer reads, with a flag for each of these settings
-    after the first parameters."""
+    and `more` after the first parameters."""
     *parameters, _ = inspect.signature(options, eval_str=True).parameters.values()
-    parameters[before:before] = map(_flag, names)
+    parameters[before:before] = [*more, *map(_flag, names)]
     vars(command)["__signature__"] = inspect.Signature(parameters)
     return command
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,16 @@ def machine() -> dict[str, Any]:
         "load_average": os.getloadavg(),
         "system": platform.platform(),
     }
+
+
+def name(machine: Mapping[str, Any]) -> str:
+    """What computes on a machine: its GPU, or its cores."""
+    return str(machine["device"]) if machine["device"] != "cpu" else f"{machine['cores']} cores of {machine['cpu']}"
+
+
+def folder_name(machine: Mapping[str, Any]) -> str:
+    """The same as the name of a folder."""
+    return re.sub("[^A-Za-z0-9.]+", "-", name(machine)).strip("-")
 
 
 def versions() -> dict[str, str | None]:

@@ -170,6 +170,22 @@ def compose_tensors(parts: Sequence[tuple[Mapping[str, Tensor], Sequence[int]]],
     return composed
 
 
+def apart(one: Adapter, other: Adapter) -> float:
+    """How far two adapters are apart, as a part of what the first adds to the weights of all layers."""
+
+    def inner(first: Adapter, second: Adapter) -> float:
+        # <B^T A, D^T C> is the sum of (A C^T) * (B D^T): matrices of the ranks' sizes only.
+        found = 0.0
+        for name, (a_LRI, b_LRO) in first.factors.items():
+            c_LRI, d_LRO = (factor.detach().double().cpu() for factor in second.factors[name])
+            a_LRI, b_LRO = a_LRI.detach().double().cpu(), b_LRO.detach().double().cpu()
+            found += float(((a_LRI @ c_LRI.mT) * (b_LRO @ d_LRO.mT)).sum())
+        return first.scale * second.scale * found
+
+    own = inner(one, one)
+    return (max(0.0, own + inner(other, other) - 2 * inner(one, other)) / own) ** 0.5
+
+
 def _is_a(key: str) -> bool:
     return key.endswith(".lora_A.weight")
 

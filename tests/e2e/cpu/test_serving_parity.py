@@ -18,8 +18,8 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from f2l_vllm.cpu import linear
 from f2l_vllm.cpu.lora_slots import is_table
+from f2l_vllm.doctor.reference import Answer, Reference
 from f2l_vllm.engine.base_models import smolvlm as smolvlm_video
-from tests.support.reference_model import Answer, Reference
 
 TOLERANCE = 1e-3  # of a log-probability, fp32
 MAX_TOKENS = 12

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from f2l_vllm.base_models.merging import tokens_of_frames
+from f2l_vllm.doctor.reference import Reference
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.settings import Settings
 from f2l_vllm.store.address import Revisions, fingerprint
 from f2l_vllm.video.reading import ReadingOptions
 from tests.e2e.server.conftest import RATE
-from tests.support.reference_model import Reference
 from tests.support.server import Server
 from tests.support.videos import write_video
 from tests.unit.hypernetwork.test_merging import merged_by_hand

@@ -16,6 +16,7 @@ from f2l_vllm.cli.main import app
 # Arm -> seconds at 8 and at 32 frames.
 TIMES = {"adapter": (0.1, 0.1), "adapter-cold": (6.0, 24.0), "frames": (5.0, 21.0), "frames-cached": (0.2, 0.4)}
 ADAPTER_BYTES, KV_BYTES_PER_FRAME = 7_000_000, 2_500_000
+MACHINE = {"device": "NVIDIA H100 80GB HBM3", "cpu": "AMD EPYC", "cores": 16}
 
 
 def write(path: Path, times: dict[str, tuple[float, ...]], frames: tuple[int, ...] = (8, 32), edge: int = 384) -> Path:
@@ -31,7 +32,8 @@ def write(path: Path, times: dict[str, tuple[float, ...]], frames: tuple[int, ..
         for count, seconds in zip(frames, both, strict=True)
     ]
     rows.append({**rows[-1], "frames": 1024, "ttft_ms": None})  # a counted cell is no time
-    path.write_text(json.dumps({"suite": "latency", "configuration": {"model": "500m"}, "rows": rows}))
+    content = {"suite": "latency", "configuration": {"model": "500m"}, "machine": MACHINE, "rows": rows}
+    path.write_text(json.dumps(content))
     return path
 
 
@@ -133,7 +135,37 @@ def test_a_file_that_is_no_table_is_named(tmp_path: Path) -> None:
 
 def test_a_shape_without_a_table_says_how_to_measure_it() -> None:
     with pytest.raises(ValueError, match="f2l-vllm bench latency --shape 7b"):
-        planner.tables("7b")
+        planner.tables("7b", MACHINE)
+
+
+def test_this_repositorys_tables_speak_for_the_machine_that_measured_them_alone() -> None:
+    there = planner.RESULTS / "latency-500m.json"
+    assert planner.tables("500m", json.loads(there.read_text())["machine"]) == [there]
+    with pytest.raises(ValueError, match="this is NVIDIA H100 80GB HBM3") as refused:
+        planner.tables("500m", MACHINE)
+    assert "measured on 2 cores of AMD EPYC, and" in str(refused.value)
+    assert f"give --measured {there}" in str(refused.value)
+
+
+def test_what_was_measured_on_a_machine_like_this_one_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "RESULTS", tmp_path)
+    folder = tmp_path / "NVIDIA-H100-80GB-HBM3"
+    folder.mkdir()
+    own, _ = write(folder / "latency-500m.json", TIMES), write(tmp_path / "latency-500m.json", TIMES)
+    assert planner.tables("500m", MACHINE) == [own]
+
+
+def test_the_command_refuses_tables_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("f2l_vllm.evaluation.environment.machine", lambda: MACHINE)
+    needs = ["--frames", "8", "--questions", "10", "--videos", "4", "--memory", "1"]
+    refused = CliRunner().invoke(app, ["plan", *needs])
+    assert refused.exit_code == 2
+    assert "was measured on 2 cores of AMD EPYC" in refused.output
+    told = CliRunner().invoke(app, ["plan", *needs, "--measured", str(planner.RESULTS / "latency-500m.json")])
+    assert told.exit_code == 0, told.output
+    assert "times of 2 cores of AMD EPYC" in told.output
 
 
 def test_the_command_shows_the_sums_and_writes_them(tmp_path: Path) -> None:

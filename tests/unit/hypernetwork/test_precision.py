@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, BatchFeature
 
 from f2l_vllm.hypernetwork import internalizer, precision
 from f2l_vllm.hypernetwork.adapter import Adapter, apply_adapter
+from f2l_vllm.hypernetwork.adapter import apart as adapters_apart
 from f2l_vllm.hypernetwork.encoder import VideoEncoder
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.hypernetwork.model import Hypernetwork
@@ -129,3 +130,11 @@ def test_an_internalizer_reads_in_the_devices_precision_unless_told_another(
     loaded = Internalizer.load(hypernetwork_model, hypernetwork_model / "hypernetwork", "cpu", given)
     assert next(loaded.model.parameters()).dtype == (given or torch.float16)
     assert loaded.hyper.head.weight.dtype == torch.float32
+
+
+def test_how_far_adapters_are_apart_is_told_from_their_factors() -> None:
+    torch.manual_seed(0)
+    one, other = (Adapter({"down_proj": (torch.randn(3, 4, 5), torch.randn(3, 4, 6))}, scale) for scale in (2.0, 0.5))
+    expected = (2 * change(one) - 0.5 * change(other)).norm() / (2 * change(one)).norm()
+    assert adapters_apart(one, other) == pytest.approx(float(expected))
+    assert adapters_apart(one, one) == pytest.approx(0.0, abs=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,40 @@ class Answer:
     logprobs: list[float]
 
 
-class Reference:
-    """A checkpoint in transformers, in fp32, and adapters on it by name."""
+@dataclass(frozen=True)
+class Followed:
+    """Given tokens under the reference: the log-probability of each, and of the likeliest token in its place."""
 
-    def __init__(self, checkpoint: Path, adapters: dict[str, Path]) -> None:
+    logprobs: list[float]
+    best: list[float]
+
+
+class Reference:
+    """A checkpoint in transformers, and adapters on it by name.
+
+    Args:
+        checkpoint: directory of a vision-language model.
+        adapters: PEFT directories by name.
+        dtype, device: of the model and the adapters.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        adapters: dict[str, Path],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.processor = AutoProcessor.from_pretrained(checkpoint)
-        self._base = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        base: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype)
+        self._base = base.to(device).eval()
         self._adapted: Any = None
+        options: Any = {"autocast_adapter_dtype": dtype == torch.float32}  # else peft computes every adapter in fp32
         for name, path in adapters.items():
             if self._adapted is None:
-                self._adapted = PeftModel.from_pretrained(self._base, path, adapter_name=name).eval()
+                self._adapted = PeftModel.from_pretrained(self._base, path, adapter_name=name, **options).eval()
             else:
-                self._adapted.load_adapter(path, adapter_name=name)
+                self._adapted.load_adapter(path, adapter_name=name, **options)
 
     def chat(self, content: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Model inputs for one user turn, whose parts may be text, `image` (PIL) and `path` of a video.
@@ -54,7 +77,8 @@ class Reference:
             media["videos"] = [[frames for frames, _ in videos]]
             media["video_metadata"] = [metadata for _, metadata in videos]
             media["do_sample_frames"] = False
-        return self.processor(text=prompt, return_tensors="pt", **media)
+        inputs: dict[str, torch.Tensor] = self.processor(text=prompt, return_tensors="pt", **media)
+        return inputs
 
     @torch.inference_mode()
     def answer(self, inputs: dict[str, torch.Tensor], max_tokens: int, adapter: str | None = None) -> Answer:
@@ -66,6 +90,29 @@ class Reference:
                 return self._decode(self._adapted, inputs, max_tokens)
         self._adapted.set_adapter(adapter)
         return self._decode(self._adapted, inputs, max_tokens)
+
+    @torch.inference_mode()
+    def follow(self, inputs: dict[str, torch.Tensor], tokens: Sequence[int], adapter: str | None = None) -> Followed:
+        """How likely these tokens are as the answer, read in one pass."""
+        ids = torch.cat([inputs["input_ids"], torch.tensor([list(tokens)])], dim=1)
+        device, dtype = self._base.device, self._base.dtype
+        media = {
+            name: value.to(device, dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+            if name not in ("input_ids", "attention_mask")
+        }
+        model = self._base if self._adapted is None else self._adapted
+        if adapter is not None:
+            model.set_adapter(adapter)
+        if adapter is None and self._adapted is not None:
+            with model.disable_adapter():
+                logits = model(input_ids=ids.to(device), **media).logits
+        else:
+            logits = model(input_ids=ids.to(device), **media).logits
+        rows = torch.log_softmax(logits[0, -len(tokens) - 1 : -1].float(), dim=-1).cpu()
+        return Followed(
+            rows[torch.arange(len(tokens)), torch.tensor(list(tokens))].tolist(), rows.max(dim=-1).values.tolist()
+        )
 
     @staticmethod
     def _decode(model: Any, inputs: dict[str, torch.Tensor], max_tokens: int) -> Answer:

@@ -1,0 +1,1 @@
+"""Whether this machine computes what it should: engines and workers against references, and then what it costs."""
