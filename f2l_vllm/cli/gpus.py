@@ -24,6 +24,7 @@ class Gpus:
         present: how many there are, hidden ones too.
         cuda: the newest CUDA that the driver runs, for example (13, 0); None: unknown.
         trouble: what the driver says instead of an answer.
+        name: of the first, as CUDA names it; None: unknown.
     """
 
     ids: tuple[str, ...] = ()
@@ -31,6 +32,7 @@ class Gpus:
     present: int = 0
     cuda: tuple[int, int] | None = None
     trouble: str | None = None
+    name: str | None = None
 
     @property
     def count(self) -> int:
@@ -123,14 +125,16 @@ def _nvidia(named: str | None) -> Gpus:
             cuda = nvml.nvmlSystemGetCudaDriverVersion()
             ids = visible(named, present)
             handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(present)]
-            size = 0
+            size, name = 0, None
             with suppress(nvml.NVMLError):  # a GPU that shares the machine's memory has none of its own to tell
                 if ids and ids[0].startswith("MIG-"):
                     handles = [nvml.nvmlDeviceGetHandleByUUID(ids[0])]
+                chosen = handles[int(ids[0])] if ids and ids[0].isdigit() else handles[0]
+                name = str(nvml.nvmlDeviceGetName(chosen)) if ids else None
                 size = min((int(nvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles), default=0)
         finally:
             nvml.nvmlShutdown()
     except nvml.NVMLError as error:
         no_driver = nvml.nvmlExceptionClass(nvml.NVML_ERROR_LIBRARY_NOT_FOUND)
         return Gpus(trouble=None if isinstance(error, no_driver) else str(error))
-    return Gpus(ids, size, present, (cuda // 1000, cuda % 1000 // 10))
+    return Gpus(ids, size, present, (cuda // 1000, cuda % 1000 // 10), name=name)

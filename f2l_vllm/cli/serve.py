@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from f2l_vllm import logs, models, tracing
-from f2l_vllm.cli import checks, gpu_shares, gpus
+from f2l_vllm.cli import checks, gpu_shares, gpus, tune
 from f2l_vllm.cpu.plugin import MODE_VARIABLE, check_mode, engine_method, openmp_defaults
-from f2l_vllm.engine import defaults, flags
+from f2l_vllm.engine import defaults, flags, tuned
 from f2l_vllm.engine.defaults import refuse_flags
 from f2l_vllm.pool.messages import WorkerSpec
 from f2l_vllm.pool.supervisor import start_early
@@ -110,6 +110,7 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(defaults.KEEP_ALIVE_SECONDS)
         ),
         "RAY_USAGE_STATS_ENABLED": "0",
+        **({} if tuned.VARIABLE in os.environ else tune.environment(inputs, chosen_flags, found.name)),
         **logs.environment(os.environ, words),
         **(tracing.environment(os.environ, collector) if collector else {}),
         **openmp_defaults(os.environ),

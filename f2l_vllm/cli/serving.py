@@ -7,6 +7,7 @@ import inspect
 import os
 import shlex
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -15,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from f2l_vllm.cli.files import Overwrite
-from f2l_vllm.cli.options import DEFAULT_MODEL, sets
+from f2l_vllm.cli.options import DEFAULT_MODEL, Hypernetwork, sets
 from f2l_vllm.settings import PREFIX, Settings
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ _WORKERS = """Read the videos of servers that have no workers: as a program of i
 
 Give it the servers' catalog and store, and the settings for reading videos that they have. It claims videos from the
 catalog. SIGTERM lets it finish those in work, within F2L_JOB_SECONDS; a second one does not.
+"""
+_TUNE = """Measure how vLLM's LoRA kernels are launched best on this GPU; `serve` then does it.
+
+It takes minutes, for one model, number of slots and rank. What is measured stays in ~/.cache/f2l-vllm/lora-kernels.
 """
 _VLLM = "Of vLLM, and any other of its flags (--help=all)"
 # The settings that are flags, too, in the order of the help.
@@ -182,6 +187,25 @@ def _workers(
     raise typer.Exit(code)
 
 
+def _tune(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Shipped model, directory, or hub id: the server's.")] = DEFAULT_MODEL,
+    hypernetwork: Hypernetwork = None,
+    max_loras: Annotated[int | None, typer.Option(min=1, help="The server's, if it is given one.")] = None,
+    max_lora_rank: Annotated[int | None, typer.Option(min=1, help="The server's, if it is given one.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    from f2l_vllm.cli.tune import tune
+    from f2l_vllm.server.inputs import Inputs
+
+    given = {"max_loras": max_loras, "max_lora_rank": max_lora_rank}
+    flags = Namespace(**{name: value for name, value in given.items() if value is not None})
+    try:
+        tune(Inputs.read(model, _given({"hypernetwork": hypernetwork})), flags, overwrite)
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error), context) from error
+
+
 def _given(settings: dict[str, Any]) -> dict[str, str]:
     """Flags as variables."""
     return {f"{PREFIX}{name.upper()}": str(value) for name, value in settings.items() if value is not None}
@@ -192,6 +216,7 @@ def add_to(app: typer.Typer) -> None:
     settings = {"allow_extra_args": True, "ignore_unknown_options": True}
     for name, run, text in (("serve", _serve, _SERVE), ("doctor", _doctor, _DOCTOR)):
         app.command(name, cls=_Command, context_settings=settings, help=text)(_launching(run))
+    app.command("tune", help=_TUNE)(_tune)
     flags = (*_MAKING, *_READING, "home", "store", "database_url")
     app.command("workers", help=_WORKERS)(_with_flags(lambda **given: _workers(**given), _workers, flags, 2))
 

@@ -38,6 +38,7 @@ class Driver:
             "nvmlDeviceGetCount": lambda: len(self.sizes),
             "nvmlSystemGetCudaDriverVersion": lambda: self.cuda,
             "nvmlDeviceGetHandleByIndex": lambda index: index,
+            "nvmlDeviceGetName": lambda of: f"NVIDIA H100 {of}",
             "nvmlDeviceGetHandleByUUID": lambda _uuid: "slice",
             "nvmlDeviceGetMemoryInfo": lambda of: SimpleNamespace(total=10 << 30 if of == "slice" else self.sizes[of]),
         }
@@ -71,11 +72,11 @@ def test_gpus_may_be_named_by_their_ids() -> None:
 
 def test_a_machine_is_described_by_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     Driver((80 << 30, 24 << 30), 12080).install(monkeypatch)
-    assert gpus.find() == Gpus(("0", "1"), 24 << 30, 2, (12, 8))
+    assert gpus.find() == Gpus(("0", "1"), 24 << 30, 2, (12, 8), name="NVIDIA H100 0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert gpus.find() == Gpus(("1",), 24 << 30, 2, (12, 8))
+    assert gpus.find() == Gpus(("1",), 24 << 30, 2, (12, 8), name="NVIDIA H100 1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
-    assert gpus.find() == Gpus(("MIG-1",), 10 << 30, 2, (12, 8))
+    assert gpus.find() == Gpus(("MIG-1",), 10 << 30, 2, (12, 8), name="NVIDIA H100 slice")
     monkeypatch.setenv("F2L_CPU_PLATFORM", "1")
     assert gpus.find() == Gpus()
 
