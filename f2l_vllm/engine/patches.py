@@ -75,8 +75,8 @@ def _residency(engine: Any) -> Residency:
 
 
 def install_worker_manager() -> None:
-    """Make vLLM's model runners use `HostTierLoRAManager`. The replacement waits until a worker is made, because
-    importing its modules would delay the API server's start by seconds. Idempotent."""
+    """Make vLLM's model runners use `HostTierLoRAManager` and, on CUDA, `lora_metadata`. The replacement waits until a
+    worker is made, because importing its modules would delay the API server's start by seconds. Idempotent."""
     from vllm.v1.worker import worker_base
 
     wrapper: Any = worker_base.WorkerWrapperBase
@@ -85,12 +85,16 @@ def install_worker_manager() -> None:
         return
 
     def init_device(self: Any) -> None:
+        from vllm.platforms import current_platform
         from vllm.v1.worker import lora_model_runner_mixin
 
+        from f2l_vllm.engine import lora_metadata
         from f2l_vllm.engine.lora_manager import HostTierLoRAManager
 
         runners: Any = lora_model_runner_mixin
         runners.LRUCacheWorkerLoRAManager = HostTierLoRAManager
+        if current_platform.is_cuda():
+            lora_metadata.install()
         stock(self)
 
     wrapper.init_device = init_device

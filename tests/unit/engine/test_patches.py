@@ -16,10 +16,10 @@ from vllm.v1.worker import lora_model_runner_mixin
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from f2l_vllm.engine import plugin
+from f2l_vllm.engine import lora_metadata, patches, plugin
 from f2l_vllm.engine.residency import FIRST_ADAPTER_ID
 from f2l_vllm.server import vllm_api
-from tests.support import source_of
+from tests.support import module_source, source_of
 
 
 def test_the_plugin_is_in_front_of_the_engine_once():
@@ -125,3 +125,16 @@ def test_a_batch_finds_adapters_by_name_and_rows_by_id():
 
 def test_ids_fit_the_engines_int32():
     assert 1 << 20 <= FIRST_ADAPTER_ID < 1 << 30
+
+
+@pytest.mark.parametrize("on_cuda", [True, False])
+def test_the_metadata_of_adapters_is_ours_where_vllm_runs_on_cuda(monkeypatch, on_cuda):
+    installed = []
+    monkeypatch.setattr(WorkerWrapperBase, "init_device", lambda self: installed.append("device"))
+    monkeypatch.setattr(lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", None)
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cuda=lambda: on_cuda))
+    monkeypatch.setattr(lora_metadata, "install", lambda: installed.append("metadata"))
+    patches.install_worker_manager()
+    WorkerWrapperBase.init_device(None)
+    assert installed == ["metadata"] * on_cuda + ["device"]
+    assert '"vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU"' in module_source("vllm.platforms.cuda")
