@@ -15,6 +15,54 @@ _256M = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"  # released with the others
 VISION_HIDDEN_AT_ONCE = 2**24  # hidden activations of a vision MLP: 64 MiB in fp32, five frames of the released models
 
 
+def prepare_frames(video_processor: Any, frames_FHW3: Tensor, longest_edge: int | None = None) -> dict[str, Tensor]:
+    """What the family's video processor makes of upright RGB frames, without a mask of padding, which they have not.
+
+    Its own call copies the frames into planes before it resizes them, which takes most of the time of a CPU, and
+    resizes with another filter on a GPU.
+
+    Args:
+        video_processor: of transformers; the values it is configured with are used.
+        frames_FHW3: uint8; everything is computed on their device.
+        longest_edge: replaces the processor's size, pixels.
+
+    Returns:
+        pixel_values [1, F, 3, S, S] in fp32: on a CPU the processor's own, elsewhere within 1/255 of them.
+    """
+    from transformers.image_utils import PILImageResampling, SizeDict
+
+    processor = video_processor
+    size = processor.size if longest_edge is None else SizeDict(longest_edge=longest_edge)
+    pixels = frames_FHW3.permute(0, 3, 1, 2)
+    if processor.do_resize:
+        if pixels.device.type == "cpu" or processor.resample != PILImageResampling.LANCZOS:
+            pixels = processor.resize(pixels, size, processor.resample)
+        else:
+            pixels = resize_by_lanczos(processor, pixels, size)
+    pixels = processor.rescale_and_normalize(
+        pixels.contiguous(),
+        processor.do_rescale,
+        processor.rescale_factor,
+        processor.do_normalize,
+        tuple(processor.image_mean),
+        tuple(processor.image_std),
+    )
+    return {"pixel_values": pixels[None]}
+
+
+def resize_by_lanczos(video_processor: Any, pixels_F3HW: Tensor, size: Any) -> Tensor:
+    """uint8 [F, 3, S, S] on the frames' device: the two steps of the video processor's `resize`."""
+    from transformers.models.smolvlm.video_processing_smolvlm import get_resize_output_image_size
+
+    from f2l_vllm.base_models import lanczos
+
+    edge = video_processor.max_image_size["longest_edge"]
+    first = (size.height, size.width)
+    if size.longest_edge:
+        first = get_resize_output_image_size(pixels_F3HW, size.longest_edge)
+    return lanczos.resize(lanczos.resize(pixels_F3HW, first), (edge, edge))
+
+
 def embed_frames(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Visual tokens [F, P, D]; the frames hold no padding."""
     parameter = next(model.parameters())
@@ -40,6 +88,7 @@ SPEC = BaseModelSpec(
     text_config="text_config",
     text_model="text_model",
     peft_prefix="base_model.model.model.text_model.layers",
+    prepare_frames=prepare_frames,
     embed_frames=embed_frames,
     frames_at_once=frames_at_once,
     architecture="SmolVLMForConditionalGeneration",

@@ -43,7 +43,9 @@ class BaseModelSpec:
         text_model: the decoder stack (embeddings, layers, norm), as an attribute of the transformers model without its
             language-model head.
         peft_prefix: of a text layer's names in PEFT files, before the layer's number.
-        embed_frames: visual tokens [F, P, D] of one batch of frames, as the family's video processor makes it.
+        prepare_frames: what the family's video processor makes of uint8 frames [F, H, W, 3] on any device, with the
+            longest edge to scale to, or None for the processor's own.
+        embed_frames: visual tokens [F, P, D] of one batch of frames, as `prepare_frames` makes it.
         frames_at_once: how many frames the vision tower takes, from the model's configuration.
         architecture: the class's name in transformers and in vLLM's registry of models.
         vllm_class: `module:class` with which vLLM serves it, with a `video` modality.
@@ -60,6 +62,7 @@ class BaseModelSpec:
     text_config: str
     text_model: str
     peft_prefix: str
+    prepare_frames: Callable[[Any, Tensor, int | None], Mapping[str, Tensor]]
     embed_frames: Callable[[nn.Module, Mapping[str, Any]], Tensor]
     frames_at_once: Callable[[Any], int]
     architecture: str
