@@ -29,6 +29,7 @@ from f2l_vllm.catalog.transactions import (
     release,
 )
 from f2l_vllm.store.adapter_info import AdapterInfo
+from f2l_vllm.store.address import object_name
 from f2l_vllm.store.errors import AdapterIdsExhausted
 
 __all__ = ["EXHAUSTED", "LEASE_SECONDS", "Jobs"]
@@ -48,8 +49,18 @@ class Jobs(Database):
         self._turn = 0
         self._turns: dict[str | None, int] = {}  # tenant -> its last turn, in this process
 
-    def claim_jobs(self, limit: int) -> list[Job]:
+    def next_videos(self, limit: int) -> list[str]:
+        """The videos of up to `limit` jobs that would be claimed next, in their order, by their names in the store.
+        Those that have cost a worker before are left out."""
+        with self._read() as connection:
+            if connection.scalar(select(jobs.c.id).where(jobs.c.running == 0).limit(1)) is None:
+                return []
+            hashes = [row.sha256 for row, _ in self._in_turns(connection, limit) if row.attempts == 0]
+            return [object_name(sha256, _generation(connection, sha256) or "") for sha256 in hashes]
+
+    def claim_jobs(self, limit: int, *, ahead: str | None = None, among: int = 1) -> list[Job]:
         """Take up to `limit` waiting jobs. Tenants take turns, oldest job first; jobs that nobody waits for come last.
+        A job whose video is `ahead` comes first if it is one of the next `among`.
 
         A job that has cost a worker before is taken alone, so that it cannot harm other jobs. There are none while
         files are answered by servers of another revision.
@@ -58,9 +69,12 @@ class Jobs(Database):
             if connection.scalar(select(jobs.c.id).where(jobs.c.running == 0).limit(1)) is None:
                 return []  # idle lanes take no write lock
         with self._write(beside=()) as connection:
-            order = self._in_turns(connection, limit)
+            order = self._in_turns(connection, max(limit, among if ahead else 0))
             if not order:
                 return []
+            if ahead is not None:
+                order.sort(key=lambda one: one[0].sha256 != ahead.partition(".")[0])
+                order = order[:limit]
             rows = [(row, tenant) for row, tenant in order if row.attempts == 0 or row is order[0][0]]
             if rows[0][0].attempts > 0:
                 rows = rows[:1]

@@ -11,7 +11,8 @@ from f2l_vllm.settings import Settings
 @dataclass(frozen=True)
 class PoolConfig:
     """How many workers a pool has, what Ray reserves for each, in which cluster they run (None: a private one), how
-    many jobs each takes at a time, and whether what was fetched and made stays in a data folder that is a cache."""
+    many jobs each takes at a time, whether what was fetched and made stays in a data folder that is a cache, and
+    whether a worker decodes the next video while it reads one."""
 
     workers: int
     cpus: float
@@ -21,6 +22,7 @@ class PoolConfig:
     job_seconds: float
     batch: int = 1
     keeps: bool = True
+    looks_ahead: bool = True
 
     @classmethod
     def of(cls, settings: Settings, *, workers: int | None = None, keeps: bool = True) -> PoolConfig:
@@ -35,6 +37,7 @@ class PoolConfig:
             # Chunked videos are long: each one fills a pass by itself.
             batch=settings.batch_videos if settings.batch_tokens and not settings.reading.is_chunked else 1,
             keeps=keeps,
+            looks_ahead=not settings.reading.is_chunked,
         )
 
 

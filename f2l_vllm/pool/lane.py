@@ -22,6 +22,7 @@ from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.jobs import EXHAUSTED
 from f2l_vllm.catalog.listener import Listener
 from f2l_vllm.catalog.notices import JOBS, JOBS_SECONDS
+from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tables import Job
 from f2l_vllm.catalog.tombstones import LOST
 from f2l_vllm.pool.messages import Cancelled, Event, Failed, Outcome, Progress, WorkerInfo
@@ -63,6 +64,9 @@ class Work:
         listener: hears of jobs.
         keeps: whether what was fetched and made stays in a data folder that is a cache.
         finishing: set when no more jobs are to be taken; those in work go on.
+        lanes: how many there are.
+        looks_ahead: whether a worker decodes the next video while it reads another.
+        ahead: lane -> the video that its worker decodes ahead.
     """
 
     catalog: Catalog
@@ -78,6 +82,9 @@ class Work:
     listener: Listener | None = None
     keeps: bool = True
     finishing: threading.Event = field(default_factory=threading.Event)
+    lanes: int = 1
+    looks_ahead: bool = True
+    ahead: dict[int, str] = field(default_factory=dict)
 
 
 class Lane(threading.Thread):
@@ -89,6 +96,7 @@ class Lane(threading.Thread):
 
     def __init__(self, index: int, work: Work) -> None:
         super().__init__(name=f"f2l-lane-{index}", daemon=True)
+        self._index = index
         self._work = work
         self._catalog = work.catalog
         self._actor: Any = None  # a Ray actor handle
@@ -118,8 +126,13 @@ class Lane(threading.Thread):
             try:
                 self._ensure_actor()
                 self._woken.clear()
-                jobs = {job.object: job for job in self._catalog.claim_jobs(self._work.batch)}
+                ahead, lanes = self._work.ahead.get(self._index), self._work.lanes
+                claimed = self._catalog.claim_jobs(self._work.batch, ahead=ahead, among=lanes)
+                jobs = {job.object: job for job in claimed}
+                if ahead is not None and ahead not in {job.video for job in claimed}:
+                    self._drop_ahead()
                 if jobs:
+                    self._work.ahead.pop(self._index, None)
                     self._run(jobs)
                     self.wake()
                 elif not self._stopping():
@@ -212,6 +225,7 @@ class Lane(threading.Thread):
         if not self._stopping():
             logger.warning("hypernetwork worker %s %s", self.info.pid if self.info else "", what)
         self.info = None
+        self._work.ahead.pop(self._index, None)
         if self._actor is not None:
             ray.kill(self._actor)
             self._actor = None
@@ -252,6 +266,28 @@ class Lane(threading.Thread):
         finally:
             self._trail.end()
 
+    def _look_ahead(self) -> None:
+        """Have the worker decode the video that this lane will probably claim next, or drop one that was deleted."""
+        work = self._work
+        try:
+            if (ahead := work.ahead.get(self._index)) is not None:
+                if not self._catalog.named([ahead]):
+                    self._drop_ahead()
+                return
+            if not work.looks_ahead or work.finishing.is_set():
+                return
+            of_others = set(work.ahead.values())
+            video = next((one for one in self._catalog.next_videos(work.lanes) if one not in of_others), None)
+        except Unavailable:
+            return
+        if video is not None:
+            work.ahead[self._index] = video
+            self._actor.look_ahead.remote(video)
+
+    def _drop_ahead(self) -> None:
+        self._work.ahead.pop(self._index, None)
+        self._actor.look_ahead.remote(None)
+
     def _show(self, job: Job, progress: Progress) -> None:
         try:
             self._catalog.advance(job.adapter_name, progress.state, progress.fraction, token=job.token)
@@ -266,16 +302,23 @@ class Lane(threading.Thread):
         method = self._actor.internalize.options(num_returns="streaming")
         events = method.remote([(job.object, job.video) for job in jobs.values()])
         cancelled: set[str] = set()
+        reads = False
         looked = time.monotonic()
         while jobs:
             ready, _ = ray.wait([events], timeout=max(0.0, min(_CANCEL_SECONDS, deadline - time.monotonic())))
             if ready:
-                yield ray.get(next(events))
+                name, event = ray.get(next(events))
+                yield name, event
+                if not reads and isinstance(event, Progress) and event.state is VideoState.ENCODING:
+                    reads = True  # so its decoder is free
+                    self._look_ahead()
             elif time.monotonic() >= deadline:
                 raise GetTimeoutError(f"no result within {seconds:.0f} s")
             if time.monotonic() - looked < _CANCEL_SECONDS:
                 continue
             looked = time.monotonic()
+            if reads:
+                self._look_ahead()
             for name in jobs.keys() - cancelled:
                 if not self._wanted(jobs[name]):
                     logger.info("%s is given up: its files were deleted, or another attempt at it has begun", name)

@@ -72,6 +72,8 @@ class Pool:
             self.failed,
             listener,
             config.keeps,
+            lanes=config.workers,
+            looks_ahead=config.looks_ahead,
         )
         self._lanes = [Lane(index, work) for index in range(config.workers)]
 

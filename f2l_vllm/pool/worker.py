@@ -22,10 +22,13 @@ from f2l_vllm.store.store import StoreError
 if TYPE_CHECKING:
     from f2l_vllm.hypernetwork.adapter import Adapter
     from f2l_vllm.hypernetwork.peft_format import AdapterFiles
+    from f2l_vllm.pool.ahead import Decoded
+    from f2l_vllm.video.sample import SampledVideo
 
 # The internalizer's stages as the catalog's states.
 _STATES = {"decode": VideoState.DECODING, "encode": VideoState.ENCODING, "generate": VideoState.ENCODING}
 
+AHEAD_BYTES = 256 << 20  # of frames decoded ahead; 64 frames of 1280x720 pixels are 177 MB
 
 _TOO_LARGE = Failed("not_enough_memory", "the worker has not enough memory for this video, even alone")
 
@@ -44,6 +47,7 @@ class HypernetworkWorker:
 
         from f2l_vllm.hypernetwork.adapter_check import AdapterCheck
         from f2l_vllm.hypernetwork.internalizer import Internalizer
+        from f2l_vllm.pool.ahead import VideoReader
         from f2l_vllm.pool.device import take_device
         from f2l_vllm.video.decoder import IsolatedDecoder
 
@@ -58,7 +62,8 @@ class HypernetworkWorker:
         self._decoder = self._internalizer.decoder = IsolatedDecoder(spec.decode)
         self._check = AdapterCheck(self._internalizer.model, self._internalizer.processor.tokenizer)
         self._cancelled: set[str] = set()
-        self._decoding: str | None = None  # the job whose video is being read
+        self._decoding: tuple[str, str] | None = None  # the job whose video is being decoded, and the video
+        self._videos = VideoReader(self._decode, self._decode_ahead, self._decoder.stop)
 
     def info(self) -> WorkerInfo:
         """Describe this worker. An answer also tells the pool that the worker has loaded and is alive."""
@@ -74,6 +79,7 @@ class HypernetworkWorker:
             jobs: adapters' and videos' names in the store; several jobs pass through the models together.
         """
         self._cancelled.clear()
+        self._videos.keep([video for _, video in jobs])
         self._store.check_room_for_adapters()  # first, so that no work is wasted
         if len(jobs) > 1:
             yield from self._together(jobs)
@@ -85,8 +91,41 @@ class HypernetworkWorker:
     def cancel(self, name: str) -> None:
         """Cancel the job of an adapter that nobody waits for any more; it soon ends with `Cancelled`."""
         self._cancelled.add(name)
-        if self._decoding == name:
-            self._decoder.stop()
+        decoding = self._decoding
+        if decoding is not None and decoding[0] == name:
+            if self._spec.reading.is_chunked:
+                self._decoder.stop()
+            else:
+                self._videos.stop(decoding[1])
+
+    def look_ahead(self, video: str | None) -> None:
+        """Decode this video, whose job comes next, while the models read another; None: drop what was decoded so.
+
+        Chunks of a video are decoded between passes, so then nothing is decoded ahead. Nor is a video that is not here
+        yet, or whose frames take more than `AHEAD_BYTES`.
+        """
+        if video is None:
+            self._videos.keep([])
+        elif not self._spec.reading.is_chunked:
+            self._videos.begin(video)
+
+    def _decode(self, video: str) -> SampledVideo:
+        from f2l_vllm.video.sample import sample_video
+
+        one = self._internalizer
+        return sample_video(self._store.fetch_video(video), one.processor, one.limits, one.sampling, self._decoder)
+
+    def _decode_ahead(self, video: str) -> SampledVideo | None:
+        from f2l_vllm.video.sample import open_source
+
+        path, one = self._store.video_path(video), self._internalizer
+        if not path.is_file():
+            return None  # what its job fetches is forgotten with the job
+        source = open_source(path, one.limits, self._decoder)
+        indices = source.indices(one.processor, one.sampling, 0, source.info.frame_count)
+        if len(indices) * source.info.width * source.info.height * 3 > AHEAD_BYTES:
+            return None
+        return source.take(indices, one.sampling)
 
     def _alone(self, name: str, video: str) -> Iterator[Event]:
         import torch
@@ -97,18 +136,30 @@ class HypernetworkWorker:
         started = time.perf_counter()
         yield Progress(VideoState.DECODING, 0.0)
 
+        internalizer, path = self._internalizer, self._store.video_path(video)
+        decoded: Decoded | None = None  # chunks are decoded between passes
+
         def run(report: Callable[[str, float], None]) -> Adapter:
             def report_unless_cancelled(stage: str, fraction: float) -> None:
                 if name in self._cancelled:
                     raise _GivenUp
                 report(stage, fraction)
 
-            return self._internalizer.internalize(path, on_progress=report_unless_cancelled)
+            if decoded is None:
+                return internalizer.internalize(path, on_progress=report_unless_cancelled)
+            return internalizer.internalize_frames(decoded.frames, report_unless_cancelled)
 
-        self._decoding = name
+        self._decoding = name, video
         try:
-            path = self._store.fetch_video(video)
+            if self._spec.reading.is_chunked:
+                self._store.fetch_video(video)
+            else:
+                decoded = self._videos.take(video)
+                self._decoding = None
+                yield Progress(VideoState.DECODING, 1.0)
             adapter = yield from _events_of(run)
+            if decoded is not None:
+                adapter.info = adapter.info.decoded_in(decoded.seconds)
         except (_GivenUp, DecoderStopped):
             yield Cancelled()
             return
@@ -134,21 +185,18 @@ class HypernetworkWorker:
         from f2l_vllm.hypernetwork.internalizer import NotEnoughMemoryError
         from f2l_vllm.video.decoder import DecoderStopped
         from f2l_vllm.video.errors import VideoError
-        from f2l_vllm.video.sample import SampledVideo, sample_video
 
         started = time.perf_counter()
         internalizer = self._internalizer
-        videos: dict[str, SampledVideo] = {}
+        videos: dict[str, Decoded] = {}
         for name, video in jobs:
             yield name, Progress(VideoState.DECODING, 0.0)
-            self._decoding = name
+            self._decoding = name, video
+            path = self._store.video_path(video)
             try:
-                path = self._store.fetch_video(video)
-                sampled = sample_video(
-                    path, internalizer.processor, internalizer.limits, internalizer.sampling, self._decoder
-                )
-                internalizer.tokens(sampled)  # refuses a video that is too long, and the others go on
-                videos[name] = sampled
+                decoded = self._videos.take(video)
+                internalizer.tokens(decoded.frames)  # refuses a video that is too long, and the others go on
+                videos[name] = decoded
             except DecoderStopped:
                 yield name, Cancelled()
             except FileNotFoundError:
@@ -163,20 +211,20 @@ class HypernetworkWorker:
         for name in self._cancelled & videos.keys():
             del videos[name]
             yield name, Cancelled()
-        decoded = time.perf_counter()
         for name in videos:
             yield name, Progress(VideoState.ENCODING, 0.0)
         adapters: Sequence[Adapter | None]
         try:
-            adapters = internalizer.internalize_many(list(videos.values()), max_tokens=self._spec.batch_tokens)
+            frames = [decoded.frames for decoded in videos.values()]
+            adapters = internalizer.internalize_many(frames, max_tokens=self._spec.batch_tokens)
         except NotEnoughMemoryError as error:
             adapters = error.adapters
-        for name, adapter in zip(videos, adapters, strict=True):
+        for (name, decoded), adapter in zip(videos.items(), adapters, strict=True):
             if adapter is None:
                 yield name, _TOO_LARGE
                 continue
             yield name, Progress(VideoState.PUBLISHING, 0.0)
-            adapter.info = adapter.info.decoded_in((decoded - started) / len(jobs))
+            adapter.info = adapter.info.decoded_in(decoded.seconds)
             yield name, self._publish(name, adapter, time.perf_counter() - started)
 
     def _publish(self, name: str, adapter: Adapter, seconds: float) -> Outcome:

@@ -82,6 +82,7 @@ def main(limits_json: str, lifeline: int) -> None:
             message = f"The video cannot be decoded ({type(error).__name__}): convert it to H.264 in an mp4 file."
             answer = {"code": "decode_failed", "message": message}
         _send(answers, answer, body)
+        del body  # the frames, which may be of a video that is about to be deleted
 
 
 def _listen(requests: queue.SimpleQueue[dict[str, Any]]) -> None:

@@ -264,20 +264,20 @@ def test_an_adapter_without_effect_is_an_error_not_a_silent_base_answer(bench, v
     from f2l_vllm.pool.worker import HypernetworkWorker
 
     worker = HypernetworkWorker(bench.spec)
-    make = worker._internalizer.internalize
+    make = worker._internalizer.internalize_frames
 
-    def without_effect(path, **options):
-        adapter = make(path, **options)
+    def without_effect(*arguments):
+        adapter = make(*arguments)
         return Adapter({name: (a, b * 0) for name, (a, b) in adapter.factors.items()}, adapter.scale, info=adapter.info)
 
-    worker._internalizer.internalize = without_effect
+    worker._internalizer.internalize_frames = without_effect
     record = bench.add(videos[0][0])
     *_, (_, outcome) = worker.internalize([("f2l-zero", record.sha256)])
     assert isinstance(outcome, Failed)
     assert outcome.code == "adapter_rejected"
     assert "base model" in outcome.message
     assert not bench.store.adapter_path("f2l-zero").exists()
-    worker._internalizer.internalize = make
+    worker._internalizer.internalize_frames = make
     *_, (_, outcome) = worker.internalize([("f2l-one", record.sha256)])
     assert isinstance(outcome, Published)
     assert outcome.info.probe_effect > 0.01

@@ -173,6 +173,27 @@ def test_a_claim_reads_no_more_of_a_long_queue_than_of_a_short_one(catalog):
     assert catalog.counts()[1:] == (5005 - 10, 10)
 
 
+def test_the_next_videos_are_those_that_the_next_claims_take(catalog):
+    assert catalog.next_videos(2) == []
+    enter(catalog, {"a": 5000})
+    enter(catalog, {"b": 3})
+    with rows_read(catalog) as count:
+        assert catalog.next_videos(3) == ["a0", "b0", "a1"]
+        assert 0 < count[0] <= 30
+    assert [catalog.claim_jobs(1)[0].video for _ in range(3)] == ["a0", "b0", "a1"]
+    (again,) = catalog.claim_jobs(1)
+    catalog.release_job(again.adapter_name)  # it cost its worker
+    assert again.video not in catalog.next_videos(9)
+
+
+def test_a_job_whose_video_is_decoded_comes_first_if_its_turn_is_near(catalog):
+    enter(catalog, {"a": 9})
+    assert [job.video for job in catalog.claim_jobs(1, ahead="a1", among=2)] == ["a1"]
+    assert [job.video for job in catalog.claim_jobs(1, ahead="a8", among=2)] == ["a0"]
+    assert [job.video for job in catalog.claim_jobs(2, ahead="a3", among=2)] == ["a3", "a2"]
+    assert [job.video for job in catalog.claim_jobs(1, ahead="gone", among=2)] == ["a4"]
+
+
 def test_a_long_queue_of_the_background_comes_last_and_is_not_read_either(catalog):
     enter(catalog, {"a": 5000}, background=True)
     enter(catalog, {"b": 1})

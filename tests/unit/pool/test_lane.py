@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import threading
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,7 +44,7 @@ def idle_lanes(url, listens, count=2):
     """A catalog that nothing waits in, lanes, and the times at which they look for jobs."""
     catalog, looks, stopping = Catalog(url), [], threading.Event()
     claim = catalog.claim_jobs
-    catalog.claim_jobs = lambda limit: looks.append(time.monotonic()) or claim(limit)
+    catalog.claim_jobs = lambda limit, **options: looks.append(time.monotonic()) or claim(limit, **options)
     listener = listen(catalog) if listens else None
     work = Work(catalog, None, 1, 60, 3, None, None, print, stopping, threading.Event(), listener)
     lanes = [IdleLane(index, work) for index in range(count)]
@@ -152,3 +154,76 @@ def test_workers_without_a_server_leave_nothing_of_a_job_here(tmp_path, keeps):
     assert keeps or store.kept() == []
     assert store.load_path(job.object).is_dir()  # it is in the store
     catalog.close()
+
+
+class Actor:
+    """Notes what a worker is told to decode ahead."""
+
+    def __init__(self):
+        self.told = []
+        self.look_ahead = SimpleNamespace(remote=self.told.append)
+
+
+@pytest.fixture
+def looking(tmp_path):
+    """Two lanes whose workers are at work, over a catalog in which videos wait."""
+    catalog = Catalog(f"sqlite:///{tmp_path / 'catalog.sqlite3'}")
+    files = [add(catalog, f"f2l-{sha}", sha=sha) for sha in "abcd"]
+    work = Work(catalog, None, 1, 60, 3, None, None, print, threading.Event(), threading.Event(), lanes=2)
+    lanes = [IdleLane(index, work) for index in range(2)]
+    for lane in lanes:
+        lane._actor = Actor()
+    yield catalog, files, lanes
+    catalog.close()
+
+
+def test_each_worker_decodes_another_video_ahead_and_only_one(looking):
+    _, _, lanes = looking
+    for lane in [*lanes, *lanes]:
+        lane._look_ahead()
+    assert [lane._actor.told for lane in lanes] == [["a" * 64], ["b" * 64]]
+
+
+def test_a_video_decoded_ahead_is_dropped_when_its_last_file_is_deleted(looking):
+    catalog, files, (lane, _) = looking
+    lane._look_ahead()
+    catalog.remove_file(files[0].id, "t")
+    lane._look_ahead()
+    lane._look_ahead()
+    assert lane._actor.told == ["a" * 64, None, "b" * 64]
+
+
+def test_a_lane_claims_the_video_that_its_worker_has_decoded(looking):
+    _, _, lanes = looking
+    for lane in lanes:
+        lane._look_ahead()
+    ran, work = [], lanes[1]._work
+
+    def stop_after_one(jobs):
+        ran.extend(job.video for job in jobs.values())
+        work.finishing.set()
+
+    lanes[1]._run = stop_after_one
+    lanes[1].run()
+    assert ran == ["b" * 64]
+    assert lanes[1]._actor.told == ["b" * 64]
+    assert work.ahead == {0: "a" * 64}
+
+
+def test_a_video_that_another_pool_took_is_dropped(looking):
+    catalog, files, (lane, _) = looking
+    lane._look_ahead()
+    for _ in files:
+        catalog.claim_jobs(1)
+    lane._woken.wait = lambda _seconds: lane._work.finishing.set()
+    lane.run()
+    assert lane._actor.told == ["a" * 64, None]
+
+
+def test_workers_that_stop_or_read_chunks_decode_nothing_ahead(looking):
+    _, _, (lane, other) = looking
+    lane._work.finishing.set()
+    lane._look_ahead()
+    other._work = replace(other._work, looks_ahead=False, finishing=threading.Event())
+    other._look_ahead()
+    assert lane._actor.told == other._actor.told == []
