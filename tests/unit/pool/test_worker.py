@@ -13,6 +13,7 @@ import torch
 from f2l_vllm.catalog.tombstones import LOST
 from f2l_vllm.pool.messages import Cancelled, Failed, Published, WorkerSpec
 from f2l_vllm.pool.worker import HypernetworkWorker
+from f2l_vllm.store.cached_store import open_store
 from f2l_vllm.store.store import Store
 from tests.support.videos import write_video
 
@@ -200,3 +201,26 @@ def test_a_job_cancelled_while_its_video_is_decoded_ahead_ends_and_the_next_is_m
         job.join(0.05)
     assert isinstance(ended[0], Cancelled)
     assert isinstance(outcome(worker, "f2l-v", video), Published)
+
+
+def test_a_video_that_is_not_here_is_fetched_by_its_job_alone(worker, tmp_path, monkeypatch):
+    """What a job fetches is dropped with it, if it was deleted meanwhile."""
+    far = open_store(tmp_path / "other", url=f"file://{tmp_path / 'far'}")
+    video = keep(far, write_video(tmp_path / "v.mp4", frames=10, fps=2))
+    here = open_store(tmp_path / "home", url=f"file://{tmp_path / 'far'}")
+    monkeypatch.setattr(worker, "_store", here)
+    worker.look_ahead(video)
+    begun(worker)
+    assert not here.video_path(video).exists()
+    assert isinstance(outcome(worker, "f2l-v", video), Published)
+    assert here.video_path(video).exists()
+
+
+def test_what_was_decoded_ahead_is_let_go_when_another_job_begins(worker, store, tmp_path):
+    first, second = (keep(store, write_video(tmp_path / f"{n}.mp4", frames=10 + n, fps=2)) for n in range(2))
+    worker.look_ahead(first)
+    begun(worker)
+    frames = weakref.ref(worker._videos._ahead.future.result().frames)
+    assert isinstance(outcome(worker, "f2l-second", second), Published)
+    gc.collect()
+    assert frames() is None
