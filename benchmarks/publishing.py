@@ -5,7 +5,8 @@ them, and a server's store checks an adapter and reads it as the engine does, al
 server is sent a new video and a question about it at once; the time counts from the upload to the first token. Arms
 are the data folder: on the disk, and on /dev/shm, where writing, syncing and renaming cost what handing an adapter over
 in memory and writing its files behind would at best. The second arm is an upper bound of that gain: the uploaded
-video and the catalog's commits are in memory too. Servers run one at a time and take turns.
+video and the catalog's commits are in memory too. Servers run one at a time and take turns. With `--no-models` only
+what depends on an adapter's size is measured, with random values.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch  # noqa: E402
 from openai import OpenAI  # noqa: E402
 
 from benchmarks.memory_tier import load  # noqa: E402
+from benchmarks.worker_manager import random_adapter  # noqa: E402
 from f2l_vllm.bench import record  # noqa: E402
 from f2l_vllm.bench.hypernetwork_shapes import SHAPES, random_hypernetwork, save_model, save_released  # noqa: E402
 from f2l_vllm.catalog.catalog import Catalog  # noqa: E402
@@ -67,10 +69,17 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=20, help="of each server, after one that warms it up")
     parser.add_argument("--rounds", type=int, default=2, help="servers of each arm")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a worker")
+    parser.add_argument("--no-models", action="store_true", help="only write and read adapters of random values")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="f2l-bench-") as name:
         folder = Path(name)
+        if options.no_models:
+            results: dict[str, Any] = {"stages_ms": files_alone(folder / "home", options)}
+            print(results)
+            if options.json is not None:
+                record.write(options.json, {**vars(options), "json": None}, results)
+            return
         model, hypernetwork = inputs(options.shape, folder)
         films = films_of(folder, options)
         results = {
@@ -183,6 +192,26 @@ def stages(
     server.close()
     catalog.close()
     return {**steps.summary(), "adapter_bytes": done.bytes}
+
+
+def files_alone(home: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of the steps that depend on an adapter's size alone; hashes are computed with the manifest."""
+    config = SHAPES[options.shape].hypernetwork
+    adapter, store, steps = random_adapter(config, 2 * config.rank), Store(home), Steps()
+    server = open_store(home, hot_bytes=256 << 20)
+    with ExitStack() as stack:
+        for path, step in STEPS.items():
+            module, _, name = path.rpartition(".")
+            owner = _find(module)
+            stack.enter_context(patch.object(owner, name, steps.around(step, getattr(owner, name))))
+        for number in range(options.videos + 1):
+            name = f"f2l-{number:032x}"
+            store.publish_adapter(name, lambda directory: adapter.save(directory, "base") and None, {})
+            with steps.step("server: compare with the manifest, read"):
+                size = load(server, name)
+            steps.next()
+    server.close()
+    return {**steps.summary(), "weights_bytes": size}
 
 
 def _find(path: str) -> Any:

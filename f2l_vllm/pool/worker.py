@@ -154,6 +154,8 @@ class HypernetworkWorker:
             if self._spec.reading.is_chunked:
                 self._store.fetch_video(video)
             else:
+                if name in self._cancelled:
+                    raise _GivenUp
                 decoded = self._videos.take(video)
                 self._decoding = None
                 yield Progress(VideoState.DECODING, 1.0)
