@@ -52,7 +52,7 @@ unit: $(STAMP) ## Run the tests that start no server, no Ray and no engine
 	$(BIN)/python -m pytest tests/unit -n 3 $(PARALLEL)
 
 test: unit ## Run the tests, unit and end to end
-	$(BIN)/python -m pytest tests/e2e -n 3 $(PARALLEL)
+	$(BIN)/python -m pytest tests/e2e -n 2 $(PARALLEL)
 
 test-clients: $(STAMP) clients ## Run what docs/integrations.md shows, with the packages of clients.txt
 	$(BIN)/python -m pytest tests/e2e/server/test_documents_over_http.py -k "integration or notebook"

@@ -20,6 +20,7 @@ from tests.support.server import Server
 PAGES = ["README.md", *(f"docs/start/{page.name}" for page in sorted((ROOT / "docs" / "start").glob("*.md")))]
 SHOWN = sorted({command for page in PAGES for command in commands(page)})
 SERVE = re.compile(r"(?:\.venv/bin/f2l-vllm serve|launch/local\.sh|docker run .* f2l-vllm serve)(?P<words>.*)")
+FOR_A_GPU = re.compile(r" (tune .*|doctor .*--gpu-check.*)")  # tests/e2e/doctor and tests/unit/engine run them
 CLIENTS = ROOT / ".venv-clients" / "bin"
 PROGRAMS = blocks("docs/integrations.md", "python")
 
@@ -54,7 +55,9 @@ def test_a_command_works(command: str, clone: Path, default_server: Server) -> N
         prints = ["-m", "f2l_vllm.cli", "serve", "f2l-tiny", *flags, "--dry-run"]
         assert "vllm" in run([sys.executable, *prints], clone, F2L_RAY_ADDRESS="auto")  # which may have GPUs
     elif words[0] in ("curl", ".venv/bin/f2l-vllm"):
-        told = run(shlex.split(command.replace(URL, default_server.url)), clone)
+        asked = shlex.split(command.replace(URL, default_server.url))
+        told = run([*asked, *(["--help"] if FOR_A_GPU.search(command) else [])], clone)
+        assert not FOR_A_GPU.search(command) or all(word in told for word in asked if word.startswith("--"))
         if words[0] == "curl":
             assert "error" not in json.loads(told)
     else:
