@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
+from f2l_vllm import models
 from f2l_vllm.cli.main import app
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.train.data.manifest import Example, write_manifest
@@ -57,13 +59,17 @@ def test_the_command_goes_on_after_a_kill_as_if_there_had_been_none(examples, tm
 
 def test_two_processes_learn_what_one_does(examples, tmp_path):
     """All questions but one are about one video, so the processes' parts of a step are of very different lengths. The
-    second process alone comes upon the broken video."""
+    second process alone comes upon the broken video. The base model is in fp32: what bf16 rounds depends on the batch,
+    on some CPUs by more than a thousandth of the gradient."""
+    model = AutoModelForImageTextToText.from_pretrained(models.resolve("f2l-tiny"), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    AutoProcessor.from_pretrained(models.resolve("f2l-tiny")).save_pretrained(tmp_path / "model")
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     broken = Example("x", tmp_path / "broken.mp4", "What?", "No.", "caption", "world", "train")
     manifest = tmp_path / "manifest.jsonl"
     uneven = [example for example in examples if example.id.startswith("0-") or example.id == "1-0"]
     write_manifest(manifest, [*uneven, broken])
-    steps = "--steps 1 --videos 2 --questions 20"
+    steps = f"--steps 1 --videos 2 --questions 20 --model {tmp_path / 'model'}"
     assert CliRunner().invoke(app, train_words(tmp_path / "one", manifest, steps)).exit_code == 0
     command = train_command(tmp_path / "two", manifest, *TWO_PROCESSES, steps=steps)
     assert subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 0
