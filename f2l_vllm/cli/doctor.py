@@ -53,7 +53,7 @@ def doctor(launch: Callable[[], Launch]) -> Launch:
         home = planned.settings.data_folder
         existing = next(folder for folder in (home, *home.parents) if folder.exists())
         table.add_row("data folder", f"{home} ({shutil.disk_usage(existing).free / 1e9:.0f} GB free)")
-        table.add_row("model", planned.argv[4])
+        table.add_row("model", planned.model)
         table.add_row("hypernetwork", planned.env["F2L_HYPERNETWORK"])
         table.add_row("workers", _workers(planned))
         table.add_row("serve runs", " ".join(planned.argv[3:]))

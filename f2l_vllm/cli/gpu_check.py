@@ -35,7 +35,7 @@ def run(planned: Launch, results: Path | None, overwrite: bool, *, with_suites: 
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model = planned.argv[4]
+    model = planned.model
     shipped = next((name for name in models.shipped() if models.resolve(name) == Path(model)), None)
     dtype = getattr(planned.flags, "dtype", None)
     subject = shapes.of_model(shipped or model, planned.env["F2L_HYPERNETWORK"], _DTYPES.get(dtype, dtype))

@@ -50,6 +50,11 @@ class Launch:
     gpus: gpus.Gpus
     shares: gpu_shares.Shares
 
+    @property
+    def model(self) -> str:
+        """The base model: a directory or a hub id."""
+        return self.argv[4]
+
 
 def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
     """The `vllm serve` command for a model. Flags given by the user override the defaults here.
@@ -152,7 +157,7 @@ def serve(launch: Launch) -> None:
     logs.configure("server")
     if unused := launch.gpus.unused():
         logger.warning("%s", unused)
-    logger.info("starting vLLM with %s; until the model is loaded it says little", launch.argv[4])
+    logger.info("starting vLLM with %s; until the model is loaded it says little", launch.model)
     if launch.workers is not None:
         os.environ.update(start_early(launch.workers))
     os.execvp(launch.argv[0], launch.argv)

@@ -9,9 +9,9 @@ from tests.soak.history.faults import KINDS
 from tests.soak.history.run import run
 from tests.support.postgres import temporary_postgres
 
-SEEDS = (11, 12)
+SEEDS = range(11, 17)  # two of them, and more on a machine that is too slow to answer enough in two
 SECONDS = 40
-QUESTIONS = 100  # a quiet machine answers ten times as many
+QUESTIONS = 300
 DONE = ("upload 200", "ask 200", "content 200", "delete 200", "list 200", "look 200")
 DONE += ("add key 200", "revoke key 200", "ask 401 invalid_api_key")
 
@@ -21,7 +21,9 @@ def test_whatever_happens_to_servers_workers_and_postgres_clients_see_nothing_wr
     with temporary_postgres() as postgres:
         if postgres is None:
             pytest.skip("PostgreSQL is not installed")
-        for seed in SEEDS:
+        for number, seed in enumerate(SEEDS):
+            if number >= 2 and counts["ask 200"] > QUESTIONS:
+                break
             history = asyncio.run(run(SECONDS, seed, postgres))
             assert not history.violations, f"seed {seed}: {history.violations[:3]}"
             counts.update(history.counts)

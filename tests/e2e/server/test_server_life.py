@@ -402,7 +402,8 @@ def test_a_server_that_stops_lets_answers_end_and_tells_whom_it_cuts_off(second_
     file = server.client.files.create(file=clips[2], purpose="vision")
     headers = {"Authorization": f"Bearer {KEY}"}
     long = {"max_tokens": 900, "temperature": 0}
-    with ThreadPoolExecutor(16) as threads:
+    # The client is made now: on a busy machine that would outlast the grace.
+    with ThreadPoolExecutor(16) as threads, httpx.Client(base_url=server.url) as looking:
         begun = [threading.Event() for _ in range(5)]
         streams = [threads.submit(streamed, server.client, model, event, **long) for event in begun[:4]]
         upload = threads.submit(slow_upload, server.url, begun[4])
@@ -423,7 +424,7 @@ def test_a_server_that_stops_lets_answers_end_and_tells_whom_it_cuts_off(second_
             waiting.result(30)  # told at once
         # All at a time: on a busy machine one after the other would outlast the grace.
         late = threads.submit(ask, server, model)
-        checks = [threads.submit(httpx.get, f"{server.url}{path}") for path in ("/health", "/ready")]
+        checks = [threads.submit(looking.get, path) for path in ("/health", "/ready")]
         assert error.value.code == "shutting_down"
         assert json.loads(events.result(30).text.strip().rsplit("data: ", 1)[1])["error"]["code"] == "shutting_down"
         with pytest.raises(openai.InternalServerError) as error:
