@@ -72,9 +72,9 @@ class Jobs(Database):
             order = self._in_turns(connection, max(limit, among if ahead else 0))
             if not order:
                 return []
-            if ahead is not None:
+            if ahead is not None and order[0][0].attempts == 0:
                 order.sort(key=lambda one: one[0].sha256 != ahead.partition(".")[0])
-                order = order[:limit]
+            order = order[:limit]
             rows = [(row, tenant) for row, tenant in order if row.attempts == 0 or row is order[0][0]]
             if rows[0][0].attempts > 0:
                 rows = rows[:1]

@@ -194,6 +194,14 @@ def test_a_job_whose_video_is_decoded_comes_first_if_its_turn_is_near(catalog):
     assert [job.video for job in catalog.claim_jobs(1, ahead="gone", among=2)] == ["a4"]
 
 
+def test_a_job_that_has_cost_a_worker_is_not_passed_over_for_videos_that_are_decoded(catalog):
+    enter(catalog, {"a": 9})
+    (job,) = catalog.claim_jobs(1)
+    catalog.release_job(job.adapter_name)
+    assert "a1" in catalog.next_videos(2)
+    assert [(job.video, job.attempts) for job in catalog.claim_jobs(1, ahead="a1", among=2)] == [("a0", 2)]
+
+
 def test_a_long_queue_of_the_background_comes_last_and_is_not_read_either(catalog):
     enter(catalog, {"a": 5000}, background=True)
     enter(catalog, {"b": 1})
