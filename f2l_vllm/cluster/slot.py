@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from filelock import FileLock, Timeout
 
@@ -15,6 +17,7 @@ class Slot:
 
     folder: Path
     lock: FileLock
+    _NAME: ClassVar[str] = "replica.lock"
 
     @classmethod
     def take(cls, shared: Path, *locks: str) -> Slot:
@@ -26,7 +29,7 @@ class Slot:
         for number in itertools.count():
             folder = shared / str(number)
             folder.mkdir(parents=True, exist_ok=True)
-            mine = FileLock(folder / "replica.lock", thread_local=False)
+            mine = FileLock(folder / cls._NAME, thread_local=False)
             try:
                 mine.acquire(timeout=0)
                 for name in locks:
@@ -37,6 +40,17 @@ class Slot:
                 continue
             return cls(folder, mine)
         raise AssertionError("counting does not end")
+
+    def left(self) -> Iterator[Path]:
+        """The folders beside this one that no replica has, each locked until the next one is asked for."""
+        for folder in sorted(self.folder.parent.iterdir()):
+            if folder == self.folder:
+                continue
+            try:
+                with FileLock(folder / self._NAME).acquire(timeout=0):
+                    yield folder
+            except Timeout:
+                pass
 
     def drop_old(self, pattern: str, keep: int) -> None:
         """Remove the files of this pattern in the folder, but for the newest."""

@@ -20,9 +20,11 @@ from f2l_vllm.cluster.scaling import QueuePolicy
 from f2l_vllm.cluster.slot import Slot
 from f2l_vllm.pool.actors import Actors
 from f2l_vllm.pool.config import PoolConfig
-from f2l_vllm.pool.pool import open_pool
+from f2l_vllm.pool.pool import forget_all, open_pool
 from f2l_vllm.server.inputs import Inputs
 from f2l_vllm.settings import Settings
+from f2l_vllm.store.cached_store import open_store
+from f2l_vllm.store.errors import Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,8 @@ def build(args: Args) -> Application:
 
 
 class Hypernetwork:
-    """A replica. What it fetches and makes stays in its folder for the time of a job only.
+    """A replica. What it fetches and makes stays in its folder for the time of a job only. One that is killed leaves
+    it, and nobody may come to take its place: the node's other replicas remove it when they start and when they stop.
 
     Args:
         model, max_lora_rank: as in `Args`.
@@ -96,8 +99,9 @@ class Hypernetwork:
         if settings.database_url is None or settings.store is None:
             raise ValueError("workers share one catalog and one store: set F2L_DATABASE_URL and F2L_STORE for all")
         self._open = ExitStack()
-        slot = Slot.take(settings.data_folder / "workers")
+        slot = self._slot = Slot.take(settings.data_folder / "workers")
         self._open.callback(slot.lock.release)
+        self._tidy()
         config = PoolConfig.of(settings, workers=1, keeps=False)
         actors = Actors(config, inputs.workers(Namespace(max_lora_rank=max_lora_rank), slot.folder))
         pool = open_pool(settings, config, actors, slot.folder, inputs.revision, lambda _event: None)
@@ -117,4 +121,12 @@ class Hypernetwork:
         """Serve waits for this when it stops a replica: the video in work is finished first."""
         if hasattr(self, "_pool"):
             await asyncio.to_thread(self._pool.finish, self._settings.job_seconds)
+            await asyncio.to_thread(self._tidy)
             await asyncio.to_thread(self._open.close)
+
+    def _tidy(self) -> None:
+        for folder in self._slot.left():
+            try:
+                forget_all(open_store(folder, url=self._settings.store))
+            except Unavailable as error:
+                logger.warning("what a killed worker left in %s is not removed yet: %s", folder, error)

@@ -88,7 +88,7 @@ class Pool:
         # The pool that ran these jobs did not stop in order. One of them may be the cause, so the attempt counts.
         if released := self._catalog.release_all_jobs(blameless=False):
             logger.info("%d interrupted jobs wait again", released)
-        self._forget_all()
+        self._forget()
         self._actors.connect()
         for lane in self._lanes:
             lane.start()
@@ -126,7 +126,7 @@ class Pool:
             for lane in self._lanes:
                 lane.join(timeout=_LANE_SECONDS)
             try:
-                self._forget_all()
+                self._forget()
                 self._catalog.release_all_jobs(blameless=True)
             except Unavailable as error:
                 logger.warning("what was in work waits again at the next start, as an attempt: %s", error)
@@ -136,10 +136,10 @@ class Pool:
         # when a thread is in it while it shuts down.
         self._lock.release()
 
-    def _forget_all(self) -> None:
+    def _forget(self) -> None:
         """Drop what jobs have left here, unless it is kept."""
-        for name in () if self._keeps else self._store.kept():
-            (self._store.forget_adapter if name.startswith(ADAPTER_PREFIX) else self._store.forget_video)(name)
+        if not self._keeps:
+            forget_all(self._store)
 
     def _beat(self) -> None:
         if released := self._catalog.beat():
@@ -156,6 +156,12 @@ class Pool:
                 self._beat()
             except Unavailable as error:
                 logger.warning("this pool cannot say that it runs: %s", error)
+
+
+def forget_all(store: Store) -> None:
+    """Empty a data folder that is a cache."""
+    for name in store.kept():
+        (store.forget_adapter if name.startswith(ADAPTER_PREFIX) else store.forget_video)(name)
 
 
 @contextmanager

@@ -104,7 +104,8 @@ def test_workers_come_with_videos_survive_kills_and_go_without_losing_one(site, 
         assert not [path for path in (tmp_path / "nodes").rglob("*/videos/*/*") if path.is_file()]
 
 
-def test_a_real_worker_that_is_stopped_finishes_its_video_first(site, tmp_path):
+def test_a_real_worker_that_is_stopped_finishes_its_video_first_and_removes_what_a_killed_one_left(site, tmp_path):
+    left = tmp_path / "nodes/workers/7/videos/ab" / f"{'ab' * 32}.{'0' * 16}"
     with ray_serve(tmp_path, site, seconds=None):
         start(site)
         first = site.upload("first")
@@ -112,11 +113,15 @@ def test_a_real_worker_that_is_stopped_finishes_its_video_first(site, tmp_path):
         with hanging_decoders(*pids("HypernetworkWorker", tmp_path)):
             second = site.upload("second", frames=40)
             until(lambda: site.state(second) is VideoState.DECODING)
+            left.parent.mkdir(parents=True)
+            left.touch()
             stopping = threading.Thread(target=serve.delete, args=("workers",))
             stopping.start()
             time.sleep(3.0)
             assert stopping.is_alive()
             assert site.state(second) is VideoState.DECODING
+            assert left.exists()
         stopping.join()
         assert site.state(second) is VideoState.PROCESSED
         assert site.catalog.adapter("f2l-second").object in site.published()
+        assert not left.exists()

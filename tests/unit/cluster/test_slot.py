@@ -18,6 +18,18 @@ def test_each_replica_has_a_folder_of_its_own_and_the_next_one_finds_its_cache(t
     assert Slot.take(tmp_path, LOCK).folder == first.folder
 
 
+def test_the_folders_of_replicas_that_have_ended_are_left(tmp_path):
+    mine, other, ended = (Slot.take(tmp_path) for _ in range(3))
+    ended.lock.release()
+    left = mine.left()
+    assert next(left) == ended.folder
+    late = Slot.take(tmp_path)
+    assert late.folder.name == "3"  # the other one is being looked at
+    assert list(left) == []
+    other.lock.release()
+    assert list(mine.left()) == [other.folder, ended.folder]
+
+
 def test_the_newest_files_of_a_folder_are_kept(tmp_path):
     slot = Slot.take(tmp_path)
     for age in range(5):
