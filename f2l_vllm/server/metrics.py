@@ -12,7 +12,7 @@ JOBS = Gauge("f2l_jobs", "Internalization jobs, waiting or running.", ["state"],
 QUEUE_LIMIT = Gauge("f2l_queue_limit", "Videos that may wait for a worker.", multiprocess_mode="mostrecent")
 WORKERS = Gauge("f2l_workers", "Hypernetwork workers loaded and alive.", multiprocess_mode="mostrecent")
 RESIDENT = Gauge("f2l_adapters_resident", "Adapters registered with the engine.", multiprocess_mode="livesum")
-LOADED = Counter("f2l_adapters_loaded", "Loads of adapters into the engine's memory.")
+LOADED = Counter("f2l_adapters_loaded", "Loads of adapters into the engine's memory, for questions.")
 LEASES = Gauge("f2l_adapter_leases", "Questions that hold an adapter now.", multiprocess_mode="livesum")
 UPLOADS = Counter("f2l_uploads", "Videos accepted, by whether their adapter existed already.", ["reused"])
 UPLOAD_BYTES = Counter("f2l_upload_bytes", "Bytes of video accepted.")

@@ -113,8 +113,8 @@ class Registry:
         self._tasks: set[asyncio.Task[None]] = set()
         self._removers = ThreadPoolExecutor(_REMOVERS, "f2l-remove")
 
-    async def acquire(self, record: AdapterRecord) -> Lease:
-        """Make the adapter resident and hold it.
+    async def acquire(self, record: AdapterRecord, *, asked: bool = True) -> Lease:
+        """Make the adapter resident and hold it. `asked`: for a question, which counts as a use.
 
         Raises:
             AdapterLost: its files are missing or damaged.
@@ -132,11 +132,12 @@ class Registry:
         # keeps the int id that the engine knows until its leases end.
         entry.leases += 1
         self._idle.pop(name, None)
-        self._used[record.name] = time.time()
+        if asked:
+            self._used[record.name] = time.time()
         metrics.LEASES.inc()
         lease = Lease(self, entry)
         if entry.loading is None:
-            entry.loading = self._start(self._load(entry))
+            entry.loading = self._start(self._load(entry, asked))
         try:
             await asyncio.shield(entry.loading)  # others may wait for this load when the client goes away
         except BaseException:
@@ -189,7 +190,7 @@ class Registry:
 
         await self._loop.run_in_executor(self._removers if is_ours else None, remove_files)
 
-    async def _load(self, entry: _Entry) -> None:
+    async def _load(self, entry: _Entry, asked: bool) -> None:
         name = entry.record.object
         try:
             if name in self._leaving:
@@ -213,7 +214,8 @@ class Registry:
             raise
         self._names[entry.key] = entry.request
         metrics.RESIDENT.inc()
-        metrics.LOADED.inc()
+        if asked:
+            metrics.LOADED.inc()
         if entry.leases == 0:  # all clients went away meanwhile
             self._rest(entry)
 

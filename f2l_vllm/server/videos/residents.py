@@ -37,7 +37,7 @@ class Residents:
         recent = await asyncio.to_thread(self._catalog.recent_adapters, limit * max(1, len(self._servers)))
         for adapter in [adapter for adapter in recent if self._is_home(adapter.name)][:limit]:
             try:
-                (await self._registry.acquire(adapter)).release()
+                (await self._registry.acquire(adapter, asked=False)).release()
             except Exception as error:  # a question about it will report the error
                 logger.warning("adapter %s was not made resident: %s", adapter.name, error)
 

@@ -22,6 +22,7 @@ from f2l_vllm.synthetic.render import write_mp4  # noqa: E402
 from f2l_vllm.synthetic.world import sample_scenes  # noqa: E402
 
 expect.set_options(timeout=30_000)  # machines that run tests are busy
+_ENV = {"F2L_ALLOWED_MEDIA_DOMAINS": "127.0.0.1"}  # links may lead to tests
 KEY, OTHER_KEY = "key-of-the-console", "key-of-another-tenant"
 
 
@@ -37,7 +38,7 @@ class Restartable:
 
     def start(self, port: int | None) -> None:
         """Start it, at a free port if none is given."""
-        self.server = Server("f2l-tiny", self._folder / "home", *self._flags, api_key=KEY, port=port)
+        self.server = Server("f2l-tiny", self._folder / "home", *self._flags, api_key=KEY, port=port, env=_ENV)
         try:
             self.server.wait_ready()
         except BaseException:

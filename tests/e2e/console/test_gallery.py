@@ -1,9 +1,14 @@
 """The list of videos, in a browser."""
 
+import base64
 import io
 import json
+import re
 import tarfile
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import httpx
 import pytest
@@ -35,7 +40,11 @@ def test_a_video_goes_through_its_stages_and_shows_its_frames(page, tmp_path):
     options = {"preset": "ultrafast", "g": "100000"}  # one key frame: every frame has to be decoded
     slow = write_video(tmp_path / "slow.mp4", frames=330, fps=30, size=(1920, 1080), options=options)
     page.locator("input[type=file]").set_input_files(slow)
-    expect(page.get_by_role("progressbar", name="Reading slow.mp4")).to_be_visible()
+    bar = page.get_by_role("progressbar", name="Reading slow.mp4")
+    expect(bar).to_be_visible()
+    expect(bar).to_have_attribute("aria-valuetext", re.compile("^(decoding|reading), "))
+    expect(bar.locator("span")).to_have_text(["uploaded", "decoding", "reading", "writing", "ready"])
+    expect(bar.locator("span.is-done").first).to_have_text("uploaded")
     mine = row(page, "slow.mp4")
     expect(mine.locator(".strip img")).to_be_visible(timeout=120_000)
     expect(mine.locator(".poster img")).to_be_visible()
@@ -49,6 +58,32 @@ def test_what_is_no_video_is_said_in_a_sentence(page):
     expect(mine.get_by_role("alert")).to_contain_text("This is not a video.")
     mine.get_by_role("button", name="Dismiss a.mp4").click()
     expect(mine).to_have_count(0)
+
+
+def test_several_videos_dropped_anywhere_are_kept_as_long_as_was_chosen(host, page, films):
+    page.get_by_label("How long new videos are kept").select_option("Keep for a day")
+    names = ["dropped-1.mp4", "dropped-2.mp4"]
+    contents = [base64.b64encode(films[1].read_bytes() + name.encode()).decode() for name in names]
+    page.evaluate(
+        """([names, contents]) => {
+            const dataTransfer = new DataTransfer();
+            names.forEach((name, at) => {
+                const bytes = Uint8Array.from(atob(contents[at]), (one) => one.charCodeAt(0));
+                dataTransfer.items.add(new File([bytes], name, { type: "video/mp4" }));
+            });
+            const send = (type) => document.body.dispatchEvent(
+                new DragEvent(type, { dataTransfer, bubbles: true, cancelable: true }));
+            send("dragover");
+            send("drop");
+        }""",
+        [names, contents],
+    )
+    for name in names:
+        expect(row(page, name).locator(".strip img")).to_be_visible()
+        expect(row(page, name)).to_contain_text("gone in 24 h")
+    for file in [one for one in host.client.files.list() if one.filename in names]:
+        assert file.expires_at - file.created_at == 86400
+        host.client.files.delete(file.id)
 
 
 def test_pin_expiry_download_and_delete(host, page, films):
@@ -91,15 +126,30 @@ def test_the_questions_of_a_batch_are_not_among_the_videos(host, page, films):
         host.client.files.delete(file.id)
 
 
-def test_a_link_is_fetched_where_a_host_is_allowed(visit):
-    page = visit.page
-    facts = {"model": "base", "media_domains": ["videos.example.com"]}
-    page.route("**/console/about", lambda route: route.fulfill(json=facts))
-    page.goto(f"{visit.url}/console")
-    page.get_by_label("Link to a video from videos.example.com").fill("https://other.example.com/a.mp4")
-    page.get_by_role("button", name="Fetch").click()
-    mine = row(page, "https://other.example.com/a.mp4")
-    expect(mine.get_by_role("alert")).to_contain_text("The operator does not allow this host.")
+@pytest.fixture
+def site(films, tmp_path):
+    """The address of a film on another server."""
+    (tmp_path / "a.mp4").write_bytes(films[1].read_bytes() + b"\6")
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/a.mp4"
+        server.shutdown()
+
+
+def test_a_link_is_fetched_where_a_host_is_allowed(host, page, site):
+    link, fetch = page.get_by_label("Link to a video from 127.0.0.1"), page.get_by_role("button", name="Fetch")
+    link.fill("https://other.example.com/a.mp4")
+    fetch.click()
+    refused = row(page, "https://other.example.com/a.mp4")
+    expect(refused.get_by_role("alert")).to_contain_text("The operator does not allow this host.")
+    link.fill(site)
+    fetch.click()
+    mine = row(page, "a.mp4").filter(has=page.locator(".strip img"))
+    expect(mine).to_be_visible()
+    for file in host.client.files.list():
+        if file.filename == "a.mp4":
+            host.client.files.delete(file.id)
 
 
 @pytest.fixture

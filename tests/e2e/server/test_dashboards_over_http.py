@@ -1,15 +1,17 @@
 """The dashboards and alerts of `launch/` ask for what a running server shows."""
 
+import re
+
 import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support import promql
+from tests.support import ROOT, promql
 from tests.support.promql import OF_PROMETHEUS
 
 ELSEWHERE = {"up", "ray_serve_deployment_status"}  # Prometheus's own; of Ray Serve, tests/e2e/cluster/test_serve.py
-RARE = {("outcome", "failed")}  # shown once it has happened
+RARE = {("outcome", "failed"), ("mode", "both"), ("reused", "true")}  # shown once it has happened
 
 
 @pytest.fixture(scope="module")
@@ -39,4 +41,17 @@ def test_every_panel_and_alert_finds_its_metrics_labels_and_values(shown):
             wanted = {*one.values} - RARE
             if not any(wanted <= {*labels.items()} for labels in samples):
                 missing.append((where, one.name, sorted(wanted)))
+    assert missing == []
+
+
+def test_the_consoles_page_of_the_server_finds_its_metrics_labels_and_values(shown):
+    text = (ROOT / "f2l_vllm" / "server" / "console" / "static" / "operator.js").read_text()
+    asked = re.findall(r'"((?:f2l_|vllm:)\w+)"(?:, (?:\{ (\w+): "(\w+)" \}|"(\w+)"))?', text)
+    assert len(asked) > 20
+    missing = []
+    for name, label, value, by in asked:
+        samples = shown.get(name, []) or shown.get(f"{name}_bucket", [])
+        wanted, named = {(label, value)} - RARE - {("", "")}, {label, by} - {""}
+        if not any(wanted <= {*labels.items()} and named <= {*labels} for labels in samples):
+            missing.append((name, label, value, by))
     assert missing == []

@@ -322,6 +322,10 @@ def test_only_questions_whose_adapter_is_not_in_memory_count_as_loads(tmp_path):
             (await bench.registry.acquire(record)).release()
             await settle()
             assert metrics.LOADED._value.get() - before == loads
+        bench.registry.take_used()
+        (await bench.registry.acquire(three, asked=False)).release()
+        assert (metrics.LOADED._value.get() - before, bench.registry.take_used()) == (4, {})
+        assert set(ids(bench)) == {"f2l-2", "f2l-3"}
 
     asyncio.run(scenario())
 

@@ -16,7 +16,7 @@ export function DropZone() {
       if (!has(event)) return;
       event.preventDefault();
       setOver(false);
-      add(event.dataTransfer.files, null);
+      add(event.dataTransfer.files);
       location.hash = "#/";
     };
     addEventListener("dragover", over);

@@ -8,7 +8,7 @@ import { Rows } from "./rows.js";
 import { Upload, Video } from "./row.js";
 import { chosen, toggle } from "./selection.js";
 import { useStore } from "./store.js";
-import { add, addLink, uploads } from "./upload.js";
+import { add, addLink, keeping, uploads } from "./upload.js";
 import { bytes, count } from "./format.js";
 
 const ROW = 84;
@@ -62,11 +62,11 @@ function total(known, hasMore, stored) {
 
 function Bar({ search, setSearch }) {
   const input = useRef(null);
-  const [keep, setKeep] = useState("");
+  const { seconds } = useStore(keeping);
   const [url, setUrl] = useState("");
   const { media_domains: domains = [] } = useStore(about);
   const take = (event) => {
-    add(event.target.files, Number(keep) || null);
+    add(event.target.files);
     event.target.value = "";
   };
   const link = (event) => {
@@ -77,7 +77,8 @@ function Bar({ search, setSearch }) {
   return html`<div class="bar">
     <button type="button" class="primary" onClick=${() => input.current.click()}><${Icon} name="plus" /> Add videos</button>
     <input ref=${input} type="file" multiple hidden accept="video/*,.mkv,.ts,.avi" aria-label="Video files" onChange=${take} />
-    <select aria-label="How long new videos are kept" value=${keep} onChange=${(event) => setKeep(event.target.value)}>
+    <select aria-label="How long new videos are kept" value=${seconds ?? ""}
+      onChange=${(event) => keeping.set({ seconds: Number(event.target.value) || null })}>
       ${KEEP.map(([value, text]) => html`<option value=${value}>${text}</option>`)}
     </select>
     ${domains.length > 0 &&

@@ -70,8 +70,8 @@ function Tiles({ facts, now }) {
       part=${of("f2l_adapter_leases") / facts.device_slots} />
     <${Tile} name="Adapters in host memory" value=${count(of("f2l_adapters_resident"))} note=${`${count(facts.host_slots)} places`}
       part=${of("f2l_adapters_resident") / facts.host_slots} />
-    <${Tile} name="Videos waiting" value=${count(of("f2l_jobs", { state: "waiting" }))} note=${`${count(of("f2l_jobs", { state: "running" }))} in work, queue of ${count(facts.queue_limit)}`}
-      part=${of("f2l_jobs", { state: "waiting" }) / facts.queue_limit} />
+    <${Tile} name="Videos waiting" value=${count(of("f2l_jobs", { state: "queued" }))} note=${`${count(of("f2l_jobs", { state: "running" }))} in work, queue of ${count(facts.queue_limit)}`}
+      part=${of("f2l_jobs", { state: "queued" }) / facts.queue_limit} />
     <${Tile} name="Workers" value=${count(of("f2l_workers"))} note="loaded and alive" />
     <${Tile} name="KV cache in use" value=${percent(of("vllm:kv_cache_usage_perc"))} part=${of("vllm:kv_cache_usage_perc")} note="of its blocks" />
     <${Tile} name="Adapters found in memory" value=${share(asked - of("f2l_adapters_loaded_total"), asked)} note="of questions from adapters" />
@@ -99,19 +99,18 @@ const series = (looks, of, back = 1) => looks.map((now, place) => (place ? of(lo
 
 function Plots({ looks }) {
   const times = looks.map((seen) => seen.at);
-  const asked = (mode) => series(looks, (before, now) => rate(before, now, "f2l_questions_total", { mode }), 5);
+  const rates = (...one) => series(looks, (before, now) => rate(before, now, ...one), 5);
   const first = (part) => series(looks, (before, now) => quantile(before, now, TTFT, part), WINDOW);
-  const tokens = (name) => series(looks, (before, now) => rate(before, now, name), 5);
-  const jobs = (state) => looks.map((now) => sum(now, "f2l_jobs", { state }));
+  const sums = (...one) => looks.map((now) => sum(now, ...one));
   const small = (value) => (value >= 10 || value === 0 ? count(value) : value.toPrecision(2));
   return html`<div class="plots">
-    <${Plot} title="Questions a second" write=${small} data=${[times, asked("adapter"), asked("frames")]}
+    <${Plot} title="Questions a second" write=${small} data=${[times, rates("f2l_questions_total", { mode: "adapter" }), rates("f2l_questions_total", { mode: "frames" })]}
       lines=${[{ name: "from adapters", tone: "adapter" }, { name: "from frames", tone: "frames" }]} />
     <${Plot} title="First token" write=${(value) => (value === 0 ? "0" : duration(value))} data=${[times, first(0.5), first(0.95)]}
       lines=${[{ name: "half within", tone: "adapter" }, { name: "95 % within", tone: "edge" }]} />
-    <${Plot} title="Tokens a second" write=${small} data=${[times, tokens("vllm:generation_tokens_total"), tokens("vllm:prompt_tokens_total")]}
+    <${Plot} title="Tokens a second" write=${small} data=${[times, rates("vllm:generation_tokens_total"), rates("vllm:prompt_tokens_total")]}
       lines=${[{ name: "written", tone: "adapter" }, { name: "read", tone: "edge" }]} />
-    <${Plot} title="Videos in the queue" write=${small} data=${[times, jobs("running"), jobs("waiting")]}
+    <${Plot} title="Videos in the queue" write=${small} data=${[times, sums("f2l_jobs", { state: "running" }), sums("f2l_jobs", { state: "queued" })]}
       lines=${[{ name: "in work", tone: "adapter" }, { name: "waiting", tone: "edge" }]} />
   </div>`;
 }

@@ -79,11 +79,11 @@ export function usePicture(path) {
 
 export function Poster({ file }) {
   const found = usePicture(`console/files/${encodeURIComponent(file.id)}/poster`);
-  return html`<span class="poster">${found && html`<img src=${found.url} alt="" />`}</span>`;
+  return html`<span class="poster">${found && html`<img draggable=${false} src=${found.url} alt="" />`}</span>`;
 }
 
 export function Strip({ file }) {
   const path = file.status === "processed" ? `console/files/${encodeURIComponent(file.id)}/strip` : null;
   const found = usePicture(path);
-  return html`<span class="strip">${found && html`<img src=${found.url} alt="" />`}</span>`;
+  return html`<span class="strip">${found && html`<img draggable=${false} src=${found.url} alt="" />`}</span>`;
 }

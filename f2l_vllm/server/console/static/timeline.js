@@ -65,7 +65,7 @@ function Film({ file }) {
   const found = usePicture(isReady(file) ? `console/files/${encodeURIComponent(file.id)}/strip` : null);
   const { frames = 1, width = 4, height = 3 } = file.f2l;
   const shape = Math.min(frames, STRIP_FRAMES) * Math.min(width / height, WIDEST);
-  return html`<div class="film" style=${{ aspectRatio: String(shape) }}>${found && html`<img src=${found.url} alt=${`${found.seconds.length} of the frames that were read`} />`}</div>`;
+  return html`<div class="film" style=${{ aspectRatio: String(shape) }}>${found && html`<img draggable=${false} src=${found.url} alt=${`${found.seconds.length} of the frames that were read`} />`}</div>`;
 }
 
 function Range({ file, length, span, onSpan }) {

@@ -7,9 +7,12 @@ const AT_ONCE = 3;
 
 // Each: `number`, `name`, `bytes`, `sent` in [0, 1], `state` (waiting, sending, failed), `note`, `error`.
 export const uploads = new Store({ list: [] });
+// How long videos added from now on are kept, in seconds; null: until they are deleted.
+export const keeping = new Store({ seconds: null });
 let last = 0;
 
-export function add(files, seconds) {
+export function add(files) {
+  const { seconds } = keeping.value;
   const fresh = [...files].map((file) => entry({ name: file.name, bytes: file.size, file, seconds }));
   uploads.set({ list: [...uploads.value.list, ...fresh] });
   next();
