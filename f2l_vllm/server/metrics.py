@@ -29,6 +29,14 @@ ERRORS = Counter("f2l_errors", "Requests answered with an error of this server's
 BATCH_LINES = Counter("f2l_batch_lines", "Requests of batches that have an answer, by outcome.", ["outcome"])
 COMPOSED = Counter("f2l_composed", "Adapters composed of several videos, or of some chunks of one.")
 
+# Shown as 0 before they happen first: Prometheus takes no growth from a series that was not there.
+for _outcome in ("published", "failed"):
+    INTERNALIZED.labels(_outcome)
+for _reused in ("true", "false"):
+    UPLOADS.labels(_reused)
+for _mode in ("adapter", "frames", "both"):
+    QUESTIONS.labels(_mode, "answered")
+
 
 def count_outcome(outcome: str, seconds: dict[str, float]) -> None:
     """Count the end of a job in the metrics: the outcome `published` or `failed`, and seconds by stage."""

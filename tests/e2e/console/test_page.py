@@ -45,7 +45,7 @@ def test_the_page_asks_for_a_key_and_keeps_it_in_the_tab(stranger, film):
 def test_the_keyboard_alone_suffices(stranger, film, films, tmp_path):
     page, press = stranger.page, stranger.page.keyboard.press
     choosers = []
-    page.on("filechooser", choosers.append)
+    page.on("filechooser", lambda chooser: choosers.append(chooser))
     video = tmp_path / "by-keyboard.mp4"
     video.write_bytes(films[1].read_bytes() + b"\5")
 
