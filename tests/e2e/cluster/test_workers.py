@@ -90,15 +90,11 @@ def test_workers_come_with_videos_survive_kills_and_go_without_losing_one(site, 
         start(site)
         assert replicas() == {}
         records = [site.upload(f"{number}", frames=4 + number) for number in range(6)]
-        started = time.monotonic()
         until(lambda: sum(replicas().values()) == 3)
-        decided = time.monotonic() - started
         until(lambda: VideoState.DECODING in map(site.state, records))
         os.kill(pids("ServeReplica:workers:Hypernetwork", tmp_path)[0], signal.SIGKILL)
         until(lambda: {site.state(record) for record in records} == {VideoState.PROCESSED})
         until(lambda: replicas() == {})
-        print(f"decided after {decided:.2f} s, none left after {time.monotonic() - started:.1f} s")
-        assert decided < 2.0
         site.tidy()
         assert {site.catalog.adapter(f"f2l-{number}").object for number in range(6)} == site.published()
         assert not [path for path in (tmp_path / "nodes").rglob("*/videos/*/*") if path.is_file()]

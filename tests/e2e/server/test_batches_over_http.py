@@ -164,20 +164,16 @@ def begun_on(client, file_id):
 
 
 def test_a_cancelled_batch_stops_at_once_and_keeps_what_was_answered(client, videos):
-    long = {"max_tokens": 200, "ignore_eos": True}
+    long = {"max_tokens": 3000, "ignore_eos": True}
     requests = [request("short", videos[0]), *(request(f"long-{n}", videos[0], **long) for n in range(200))]
     batch = begun(client, requests)
     while not (batch := client.batches.retrieve(batch.id)).request_counts.completed:
         time.sleep(0.05)
-    started = time.monotonic()
     assert client.batches.cancel(batch.id).status == "cancelling"
     batch = ended(client, batch)
-    assert time.monotonic() - started < 10
     assert batch.status == "cancelled"
-    assert 0 < batch.request_counts.completed < 201
-    found = lines(client, batch.output_file_id)
-    assert found[0]["custom_id"] == "short"
-    assert len(found) == batch.request_counts.completed
+    assert batch.request_counts.completed == 1  # no long one was waited for
+    assert [one["custom_id"] for one in lines(client, batch.output_file_id)] == ["short"]
     assert client.batches.cancel(batch.id).status == "cancelled"
 
 
