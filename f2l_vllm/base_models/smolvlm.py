@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isqrt
 from typing import TYPE_CHECKING, Any
 
-from f2l_vllm.base_models.spec import BaseModelSpec
+from f2l_vllm.base_models.spec import BaseModelSpec, ReleasedSize
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -82,6 +83,79 @@ def frames_at_once(config: Any) -> int:
     return max(1, VISION_HIDDEN_AT_ONCE // (patches * vision.intermediate_size))
 
 
+def random_model(size: ReleasedSize, tokenizer: Any, chat_template: str) -> tuple[Any, nn.Module]:
+    """A processor and a model with random weights in torch's default dtype.
+
+    Args:
+        tokenizer: has the tokens that the processor writes around frames.
+    """
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMProcessor
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+    from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
+
+    edge = {"longest_edge": size.vision["image_size"]}
+    processor = SmolVLMProcessor(
+        SmolVLMImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False),
+        tokenizer,
+        SmolVLMVideoProcessor(size=edge, max_image_size=edge, num_frames=64, fps=1),
+        image_seq_len=size.tokens_per_frame,
+        chat_template=chat_template,
+    )
+    text = {"model_type": "llama", "max_position_embeddings": 16384, "rms_norm_eps": 1e-5, **size.text}
+    ids = {"pad_token_id": tokenizer.pad_token_id}
+    config = SmolVLMConfig(
+        vision_config=dict(size.vision),
+        text_config={**text, **ids},
+        scale_factor=size.vision["image_size"] // size.vision["patch_size"] // isqrt(size.tokens_per_frame),
+        image_token_id=processor.image_token_id,
+        **ids,
+    )
+    return processor, SmolVLMForConditionalGeneration(config)
+
+
+_SIZES = {
+    "500M": ReleasedSize(
+        "SmolVLM2-500M",
+        {
+            "hidden_size": 960,
+            "intermediate_size": 2560,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 15,
+            "num_key_value_heads": 5,
+            "vocab_size": 49280,
+        },
+        {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 512,
+            "patch_size": 16,
+        },
+        tokens_per_frame=64,
+    ),
+    "2.2B": ReleasedSize(
+        "SmolVLM2-2.2B",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "vocab_size": 49280,
+        },
+        {
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 14,
+        },
+        tokens_per_frame=81,
+    ),
+}
+
 SPEC = BaseModelSpec(
     name="smolvlm",
     example=_500M,
@@ -94,8 +168,10 @@ SPEC = BaseModelSpec(
     architecture="SmolVLMForConditionalGeneration",
     vllm_class="f2l_vllm.engine.base_models.smolvlm:SmolVLMVideoForConditionalGeneration",
     video_processors=("SmolVLMVideoProcessor",),
+    random_model=random_model,
     hypernetworks="MananSuri27/Frames2LoRA-SmolVLM-ckpts",  # Frames2LoRA, MIT
     released_for=(_500M, _2200M),
+    released_sizes=_SIZES,
     known_sizes={
         (32, 960, 2560, 15, 12, 768): _500M,
         (24, 2048, 8192, 32, 27, 1152): _2200M,

@@ -31,6 +31,22 @@ def llama_sizes(text: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 @dataclass(frozen=True)
+class ReleasedSize:
+    """The sizes of one released model.
+
+    Attributes:
+        name: the model's, short.
+        text, vision: of the two parts of its configuration.
+        tokens_per_frame: visual tokens.
+    """
+
+    name: str
+    text: Mapping[str, int]
+    vision: Mapping[str, int]
+    tokens_per_frame: int
+
+
+@dataclass(frozen=True)
 class BaseModelSpec:
     """One family. Light: the functions that it names import torch or vLLM when they run.
 
@@ -50,8 +66,11 @@ class BaseModelSpec:
         architecture: the class's name in transformers and in vLLM's registry of models.
         vllm_class: `module:class` with which vLLM serves it, with a `video` modality.
         video_processors: transformers classes whose sampling vLLM uses to decode this family's videos.
+        random_model: processor and model of a released size, random weights in torch's default dtype, from a tokenizer
+            and a chat template.
         hypernetworks: hub id of the released hypernetworks for this family; empty if there are none.
         released_for: hub ids of the base models that those hypernetworks were trained for.
+        released_sizes: by names for the command line; a random hypernetwork for each is measured.
         known_sizes: the sizes that `recognised` reads from a configuration -> hub id.
         module_paths: target linear -> its path inside a text layer.
         module_sizes: target linear -> (d_in, d_out), from the text model's configuration.
@@ -68,8 +87,10 @@ class BaseModelSpec:
     architecture: str
     vllm_class: str
     video_processors: tuple[str, ...]
+    random_model: Callable[[ReleasedSize, Any, str], tuple[Any, nn.Module]]
     hypernetworks: str = ""
     released_for: tuple[str, ...] = ()
+    released_sizes: Mapping[str, ReleasedSize] = field(default_factory=dict)
     known_sizes: Mapping[tuple[int, ...], str] = field(default_factory=dict)
     module_paths: Mapping[str, str] = field(default_factory=lambda: _LLAMA_PATHS)
     module_sizes: Callable[[Mapping[str, Any]], dict[str, tuple[int, int]]] = llama_sizes

@@ -1,6 +1,6 @@
 """Random models and hypernetworks in the shapes and file formats of the released ones, for benchmarks.
 
-Sizes are those of SmolVLM2-500M-Video-Instruct and SmolVLM2-2.2B-Instruct and of the Frames2LoRA checkpoints for them.
+Sizes are those of the base models that the Frames2LoRA checkpoints are for, and of these.
 Tokenizer and template are the default model's: a frame has the released models' number of tokens plus the words around
 it.
 """
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from f2l_vllm.base_models.registry import DEFAULT
+from f2l_vllm.base_models.spec import ReleasedSize
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.model import Hypernetwork
 
@@ -26,57 +28,18 @@ class Shape:
     """One released model and its hypernetwork."""
 
     hypernetwork: HypernetworkConfig
-    text: dict[str, int]
-    vision: dict[str, int]
-    scale_factor: int
-
-    @property
-    def tokens_per_frame(self) -> int:
-        return (self.vision["image_size"] // self.vision["patch_size"] // self.scale_factor) ** 2
+    model: ReleasedSize
 
 
-SHAPES = {
-    "500M": Shape(
-        HypernetworkConfig("SmolVLM2-500M", 32, 960, {"down_proj": (2560, 960)}, rank=16, latent_size=512),
-        {
-            "hidden_size": 960,
-            "intermediate_size": 2560,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 15,
-            "num_key_value_heads": 5,
-            "vocab_size": 49280,
-        },
-        {
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "image_size": 512,
-            "patch_size": 16,
-        },
-        scale_factor=4,
-    ),
-    "2.2B": Shape(
-        HypernetworkConfig("SmolVLM2-2.2B", 24, 2048, {"down_proj": (8192, 2048)}, rank=16, latent_size=512),
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "vocab_size": 49280,
-        },
-        {
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 16,
-            "image_size": 384,
-            "patch_size": 14,
-        },
-        scale_factor=3,
-    ),
-}
+def _hypernetwork(model: ReleasedSize) -> HypernetworkConfig:
+    text = model.text
+    sizes = {"down_proj": DEFAULT.module_sizes(text)["down_proj"]}
+    return HypernetworkConfig(
+        model.name, text["num_hidden_layers"], text["hidden_size"], sizes, rank=16, latent_size=512
+    )
+
+
+SHAPES = {name: Shape(_hypernetwork(model), model) for name, model in DEFAULT.released_sizes.items()}
 
 
 def random_hypernetwork(config: HypernetworkConfig, dtype: torch.dtype = torch.float32) -> Hypernetwork:
@@ -93,44 +56,19 @@ def random_hypernetwork(config: HypernetworkConfig, dtype: torch.dtype = torch.f
 
 
 def save_model(shape: Shape, directory: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write a random SmolVLM with its processor."""
-    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMProcessor
-    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
-    from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
-
-    from f2l_vllm.recipes.f2l_tiny import tokenizer as tokens
+    """Write a random model with its processor."""
+    from f2l_vllm.recipes.f2l_tiny import tokenizer
     from f2l_vllm.recipes.f2l_tiny.checkpoint import CHAT_TEMPLATE
 
-    tokenizer = tokens.build_tokenizer()
-    size = {"longest_edge": shape.vision["image_size"]}
-    SmolVLMProcessor(
-        SmolVLMImageProcessorPil(size=size, max_image_size=size, do_image_splitting=False),
-        tokenizer,
-        SmolVLMVideoProcessor(size=size, max_image_size=size, num_frames=64, fps=1),
-        image_seq_len=shape.tokens_per_frame,
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(directory)
-    ids = {"pad_token_id": tokenizer.pad_token_id}
-    config = SmolVLMConfig(
-        vision_config=shape.vision,
-        text_config={
-            "model_type": "llama",
-            "max_position_embeddings": 16384,
-            "rms_norm_eps": 1e-5,
-            **shape.text,
-            **ids,
-        },
-        scale_factor=shape.scale_factor,
-        image_token_id=tokenizer.get_vocab()[tokens.IMAGE],
-        **ids,
-    )
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        SmolVLMForConditionalGeneration(config).save_pretrained(directory)
+        parts: Any = DEFAULT.random_model(shape.model, tokenizer.build_tokenizer(), CHAT_TEMPLATE)
     finally:
         torch.set_default_dtype(default)
+    for part in parts:
+        part.save_pretrained(directory)
     return directory
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from f2l_vllm import models, torch_shims
+from f2l_vllm.base_models.registry import DEFAULT
 
 torch_shims.install()
 
-RELEASED = {"500m": "500M", "2.2b": "2.2B"}  # names in `hypernetwork_shapes`
+RELEASED = {name.lower(): name for name in DEFAULT.released_sizes}
 TINY = "tiny"
 NAMES = (TINY, *RELEASED)
 _FORMAT = 1  # of the kept models: after a change they are made anew
@@ -57,7 +58,8 @@ def of_shape(name: str, folder: Path, dtype: str | None = None) -> Subject:
         return of_model(models.DEFAULT_MODEL, None, dtype, name=TINY)
     if name not in RELEASED:
         raise ValueError(f"no shape {name!r}: give one of {', '.join(NAMES)}, or any model with --model")
-    directory = folder / f"smolvlm2-{name}-random-v{_FORMAT}"
+    released = DEFAULT.released_sizes[RELEASED[name]]
+    directory = folder / f"{released.name.lower()}-random-v{_FORMAT}"
     if not directory.is_dir():
         _make(RELEASED[name], directory)
     return of_model(str(directory), None, dtype, name=name)
@@ -94,7 +96,7 @@ def _make(shape: str, directory: Path) -> None:
     try:
         hypernetwork_shapes.save_model(released, staging)
         questions = [text for one in suite.names() for text in getattr(suite.load(one), "questions", ())]
-        tokenizer.build(released.text["vocab_size"], questions).save_pretrained(staging)
+        tokenizer.build(released.model.text["vocab_size"], questions).save_pretrained(staging)
         config = json.loads((staging / "config.json").read_text())
         config["text_config"]["max_position_embeddings"] = _LONGEST
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")

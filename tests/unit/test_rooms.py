@@ -1,9 +1,11 @@
 """What a room loads when it is imported."""
 
+import ast
 import re
 import subprocess
 import sys
 
+from f2l_vllm.base_models.registry import FAMILIES
 from tests.support import ROOT
 
 HEAVY = {"torch", "transformers", "vllm", "ray", "fastapi"}
@@ -44,3 +46,20 @@ def test_ray_serve_is_known_in_the_cluster_alone():
     known = [path for path in package.rglob("*.py") if re.search(r"ray\.serve|ray import serve", path.read_text())]
     assert known
     assert {path.relative_to(package).parts[0] for path in known} == {"cluster"}
+
+
+def test_base_models_are_named_in_their_own_modules_and_in_the_shipped_models_recipe_alone():
+    package = ROOT / "f2l_vllm"
+    own = [package / "base_models", package / "engine" / "base_models", package / "recipes" / "f2l_tiny"]
+    modules = [path for path in package.rglob("*.py") if not any(path.is_relative_to(folder) for folder in own)]
+    assert [path for path in modules if names_a_family(path.read_text())] == []
+    assert names_a_family((own[0] / "smolvlm.py").read_text())
+
+
+def names_a_family(source):
+    """Whether code does, docstrings and comments apart."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value = ast.Constant(None)
+    return any(name in ast.unparse(tree).lower() for name in FAMILIES)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from f2l_vllm.base_models.registry import DEFAULT
 from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.bench.hypernetwork_shapes import SHAPES, Shape, random_hypernetwork, save_model, save_released
 from f2l_vllm.hypernetwork.config_file import read_config
@@ -19,6 +20,8 @@ from f2l_vllm.hypernetwork.fit import check_fit
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.hypernetwork.peft_format import validate_adapter
+from f2l_vllm.recipes.f2l_tiny.checkpoint import CHAT_TEMPLATE
+from f2l_vllm.recipes.f2l_tiny.tokenizer import build_tokenizer
 from f2l_vllm.synthetic.render import write_mp4
 from f2l_vllm.synthetic.world import sample_scenes
 from tests.support.server import Server
@@ -64,12 +67,8 @@ def test_the_safe_reader_gives_every_weight_and_the_shape_of_the_file(shape: Sha
 
 
 def test_the_other_sizes_hypernetwork_is_refused_by_name(shape: Shape) -> None:
-    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
-
     with torch.device("meta"):
-        text = {"model_type": "llama", **shape.text}
-        config = SmolVLMConfig(vision_config=shape.vision, text_config=text, scale_factor=shape.scale_factor)
-        model = SmolVLMForConditionalGeneration(config)
+        _, model = DEFAULT.random_model(shape.model, build_tokenizer(), CHAT_TEMPLATE)
     model.config._name_or_path = shape.hypernetwork.base_model
     check_fit(model, shape.hypernetwork)
     other = next(other for other in SHAPES.values() if other is not shape)
@@ -84,7 +83,7 @@ def test_a_video_becomes_an_adapter_of_the_released_rank(
     internalizer = Internalizer.load(model, released)
     adapter = internalizer.internalize(video)
     assert adapter.info.frames == FRAMES
-    assert adapter.info.visual_tokens == FRAMES * shape.tokens_per_frame
+    assert adapter.info.visual_tokens == FRAMES * shape.model.tokens_per_frame
     adapter.save(tmp_path / "adapter", base_model=str(model))
     files = validate_adapter(tmp_path / "adapter", BaseShapes.read(model), max_rank=32)
     assert files.rank == 32

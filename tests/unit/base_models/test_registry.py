@@ -10,6 +10,8 @@ from f2l_vllm.base_models import registry
 from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.base_models.text_layers import module_sizes, target_linear, text_layers_of
 from f2l_vllm.hypernetwork.adapter import Adapter
+from f2l_vllm.recipes.f2l_tiny.checkpoint import CHAT_TEMPLATE
+from f2l_vllm.recipes.f2l_tiny.tokenizer import build_tokenizer
 
 
 class Other(torch.nn.Module):
@@ -60,3 +62,20 @@ def test_an_unknown_family_is_refused_with_those_there_are(other):
         registry.family_named("qwen2_vl", "that model")
     with pytest.raises(ValueError, match=r"Unknown target module 'conv'; choose from .*'down_proj'.*'ffn'"):
         registry.check_module("conv")
+
+
+@pytest.mark.parametrize("family", registry.FAMILIES.values(), ids=registry.FAMILIES)
+def test_a_familys_random_models_have_the_sizes_of_its_released_ones(family):
+    assert family.released_sizes
+    for size in family.released_sizes.values():
+        with torch.device("meta"):
+            processor, model = family.random_model(size, build_tokenizer(), CHAT_TEMPLATE)
+        assert registry.family_of(model) is family
+        assert family.recognised(model.config.to_dict()) in family.released_for
+        assert processor.image_seq_len == size.tokens_per_frame
+        text = {**size.text, "hidden_size": 2 * size.text["num_attention_heads"], "num_hidden_layers": 1}
+        vision = {**size.vision, "hidden_size": 2 * size.vision["num_attention_heads"], "num_hidden_layers": 1}
+        _, model = family.random_model(replace(size, text=text, vision=vision), build_tokenizer(), CHAT_TEMPLATE)
+        edge = size.vision["image_size"]
+        tokens = family.embed_frames(model, {"pixel_values": torch.ones(1, 2, 3, edge, edge)})
+        assert tokens.shape == (2, size.tokens_per_frame, text["hidden_size"])
