@@ -2,20 +2,33 @@
 
 import inspect
 from types import SimpleNamespace
+from typing import get_type_hints
+from unittest.mock import create_autospec
 
 import pytest
 import ray
 import yaml
+from ray import serve
 from ray._common.utils import import_attr
 from ray.serve import request_router, scripts
-from ray.serve._private import constants, replica, router
+from ray.serve._private import constants, deployment_scheduler, replica, router
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as built
 from ray.serve._private.request_router.replica_wrapper import ReplicaSelection
+from ray.serve.autoscaling_policy import _apply_delay_logic
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 from ray.serve.deployment import Application
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.serve.schema import (
+    ApplicationStatus,
+    DeploymentStatus,
+    DeploymentStatusTrigger,
+    ReplicaState,
+    ServeDeploySchema,
+    ServeInstanceDetails,
+    ServeStatus,
+)
 
-from f2l_vllm.cluster import engine, local, names
+from f2l_vllm.cluster import engine, local, names, state, workers
 from f2l_vllm.cluster.app import Args, build
 from f2l_vllm.cluster.engine_scaling import LoadPolicy
 from f2l_vllm.cluster.router import AffinityRouter
@@ -117,3 +130,89 @@ def test_variables_of_serves_haproxy_are_those_that_it_reads(tmp_path):
 def test_engines_are_as_many_as_keep_each_at_its_target(loads, wanted):
     context = SimpleNamespace(aggregated_metrics={"load": dict(enumerate(loads))}, target_num_replicas=3)
     assert LoadPolicy(target=24)(context)[0] == wanted
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """`shown(status, replicas' states)`: what `serve.status()` says of our service, made by Ray's own code."""
+
+    spec = serve.status
+
+    def show(status, *states):
+        front = SimpleNamespace(
+            status=DeploymentStatus.UPDATING,
+            status_trigger=DeploymentStatusTrigger.CONFIG_UPDATE_STARTED,
+            message="",
+            replicas=[SimpleNamespace(state=one) for one in states],
+        )
+        app = SimpleNamespace(status=status, message="why", last_deployed_time_s=0.0, deployments={names.FRONT: front})
+        details = SimpleNamespace(target_capacity=None, proxies={}, applications={names.APP: app})
+        told = ServeInstanceDetails._get_status(details)
+        monkeypatch.setattr(serve, "status", create_autospec(spec, return_value=told))
+
+    assert get_type_hints(serve.status)["return"] is ServeStatus, CHANGED.format("says this of applications")
+    return show
+
+
+def test_the_states_of_applications_and_replicas_are_read_as_serve_says_them(shown, monkeypatch):
+    monkeypatch.setattr(ray, "nodes", list)
+    shown(ApplicationStatus.DEPLOYING, ReplicaState.STARTING, ReplicaState.STARTING, ReplicaState.STOPPING)
+    assert state.state().replicas == {names.FRONT: {"STARTING": 2, "STOPPING": 1}}
+    with pytest.raises(local.ClusterFailed, match=r"not ready after 0 s: f2l: why"):
+        state.wait_running(0)
+    shown(ApplicationStatus.DEPLOY_FAILED)
+    with pytest.raises(local.ClusterFailed, match=r"not deployed: f2l: why"):
+        state.wait_running(60)
+    shown(ApplicationStatus.RUNNING, ReplicaState.RUNNING)
+    state.wait_running(0)
+    monkeypatch.setattr(state, "engines", dict)
+    assert state.state().replicas[names.FRONT]["RUNNING"] == 1
+
+
+def test_an_application_is_deleted_by_name_and_waited_for(shown, monkeypatch):
+    assert inspect.signature(serve.delete).parameters["_blocking"].default is True, CHANGED.format("waits")
+    shown(ApplicationStatus.RUNNING)
+    monkeypatch.setattr(serve, "delete", delete := create_autospec(serve.delete))
+    state.end()
+    delete.assert_called_once_with(names.APP)  # the workers' does not run
+
+
+def test_a_front_is_asked_through_the_handle_of_its_deployment(monkeypatch):
+    assert "timeout_s" in inspect.signature(DeploymentResponse.result).parameters
+    handle = create_autospec(serve.get_deployment_handle)
+    answer = create_autospec(DeploymentResponse, instance=True)
+    answer.result.return_value = {"a/0": {"url": "http://a", "name": "a/0"}}
+    handle.return_value.engines.remote.return_value = answer
+    monkeypatch.setattr(serve, "get_deployment_handle", handle)
+    assert state.engines() == {"a/0": "http://a"}
+    given = inspect.signature(handle).bind(*handle.call_args.args).arguments
+    assert (given["deployment_name"], given["app_name"]) == (names.FRONT, names.APP)
+    assert hasattr(DeploymentHandle, "__getattr__"), CHANGED.format("finds a deployment's methods by name")
+
+
+def test_a_replica_that_is_stopped_is_waited_for():
+    source = inspect.getsource(replica.UserCallableWrapper.call_destructor)
+    assert "await self._call_func_or_gen(\n                    self._callable.__del__," in source, CHANGED.format(
+        "waits for `async def __del__`"
+    )
+    for one in (engine.Engine, workers.Hypernetwork):
+        assert inspect.iscoroutinefunction(one.__del__)
+
+
+def test_a_worker_is_placed_on_the_node_of_its_replica(monkeypatch):
+    monkeypatch.setenv("F2L_WORKER_CPUS", "1")
+    config = workers.build(workers.Args())._bound_deployment._replica_config
+    assert config.placement_group_strategy == "STRICT_PACK"
+    assert "strategy=placement_group_strategy" in inspect.getsource(deployment_scheduler), CHANGED.format("does this")
+
+
+def test_workers_without_work_go_after_the_same_patience_the_last_one_too(monkeypatch):
+    monkeypatch.setenv("F2L_WORKER_CPUS", "1")
+    config = workers.build(workers.Args())._bound_deployment._deployment_config.autoscaling_config
+    patience = workers._PATIENCE_SECONDS
+    for before, after in ((3, 1), (1, 0)):
+        kept, decided = {}, []
+        for now in (0.0, patience - 1, patience):
+            count, kept = _apply_delay_logic(after, before, config, kept, _now=now)
+            decided.append(count)
+        assert decided == [before, before, after]
