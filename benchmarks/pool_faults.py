@@ -1,8 +1,9 @@
 """`python -m benchmarks.pool_faults`: `f2l-vllm workers` on two machines of one catalog, one of which stands still.
 
 Two programs stand for two machines: each has a data folder of its own. The first is in the middle of a video when all
-of its processes are stopped for longer than it is waited for. The second takes the video over. Then the first goes on,
-and its result has to be refused. At the end the same with a worker that is killed. All times are the defaults.
+of its processes are stopped for longer than it is waited for. The second takes the video over. Then the first goes on:
+its worker, and when that has put its adapter into the store also the process that reports it. The report has to be
+refused. At the end the same with a worker that is killed. All times are the defaults.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import create_engine, select
+
 from f2l_vllm import models
 from f2l_vllm.bench import record
 from f2l_vllm.catalog.states import VideoState
+from f2l_vllm.catalog.tables import jobs
+from f2l_vllm.store.address import object_name
 from tests.e2e.pool.test_pool import decoders
 from tests.e2e.pool.test_pool_process import session, workers_of
 from tests.e2e.pool.test_workers import PATIENT, Site, left
@@ -56,24 +61,27 @@ def _stop(site: Site, seconds: float) -> dict[str, Any]:
             os.kill(min(decoders(worker)), signal.SIGSTOP)
             video = site.upload("second", frames=30)
             _until(lambda: site.state(video) is VideoState.DECODING)
+            (late,) = in_work(site)
             started = time.monotonic()
             _stop_all(one.pid)
             _go_on(two.pid)
             _until(lambda: site.state(video) is VideoState.PROCESSED)
             taken_over = time.monotonic() - started
             time.sleep(max(0.0, started + seconds - time.monotonic()))
+            _stop_all(two.pid)
+            _go_on(one.pid, but=one.pid)
+            _until(lambda: late in _objects(site, "second"))
             _go_on(one.pid)
             went_on = time.monotonic()
-            _stop_all(two.pid)
             third = site.upload("third", frames=40)  # for the first machine alone
             _until(lambda: site.state(third) is VideoState.PROCESSED)
             works_again = time.monotonic() - went_on
-            time.sleep(2.0)
             before = _objects(site, "second")
             site.tidy()
             return {
                 "stood_still_s": seconds,
                 "taken_over_and_made_after_s": round(taken_over, 1),
+                "its_late_report_was_refused": f"{late} is refused" in site.log("one").read_text(),
                 "works_again_after_s": round(works_again, 1),
                 "adapters_in_the_store_before_tidying": len(before),
                 "adapters_in_the_store": len(_objects(site, "second")),
@@ -98,6 +106,15 @@ def _kill(site: Site) -> dict[str, Any]:
         }
 
 
+def in_work(site: Site) -> set[str]:
+    """The attempts that run, by what they put into the store."""
+    engine = create_engine(site.catalog.url)
+    with engine.connect() as connection:
+        rows = connection.execute(select(jobs.c.adapter_name, jobs.c.token).where(jobs.c.running == 1)).all()
+    engine.dispose()
+    return {object_name(row.adapter_name, row.token) for row in rows}
+
+
 def _objects(site: Site, name: str) -> set[str]:
     return {one for one in site.published() if one.startswith(f"f2l-{name}")}
 
@@ -107,8 +124,8 @@ def _stop_all(leader: int) -> None:
         os.kill(pid, signal.SIGSTOP)
 
 
-def _go_on(leader: int) -> None:
-    for pid in session(leader):
+def _go_on(leader: int, but: int | None = None) -> None:
+    for pid in session(leader) - {but}:
         os.kill(pid, signal.SIGCONT)
 
 

@@ -346,7 +346,8 @@ class Lane(threading.Thread):
             self._enter(catalog.fail_job, job, outcome.code, outcome.message, generation=generation)
             return
         entered = self._enter(catalog.finish_job, job, rank=outcome.rank, size=outcome.bytes, info=outcome.info)
-        if entered is None and not self._stopping():  # every file was deleted, or the attempt was given up
+        if entered is None and not self._stopping():
+            logger.info("%s is refused and removed: its files were deleted, or its attempt was given up", job.object)
             try:
                 self._work.store.remove_adapter(job.object)
             except Unavailable as error:

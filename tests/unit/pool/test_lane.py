@@ -5,6 +5,7 @@ import hashlib
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -151,6 +152,25 @@ def test_workers_without_a_server_leave_nothing_of_a_job_here(tmp_path, keeps):
     assert (sorted(store.kept()) == sorted([job.object, video.video])) == keeps
     assert keeps or store.kept() == []
     assert store.load_path(job.object).is_dir()  # it is in the store
+    catalog.close()
+
+
+def test_what_an_attempt_that_was_given_up_has_made_is_refused_and_removed_and_the_log_says_it(tmp_path, caplog):
+    catalog = Catalog(f"sqlite:///{tmp_path / 'catalog.sqlite3'}")
+    store = open_store(tmp_path / "home")
+    add(catalog, "f2l-one")
+    (late,) = catalog.claim_jobs(1)
+    catalog.release_job("f2l-one", blameless=True)
+    (job,) = catalog.claim_jobs(1)
+    lane = IdleLane(0, Work(catalog, store, 1, 60, 3, None, None, print, threading.Event(), threading.Event()))
+    for attempt in (late, job):
+        store.publish_adapter(attempt.object, Path.mkdir, {})
+        with caplog.at_level("INFO"):
+            lane._end(attempt, Published(rank=1, bytes=1, info=AdapterInfo()))
+    assert [store.adapter_path(one.object).is_dir() for one in (late, job)] == [False, True]
+    assert [one.getMessage() for one in caplog.records] == [
+        f"{late.object} is refused and removed: its files were deleted, or its attempt was given up"
+    ]
     catalog.close()
 
 
