@@ -187,7 +187,7 @@ def test_a_server_that_hears_of_a_deletion_forgets_at_once(monkeypatch, tmp_path
     async def scenario(one, two):
         hearing = Server(tmp_path, "hearing", one.url, listens=True)
         await hearing.membership.attend()
-        monkeypatch.setattr(membership, "_TICK_SECONDS", 30.0)
+        monkeypatch.setattr(membership, "_TICK_SECONDS", 3600.0)
         attending = asyncio.create_task(hearing.membership.run())
         record, adapter = await one.upload("a")
         while not hearing.listener.is_heard:
@@ -199,7 +199,7 @@ def test_a_server_that_hears_of_a_deletion_forgets_at_once(monkeypatch, tmp_path
         await one.service.remove(record.id, T)
         started = time.monotonic()
         while hearing.left:
-            assert time.monotonic() - started < 15.0  # half of what it would take without the notice
+            assert time.monotonic() - started < 60  # far less than it would take without the notice
             await asyncio.sleep(0.01)
         attending.cancel()
         await asyncio.to_thread(hearing.service.close)

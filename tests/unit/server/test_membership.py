@@ -21,7 +21,7 @@ def test_servers_that_hear_notices_know_at_once_who_answers(tmp_path, postgres, 
         pair = [Server(tmp_path, name, one.url, name, listens=True) for name in ("one", "other")]
         for server in pair:
             await server.membership.attend()
-        monkeypatch.setattr(membership, "_TICK_SECONDS", 30.0)
+        monkeypatch.setattr(membership, "_TICK_SECONDS", 3600.0)
         attending = [asyncio.create_task(server.membership.run()) for server in pair]
         while not all(server.listener.is_heard for server in pair):
             await asyncio.sleep(0.01)
@@ -30,7 +30,7 @@ def test_servers_that_hear_notices_know_at_once_who_answers(tmp_path, postgres, 
         await asyncio.to_thread(CliRunner().invoke, app, ["adopt", "--database-url", one.url])
         started = time.monotonic()
         while [server.membership.is_waiting for server in pair] != [True, False]:
-            assert time.monotonic() - started < 15.0  # half of what it would take without the notice
+            assert time.monotonic() - started < 60  # far less than it would take without the notice
             await asyncio.sleep(0.01)
         for task in attending:
             task.cancel()
