@@ -25,7 +25,7 @@ def haproxy_version() -> str:
 
 @contextmanager
 def haproxy(
-    servers: Sequence[str], bind: str | Path, folder: Path, balance: str | None = None
+    servers: Sequence[str], bind: str | Path, folder: Path, balance: str | None = None, reloads: bool = False
 ) -> Iterator[subprocess.Popen[bytes]]:
     """HAProxy for as long as the block lasts; `folder` gets its `haproxy.log`.
 
@@ -33,6 +33,7 @@ def haproxy(
         servers: `host:port`; they are called s1, s2 and so on.
         bind: where it listens: an address with its port, or a socket.
         balance: instead of what questions have in its configuration.
+        reloads: whether it reads its configuration again on SIGUSR2, as the service of a distribution does.
     """
     program, config = find_haproxy(), folder / "haproxy.cfg"
     if program is None:
@@ -42,8 +43,9 @@ def haproxy(
     if balance is not None:
         text = re.sub(r"    balance hash.*\n(    hash-.*\n)+", f"    balance {balance}\n", text)
     config.write_text(text)
+    command = [program, *(["-W"] if reloads else []), "-f", str(config)]
     with (folder / "haproxy.log").open("w") as log:
-        process = subprocess.Popen([program, "-f", str(config)], stderr=log, env={"BIND": str(bind)})
+        process = subprocess.Popen(command, stderr=log, env={"BIND": str(bind)})
     try:
         yield process
     finally:

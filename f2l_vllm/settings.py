@@ -99,6 +99,9 @@ class Settings(BaseSettings):
     shutdown_seconds: float = Field(
         30.0, ge=0, description="How long open answers may go on when the server is told to stop."
     )
+    shutdown_delay_seconds: float = Field(
+        0.0, ge=0, description="Of these, how long it still takes requests while `/ready` is 503, for load balancers."
+    )
     max_upload_bytes: int = Field(1 << 30, ge=1, description="Largest upload, bytes.")
     max_frames_bytes: int = Field(64 << 20, ge=1, description="Largest video answered from its frames, bytes.")
     max_video_seconds: float = Field(4 * 3600.0, gt=0, description="Longest video, seconds.")

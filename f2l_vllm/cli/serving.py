@@ -47,7 +47,7 @@ _READING = ("max_frames", "fps", "chunk_seconds", "chunk_frames", "max_chunks", 
 _FLAGS = (
     *(*_MAKING, "queue_limit", *_READING),
     *("home", "store", "database_url", "cache_bytes", "hot_bytes", "warm_adapters", "tenants"),
-    *("console", "log_level", "log_format", "shutdown_seconds"),
+    *("console", "log_level", "log_format", "shutdown_seconds", "shutdown_delay_seconds"),
 )
 
 

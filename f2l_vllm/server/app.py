@@ -33,7 +33,7 @@ from f2l_vllm.server.console.pages import Pages  # noqa: E402
 from f2l_vllm.server.console.previews import Previews  # noqa: E402
 from f2l_vllm.server.middleware.auth import AuthMiddleware, keep_listed_routes  # noqa: E402
 from f2l_vllm.server.middleware.bodies import Bodies  # noqa: E402
-from f2l_vllm.server.middleware.ending import Ending, LastWords  # noqa: E402
+from f2l_vllm.server.middleware.ending import READY, Ending, LastWords  # noqa: E402
 from f2l_vllm.server.middleware.faults import Faults  # noqa: E402
 from f2l_vllm.server.middleware.lingering import Lingering  # noqa: E402
 from f2l_vllm.server.middleware.load import Load  # noqa: E402
@@ -107,6 +107,7 @@ class F2LEndpointPlugin:
             vllm_api.grace_seconds(args, settings),
             lambda: self._stop_http(state),
             lambda: vllm_api.is_stopping(state),
+            settings.shutdown_delay_seconds,
         )
         self._grammars = assembly.open_grammars(engine_client, settings)
         served = assembly.served_model(engine_client, state, args, settings)
@@ -143,7 +144,7 @@ class F2LEndpointPlugin:
         OpenAI clients cannot read that check's answer. vLLM has already built the stack, so we build it again."""
         assert self._app is not None, "vLLM attaches routes first"
         open_routes = listed(settings.open_routes)
-        always = [path for path in open_routes if path != "/ready"]
+        always = [path for path in open_routes if path != READY]
         pages = self._pages.paths if self._pages is not None else ()
         self._app.user_middleware[:0] = [
             Middleware(RequestIds),

@@ -1,7 +1,8 @@
 """How a server stops: it refuses new requests, lets running answers finish, and tells the clients that it cuts off.
 
-The first SIGTERM or SIGINT begins the stop; a second one ends the wait. Routes and handlers know nothing of this:
-`LastWords` is in front of all of them and ends their work, a stream by a last event, everything else by an error.
+The first SIGTERM or SIGINT begins the stop; a second one ends the wait. With a delay `/ready` alone says so at first, and
+load balancers send requests elsewhere before one is refused. Routes and handlers know nothing of this: `LastWords` is in
+front of all of them and ends their work, a stream by a last event, everything else by an error.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 _TOLD_SECONDS = 0.5  # for clients that are slow to read; then their connections are closed
 _LEAVE_SECONDS = 4.5  # from the end of the wait to the end of the process, even if something hangs
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+READY = "/ready"
 
 
 class Ending:
@@ -38,22 +40,36 @@ class Ending:
         grace_seconds: how long answers that are being written may continue.
         stop_http: stops accepting connections, closes the open ones, and finally runs `finish`.
         is_stopped: whether the server is stopping for another reason: vLLM's server ends itself when its engine dies.
+        delay_seconds: how much of `grace_seconds` passes before requests are refused.
     """
 
-    def __init__(self, grace_seconds: float, stop_http: Callable[[], None], is_stopped: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        grace_seconds: float,
+        stop_http: Callable[[], None],
+        is_stopped: Callable[[], bool],
+        delay_seconds: float = 0.0,
+    ) -> None:
         self._grace_seconds = grace_seconds
+        self._delay_seconds = min(delay_seconds, grace_seconds)
         self._stop_http = stop_http
         self._is_stopped = is_stopped
         self._began: float | None = None
+        self._refuses = False
         self._hurry = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._cut_off = 0
         self.answers: set[_Answer] = set()
 
     @property
+    def is_told(self) -> bool:
+        """Whether the server is about to stop, which load balancers are to know."""
+        return self._began is not None or self._is_stopped()
+
+    @property
     def is_stopping(self) -> bool:
         """Whether no work may begin or wait any more."""
-        return self._began is not None or self._is_stopped()
+        return self._refuses or self._is_stopped()
 
     def take_signals(self) -> None:
         """Call `begin` on `_SIGNALS`. Called when the server runs, after vLLM has set its own handlers."""
@@ -62,30 +78,38 @@ class Ending:
             loop.add_signal_handler(number, self.begin)
 
     def begin(self) -> None:
-        """Refuse new requests from here on. A second call stops the wait for answers that are being written."""
+        """Refuse new requests, after the delay. A second call ends the delay and the wait for answers in work."""
         if self._began is not None:
             self._hurry.set()
             return
         self._began = time.monotonic()
+        self._refuses = not self._delay_seconds
         # A thread in C, which ends the process even if the event loop hangs.
         faulthandler.dump_traceback_later(self._grace_seconds + _LEAVE_SECONDS, exit=True)
         wait = f"; {len(self.answers)} answers have up to {self._grace_seconds:g} s to end" if self.answers else ""
+        delay = f"; requests are taken for {self._delay_seconds:g} s more" if self._delay_seconds else ""
         logs.without_statistics()
-        logger.info("stopping%s%s", wait, " (a second signal ends them)" if wait else "")
+        logger.info("stopping%s%s%s", delay, wait, " (a second signal ends them)" if wait else "")
         self._task = asyncio.create_task(self._end())
 
     async def _end(self) -> None:
         until = time.monotonic() + self._grace_seconds
+        await self._pass(self._delay_seconds)
+        self._refuses = True
         while self.answers and not self._hurry.is_set() and time.monotonic() < until:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(0.05):
-                    await self._hurry.wait()
+            await self._pass(0.05)
         faulthandler.dump_traceback_later(_LEAVE_SECONDS, exit=True)
         told = [asyncio.ensure_future(answer.cut_off()) for answer in self.answers]
         self._cut_off = len(told)
         if told:
             await asyncio.wait(told, timeout=_TOLD_SECONDS)
         self._stop_http()
+
+    async def _pass(self, seconds: float) -> None:
+        """Wait so long, or until there is hurry."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._hurry.wait()
 
     async def finish(self, *parts: Callable[[], object]) -> NoReturn:
         """Stop these parts of the server in parallel threads, and end the process.
@@ -162,13 +186,12 @@ class LastWords:
         self._always = frozenset(always)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (
-            scope["type"] != "http"
-            or scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") in self._always
-        ):
+        path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") if scope["type"] == "http" else ""
+        if scope["type"] != "http" or path in self._always:
             await self._app(scope, receive, send)
             return
-        if self._ending.is_stopping:
+        stops = self._ending.is_told if path == READY else self._ending.is_stopping
+        if stops:
             await errors.response(errors.shutting_down(), scope)(scope, receive, send)
             return
         answer = _Answer(scope, receive, send)

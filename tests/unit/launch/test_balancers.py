@@ -1,12 +1,18 @@
 """Every load balancer of `launch/` keeps the promises of docs/many-servers.md."""
 
 import contextlib
+import http.client
 import json
+import signal
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
+from benchmarks.haproxy import find_haproxy, haproxy
+from f2l_vllm.server_process import LOOPBACK, free_port
 from tests.support.balancers import BY_NAME, CONFIGS, StandIn, balanced, find
 from tests.support.stages import until
 
@@ -206,3 +212,42 @@ def test_when_all_servers_refuse_the_client_learns_when_to_ask_again(client, ser
     for server in servers:
         server.status = 200
     ask(client, VIDEOS[0])
+
+
+@pytest.mark.skipif(find_haproxy() is None, reason="HAProxy is not installed")
+def test_a_client_that_keeps_its_connection_and_a_stream_go_on_when_haproxy_is_reloaded(servers, tmp_path):
+    address, said = f"{LOOPBACK}:{free_port()}", tmp_path / "haproxy.log"
+    addresses = [f"{server.host}:{server.port}" for server in servers]
+    with (
+        haproxy(addresses, address, tmp_path, reloads=True) as process,
+        httpx.Client(base_url=f"http://{address}") as client,
+    ):
+        until(lambda: listens(address), "HAProxy")
+        kept = http.client.HTTPConnection(address)
+        assert served(kept) == 200
+        home = servers[ask(client, VIDEOS[0])]
+        with client.stream("POST", CHAT, json=about(VIDEOS[0], stream=True)) as answer:
+            lines = answer.iter_lines()
+            home.gate.release()
+            assert next(lines) == "data: 0"
+            process.send_signal(signal.SIGUSR2)
+            until(lambda: said.read_text().count("Loading success") == 2, "the new worker")
+            time.sleep(0.5)  # the old one learns that it ends
+            assert served(kept) == 200
+            home.gate.release(2)
+            assert [line for line in lines if line] == ["data: 1", "data: 2"]
+
+
+def listens(address):
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
+        return True
+    return False
+
+
+def served(connection):
+    """The status of a small request on a connection that is open already, or opens now."""
+    connection.request("GET", "/v1/models")
+    answer = connection.getresponse()
+    answer.read()
+    return answer.status

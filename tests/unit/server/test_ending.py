@@ -24,9 +24,9 @@ async def receive():
 class Server:
     """An app behind `LastWords`, and what each of its clients saw."""
 
-    def __init__(self, app, grace=GRACE):
+    def __init__(self, app, grace=GRACE, delay=0.0):
         self.stopped = False
-        self.ending = Ending(grace, self._stop, lambda: self.stopped)
+        self.ending = Ending(grace, self._stop, lambda: self.stopped, delay)
         self._app = LastWords(app, self.ending, ["/health"])
 
     def _stop(self):
@@ -181,6 +181,35 @@ def test_who_comes_meanwhile_is_told_to_come_back_and_health_is_answered_to_the_
         assert (await first)[0] == 200
 
     asyncio.run(run())
+
+
+def test_with_a_delay_requests_are_answered_until_load_balancers_know_that_the_server_is_not_ready():
+    async def run():
+        server = Server(after(0), grace=3600, delay=3600)
+        assert (await server.ask("/ready"))[0] == (await server.ask())[0] == 200
+        server.ending.begin()
+        status, _, body, _ = await server.ask("/ready")
+        assert (status, said(body)["code"]) == (503, "shutting_down")
+        assert (await server.ask())[0] == 200
+        assert not server.ending.is_stopping
+        server.ending.begin()  # in a hurry
+        while not server.stopped:
+            await asyncio.sleep(0.01)
+        assert server.ending.is_stopping
+        assert (await server.ask())[0] == 503
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_the_delay_is_a_part_of_the_grace():
+    async def run():
+        server = Server(after(3600), grace=0.2, delay=3600)
+        asked = asyncio.create_task(server.ask())
+        await asyncio.sleep(0.02)
+        server.ending.begin()
+        assert (await asked)[0] == 503
+
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_a_second_signal_ends_the_wait():
