@@ -95,7 +95,8 @@ class Store:
 
         Args:
             named: returns those of the given adapter and video names that something refers to.
-            older_than_s: younger entries stay, because they may still be in the making.
+            older_than_s: younger entries stay, because they may still be in the making. Ages are by this host's clock;
+                that of an object store has to agree with it to within this time, less what the making takes.
             far: also sweep the store that the data folder is a cache of.
         """
         limit = time.time() - older_than_s
