@@ -3,45 +3,103 @@
 Up to four processes with as many threads stand for servers' writers. Each enters uploads of bytes that nobody has, one
 after the other, by the transactions that an upload takes (`reserve_video`, `add_file`). Every statement, BEGIN and
 COMMIT waits for the round trip first, which on one machine takes almost no time.
+
+`--before a9b58c8^` measures the last commit in which writers waited for one lock of the catalog, too: from a worktree,
+by this same file, in turns with the present tree.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import event
 
-from f2l_vllm.bench import record
+from f2l_vllm.catalog import tables
 from f2l_vllm.catalog.catalog import Catalog
-from f2l_vllm.catalog.tables import Upload
-from tests.support.postgres import needed_postgres
 
 _SPAWN = multiprocessing.get_context("spawn")
 _SERVERS = 4
+_ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
     """Measure, print, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    from f2l_vllm.bench import record
+    from tests.support.postgres import needed_postgres
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--writers", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--round-trip-ms", type=float, default=0.5)
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--before", help="also measure this commit, in turns with the present tree")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    with needed_postgres() as postgres, _trees(options.before) as trees:
+        for _ in range(options.rounds):
+            for writers in options.writers:
+                for commit, tree in trees.items():
+                    given = (postgres.new_database(), writers, options.round_trip_ms / 1e3, options.seconds)
+                    found.setdefault((commit, writers), []).append(_measure_in(tree, *given))
+                    print(commit, found[commit, writers][-1], flush=True)
     rows = []
-    with needed_postgres() as postgres:
-        for writers in options.writers:
-            rows.append(_measure(postgres.new_database(), writers, options.round_trip_ms / 1e3, options.seconds))
-            print(rows[-1], flush=True)
+    for (commit, _), rounds in found.items():
+        rates = [one["uploads_per_s"] for one in rounds]
+        rows.append({"commit": commit, **rounds[0], "uploads_per_s": statistics.median(rates), "rounds": rates})
+    results: dict[str, Any] = {"rows": rows}
+    if options.before is not None:
+        before, present = trees
+        medians = {(row["commit"], row["writers"]): row["uploads_per_s"] for row in rows}
+        ratios = {n: round(medians[present, n] / medians[before, n], 2) for n in options.writers}
+        results["times_as_many"] = ratios
+        print(ratios)
     configuration = {name: value for name, value in vars(options).items() if name != "json"}
     if options.json is not None:
-        record.write(options.json, configuration, {"rows": rows})
+        record.write(options.json, configuration, results)
+
+
+@contextmanager
+def _trees(before: str | None) -> Iterator[dict[str, Path]]:
+    """The commits to measure and where their files are, the present tree last."""
+    present = {_git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"): _ROOT}
+    if before is None:
+        yield present
+        return
+    commit = _git("rev-parse", "--short=12", f"{before}^{{commit}}")
+    with tempfile.TemporaryDirectory(prefix="f2l-catalog-") as folder:
+        _git("worktree", "add", "--detach", "--force", f"{folder}/tree", commit)
+        try:
+            yield {commit: Path(folder) / "tree", **present}
+        finally:
+            _git("worktree", "remove", "--force", f"{folder}/tree")
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", "-C", _ROOT, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _measure_in(tree: Path, *given: object) -> dict[str, Any]:
+    """As `_measure`, with the package of this tree."""
+    command = [sys.executable, "-P", __file__, "--measure", json.dumps(given)]
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    ran = subprocess.run(command, check=True, cwd=tree, env=environment, stdout=subprocess.PIPE, text=True)
+    row: dict[str, Any] = json.loads(ran.stdout)
+    return row
 
 
 def _measure(url: str, writers: int, round_trip: float, seconds: float) -> dict[str, Any]:
@@ -81,9 +139,7 @@ def _serve(url: str, server: int, writers: int, round_trip: float, seconds: floa
         while time.monotonic() < until:
             number += 1
             sha256 = hashlib.sha256(f"{server}/{writer}/{number}".encode()).hexdigest()
-            video = catalog.reserve_video(sha256)
-            upload = Upload(f"tenant-{writer}", sha256, 1000, "video.mp4", "vision")
-            catalog.add_file(upload, f"f2l-{sha256[:32]}", queue_limit=1_000_000, video=video)
+            _enter(catalog, f"tenant-{writer}", sha256)
             entered[writer] += 1
 
     with ThreadPoolExecutor(writers) as threads:
@@ -92,5 +148,17 @@ def _serve(url: str, server: int, writers: int, round_trip: float, seconds: floa
     results.put((sum(entered), trips))
 
 
+def _enter(catalog: Any, tenant: str, sha256: str) -> None:
+    given = {"adapter_name": f"f2l-{sha256[:32]}", "queue_limit": 1_000_000, "video": catalog.reserve_video(sha256)}
+    if hasattr(tables, "Upload"):
+        catalog.add_file(tables.Upload(tenant, sha256, 1000, "video.mp4", "vision"), **given)
+    else:  # a commit before 7ef0140
+        upload = {"tenant": tenant, "filename": "video.mp4", "purpose": "vision", "size": 1000, "sha256": sha256}
+        catalog.add_file(**upload, expires_at=None, **given)
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(_measure(*json.loads(sys.argv[2]))))
+    else:
+        main()
