@@ -46,7 +46,11 @@ class Servers:
 
     def __init__(self, options: argparse.Namespace, folder: Path, database: str) -> None:
         self._model, self._folder = options.model, folder
-        self._env = {"F2L_DATABASE_URL": database, "F2L_STORE": f"file://{folder / 'store'}"}
+        self._env = {
+            "F2L_DATABASE_URL": database,
+            "F2L_STORE": f"file://{folder / 'store'}",
+            "F2L_SHUTDOWN_DELAY_SECONDS": f"{options.delay:g}",
+        }
         self.ports = [free_port() for _ in range(options.servers)]
         self.running = [self._start(number) for number in range(options.servers)]
 
@@ -245,6 +249,7 @@ def main() -> None:
     parser.add_argument("--askers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--upload-every", type=float, default=5.0, help="seconds from one upload to the next")
+    parser.add_argument("--delay", type=float, default=3.0, help="F2L_SHUTDOWN_DELAY_SECONDS")
     parser.add_argument("--reloads", type=int, default=5, help="of HAProxy")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
