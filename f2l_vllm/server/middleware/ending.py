@@ -1,8 +1,8 @@
 """How a server stops: it refuses new requests, lets running answers finish, and tells the clients that it cuts off.
 
-The first SIGTERM or SIGINT begins the stop; a second one ends the wait. With a delay `/ready` alone says so at first, and
-load balancers send requests elsewhere before one is refused. Routes and handlers know nothing of this: `LastWords` is in
-front of all of them and ends their work, a stream by a last event, everything else by an error.
+The first SIGTERM or SIGINT begins the stop; a second one ends the wait. With a delay `/ready` alone says so at first,
+and load balancers send requests elsewhere before one is refused. Routes and handlers know nothing of this: `LastWords`
+is in front of all of them and ends their work, a stream by a last event, everything else by an error.
 """
 
 from __future__ import annotations
