@@ -184,7 +184,7 @@ begins with `F2L_` and is none of these is refused at start. `F2L_CPU_PLATFORM` 
 HTTP_HEAD = """# HTTP
 
 These routes are added to vLLM's. Questions go to `/v1/chat/completions`, `/v1/completions`,
-`/v1/responses` and `/v1/messages`: [asking](../asking.md). Also open are `/health`, `/metrics` (Prometheus, `f2l_*` beside `vllm:*`) and
-[some more](../operations.md#routes). Every error has a stable code: [errors](../errors.md). A program can read this
-page as an [OpenAPI description](openapi.json).
+`/v1/responses` and `/v1/messages`: [asking](../asking.md). Also open are `/health`, `/metrics` (Prometheus,
+`f2l_*` beside `vllm:*`) and [some more](../operations.md#routes). Every error has a stable code:
+[errors](../errors.md). A program can read this page as an [OpenAPI description](openapi.json).
 """
