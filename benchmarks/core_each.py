@@ -30,6 +30,7 @@ from benchmarks.fleet import films
 from benchmarks.haproxy import haproxy_version, proxied
 from f2l_vllm import torch_shims
 from f2l_vllm.bench import record
+from f2l_vllm.client import upload
 from f2l_vllm.server_process import ServerProcess
 
 torch_shims.install()
@@ -111,10 +112,7 @@ async def _round(socket: Path, videos: list[str], clients: int, options: argpars
 def _measure(options: argparse.Namespace, database: str, folder: Path) -> dict[str, Any]:
     with _servers(options, database, folder) as servers:
         client = OpenAI(base_url=f"{servers[0].url}/v1", api_key="none")
-        paths = films(folder, options.videos, options.seed, fps=10)
-        videos = [client.files.create(file=path, purpose="vision").id for path in paths]
-        for video in videos:
-            client.files.wait_for_processing(video, poll_interval=0.1)
+        videos = [file.id for file in upload(client, *films(folder, options.videos, options.seed, fps=10))]
         addresses = [server.url.removeprefix("http://") for server in servers]
         rounds: dict[str, list[Any]] = {"one": [], "all": [], "apart": []}
         with ProcessPoolExecutor(len(servers), get_context("spawn")) as processes, ExitStack() as stack:

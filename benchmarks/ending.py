@@ -29,6 +29,7 @@ from openai import APIError, APIStatusError, OpenAI
 
 from f2l_vllm import torch_shims
 from f2l_vllm.bench import record
+from f2l_vllm.client import metric, upload
 from f2l_vllm.models import resolve
 from f2l_vllm.server_process import ServerProcess
 from tests.support.stages import alive
@@ -69,7 +70,7 @@ def stop(options: argparse.Namespace, folder: Path, ready: Path, slow: Path, gra
     """SIGTERM under load: seconds to the end, the exit code, and what everybody saw."""
     with serving(options.model, folder, F2L_SHUTDOWN_SECONDS=f"{grace:g}") as server, ThreadPoolExecutor(64) as threads:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
-        file_id = upload(client, ready, wait=True)
+        file_id = upload(client, ready)[0].id
         begun = threading.Barrier(options.streams + 1)
         seen = {
             "streams": [threads.submit(stream, client, file_id, options.tokens, begun) for _ in range(options.streams)]
@@ -80,7 +81,7 @@ def stop(options: argparse.Namespace, folder: Path, ready: Path, slow: Path, gra
         workers = [pid for pid, command in server.descendants().items() if command.startswith("ray::Hyper")]
         for pid in workers:
             os.kill(pid, signal.SIGSTOP)  # so that a video stays in work
-        waiting = upload(client, slow)
+        waiting = client.files.create(file=slow, purpose="vision").id
         seen["waiting for a video"] = [threads.submit(ask, client, model=waiting, extra_body={"f2l": {"wait": 300}})]
         seen["watching progress"] = [threads.submit(watch, server.url, waiting)]
         seen["uploading"] = [threads.submit(trickle, server.url)]
@@ -106,7 +107,7 @@ def kill(options: argparse.Namespace, folder: Path, clips: list[Path], part: str
     """SIGKILL of one part under load: what is left, and whether anything was lost."""
     with serving(options.model, folder) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
-        files = {clip: upload(client, clip, wait=True) for clip in clips}
+        files = dict(zip(clips, (file.id for file in upload(client, *clips)), strict=True))
         answers = {clip: answer(client, file_id) for clip, file_id in files.items()}
         for clip in clips[1:]:
             client.files.delete(files.pop(clip))
@@ -115,7 +116,7 @@ def kill(options: argparse.Namespace, folder: Path, clips: list[Path], part: str
             kept = files[clips[0]]
             streams = [threads.submit(stream, client, kept, options.tokens, begun) for _ in range(options.streams)]
             begun.wait(120)
-            files |= {clip: upload(client, clip) for clip in clips[1:]}
+            files |= {clip: client.files.create(file=clip, purpose="vision").id for clip in clips[1:]}
             parts = server.descendants()
             marks = {"engine": "EngineCore", "pool": "f2l_vllm.pool", "worker": "ray::Hyper"}
             victims = [pid for pid, command in parts.items() if marks.get(part, "\0") in command]
@@ -175,14 +176,6 @@ def make_clips(folder: Path, count: int) -> list[Path]:
 
     scenes = enumerate(sample_scenes(count, 7, "train"))
     return [write_mp4(scene, folder / f"{index}.mp4", size=(160, 120), fps=8, seconds=2.5) for index, scene in scenes]
-
-
-def upload(client: OpenAI, path: Path, wait: bool = False) -> str:
-    file = client.files.create(file=path, purpose="vision")
-    if wait:
-        file = client.files.wait_for_processing(file.id, poll_interval=0.05)
-        assert file.status == "processed", file
-    return file.id
 
 
 def answer(client: OpenAI, file_id: str, wait: float = 30) -> str:
@@ -273,11 +266,6 @@ def rows(catalog: Path) -> int:
     """Jobs in the catalog."""
     with closing(sqlite3.connect(catalog)) as connection:
         return int(connection.execute("SELECT count(*) FROM jobs").fetchone()[0])
-
-
-def metric(url: str, name: str) -> float:
-    lines: Iterator[str] = iter(httpx.get(f"{url}/metrics").text.splitlines())
-    return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name} ")), 0.0)
 
 
 if __name__ == "__main__":

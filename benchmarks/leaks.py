@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 from openai import APIStatusError, AsyncOpenAI
 from sqlalchemy import select, update
 
@@ -32,6 +31,7 @@ from f2l_vllm.bench import record
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.states import LIVE
 from f2l_vllm.catalog.tables import files
+from f2l_vllm.client import metric, processed
 from f2l_vllm.evaluation.percentiles import percentiles
 from f2l_vllm.server_process import ServerProcess
 
@@ -65,9 +65,7 @@ class Run:
     async def upload(self, video: Video) -> None:
         """Upload and wait until it is ready."""
         file = await self.client.files.create(file=video.path, purpose="vision")
-        file = await self.client.files.wait_for_processing(file.id, poll_interval=0.05)
-        assert file.status == "processed", file
-        video.file_id = file.id
+        video.file_id = (await processed(self.client, file)).id
 
     async def ask(self, file_id: str, *, stream: bool = False, leave: bool = False) -> str | None:
         """The answer; None where the client left before its end."""
@@ -186,11 +184,7 @@ def is_live(catalog: Catalog, file_id: str) -> bool:
 
 def left_behind(server: ServerProcess) -> dict[str, float]:
     """Adapters and videos on disk, and what the server's gauges still count."""
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    gauges = {
-        name: sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
-        for name in ("f2l_adapters_resident", "f2l_adapter_leases")
-    }
+    gauges = {name: metric(server.url, name) for name in ("f2l_adapters_resident", "f2l_adapter_leases")}
     folders = {
         name: len([p for p in (server.home / name).rglob("*") if p.is_file()]) for name in ("adapters", "videos")
     }

@@ -36,6 +36,7 @@ from f2l_vllm import torch_shims
 from f2l_vllm.bench import record
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.tables import files
+from f2l_vllm.client import metric
 from f2l_vllm.server_process import ServerProcess
 
 torch_shims.install()
@@ -83,9 +84,7 @@ class Cluster:
             memory = f"f2l-{os.getuid()}-{hashlib.sha256(str(server.home).encode()).hexdigest()[:12]}"
             found[f"disk of {number}"] = _files(server.home / "adapters") + _files(server.home / "videos")
             found[f"memory of {number}"] = _files(Path("/dev/shm") / memory)
-            lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-            name = "f2l_adapters_resident"
-            found[f"engine of {number}"] = int(sum(float(li.rsplit(" ", 1)[1]) for li in lines if li.startswith(name)))
+            found[f"engine of {number}"] = int(metric(server.url, "f2l_adapters_resident"))
         return found
 
 

@@ -30,6 +30,7 @@ from benchmarks.fleet import films
 from benchmarks.haproxy import haproxy_version, proxied
 from f2l_vllm import torch_shims
 from f2l_vllm.bench import record
+from f2l_vllm.client import metric, upload
 from f2l_vllm.cluster.capacity import POLICIES
 from f2l_vllm.cluster.policy import HAProxyHash, Policy, Recent
 from f2l_vllm.cluster.simulation import Popularity, Scenario, Simulation
@@ -95,7 +96,7 @@ class StandIns:
         """The body of one."""
         return {"model": video}
 
-    async def loads(self) -> int:
+    def loads(self) -> int:
         """How often a video was not in memory."""
         return sum(server.loads for server in self._servers)
 
@@ -122,22 +123,16 @@ class RealServers:
         for server in self._servers:
             server.wait_ready()
         client = OpenAI(base_url=f"{self._servers[0].url}/v1", api_key="none")
-        made = [client.files.create(file=path, purpose="vision").id for path in paths]
-        for number, file_id in enumerate(made):
-            assert client.files.wait_for_processing(file_id, poll_interval=0.05).status == "processed"
-            self._ids[f"video-{number}"] = file_id
+        self._ids = {f"video-{number}": file.id for number, file in enumerate(upload(client, *paths))}
 
     def question(self, video: str) -> dict[str, Any]:
         """The body of one."""
         message = {"role": "user", "content": "Describe the video."}
         return {"model": self._ids[video], "messages": [message], "max_tokens": 8, "temperature": 0}
 
-    async def loads(self) -> int:
+    def loads(self) -> int:
         """How often an adapter was not in memory."""
-        async with httpx.AsyncClient(timeout=60) as client:
-            pages = [(await client.get(f"{server.url}/metrics")).text for server in self._servers]
-        found = (re.findall(r"^f2l_adapters_loaded_total\S* (\S+)$", page, re.MULTILINE) for page in pages)
-        return round(sum(float(value) for values in found for value in values))
+        return round(sum(metric(server.url, "f2l_adapters_loaded_total") for server in self._servers))
 
     def end(self) -> None:
         """Stop them."""
@@ -208,14 +203,14 @@ async def measure(
 
         async def ask(left: list[str]) -> int:
             """All these. Returns how many had their video loaded."""
-            before = await servers.loads()
+            before = servers.loads()
 
             async def client() -> None:
                 while left:
                     await way.ask(left.pop())
 
             await asyncio.gather(*(client() for _ in range(scenario.in_work)))
-            return await servers.loads() - before
+            return servers.loads() - before
 
         settled = questions // 4
         await ask(drawn[:settled])

@@ -19,25 +19,12 @@ from openai import AsyncOpenAI
 
 from benchmarks.fleet import fleet
 from f2l_vllm.bench import record
+from f2l_vllm.client import ask_async, processed
 from f2l_vllm.evaluation.percentiles import percentiles
 from f2l_vllm.server_process import ServerProcess
 
 ARMS = ("resident", "uniform", "zipf")
 _QUESTION = "What is the background?"
-
-
-async def ask(client: AsyncOpenAI, file_id: str) -> float:
-    """Milliseconds to the first token."""
-    started = time.perf_counter()
-    first = 0.0
-    messages: Any = [{"role": "user", "content": _QUESTION}]
-    stream = await client.chat.completions.create(
-        model=file_id, messages=messages, temperature=0, max_completion_tokens=8, stream=True
-    )
-    async for chunk in stream:
-        if not first and chunk.choices and chunk.choices[0].delta.content:
-            first = time.perf_counter() - started
-    return first * 1e3
 
 
 async def arm(client: AsyncOpenAI, choices: list[str], concurrency: int) -> dict[str, Any]:
@@ -47,7 +34,7 @@ async def arm(client: AsyncOpenAI, choices: list[str], concurrency: int) -> dict
 
     async def asker() -> None:
         while left:
-            first_ms.append(await ask(client, left.pop()))
+            first_ms.append((await ask_async(client, left.pop(), _QUESTION, 8)).ttft * 1e3)
 
     started = time.perf_counter()
     await asyncio.gather(*(asker() for _ in range(concurrency)))
@@ -62,8 +49,7 @@ async def measure(server: ServerProcess, paths: list[Path], options: argparse.Na
         async def upload(path: Path) -> str:
             async with gate:
                 file = await client.files.create(file=path, purpose="vision")
-                await client.files.wait_for_processing(file.id, poll_interval=0.05)
-                return file.id
+                return (await processed(client, file)).id
 
         ids = list(await asyncio.gather(*map(upload, paths)))
         rng = random.Random(options.seed)

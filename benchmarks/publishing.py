@@ -37,7 +37,7 @@ from f2l_vllm.bench import record  # noqa: E402
 from f2l_vllm.bench.hypernetwork_shapes import SHAPES, random_hypernetwork, save_model, save_released  # noqa: E402
 from f2l_vllm.catalog.catalog import Catalog  # noqa: E402
 from f2l_vllm.catalog.tables import Upload  # noqa: E402
-from f2l_vllm.cli.demo import ask  # noqa: E402
+from f2l_vllm.client import ask  # noqa: E402
 from f2l_vllm.models import DEFAULT_MODEL, resolve  # noqa: E402
 from f2l_vllm.pool.messages import Published, WorkerSpec  # noqa: E402
 from f2l_vllm.pool.worker import HypernetworkWorker  # noqa: E402
@@ -246,9 +246,9 @@ def first_token(
                         started = time.perf_counter()
                         file = client.files.create(file=next(unused), purpose="vision")
                         before = time.perf_counter() - started
-                        answer = ask(client, file.id, QUESTION, frames=False)
+                        answer = ask(client, file.id, QUESTION, 48)
                         if index:  # the first pays for warm-up
-                            found[arm].append(1e3 * before + answer.ttft_ms)
+                            found[arm].append(1e3 * (before + answer.ttft))
                 finally:
                     server.stop()
     medians = {arm: statistics.median(some) for arm, some in found.items()}

@@ -18,11 +18,12 @@ from openai import OpenAI
 
 from f2l_vllm import torch_shims
 from f2l_vllm.bench import record
-from f2l_vllm.cli.demo import ask
+from f2l_vllm.client import FROM_FRAMES, ask, upload
 from f2l_vllm.server_process import ServerProcess
 
 torch_shims.install()
 
+_ARMS = {"adapter": None, "frames": FROM_FRAMES}
 _ROLES = {
     "hypernetwork worker": "ray::HypernetworkWorker",
     "engine": "VLLM::EngineCore",
@@ -73,17 +74,16 @@ def one_round(model: str, videos: int, seed: int) -> dict[str, Any]:
             client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
             for index, path in enumerate(paths):
                 started = time.perf_counter()
-                file = client.files.create(file=path, purpose="vision")
-                file = client.files.wait_for_processing(file.id, poll_interval=0.01)
+                [file] = upload(client, path, poll_seconds=0.01)
                 seconds = time.perf_counter() - started
-                arms = ("adapter", "frames") if index % 2 else ("frames", "adapter")
-                answers = {arm: ask(client, file.id, "Describe the video.", frames=arm == "frames") for arm in arms}
+                arms = list(_ARMS) if index % 2 else reversed(_ARMS)
+                answers = {arm: ask(client, file.id, "Describe the video.", 48, _ARMS[arm]) for arm in arms}
                 if index == 0:
                     continue  # the first video pays for warm-up
                 row["upload_to_ready_s"].append(seconds)
                 row["internalize_s"].append((file.model_extra or {})["f2l"]["internalize_seconds"])
                 for arm, answer in answers.items():
-                    row[f"ttft_{arm}_ms"].append(answer.ttft_ms)
+                    row[f"ttft_{arm}_ms"].append(answer.ttft * 1e3)
                     row[f"prompt_tokens_{arm}"].append(answer.prompt_tokens)
             row["peak_memory_mib"] = memory(server)
         finally:

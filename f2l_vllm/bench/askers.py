@@ -14,13 +14,14 @@ from typing import Any
 from openai.types import FileObject
 
 from f2l_vllm.bench.arms import ARMS, Arm, ServerKind, about_adapter, about_frames
-from f2l_vllm.bench.client import Answer, Client, WrongAnswer
+from f2l_vllm.bench.client import Client, WrongAnswer
 from f2l_vllm.bench.costs import Costs
 from f2l_vllm.bench.films import Films
 from f2l_vllm.bench.running import RunningServer
 from f2l_vllm.bench.servers import Room, Server, Servers, video_server
 from f2l_vllm.bench.shapes import Subject
 from f2l_vllm.bench.suite import OfVideos
+from f2l_vllm.client import Answer
 
 _WAIT_SECONDS = 3600
 _WARM_FRAMES, _WARM_EDGE = 2, 128

@@ -1,11 +1,8 @@
-"""The client: uploads videos and streams answers over HTTP with the stock openai client, and times every token."""
+"""The client: uploads videos, and asks for answers of one length."""
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,37 +10,14 @@ from typing import Any
 from openai import AsyncOpenAI
 from openai.types import FileObject
 
-_POLL_SECONDS = 0.01
+from f2l_vllm import client
+from f2l_vllm.client import Answer
+
 _TIMEOUT_SECONDS = 3600.0
 
 
 class WrongAnswer(RuntimeError):
     """A server did not answer as asked, so the measurement would be of something else."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The times of one answer, in seconds.
-
-    Attributes:
-        started: by a clock that all answers share.
-        ttft: from sending to the first token; `itl` holds the gap before every further chunk.
-        latency: from sending to the last token.
-        details: the response's `f2l` object; empty if the server sends none.
-    """
-
-    started: float
-    ttft: float
-    latency: float
-    itl: tuple[float, ...]
-    prompt_tokens: int
-    output_tokens: int
-    details: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def tpot(self) -> float:
-        """Seconds per token after the first; 0 for an answer of one token."""
-        return (self.latency - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else 0.0
 
 
 class Client:
@@ -75,8 +49,7 @@ class Client:
 
     async def base_model(self) -> str:
         """The model's own name on this server."""
-        served = await self._openai.models.list()
-        return next(model.id for model in served.data if not (model.model_extra or {}).get("parent"))
+        return await client.base_model(self._openai)
 
     async def upload(self, video: Path, wait: bool = True) -> FileObject:
         """Upload a video; with `wait`, return when it is internalized.
@@ -88,12 +61,10 @@ class Client:
         self._uploaded.add(file.id)
         if not wait:
             return file
-        file = await self._openai.files.wait_for_processing(
-            file.id, poll_interval=_POLL_SECONDS * 5, max_wait_seconds=_TIMEOUT_SECONDS
-        )
-        if file.status != "processed":
-            raise WrongAnswer(f"{file.filename} was not internalized: {file.status_details or file.status}")
-        return file
+        try:
+            return await client.processed(self._openai, file)
+        except client.NotInternalized as error:
+            raise WrongAnswer(str(error)) from error
 
     async def file(self, file_id: str) -> FileObject:
         """The server's description of a file."""
@@ -122,34 +93,10 @@ class Client:
         Raises:
             WrongAnswer: the answer is not as long as asked, or has no token.
         """
-        content: Any = [*parts, {"type": "text", "text": question}]
-        started = time.perf_counter() if started is None else started
-        stream = await self._openai.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": content}],
-            temperature=0,
-            max_completion_tokens=self._output_tokens,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True, **(extra_body or {})},
-        )
-        times: list[float] = []
-        usage: Any = None
-        details: dict[str, Any] = {}
-        async for chunk in stream:
-            if chunk.choices:
-                times.append(time.perf_counter())
-            usage = chunk.usage or usage
-            details = (chunk.model_extra or {}).get("f2l") or details
-        if not times or usage is None or usage.completion_tokens != self._output_tokens:
-            got = "no token" if usage is None else f"{usage.completion_tokens} tokens"
+        content = [*parts, {"type": "text", "text": question}]
+        body = {"ignore_eos": True, **(extra_body or {})}
+        answer = await client.ask_async(self._openai, model, content, self._output_tokens, body, started)
+        if answer.output_tokens != self._output_tokens:
+            got = f"{answer.output_tokens} tokens" if answer.output_tokens else "no token"
             raise WrongAnswer(f"an answer of {self._output_tokens} tokens was asked for, and {got} came")
-        return Answer(
-            started,
-            times[0] - started,
-            times[-1] - started,
-            tuple(after - before for before, after in itertools.pairwise(times)),
-            usage.prompt_tokens,
-            usage.completion_tokens,
-            details,
-        )
+        return answer

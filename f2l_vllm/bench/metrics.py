@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from f2l_vllm.bench import intervals
-from f2l_vllm.bench.client import Answer
+from f2l_vllm.client import Answer
 from f2l_vllm.evaluation.percentiles import is_carried, percentiles
 
 PERCENTILES = (50, 90, 95, 99)

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from f2l_vllm.bench.client import Answer
+from f2l_vllm.client import Answer
 from f2l_vllm.evaluation.server import together
 
 Popularity = Literal["uniform", "zipf"]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import httpx
 from openai import APIError, OpenAI
 from rich.table import Table
 
 from f2l_vllm.cli import cluster_service as service
 from f2l_vllm.cli.cluster_service import console
+from f2l_vllm.client import NotInternalized, metric, upload
 from f2l_vllm.cluster import local
 from f2l_vllm.server_process import LOOPBACK, free_port
 
@@ -49,10 +48,10 @@ def _show(client: OpenAI, clips: Sequence[Path]) -> None:
     from f2l_vllm.cluster.state import engines
 
     began = time.perf_counter()
-    files = [client.files.create(file=clip, purpose="vision").id for clip in clips]
-    for file in files:
-        if (found := client.files.wait_for_processing(file, poll_interval=0.1)).status != "processed":
-            raise local.ClusterFailed(f"a video was not internalized: {found.status_details}")
+    try:
+        files = [file.id for file in upload(client, *clips)]
+    except NotInternalized as error:
+        raise local.ClusterFailed(str(error)) from error
     console.print(f"{len(files)} videos uploaded and internalized in {time.perf_counter() - began:.1f} s")
 
     urls = engines()
@@ -92,9 +91,7 @@ def _ask(client: OpenAI, file: str, question: str) -> str:
 
 def _answered(urls: Mapping[str, str]) -> dict[str, int]:
     """Questions that each engine has answered about videos."""
-    pages = {name: httpx.get(f"{url}/metrics").text for name, url in urls.items()}
-    line = re.compile(r'^f2l_questions_total\{.*outcome="answered".*\} (\S+)$', re.MULTILINE)
-    return {name: sum(round(float(value)) for value in line.findall(page)) for name, page in pages.items()}
+    return {name: round(metric(url, "f2l_questions_total", outcome="answered")) for name, url in urls.items()}
 
 
 def _listening(url: str) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from f2l_vllm.cli.progress import status
+from f2l_vllm.client import FROM_FRAMES, NotInternalized, ask, upload
 from f2l_vllm.server_process import ServerFailed, ServerProcess
 
 console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
 QUESTIONS = ("What is the background?", "How many shapes are there?", "Describe the video.")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer and what it cost. `ttft_ms`: from sending the question to its first token, milliseconds."""
-
-    text: str
-    prompt_tokens: int
-    ttft_ms: float
+_TOKENS = 48  # of an answer, at most
 
 
 def demo(video: Path | None, model: str, hypernetwork: str | None, port: int | None) -> None:
@@ -47,16 +39,12 @@ def demo(video: Path | None, model: str, hypernetwork: str | None, port: int | N
             console.print(f"server ready after {time.perf_counter() - started:.1f} s: {server.url}")
             client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
             started = time.perf_counter()
-            file = client.files.create(file=video, purpose="vision")
-            file = client.files.wait_for_processing(file.id, poll_interval=0.05)
-            if file.status != "processed":
-                console.print(f"[red]the video was not internalized[/]: {file.status_details}")
-                raise typer.Exit(1)
+            [file] = upload(client, video)
             seconds = time.perf_counter() - started
             console.print(f"uploaded and internalized in {seconds:.2f} s; {_adapter_line(file)}")
-            ask(client, file.id, "Hello", frames=False)  # the engine's first question pays for its warm-up
+            ask(client, file.id, "Hello", _TOKENS)  # the engine's first question pays for its warm-up
             console.print(_compare(client, file.id))
-        except ServerFailed as error:
+        except (ServerFailed, NotInternalized) as error:
             console.print(str(error), style="red", markup=False, highlight=False)
             raise typer.Exit(1) from error
         finally:
@@ -78,28 +66,6 @@ def make_video(path: Path) -> str:
     return phrases.caption(scene)
 
 
-def ask(client: OpenAI, file_id: str, question: str, *, frames: bool) -> Answer:
-    """Ask one question about a file, streamed and greedy; answered from its adapter or from its frames in context."""
-    started = time.perf_counter()
-    stream = client.chat.completions.create(
-        model=file_id,
-        messages=[{"role": "user", "content": question}],
-        temperature=0,
-        max_completion_tokens=48,
-        stream=True,
-        stream_options={"include_usage": True},
-        extra_body={"f2l": {"mode": "frames"}} if frames else None,
-    )
-    text, first, tokens = "", 0.0, 0
-    for chunk in stream:
-        if chunk.choices and chunk.choices[0].delta.content:
-            first = first or time.perf_counter()
-            text += chunk.choices[0].delta.content
-        if chunk.usage is not None:
-            tokens = chunk.usage.prompt_tokens
-    return Answer(text.strip(), tokens, (first - started) * 1e3)
-
-
 def _compare(client: OpenAI, file_id: str) -> Table:
     table = Table(title="the same question, from the adapter and from the frames in context")
     for name in ("question", "from", "answer"):
@@ -108,9 +74,9 @@ def _compare(client: OpenAI, file_id: str) -> Table:
         table.add_column(name, justify="right")
     for question in QUESTIONS:
         for frames in (False, True):
-            answer = ask(client, file_id, question, frames=frames)
+            answer = ask(client, file_id, question, _TOKENS, FROM_FRAMES if frames else None)
             source = "frames" if frames else "adapter"
-            row = (answer.text, str(answer.prompt_tokens), f"{answer.ttft_ms:.0f}")
+            row = (answer.text, str(answer.prompt_tokens), f"{answer.ttft * 1e3:.0f}")
             table.add_row("" if frames else question, source, *row)
     return table
 

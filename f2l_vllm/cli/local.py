@@ -98,19 +98,20 @@ def ask_server(video: Path, question: str, url: str, api_key: str, max_tokens: i
     """Upload to a running server and ask there; it internalizes the same bytes only once."""
     from openai import APIError, OpenAI
 
+    from f2l_vllm.client import NotInternalized, upload
+
     _check_question(question)
     try:
         client = OpenAI(base_url=api_url(url), api_key=api_key)
         with status(console, "uploading and internalizing"):
-            file = client.files.create(file=video, purpose="vision")
-            file = client.files.wait_for_processing(file.id, poll_interval=0.2)
+            [file] = upload(client, video, poll_seconds=0.2)
         answer = client.chat.completions.create(
             model=file.id,
             messages=[{"role": "user", "content": question}],
             max_completion_tokens=max_tokens,
             temperature=0,
         )
-    except APIError as error:
+    except (APIError, NotInternalized) as error:
         console.print(f"[red]{error.code or type(error).__name__}[/]: {error.message}")
         raise typer.Exit(1) from error
     console.print((answer.choices[0].message.content or "").strip(), markup=False, highlight=False, soft_wrap=True)

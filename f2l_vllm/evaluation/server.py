@@ -6,7 +6,6 @@ import asyncio
 import json
 import shlex
 import tempfile
-import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from openai import APIStatusError, AsyncOpenAI, BadRequestError, UnprocessableEn
 from openai.types import FileObject
 
 from f2l_vllm import models
+from f2l_vllm.client import FROM_FRAMES, NotInternalized, ask_async, base_model, processed
 from f2l_vllm.evaluation.questions import FRAMES, NONE, Ask, Clip, Reply, Skipped, by_video_read
 from f2l_vllm.hypernetwork.config_file import read_config
 from f2l_vllm.server_process import ServerProcess
@@ -24,7 +24,6 @@ OnReply = Callable[[Ask, Reply], None]
 OnSkip = Callable[[Skipped], None]
 
 _REFUSED = (BadRequestError, UnprocessableEntityError)  # this question cannot be answered; others may work
-_POLL_SECONDS = 0.05
 
 
 class ServerAnswers:
@@ -46,7 +45,7 @@ class ServerAnswers:
         Raises:
             openai.APIError: the server cannot be reached, or refuses.
         """
-        return asyncio.run(self._with_client(_base_model))
+        return asyncio.run(self._with_client(base_model))
 
     def answer(self, asks: Sequence[Ask], on_reply: OnReply, on_skip: OnSkip) -> None:
         """Answer everything. Each video is uploaded once, and deleted when its questions are answered.
@@ -65,7 +64,7 @@ class ServerAnswers:
             return await work(client)
 
     async def _answer(self, client: AsyncOpenAI, asks: Sequence[Ask], on_reply: OnReply, on_skip: OnSkip) -> None:
-        base = await _base_model(client)
+        base = await base_model(client)
         videos, questions = asyncio.Semaphore(self._concurrency), asyncio.Semaphore(self._concurrency)
 
         async def question(ask: Ask, file: FileObject | None) -> None:
@@ -81,7 +80,7 @@ class ServerAnswers:
                 if any(ask.reads for ask in about):
                     try:
                         file = await _upload(client, clip, cleanup)
-                    except (*_REFUSED, _NotInternalizedError) as error:
+                    except (*_REFUSED, NotInternalized) as error:
                         on_skip(Skipped(clip.id, _reason(error)))
                         return
                 await together(question(ask, file) for ask in about)
@@ -89,28 +88,11 @@ class ServerAnswers:
         await together(video(clip, about) for clip, about in by_video_read(asks))
 
     async def _ask(self, client: AsyncOpenAI, ask: Ask, base: str, file: FileObject | None) -> Reply:
-        started = time.perf_counter()
         model = base if ask.arm == NONE or file is None else file.id
-        stream = await client.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": ask.question.text}],
-            max_completion_tokens=self._max_tokens,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body={"f2l": {"mode": "frames"}} if ask.arm == FRAMES else None,
-        )
-        text, first, prompt_tokens = "", None, 0
-        visual: int | None = None if ask.arm == FRAMES else 0
-        async for chunk in stream:
-            if chunk.choices and chunk.choices[0].delta.content:
-                first = first or time.perf_counter()
-                text += chunk.choices[0].delta.content
-            if chunk.usage is not None:
-                prompt_tokens = chunk.usage.prompt_tokens
-                visual = (chunk.model_extra or {}).get("f2l", {}).get("visual_tokens", visual)
-        ended = time.perf_counter()
-        return Reply(text.strip(), prompt_tokens, visual, ((first or ended) - started) * 1e3, ended - started)
+        in_frames = ask.arm == FRAMES
+        answer = await ask_async(client, model, ask.question.text, self._max_tokens, FROM_FRAMES if in_frames else None)
+        visual = answer.details.get("visual_tokens", None if in_frames else 0)
+        return Reply(answer.text, answer.prompt_tokens, visual, answer.ttft * 1e3, answer.latency)
 
 
 @contextmanager
@@ -156,26 +138,14 @@ async def together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
         raise
 
 
-class _NotInternalizedError(Exception):
-    """The server accepted a video but could not internalize it."""
-
-
-async def _base_model(client: AsyncOpenAI) -> str:
-    served = await client.models.list()
-    return next(model.id for model in served.data if not (model.model_extra or {}).get("parent"))
-
-
 async def _upload(client: AsyncOpenAI, clip: Clip, cleanup: AsyncExitStack) -> FileObject:
     file = await client.files.create(file=clip.path, purpose="vision")
     cleanup.push_async_callback(client.files.delete, file.id)
-    file = await client.files.wait_for_processing(file.id, poll_interval=_POLL_SECONDS)
-    if file.status != "processed":
-        raise _NotInternalizedError(file.status_details or file.status)
-    return file
+    return await processed(client, file)
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, APIStatusError):
         body = error.body if isinstance(error.body, dict) else {}
         return f"{error.code or error.status_code}: {body.get('message', error.message)}"
-    return str(error)
+    return error.reason if isinstance(error, NotInternalized) else str(error)

@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
-
+from f2l_vllm.client import metric, upload
 from f2l_vllm.store import manifest
 from tests.support.disk import open_disk
 from tests.support.server import Server
@@ -42,9 +41,7 @@ class Life:
             write_video(folder / "upright.mp4", frames=34, fps=10, size=(240, 320)),
         ]
         self.start()
-        files = [self.upload(clip) for clip in self.clips]
-        for file_id in files:
-            self.server.client.files.wait_for_processing(file_id, poll_interval=0.02)
+        files = [file.id for file in upload(self.server.client, *self.clips)]
         # What every later life is held to.
         self.answers = dict(zip(self.clips, [self.ask(file_id) for file_id in files], strict=True))
         assert len(set(self.answers.values())) == len(self.clips)
@@ -87,14 +84,10 @@ class Life:
     def stage(self, file_id: str) -> str:
         return self.server.client.files.retrieve(file_id).model_extra["f2l"]["stage"]
 
-    def metric(self, name: str) -> float:
-        lines = httpx.get(f"{self.server.url}/metrics").text.splitlines()
-        return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name} ")), 0.0)
-
     @property
     def published(self) -> float:
         """Jobs that this life of the server has seen done."""
-        return self.metric('f2l_internalized_total{outcome="published"}')
+        return metric(self.server.url, "f2l_internalized_total", outcome="published")
 
     @contextmanager
     def at_every_stage(self) -> Iterator[tuple[Processes, dict[str, Path]]]:
@@ -102,7 +95,7 @@ class Life:
         for file in self.server.client.files.list():  # of a test that failed
             if file.id != self.kept:
                 self.server.client.files.delete(file.id)
-        until(lambda: self.metric("f2l_workers") == 3, "three workers")
+        until(lambda: metric(self.server.url, "f2l_workers") == 3, "three workers")
         self.stages = Stages(self.server, self.home, self.stage)
         files: dict[str, Path] = {}
         _, decoded, encoded, published, waiting = self.clips

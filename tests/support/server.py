@@ -48,4 +48,8 @@ class Server(ServerProcess):
     def upload(self, path: Path | tuple[str, bytes], **options: Any) -> FileObject:
         """Upload a video and wait until it is processed, or has failed."""
         file = self.client.files.create(file=path, purpose="vision", **options)
-        return self.client.files.wait_for_processing(file.id, poll_interval=0.02, max_wait_seconds=120)
+        return self.wait(file.id)
+
+    def wait(self, file_id: str) -> FileObject:
+        """A file once it is processed, or has failed."""
+        return self.client.files.wait_for_processing(file_id, poll_interval=0.02, max_wait_seconds=120)

@@ -10,12 +10,12 @@ from typing import Any
 from f2l_vllm.bench import suite as suites
 from f2l_vllm.bench.arms import ARMS, Arm
 from f2l_vllm.bench.askers import Askers
-from f2l_vllm.bench.client import Answer
 from f2l_vllm.bench.costs import Costs
 from f2l_vllm.bench.intervals import of_quantile, of_ratio
 from f2l_vllm.bench.results_file import ResultsFile, Row, Say
 from f2l_vllm.bench.running import RunningServer
 from f2l_vllm.bench.shapes import Subject
+from f2l_vllm.client import Answer
 from f2l_vllm.evaluation.percentiles import percentiles
 
 _SEQUENCES = 2

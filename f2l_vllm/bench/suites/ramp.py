@@ -18,10 +18,11 @@ from openai import APIError
 from f2l_vllm.bench import intervals, metrics, trace
 from f2l_vllm.bench import suite as suites
 from f2l_vllm.bench.arms import about_adapter, about_frames
-from f2l_vllm.bench.client import Answer, Client
+from f2l_vllm.bench.client import Client
 from f2l_vllm.bench.films import Films
 from f2l_vllm.bench.results_file import ResultsFile, Row, Say
 from f2l_vllm.bench.running import RunningServer
+from f2l_vllm.client import Answer
 
 _MOST_RATES = 24
 _UPLOADS = 4

@@ -10,11 +10,11 @@ from f2l_vllm.bench import metrics, trace
 from f2l_vllm.bench import suite as suites
 from f2l_vllm.bench.arms import ARMS, Arm
 from f2l_vllm.bench.askers import Askers
-from f2l_vllm.bench.client import Answer
 from f2l_vllm.bench.intervals import Interval, of_rounds
 from f2l_vllm.bench.results_file import ResultsFile, Row, Say
 from f2l_vllm.bench.running import RunningServer
 from f2l_vllm.bench.shapes import Subject
+from f2l_vllm.client import Answer
 
 _RATES = ("request_throughput", "request_goodput")
 

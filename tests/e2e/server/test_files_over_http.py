@@ -93,7 +93,7 @@ def test_a_video_in_parts_goes_on_after_a_broken_connection(server, clips):
     parts = [server.client.uploads.parts.create(upload.id, data=piece).id for piece in (film[:1000], film[1000:])]
     assert not {*parts} & {file.id for file in server.client.files.list()}
     done = server.client.uploads.complete(upload.id, part_ids=parts)
-    file = server.client.files.wait_for_processing(done.file.id, poll_interval=0.1, max_wait_seconds=120)
+    file = server.wait(done.file.id)
     assert (file.status, file.filename) == ("processed", "parts.mp4")
     assert server.client.files.content(file.id).read() == film
     answer = server.client.chat.completions.create(model=file.id, messages=QUESTION, max_tokens=4)

@@ -164,7 +164,7 @@ def test_a_file_whose_header_passes_ends_one_way_or_the_other(server, clips, tmp
     except openai.BadRequestError:
         return
     try:
-        file = client.files.wait_for_processing(file.id, poll_interval=0.02, max_wait_seconds=120)
+        file = server.wait(file.id)
         assert file.status in ("processed", "error")
         assert file.status == "processed" or len(file.status_details) > 20
     finally:
@@ -175,7 +175,7 @@ def test_ten_thousand_tiny_frames(server, tmp_path):
     path = write_video(tmp_path / "v.h264", frames=50, size=(16, 16), options={"preset": "ultrafast"})
     file = server.client.files.create(file=("v.h264", path.read_bytes() * 200), purpose="vision")
     try:
-        file = server.client.files.wait_for_processing(file.id, poll_interval=0.05, max_wait_seconds=120)
+        file = server.wait(file.id)
         assert file.status == "processed"
         assert file.model_extra["f2l"]["frames"] < 100
     finally:
@@ -204,7 +204,7 @@ def test_a_name_is_shown_and_never_opened(server, clips, tmp_path, name):
         assert found.read() == clips[1].read_bytes()
         assert "\n" not in found.response.headers["content-disposition"]
     finally:
-        server.client.files.wait_for_processing(file.id, poll_interval=0.02)
+        server.wait(file.id)
         server.client.files.delete(file.id)
 
 

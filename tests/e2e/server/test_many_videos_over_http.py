@@ -4,13 +4,13 @@ import asyncio
 import base64
 import re
 
-import httpx
 import openai
 import pytest
 import torch
 from openai import AsyncOpenAI
 from safetensors.torch import load_file
 
+from f2l_vllm.client import metric
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE, apply_adapter
 from f2l_vllm.hypernetwork.internalizer import Internalizer
 from tests.support.videos import write_video
@@ -46,11 +46,6 @@ def text(response):
 
 def source(response):
     return response.model_extra["f2l"]
-
-
-def metric(server, name):
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    return float(next((line.rsplit(" ", 1)[1] for line in lines if line.startswith(f"{name} ")), 0))
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +157,7 @@ def test_more_videos_than_the_rank_has_room_for_are_refused(server, videos, uplo
 
 def test_many_who_ask_at_once_share_one_composition(server, videos):
     messages = about(part(videos[2].id), part(videos[0].id))
-    before = metric(server, "f2l_composed_total")
+    before = metric(server.url, "f2l_composed_total")
 
     async def all_at_once():
         async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
@@ -171,8 +166,8 @@ def test_many_who_ask_at_once_share_one_composition(server, videos):
 
     answers = asyncio.run(all_at_once())
     assert len({text(answer) for answer in answers}) == 1
-    assert metric(server, "f2l_composed_total") == before + 1
-    assert metric(server, "f2l_adapter_leases") == 0
+    assert metric(server.url, "f2l_composed_total") == before + 1
+    assert metric(server.url, "f2l_adapter_leases") == 0
 
 
 def test_a_composition_leaves_with_the_first_of_its_videos(server, videos, upload):
@@ -238,7 +233,7 @@ def test_structured_output_passes_through(server, videos):
 
 def test_a_video_by_address_is_a_file_that_one_can_go_on_with(server, tmp_path):
     path = write_video(tmp_path / "inline.mp4", frames=23, fps=6)
-    entered = metric(server, 'f2l_uploads_total{reused="false"}')
+    entered = metric(server.url, "f2l_uploads_total", reused="false")
     messages = about(url_part(path))
 
     async def all_at_once():
@@ -249,7 +244,7 @@ def test_a_video_by_address_is_a_file_that_one_can_go_on_with(server, tmp_path):
     answers = asyncio.run(all_at_once())
     (file_id,) = {source(answer)["videos"][0]["file_id"] for answer in answers}
     assert len({text(answer) for answer in answers}) == 1
-    assert metric(server, 'f2l_uploads_total{reused="false"}') == entered + 1
+    assert metric(server.url, "f2l_uploads_total", reused="false") == entered + 1
     file = server.client.files.retrieve(file_id)
     assert (file.purpose, file.status, file.bytes) == ("user_data", "processed", path.stat().st_size)
     assert 0 < file.expires_at - file.created_at <= 86400

@@ -15,6 +15,7 @@ import pytest
 import torch
 from openai import AsyncOpenAI
 
+from f2l_vllm.client import metric
 from f2l_vllm.hypernetwork.adapter import WEIGHTS_FILE
 from tests.support.videos import write_video
 
@@ -236,11 +237,6 @@ def test_metrics_and_health(server, videos):
     assert httpx.get(f"{server.url}/ready").json() == {"ready": True, "engine": True, "workers": True, "catalog": True}
 
 
-def gauge(server, name):
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    return float(next(line.rsplit(" ", 1)[1] for line in lines if line.startswith(f"{name} ")))
-
-
 @contextmanager
 def hanging_inspectors(server):
     """What the API server inspects takes for ever: its decoding processes are stopped."""
@@ -278,12 +274,12 @@ def test_a_client_that_goes_away_gives_its_adapter_back(server, videos):
     for _ in range(5):
         stream = server.client.chat.completions.create(model=videos[0].id, messages=QUESTION, **long)
         next(iter(stream))
-        assert gauge(server, "f2l_adapter_leases") == 1
+        assert metric(server.url, "f2l_adapter_leases") == 1
         stream.close()
         deadline = time.monotonic() + 60
-        while gauge(server, "f2l_adapter_leases") and time.monotonic() < deadline:
+        while metric(server.url, "f2l_adapter_leases") and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert gauge(server, "f2l_adapter_leases") == 0
+        assert metric(server.url, "f2l_adapter_leases") == 0
 
 
 def test_a_video_deleted_in_mid_answer_answers_to_the_end(server, tmp_path):

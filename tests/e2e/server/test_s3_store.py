@@ -3,6 +3,8 @@
 import fsspec
 from openai import OpenAI
 
+from f2l_vllm.client import upload
+
 QUESTION = [{"role": "user", "content": "What is shown?"}]
 
 
@@ -12,20 +14,15 @@ def test_videos_are_kept_answered_and_removed_in_s3(evaluated_url, s3, clips, mo
     bucket, root = fsspec.core.url_to_fs(s3.url, use_listings_cache=False)
     client = OpenAI(base_url=evaluated_url, api_key="none", max_retries=0, timeout=120)
 
-    def upload(clip):
-        file = client.files.create(file=clip, purpose="vision")
-        return client.files.wait_for_processing(file.id, poll_interval=0.02)
-
     def finish_reason(model):
         answer = client.chat.completions.create(model=model, messages=QUESTION, max_tokens=4)
         return answer.choices[0].finish_reason
 
-    files = [upload(clip) for clip in clips[:2]]
-    assert [file.status for file in files] == ["processed"] * 2
+    files = upload(client, *clips[:2])
     assert all(finish_reason(file.id) for file in files)
     kinds = {path.removeprefix(root).split("/")[1] for path in bucket.find(root)}
     assert kinds == {"videos", "adapters"}
-    again = upload(clips[0])  # the same bytes: one object
+    [again] = upload(client, clips[0])  # the same bytes: one object
     assert len(bucket.find(f"{root}/videos")) == 2
     assert client.files.content(again.id).read() == clips[0].read_bytes()
     s3.pause()

@@ -15,6 +15,7 @@ import torch
 from f2l_vllm.base_models.registry import DEFAULT
 from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.bench.hypernetwork_shapes import SHAPES, Shape, random_hypernetwork, save_model, save_released
+from f2l_vllm.client import upload
 from f2l_vllm.hypernetwork.config_file import read_config
 from f2l_vllm.hypernetwork.fit import check_fit
 from f2l_vllm.hypernetwork.internalizer import Internalizer
@@ -98,9 +99,7 @@ def test_a_question_is_answered_under_the_adapter(model: Path, released: Path, v
     try:
         server.wait_ready()
         client = server.client
-        file = client.files.create(file=video, purpose="vision")
-        file = client.files.wait_for_processing(file.id, poll_interval=1, max_wait_seconds=600)
-        assert file.status == "processed", file.status_details
+        [file] = upload(client, video)
 
         def first_token(name: str) -> tuple[str, float, int]:
             answer = client.chat.completions.create(

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from f2l_vllm.bench import metrics
-from f2l_vllm.bench.client import Answer
+from f2l_vllm.client import Answer
 
 
 def answer(ttft: float, gaps: list[float], tokens: int, prompt: int = 10) -> Answer:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from f2l_vllm.bench import report
-from f2l_vllm.bench.client import Answer
 from f2l_vllm.bench.suites import ramp
+from f2l_vllm.client import Answer
 
 
 def tried(limit: float, first: float, precision: float = 0.1, lowest: float = 1e-9) -> list[dict]:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from f2l_vllm.bench import trace
-from f2l_vllm.bench.client import Answer
+from f2l_vllm.client import Answer
 
 
 def make(requests: int = 1000, **changes: object) -> list[trace.Request]:
