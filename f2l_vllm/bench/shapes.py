@@ -90,7 +90,7 @@ def _make(shape: str, directory: Path) -> None:
     from f2l_vllm.bench import hypernetwork_shapes, suite, tokenizer
 
     released = hypernetwork_shapes.SHAPES[shape]
-    staging = directory.with_name(f".{directory.name}.partial")
+    staging = directory.with_name(f".{directory.name}.partial")  # one name: gigabytes that a killed run left go first
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:

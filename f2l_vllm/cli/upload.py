@@ -7,7 +7,6 @@ files, goes on when the same command is run again.
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import threading
 import time
@@ -22,6 +21,7 @@ from rich.console import Console
 from f2l_vllm.cli.options import api_url
 from f2l_vllm.cli.progress import progress
 from f2l_vllm.files import write_whole
+from f2l_vllm.store.manifest import sha256_of
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -118,8 +118,7 @@ class _Sending:
 
         row: dict[str, Any] = {"path": str(path)}
         try:
-            with path.open("rb") as file:
-                row["sha256"] = sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            row["sha256"] = sha256 = sha256_of(path)
             entry = self._entry(path, sha256)
             if wait:
                 entry = self._client.files.wait_for_processing(

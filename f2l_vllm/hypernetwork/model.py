@@ -8,7 +8,6 @@ Source: Frames2LoRA (arXiv 2606.04351), section 3; tensor names are those of the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from f2l_vllm.hypernetwork.adapter import Adapter, Factors
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.config_file import CONFIG_FILE, FORMAT, damaged, read_directory_config
 from f2l_vllm.hypernetwork.perceiver import EXPANSION, LayerReader, Perceiver
-from f2l_vllm.hypernetwork.weights import write_weights
+from f2l_vllm.hypernetwork.weights import digest, write_weights
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -128,7 +127,8 @@ class Hypernetwork(nn.Module):
         """16 hex digits that change with any weight or size, but not with the device or the base model's name."""
         key = tuple((tensor.data_ptr(), tensor._version) for tensor in self.parameters())
         if self._revision is None or self._revision[0] != key:
-            self._revision = (key, _digest(self.config, self.state_dict()))
+            shape = {name: value for name, value in self.config.to_dict().items() if name != "base_model"}
+            self._revision = (key, digest(self.state_dict(), json.dumps(shape, sort_keys=True).encode()))
         return self._revision[1]
 
     def forward(self, features_BLTD: Tensor, mask_BT: Tensor | None = None) -> Factors:
@@ -299,15 +299,6 @@ class Hypernetwork(nn.Module):
 def _append(chunks: list[Tensor], bias_LRX: Tensor) -> Tensor:
     bias = bias_LRX.to(chunks[0].dtype)
     return torch.cat([*chunks, bias.expand(*chunks[0].shape[:-3], -1, -1, -1)], dim=-2)
-
-
-def _digest(config: HypernetworkConfig, tensors: dict[str, Tensor]) -> str:
-    shape = {name: value for name, value in config.to_dict().items() if name != "base_model"}
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

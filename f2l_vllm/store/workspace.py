@@ -17,7 +17,8 @@ _OLD_SECONDS = 3600.0  # where locks cannot tell, a folder unchanged for so long
 class Workspace:
     """This process's folder below one that many processes share. Thread-safe.
 
-    The folder is locked as long as the process lives. Locks are visible on one machine only, so the folder's name
+    The folder itself is locked as long as the process lives: a lock file could not be removed together with what it
+    guards. Locks are visible on one machine only, so the folder's name
     begins with the machine's name.
     """
 

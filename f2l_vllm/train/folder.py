@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from f2l_vllm.files import atomic_directory
+
 LOG_FILE = "log.jsonl"
 REPORT_FILE = "training.json"
 RUN_FOLDER = ".run"  # checkpoints and log of a run that is not finished
@@ -55,14 +57,13 @@ def prepare(output: Path, *, run: str = RUN_FOLDER, overwrite: bool, extend: boo
         (output / run).mkdir(parents=True)
     elif extend and not start.is_dir():
         shutil.rmtree(output / run, ignore_errors=True)
-        staging = start.with_suffix(".part")
-        shutil.copytree(output / "hypernetwork", staging / "hypernetwork")
-        for name in (REPORT_FILE, LOG_FILE):
-            if (output / name).exists():
-                shutil.copy(output / name, staging / name)
-        if (output / LOG_FILE).exists():
-            shutil.copy(output / LOG_FILE, output / run / LOG_FILE)
-        staging.rename(start)
+        with atomic_directory(start) as staging:
+            shutil.copytree(output / "hypernetwork", staging / "hypernetwork")
+            for name in (REPORT_FILE, LOG_FILE):
+                if (output / name).exists():
+                    shutil.copy(output / name, staging / name)
+            if (output / LOG_FILE).exists():
+                shutil.copy(output / LOG_FILE, output / run / LOG_FILE)
 
 
 def end(output: Path, run: str = RUN_FOLDER) -> None:

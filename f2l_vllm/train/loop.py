@@ -8,7 +8,6 @@ started by `torchrun` or `accelerate launch`, each draw their own part of a step
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +20,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor, nn
 
-from f2l_vllm.files import sync
+from f2l_vllm.files import sync, write_whole
+from f2l_vllm.hypernetwork.weights import digest
 from f2l_vllm.train.folder import LOG_FILE
 from f2l_vllm.train.optimizer import MuonAdamW
 from f2l_vllm.train.steps import Losses, Progress, Randomness, report
@@ -139,7 +139,7 @@ class Loop:
             "steps": stage.steps,
             "processes": self.processes,
             "accumulate": stage.accumulate,
-            "start": _digest(stage.module),
+            "start": digest(stage.module.state_dict()),
             **stage.identity,
         }
         path = None if self._folder is None else self._folder / f"{stage.name}.ckpt"
@@ -248,9 +248,7 @@ class Loop:
                 line = json.loads(text)
                 if line["stage"] != stage or line["step"] <= step:
                     kept.append(text)
-        partial = self._folder / f"{LOG_FILE}.part"
-        partial.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
-        partial.replace(self._folder / LOG_FILE)
+        write_whole(self._folder / LOG_FILE, "".join(f"{text}\n" for text in kept))
 
 
 def _read(path: Path, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,16 +265,7 @@ def _read(path: Path, run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _save(kept: dict[str, Any], path: Path) -> None:
-    partial = path.with_suffix(".part")
+    partial = path.with_suffix(".part")  # one name: the next checkpoint replaces what a killed run left
     torch.save(kept, partial)
     sync(partial)
     partial.replace(path)
-
-
-def _digest(module: nn.Module) -> str:
-    """Digest of the weights that a stage starts from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
-    return digest.hexdigest()[:16]

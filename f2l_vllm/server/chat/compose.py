@@ -28,6 +28,7 @@ from f2l_vllm.server import metrics
 from f2l_vllm.server.chat.request import Span
 from f2l_vllm.server.errors import APIError, bad_request
 from f2l_vllm.server.registry import AdapterLost, Lease, Registry
+from f2l_vllm.server.single_flight import once
 from f2l_vllm.store.adapter_info import AdapterInfo, Part
 from f2l_vllm.store.address import ADAPTER_PREFIX, FORMAT_VERSION
 from f2l_vllm.store.store import Store, StoreError
@@ -158,22 +159,9 @@ class Composer:
                     return await self._registry.acquire(record)
                 except AdapterLost as error:
                     logger.warning("composing again: %s", error)
-            record = await self._composed(name, parts)
+            record = await once(self._making, name, lambda: self._compose(name, parts))
         message = "The videos' adapter is damaged each time it is composed: check the disk that holds F2L_HOME."
         raise APIError(HTTPStatus.INTERNAL_SERVER_ERROR, "adapter_damaged", message)
-
-    async def _composed(self, name: str, parts: Sequence[AdapterChunks]) -> AdapterRecord:
-        """Make the composition, or wait for the task that is making it."""
-        task = self._making.get(name)
-        if task is None:
-            task = self._making[name] = asyncio.create_task(self._compose(name, parts))
-            task.add_done_callback(lambda done: self._done(name, done))
-        return await asyncio.shield(task)  # others may wait for this composition when the client goes away
-
-    def _done(self, name: str, task: asyncio.Task[AdapterRecord]) -> None:
-        self._making.pop(name, None)
-        if not task.cancelled():
-            task.exception()  # mark the error as seen: all callers may have gone away
 
     async def _compose(self, name: str, parts: Sequence[AdapterChunks]) -> AdapterRecord:
         # Parts are read as files, not leased, because places in the engine are for adapters that answer.

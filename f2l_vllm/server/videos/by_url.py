@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from f2l_vllm.catalog.jobs import EXHAUSTED
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tables import FileRecord, Upload
 from f2l_vllm.server.errors import APIError
+from f2l_vllm.server.single_flight import once
 from f2l_vllm.server.videos.service import VideoService
 from f2l_vllm.server.videos.uploads import inspect, shown_name
 from f2l_vllm.store.errors import AdapterIdsExhausted, disk_errors
+from f2l_vllm.store.manifest import sha256_of
 from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.fetch import fetch
 
@@ -24,7 +24,6 @@ PURPOSE = "user_data"
 _STATUS = {"file_too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE}
 _PASSING = {EXHAUSTED, "not_enough_memory", "video_lost", AdapterIdsExhausted.code}  # not the video's fault
 _AGAIN_SECONDS = 600.0  # each attempt may cost a worker
-_Work = Coroutine[Any, Any, FileRecord]
 _Running = dict[tuple[str, str], asyncio.Task[FileRecord]]
 
 
@@ -50,7 +49,7 @@ class RemoteVideos:
             APIError: the codes of `f2l_vllm.video.fetch`, of `POST /v1/files` and of `VideoService.enter`.
         """
         key = (tenant, await asyncio.to_thread(_digest, url))  # a data URI may be long
-        return await _once(self._fetching, key, lambda: self._fetch(url, tenant, filename))
+        return await once(self._fetching, key, lambda: self._fetch(url, tenant, filename))
 
     async def _fetch(self, url: str, tenant: str, filename: str | None) -> FileRecord:
         temporary = self._service.store.temporary()
@@ -61,9 +60,9 @@ class RemoteVideos:
             except VideoError as error:
                 status = _STATUS.get(error.code, HTTPStatus.BAD_REQUEST)
                 raise APIError(status, error.code, error.message, param="messages") from error
-            sha256 = await asyncio.to_thread(_hash, temporary)
+            sha256 = await asyncio.to_thread(sha256_of, temporary)
             name = shown_name(filename) if filename else _name(url)
-            return await _once(self._entering, (tenant, sha256), lambda: self._enter(temporary, sha256, name, tenant))
+            return await once(self._entering, (tenant, sha256), lambda: self._enter(temporary, sha256, name, tenant))
         finally:
             await asyncio.to_thread(self._service.store.discard, temporary)
 
@@ -84,28 +83,8 @@ class RemoteVideos:
         return passing and self._service.catalog.now() - record.created_at > _AGAIN_SECONDS
 
 
-async def _once(running: _Running, key: tuple[str, str], work: Callable[[], _Work]) -> FileRecord:
-    """Run `work` once for all concurrent callers with the same key. A caller that goes away does not stop it."""
-    task = running.get(key)
-    if task is None:
-        task = running[key] = asyncio.create_task(work())
-
-        def ended(task: asyncio.Task[FileRecord]) -> None:
-            running.pop(key, None)
-            if not task.cancelled():
-                task.exception()  # mark the error as seen: all callers may have gone away
-
-        task.add_done_callback(ended)
-    return await asyncio.shield(task)
-
-
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _name(url: str) -> str:

@@ -139,6 +139,7 @@ def _partial_file(output: Path, settings: dict[str, Any]) -> Iterator[tuple[IO[b
     output.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         try:
+            # The file of answers itself: a lock file beside it would stay when the answers are complete.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
