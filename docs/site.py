@@ -176,7 +176,7 @@ SETTINGS_HEAD = """# Settings
 
 A setting is an environment variable; some are also flags of `f2l-vllm serve`, which take precedence. A variable that
 begins with `F2L_` and is none of these is refused at start. `F2L_CPU_PLATFORM` (`auto`, `0`, `1`) and
-`F2L_CPU_KV_BYTES` are for [vLLM without a GPU](../operations.md#what-the-engine-is-started-with).
+`F2L_CPU_KV_BYTES` are for [vLLM without a GPU](../deploy.md#what-the-engine-is-started-with).
 
 | variable | flag | default | |
 |---|---|---|---|

@@ -42,8 +42,8 @@ _NOISE = (
     ("vllm.platforms.cpu", "Triton is not installed"),  # the CPU platform of this package needs none
     ("vllm.platforms.cpu", "Reset SSM cache type"),  # the base models here have no such layers
     ("vllm.config.vllm", "Model Runner V2 requires Triton"),  # the other runner is the intended one
-    ("vllm.config.vllm", "Inductor compilation was disabled"),  # docs/operations.md says why
-    ("vllm.v1.worker.cpu_worker", ""),  # preloaded libraries and threads: see docs/operations.md
+    ("vllm.config.vllm", "Inductor compilation was disabled"),  # docs/deploy.md says why
+    ("vllm.v1.worker.cpu_worker", ""),  # preloaded libraries and threads: see docs/deploy.md
     ("vllm.v1.utils", "[shutdown]"),  # vLLM asks the engine to end and kills it in one step
     ("transformers", "Model config: pad_token_id"),  # from the released models' configuration; nothing is padded
     ("ray", "Token authentication is enabled"),  # as it should be

@@ -1,6 +1,6 @@
 """The engine settings that `f2l-vllm serve` chooses where the operator gives none, and why.
 
-Sources are files of vLLM 0.32, or measurements of this project; `docs/operations.md` has the same as a table. Nobody
+Sources are files of vLLM 0.32, or measurements of this project; `docs/deploy.md` has the same as a table. Nobody
 here has run these settings on a GPU: statements about GPUs come from reading vLLM's kernels.
 """
 

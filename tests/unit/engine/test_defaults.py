@@ -15,7 +15,7 @@ from f2l_vllm.engine.defaults import KEEP_ALIVE_SECONDS, engine_flags, is_on_one
 from f2l_vllm.hypernetwork.ranks import RANKS, smallest_rank
 from tests.support import ROOT
 
-OPERATIONS = ROOT / "docs" / "operations.md"
+DEPLOY = ROOT / "docs" / "deploy.md"
 
 
 def test_ranks_are_those_of_vllm_0_32() -> None:
@@ -65,7 +65,7 @@ def test_only_a_small_model_without_a_gpu_is_served_in_another_dtype() -> None:
 
 def test_the_documentation_has_every_flag_with_its_value() -> None:
     rows = {
-        cells[1].strip(" `"): cells[2] for line in OPERATIONS.read_text().splitlines() if (cells := line.split("|"))[2:]
+        cells[1].strip(" `"): cells[2] for line in DEPLOY.read_text().splitlines() if (cells := line.split("|"))[2:]
     }
     for flag, values in engine_flags(rank=64, modules=["down_proj"], is_small=True, has_gpu=False).items():
         if flag != "--enable-lora":
