@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.console.vendor import LICENCES
 from tests.support import ROOT
 
 
@@ -31,7 +32,8 @@ def test_it_has_the_package_its_licence_and_nothing_else(wheel):
     built = {name for name in names if name.startswith("f2l_vllm/")}
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "f2l_vllm"]
     assert built == set(subprocess.check_output(listing, cwd=ROOT, text=True).splitlines())
-    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    licences = {name.rpartition("/")[2] for name in names if ".dist-info/licenses/" in name}
+    assert licences == {"LICENSE", *(f"{library}-licence.txt" for library in LICENCES)}
 
 
 def test_the_demo_runs_from_it_in_an_empty_folder(wheel, tmp_path):

@@ -1,12 +1,14 @@
 """`python -m tests.e2e.console.vendor`: takes the console's libraries, and axe for its tests, from npm's registry.
 
 No build: each file is the package's own. Only names of modules become paths, source maps are left out, and uPlot, whose
-small build is a script, gets an export. What browsers get is kept as it is sent, compressed.
+small build is a script, gets an export. Code is kept as it is sent, compressed.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
+import json
 import subprocess
 import tarfile
 import tempfile
@@ -14,6 +16,8 @@ from pathlib import Path
 
 from f2l_vllm.server.console.pages import FOLDER
 
+# What the wheel has of each; their licences are in pyproject.toml, too.
+LICENCES = {"preact": "MIT", "htm": "Apache-2.0", "uplot": "MIT"}
 VERSIONS = {"preact": "11.2.0", "htm": "3.1.1", "uplot": "1.6.32", "axe-core": "4.14.1"}
 _HERE = Path(__file__).parent
 _VENDOR = FOLDER / "vendor"
@@ -32,7 +36,17 @@ _FILES = (
 )
 
 
-def main() -> None:
+def enter(bill: Path) -> None:
+    """Add the console's libraries to a release's bill of materials (CycloneDX, JSON), which pip knows nothing of."""
+    found = json.loads(bill.read_text())
+    for name, licence in LICENCES.items():
+        purl = f"pkg:npm/{name}@{VERSIONS[name]}"
+        one = {"type": "library", "name": name, "version": VERSIONS[name], "bom-ref": purl, "purl": purl}
+        found["components"].append({**one, "licenses": [{"license": {"id": licence}}]})
+    bill.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def take() -> None:
     """Write all files."""
     with tempfile.TemporaryDirectory() as folder:
         for package, version in VERSIONS.items():
@@ -42,7 +56,7 @@ def main() -> None:
                 text = archive.extractfile(f"package/{name}").read().decode()
             target.parent.mkdir(parents=True, exist_ok=True)
             text = _adapted(package, target, text)
-            if package == "axe-core":
+            if package == "axe-core" or name == "LICENSE":
                 target.write_text(text)
             else:
                 target.with_name(f"{target.name}.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
@@ -58,4 +72,7 @@ def _adapted(package: str, target: Path, text: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bill", type=Path, help="take nothing, and enter the libraries into this bill of materials")
+    given = parser.parse_args()
+    enter(given.bill) if given.bill else take()
