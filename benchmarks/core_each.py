@@ -3,7 +3,9 @@
 The servers are `f2l-vllm serve` of one PostgreSQL and one store, each bound to a core of its own, behind HAProxy with
 `launch/haproxy.cfg`. Clients and proxy run on the cores of the servers that they ask: one server shares its core with
 them, several share theirs. Rounds of one server, of all behind one proxy, and of each behind a proxy and with clients
-of its own alternate. The last have nothing to do with each other, so they show what the machine's cores do at once.
+of its own alternate. The last have nothing to do with each other, so they show what the machine's cores do at once. So
+do products of matrices that fit a core's own cache, `arithmetic`: two threads of one physical core do hardly more of
+them than one, however many cores the machine says it has.
 """
 
 from __future__ import annotations
@@ -109,7 +111,34 @@ async def _round(socket: Path, videos: list[str], clients: int, options: argpars
     return {"answers_per_s": round(len(settled) / (options.seconds - begun), 2), **counts}
 
 
+def _products(core: int, seconds: float) -> float:
+    """Products a second of matrices that fit a core's own cache, on this core."""
+    import torch
+
+    torch.set_num_threads(1)
+    one, count = torch.rand(128, 128), 0
+    with _on({core}):
+        started = time.monotonic()
+        while (passed := time.monotonic() - started) < seconds:
+            for _ in range(1000):
+                torch.mm(one, one)
+            count += 1000
+    return count / passed
+
+
+def _arithmetic(processes: ProcessPoolExecutor, cores: Sequence[int], seconds: float) -> dict[str, float]:
+    one = processes.submit(_products, cores[0], seconds).result()
+    asked = [processes.submit(_products, core, seconds) for core in cores]
+    every = sum(found.result() for found in asked)
+    return {"one_core": round(one), "all_cores": round(every), "times": round(every / one, 2)}
+
+
 def _measure(options: argparse.Namespace, database: str, folder: Path) -> dict[str, Any]:
+    with ProcessPoolExecutor(options.servers, get_context("spawn")) as processes:
+        cores = range(options.servers)
+        list(processes.map(_products, cores, [1.0] * len(cores)))  # each has begun
+        arithmetic = [_arithmetic(processes, cores, options.seconds / 4) for _ in range(options.rounds)]
+    print("arithmetic", arithmetic, flush=True)
     with _servers(options, database, folder) as servers:
         client = OpenAI(base_url=f"{servers[0].url}/v1", api_key="none")
         videos = [file.id for file in upload(client, *films(folder, options.videos, options.seed, fps=10))]
@@ -132,7 +161,8 @@ def _measure(options: argparse.Namespace, database: str, folder: Path) -> dict[s
                 print("apart", rounds["apart"][-1], flush=True)
     medians = {arm: statistics.median(one["answers_per_s"] for one in rounds[arm]) for arm in rounds}
     times = {arm: round(medians[arm] / medians["one"], 2) for arm in ("all", "apart")}
-    return {**rounds, "median_answers_per_s": medians, "times": times}
+    times["arithmetic"] = statistics.median(one["times"] for one in arithmetic)
+    return {**rounds, "arithmetic": arithmetic, "median_answers_per_s": medians, "times": times}
 
 
 def main() -> None:
