@@ -16,6 +16,7 @@ last compared.
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -264,7 +265,7 @@ def _engine(url: str, busy_seconds: float) -> Engine:
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # transactions begin only in `_begin`
-        connection.execute("PRAGMA journal_mode=WAL")
+        _enter_wal(connection, busy_seconds)
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute(f"PRAGMA wal_autocheckpoint={_JOURNAL_PAGES}")
 
@@ -274,6 +275,20 @@ def _engine(url: str, busy_seconds: float) -> Engine:
         connection.exec_driver_sql("BEGIN" if read else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _enter_wal(connection: sqlite3.Connection, busy_seconds: float) -> None:
+    """Have SQLite write ahead. It refuses this at once, without its own wait, where another connection does the same
+    to a new database or closes the last one of an old one."""
+    give_up = time.monotonic() + busy_seconds
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
+                raise
+        time.sleep(0.01)
 
 
 def _bound_waits(engine: Engine, busy_seconds: float) -> None:

@@ -34,8 +34,6 @@ for _outcome in ("published", "failed"):
     INTERNALIZED.labels(_outcome)
 for _reused in ("true", "false"):
     UPLOADS.labels(_reused)
-for _mode in ("adapter", "frames", "both"):
-    QUESTIONS.labels(_mode, "answered")
 
 
 def count_outcome(outcome: str, seconds: dict[str, float]) -> None:

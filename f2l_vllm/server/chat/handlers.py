@@ -13,6 +13,7 @@ from fastapi import Request
 from f2l_vllm.server import errors, metrics, vllm_answers, vllm_api
 from f2l_vllm.server.chat.request import (
     FILE_PREFIX,
+    MODES,
     Options,
     Video,
     names_a_video,
@@ -24,6 +25,9 @@ from f2l_vllm.server.chat.request import (
 from f2l_vllm.server.chat.resolve import Asking, Source, from_frames
 from f2l_vllm.server.errors import adapter_unavailable, bad_request
 from f2l_vllm.server.tenants import tenant_of
+
+for _mode in MODES:
+    metrics.QUESTIONS.labels(_mode, "answered")  # shown as 0, like the others of `metrics`
 
 
 class AnswerStream:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from f2l_vllm.server.chat.content import HOW_VIDEOS
 from f2l_vllm.server.errors import APIError, bad_request
@@ -20,7 +20,7 @@ QUESTION_ROUTES = frozenset(
 STORED_ROUTES = frozenset({"/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel"})
 WAIT_HEADER = "x-f2l-wait"
 Mode = Literal["adapter", "frames", "both"]
-_MODES = ("adapter", "frames", "both")
+MODES: Sequence[Mode] = get_args(Mode)
 _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")  # `float` accepts the digits of every script, and underscores
 _KEYS = {"mode", "wait"}
 _SPAN_KEYS = {"start", "end"}
@@ -72,8 +72,8 @@ def options(extra: Mapping[str, Any] | None, headers: Mapping[str, str], default
     if not isinstance(given, dict) or set(given) - _KEYS:
         raise bad_request("invalid_f2l_options", f"'f2l' takes an object with the keys {sorted(_KEYS)}.", "f2l")
     mode = given.get("mode", "adapter")
-    if mode not in _MODES:
-        raise bad_request("invalid_f2l_options", f"f2l.mode must be one of {', '.join(_MODES)}; got {mode!r}.", "f2l")
+    if mode not in MODES:
+        raise bad_request("invalid_f2l_options", f"f2l.mode must be one of {', '.join(MODES)}; got {mode!r}.", "f2l")
     return Options(mode, _seconds(given.get("wait", headers.get(WAIT_HEADER)), default_wait))
 
 

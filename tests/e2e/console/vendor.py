@@ -75,4 +75,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bill", type=Path, help="take nothing, and enter the libraries into this bill of materials")
     given = parser.parse_args()
-    enter(given.bill) if given.bill else take()
+    if given.bill is not None:
+        enter(given.bill)
+    else:
+        take()

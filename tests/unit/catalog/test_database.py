@@ -74,6 +74,19 @@ def test_processes_that_write_at_once_lose_nothing(database_url):
     catalog.close()
 
 
+def test_connections_that_open_a_new_database_at_once_wait_for_each_other(tmp_path):
+    for attempt in range(40):  # SQLite refuses about one in twenty at once
+        url, together = f"sqlite:///{tmp_path / str(attempt)}.sqlite3", threading.Barrier(6)
+
+        def open_it(url=url, together=together):
+            together.wait()
+            database.Database(url).close()
+
+        with ThreadPoolExecutor(6) as threads:
+            for opened in [threads.submit(open_it) for _ in range(6)]:
+                opened.result()
+
+
 def test_a_file_entered_while_its_adapter_is_published_never_waits_for_ever(database_url):
     catalog = Catalog(database_url)
     for index in range(10):

@@ -3,10 +3,12 @@
 import contextlib
 import http.client
 import json
+import re
 import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -230,6 +232,7 @@ def test_a_client_that_keeps_its_connection_and_a_stream_go_on_when_haproxy_is_r
             lines = answer.iter_lines()
             home.gate.release()
             assert next(lines) == "data: 0"
+            until(lambda: catches(process.pid, signal.SIGUSR2), "HAProxy's master")
             process.send_signal(signal.SIGUSR2)
             until(lambda: said.read_text().count("Loading success") == 2, "the new worker")
             time.sleep(0.5)  # the old one learns that it ends
@@ -243,6 +246,12 @@ def listens(address):
     with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
         return True
     return False
+
+
+def catches(pid, signum):
+    """Whether a process has a handler of a signal; HAProxy's master ignores SIGUSR2 until its first worker serves."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) >> signum - 1 & 1)
 
 
 def served(connection):
