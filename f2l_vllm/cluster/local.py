@@ -108,7 +108,10 @@ def environment(home: Path, host: str) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # nobody joins: all of Ray listens on loopback
         "RAY_SERVE_ENABLE_HA_PROXY": str(int(host != LOOPBACK)),
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # a front that was killed: another one is asked
+        # A front that was killed: another one is asked, also if the request came in two pieces, as httpx sends it. Ray
+        # has no setting for the second line, and writes the value into HAProxy's configuration as it stands.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response\n    option http-buffer-request",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",  # of a request that is asked again elsewhere
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": _DRAIN_SECONDS,
     }
     return {name: os.environ.get(name, value) for name, value in usual.items()}

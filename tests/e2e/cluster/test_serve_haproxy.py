@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPResponse
-from typing import Any
 
 import httpx
 import pytest
 
-from f2l_vllm.server_process import LOOPBACK, free_port
+from f2l_vllm.server_process import free_port
 from tests.support.serve import Service, last_event, parent_of, process_at, processes, running, until
 
 _ENGINES, _FRONTS, _QUESTIONS = 2, 2, 8
@@ -46,15 +42,10 @@ def fronts(service: Service) -> list[int]:
     return [pid for pid in found if service.node.folder in " ".join(commands.get(parent_of(pid), []))]
 
 
-def in_one_piece(service: Service, question: dict[str, object]) -> tuple[int, dict[str, Any]]:
-    """Status and answer of a question whose head and body arrive together: only such a request HAProxy can repeat."""
-    body = json.dumps(question).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {LOOPBACK}\r\nContent-Type: application/json\r\n"
-    with socket.create_connection((LOOPBACK, service.client.base_url.port)) as connection:
-        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        answer = HTTPResponse(connection)
-        answer.begin()
-        return answer.status, json.loads(answer.read())
+def posted(service: Service, question: dict[str, object]) -> httpx.Response:
+    """The answer to a question whose head and body arrive one after the other, as from OpenAI's client."""
+    with httpx.Client(base_url=service.client.base_url, timeout=60) as client:
+        return client.post("/v1/chat/completions", json=question)
 
 
 def test_questions_go_through_haproxy_and_a_video_has_one_engine(service):
@@ -82,11 +73,11 @@ def test_a_question_without_an_answer_yet_is_asked_elsewhere_when_what_has_it_is
     victim = process_at(str(home)) if what == "engine" else fronts(service)[0]
     before = asked(service).count(video)
     with ThreadPoolExecutor(_QUESTIONS) as pool:
-        answers = [pool.submit(in_one_piece, service, question) for _ in range(_QUESTIONS)]
+        answers = [pool.submit(posted, service, question) for _ in range(_QUESTIONS)]
         until(lambda: asked(service).count(video) == before + _QUESTIONS, 60)
         os.kill(victim, signal.SIGKILL)
-        assert [answer.result()[0] for answer in answers] == [200] * _QUESTIONS
+        assert [answer.result().status_code for answer in answers] == [200] * _QUESTIONS
     if what == "front":  # it had some of them, which the other one asked again
         assert asked(service).count(video) > before + _QUESTIONS
     else:
-        assert home not in {answer.result()[1]["engine"] for answer in answers}
+        assert home not in {answer.result().json()["engine"] for answer in answers}

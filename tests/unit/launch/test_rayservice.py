@@ -1,12 +1,14 @@
 """The RayService of `launch/kubernetes` is the Serve config of `launch/`, in pods that Kubernetes takes."""
 
 import importlib.metadata
+import re
 
 import kubernetes_validate
 import pytest
 import yaml
 from ray._raylet import Config as RayConfig
 
+from f2l_vllm.cluster.local import environment
 from f2l_vllm.settings import Settings, refuse_unknown
 from tests.unit.launch.test_kubernetes import LAUNCH, SPARE_SECONDS, VERSIONS, documents
 
@@ -44,6 +46,13 @@ def test_every_setting_exists_and_every_value_is_taken(pod):
     settings = {name: value for name, value in given.items() if name.startswith("F2L_")}
     assert Settings.read(settings).tenants == "catalog"
     assert pod["enableServiceLinks"] is False
+
+
+def test_its_haproxy_is_set_as_one_machines(pod, tmp_path):
+    given = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
+    usual = {name: value for name, value in environment(tmp_path, "0.0.0.0").items() if re.search("HA_?PROXY", name)}
+    assert len(usual) == 3
+    assert {name: given[name].split() for name in usual} == {name: value.split() for name, value in usual.items()}
 
 
 def test_rays_head_gives_up_a_node_that_has_vanished_within_10_s():
