@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from f2l_vllm.bench import record
-from f2l_vllm.evaluation.answers import ANSWERS_FILE, Answer, read_answers
+from f2l_vllm.evaluation.answers import ANSWERS_FILE, AnswerRecord, read_answers
 from f2l_vllm.evaluation.questions import ADAPTER, FRAMES, NONE
 from f2l_vllm.evaluation.run import evaluate
 from f2l_vllm.evaluation.scores import Scores
@@ -26,7 +26,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Ask at every rate; every figure, and each rate's difference from rate 0 over the same questions."""
     questions = world_questions("held-out", options.videos, options.seed, work)
     setup = Setup(model=options.model, arms=(ADAPTER, FRAMES), through=options.through, concurrency=options.concurrency)
-    answers: list[Answer] = []
+    answers: list[AnswerRecord] = []
     for rate in options.rates:
         folder = work / f"rate-{rate:g}"
         arms = (*setup.arms, NONE) if rate == 0 else setup.arms

@@ -17,7 +17,7 @@ import torch
 
 from f2l_vllm import models
 from f2l_vllm.evaluation import environment
-from f2l_vllm.evaluation.answers import Answer
+from f2l_vllm.evaluation.answers import AnswerRecord
 from f2l_vllm.evaluation.in_process import TransformersAnswers
 from f2l_vllm.evaluation.questions import ADAPTER, Skipped, plan
 from f2l_vllm.evaluation.scores import Scores
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=64)
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
-    answers: dict[str, list[Answer]] = {name: [] for name in DTYPES}
+    answers: dict[str, list[AnswerRecord]] = {name: [] for name in DTYPES}
     skipped: list[Skipped] = []
     with tempfile.TemporaryDirectory(prefix="f2l-bench-") as folder:
         questions = world_questions("held-out", options.videos, options.seed, Path(folder))
@@ -52,7 +52,7 @@ def main() -> None:
             answerer.internalizer = reader
             answerer.answer(
                 plan(questions.clips, (ADAPTER,)),
-                lambda ask, reply, name=name: answers[name].append(Answer.of(ask, reply)),
+                lambda ask, reply, name=name: answers[name].append(AnswerRecord.of(ask, reply)),
                 skipped.append,
             )
     assert not skipped, skipped

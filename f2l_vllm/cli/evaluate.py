@@ -34,7 +34,7 @@ _TERMINATED = 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True)
-class Source:
+class QuestionSource:
     """Where questions come from: the synthetic world's `world` split, or a manifest.
 
     Raises:
@@ -77,7 +77,12 @@ class Source:
 
 
 def run(
-    source: Source, setup: Setup, extras: Extras, work: Path | None, json_to: Path | None, markdown_to: Path | None
+    source: QuestionSource,
+    setup: Setup,
+    extras: Extras,
+    work: Path | None,
+    json_to: Path | None,
+    markdown_to: Path | None,
 ) -> None:
     """Evaluate, print a short table, and write the results; exit with 1 when it cannot be done."""
     for path in (json_to, markdown_to):

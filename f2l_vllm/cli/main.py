@@ -203,7 +203,7 @@ def evaluate(
     """Say how good answers are: from adapters, from frames in context, from neither, under another video's adapter."""
     import os
 
-    from f2l_vllm.cli.evaluate import Source, run
+    from f2l_vllm.cli.evaluate import QuestionSource, run
     from f2l_vllm.cli.evaluation_extras import Extras
     from f2l_vllm.evaluation.setup import JudgeSetup, Setup
 
@@ -213,7 +213,7 @@ def evaluate(
     if judge_base_url is not None and judge_model is not None:
         judge = JudgeSetup(judge_base_url, judge_model, os.environ.get(judge_api_key_env, "none"))
     try:
-        source = Source(world, videos, seed, phrasing, manifest, split)
+        source = QuestionSource(world, videos, seed, phrasing, manifest, split)
         setup = Setup(
             model=model,
             hypernetwork=hypernetwork,

@@ -14,7 +14,7 @@ from transformers.video_utils import load_video
 
 
 @dataclass(frozen=True)
-class Answer:
+class Generated:
     """A greedy answer: its tokens, and the log-probability of each."""
 
     tokens: list[int]
@@ -81,7 +81,7 @@ class Reference:
         return inputs
 
     @torch.inference_mode()
-    def answer(self, inputs: dict[str, torch.Tensor], max_tokens: int, adapter: str | None = None) -> Answer:
+    def answer(self, inputs: dict[str, torch.Tensor], max_tokens: int, adapter: str | None = None) -> Generated:
         """Decode greedily, past the end of the utterance."""
         if self._adapted is None:
             return self._decode(self._base, inputs, max_tokens)
@@ -115,7 +115,7 @@ class Reference:
         )
 
     @staticmethod
-    def _decode(model: Any, inputs: dict[str, torch.Tensor], max_tokens: int) -> Answer:
+    def _decode(model: Any, inputs: dict[str, torch.Tensor], max_tokens: int) -> Generated:
         tokens, logprobs = [], []
         output = model(**inputs, use_cache=True)
         for _ in range(max_tokens):
@@ -125,4 +125,4 @@ class Reference:
             output = model(
                 input_ids=torch.tensor([[tokens[-1]]]), past_key_values=output.past_key_values, use_cache=True
             )
-        return Answer(tokens, logprobs)
+        return Generated(tokens, logprobs)

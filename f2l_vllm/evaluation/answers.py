@@ -26,7 +26,7 @@ CONFIGURATION_FILE = "configuration.json"
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerRecord:
     """One answer and its scores, as a line of `answers.jsonl`.
 
     Attributes:
@@ -57,7 +57,7 @@ class Answer:
     seconds: float
 
     @classmethod
-    def of(cls, ask: Ask, reply: Reply) -> Answer:
+    def of(cls, ask: Ask, reply: Reply) -> AnswerRecord:
         """Score a reply."""
         question = ask.question
         return cls(
@@ -85,10 +85,10 @@ class Answer:
         return self.arm, self.id
 
 
-_FIELDS = {field.name for field in fields(Answer)}
+_FIELDS = {field.name for field in fields(AnswerRecord)}
 
 
-def read_answers(path: Path) -> list[Answer]:
+def read_answers(path: Path) -> list[AnswerRecord]:
     """The answers of a file; an unfinished last line, left by a kill, is ignored.
 
     A line without `source` is about a whole video.
@@ -109,7 +109,7 @@ def read_answers(path: Path) -> list[Answer]:
                 raise ValueError(f"not an object with the fields {', '.join(sorted(_FIELDS))}")
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}; remove the file, or name a new folder") from error
-        answers.append(Answer(**row))
+        answers.append(AnswerRecord(**row))
     return answers
 
 
@@ -148,13 +148,13 @@ class AnswerLog:
         self._file.close()
         self._lock.release()
 
-    def append(self, answer: Answer) -> None:
+    def append(self, answer: AnswerRecord) -> None:
         """Keep an answer; it is in the file when this returns."""
         self.answers[answer.key] = answer
         self._file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
         self._file.flush()
 
-    def replace(self, answers: Iterable[Answer]) -> None:
+    def replace(self, answers: Iterable[AnswerRecord]) -> None:
         """Replace the answers with the same keys by these; the file changes in one step."""
         self.answers |= {answer.key: answer for answer in answers}
         self._file.close()

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from f2l_vllm.evaluation.answers import ANSWERS_FILE, Answer
+from f2l_vllm.evaluation.answers import ANSWERS_FILE, AnswerRecord
 from f2l_vllm.evaluation.questions import ADAPTER, ARMS, COMPOSITION_ARMS, FRAMES, NONE, WRONG_VIDEO
 from f2l_vllm.files import atomic_directory
 from f2l_vllm.train.data.manifest import write_jsonl
@@ -60,7 +60,7 @@ class _Video:
     questions: dict[str, _Question] = field(default_factory=dict)
 
 
-def write_page(answers: Sequence[Answer], videos: Path, output: Path, *, metric: str, title: str) -> Path:
+def write_page(answers: Sequence[AnswerRecord], videos: Path, output: Path, *, metric: str, title: str) -> Path:
     """Write the page, the videos it plays and the answers it shows into a folder, whole or not at all.
 
     Args:
@@ -99,7 +99,7 @@ def write_page(answers: Sequence[Answer], videos: Path, output: Path, *, metric:
     return output / PAGE_FILE
 
 
-def _render(answers: Sequence[Answer], sources: dict[str, str], metric: str, title: str) -> str:
+def _render(answers: Sequence[AnswerRecord], sources: dict[str, str], metric: str, title: str) -> str:
     arms = {name: _Arm(name, _ARM_MEANS.get(name, "")) for name in _in_order({answer.arm for answer in answers})}
     videos = {video: _Video(Path(video).name, source) for video, source in sources.items()}
     for answer in answers:
@@ -138,7 +138,7 @@ def _in_order(arms: set[str]) -> list[str]:
     return [*(arm for arm in known if arm in arms), *sorted(arms - set(known))]
 
 
-def _notes(answer: Answer) -> list[str]:
+def _notes(answer: AnswerRecord) -> list[str]:
     notes = [f"F1 {answer.f1:.2f}"] if answer.f1 > 0 and not answer.exact_match else []
     if answer.judge is not None:
         notes.append(f"judge {answer.judge:g}")

@@ -19,7 +19,7 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
-from f2l_vllm.evaluation.answers import Answer
+from f2l_vllm.evaluation.answers import AnswerRecord
 from f2l_vllm.evaluation.server import together
 from f2l_vllm.files import write_whole
 
@@ -61,7 +61,7 @@ class Judge:
         return {"model": self._model, "base_url": self._url, "prompt_sha256": digest, "scale": list(SCALE)}
 
     def score(
-        self, answers: Sequence[Answer], on_progress: Callable[[int, int], None] | None = None
+        self, answers: Sequence[AnswerRecord], on_progress: Callable[[int, int], None] | None = None
     ) -> dict[tuple[str, str], Judgement]:
         """Judge answers; returns their keys -> judgements. Equal answers to equal questions are judged once.
 
@@ -87,7 +87,7 @@ class Judge:
         asyncio.run(work())
         return {key: judged[prompt] for key, prompt in prompts.items()}
 
-    def _text(self, answer: Answer) -> str:
+    def _text(self, answer: AnswerRecord) -> str:
         return self._prompt.substitute(question=answer.question, truth=answer.truth, answer=answer.answer)
 
     async def _judge(self, client: AsyncOpenAI, prompt: str) -> Judgement:

@@ -10,7 +10,7 @@ from typing import Any
 
 from f2l_vllm import models
 from f2l_vllm.evaluation import environment
-from f2l_vllm.evaluation.answers import Answer, AnswerLog
+from f2l_vllm.evaluation.answers import AnswerLog, AnswerRecord
 from f2l_vllm.evaluation.judge import Judge
 from f2l_vllm.evaluation.questions import ADAPTER, COMPOSITION_ARMS, Ask, QuestionSet, Reply, Skipped, plan
 from f2l_vllm.evaluation.scores import F1, JUDGE, NON_INFERIORITY_MARGINS, Scores
@@ -116,7 +116,7 @@ def _answer(asks: list[Ask], setup: Setup, log: AnswerLog, skipped: list[Skipped
 
     def on_reply(ask: Ask, reply: Reply) -> None:
         nonlocal done
-        log.append(Answer.of(ask, reply))
+        log.append(AnswerRecord.of(ask, reply))
         done += 1
         report("answering", done, len(asks))
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from f2l_vllm.evaluation import statistics
-from f2l_vllm.evaluation.answers import Answer
+from f2l_vllm.evaluation.answers import AnswerRecord
 from f2l_vllm.evaluation.questions import ADAPTER, COMPOSITION_ARMS, FRAMES
 from f2l_vllm.evaluation.statistics import Estimate, Values
 
@@ -24,7 +24,7 @@ EQUIVALENCE_MARGIN = 0.05
 _DIGITS = 4
 
 
-def measure(answer: Answer, metric: str) -> float | None:
+def measure(answer: AnswerRecord, metric: str) -> float | None:
     """An answer's score by a metric; None if the judge gave none."""
     value: float | None = getattr(answer, metric)
     return None if value is None else float(value)
@@ -66,14 +66,14 @@ class Scores:
 
     def __init__(
         self,
-        answers: Iterable[Answer],
+        answers: Iterable[AnswerRecord],
         metric: str,
         *,
         apart: frozenset[str] = frozenset(),
         margins: dict[str, float] = NON_INFERIORITY_MARGINS,
         equivalence_margin: float = EQUIVALENCE_MARGIN,
     ) -> None:
-        self._all: dict[str, list[Answer]] = {}
+        self._all: dict[str, list[AnswerRecord]] = {}
         for answer in answers:
             self._all.setdefault(answer.arm, []).append(answer)
         self._scored = {arm: [a for a in some if a.type not in apart] for arm, some in self._all.items()}
@@ -133,7 +133,7 @@ class Scores:
             rows.append(self._row(kind, answers) | {"apart": kind in self._apart})
         return sorted(rows, key=lambda row: row.get("apart", False))
 
-    def _row(self, kind: str, answers: dict[str, list[Answer]]) -> dict[str, Any]:
+    def _row(self, kind: str, answers: dict[str, list[AnswerRecord]]) -> dict[str, Any]:
         everything = [answer for some in answers.values() for answer in some]
         row: dict[str, Any] = {
             "dataset": ", ".join(sorted({answer.dataset for answer in everything})),
@@ -146,28 +146,28 @@ class Scores:
             row["comparison"] = self._compare(answers[ADAPTER], answers[FRAMES], self.metric)
         return row
 
-    def _group(self, answer: Answer) -> str:
+    def _group(self, answer: AnswerRecord) -> str:
         return f"{answer.dataset}/{answer.type}" if self._several_datasets else answer.type
 
-    def _by_type(self, answers: Iterable[Answer]) -> dict[str, list[Answer]]:
-        groups: dict[str, list[Answer]] = {}
+    def _by_type(self, answers: Iterable[AnswerRecord]) -> dict[str, list[AnswerRecord]]:
+        groups: dict[str, list[AnswerRecord]] = {}
         for answer in answers:
             groups.setdefault(self._group(answer), []).append(answer)
         return groups
 
-    def _values(self, answers: Iterable[Answer], metric: str) -> Values | None:
+    def _values(self, answers: Iterable[AnswerRecord], metric: str) -> Values | None:
         rows = [(a.source, self._group(a), score) for a in answers if (score := measure(a, metric)) is not None]
         return macro_values(rows) if rows else None
 
-    def _mean(self, answers: Iterable[Answer], metric: str) -> float | None:
+    def _mean(self, answers: Iterable[AnswerRecord], metric: str) -> float | None:
         values = self._values(answers, metric)
         return None if values is None else _rounded(values.mean())
 
-    def _estimate(self, answers: Iterable[Answer], metric: str) -> dict[str, Any]:
+    def _estimate(self, answers: Iterable[AnswerRecord], metric: str) -> dict[str, Any]:
         values = self._values(answers, metric)
         return {"score": None, "ci95": None} if values is None else _as_json("score", statistics.mean(values))
 
-    def _compare(self, ours: Iterable[Answer], theirs: Iterable[Answer], metric: str) -> dict[str, Any]:
+    def _compare(self, ours: Iterable[AnswerRecord], theirs: Iterable[AnswerRecord], metric: str) -> dict[str, Any]:
         reference = {answer.id: measure(answer, metric) for answer in theirs}
         differences = [
             (answer.source, self._group(answer), score - other)
@@ -196,7 +196,7 @@ class Scores:
         return _as_json("value", statistics.ratio(values, reference))
 
 
-def _cost(answers: Sequence[Answer]) -> dict[str, float | None]:
+def _cost(answers: Sequence[AnswerRecord]) -> dict[str, float | None]:
     """Mean tokens of a prompt, and median times; None for what was not counted."""
     visual = [answer.visual_tokens for answer in answers if answer.visual_tokens is not None]
     ttft = [answer.ttft_ms for answer in answers if answer.ttft_ms is not None]

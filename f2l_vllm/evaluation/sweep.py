@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from f2l_vllm.evaluation.answers import ANSWERS_FILE, Answer, read_answers
+from f2l_vllm.evaluation.answers import ANSWERS_FILE, AnswerRecord, read_answers
 from f2l_vllm.evaluation.percentiles import percentiles
 from f2l_vllm.evaluation.questions import ADAPTER, FRAMES, QuestionSet
 from f2l_vllm.evaluation.run import Progress, evaluate
@@ -88,7 +88,7 @@ def sweep(
     return {"metric": questions.metric, "rows": rows, "skipped": skipped}
 
 
-def _figures(summary: dict[str, Any], answers: Iterable[Answer], arm: str) -> dict[str, Any]:
+def _figures(summary: dict[str, Any], answers: Iterable[AnswerRecord], arm: str) -> dict[str, Any]:
     kept = {name: summary[name] for name in ("score", "ci95", "n", "videos")}
     return {
         **kept,
@@ -98,7 +98,7 @@ def _figures(summary: dict[str, Any], answers: Iterable[Answer], arm: str) -> di
     }
 
 
-def _first_token(answers: Iterable[Answer]) -> dict[str, Any] | None:
+def _first_token(answers: Iterable[AnswerRecord]) -> dict[str, Any] | None:
     """Times to the first token of an arm's answers, which are given in the order of their arrival."""
     first: list[float] = []
     later: list[float] = []

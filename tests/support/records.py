@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from f2l_vllm.evaluation.answers import Answer
+from f2l_vllm.evaluation.answers import AnswerRecord
 
 
-def answer(video: str, kind: str, arm: str = "adapter", right: bool = True, **changes: Any) -> Answer:
+def answer(video: str, kind: str, arm: str = "adapter", right: bool = True, **changes: Any) -> AnswerRecord:
     """The answer to the question of a type about a video."""
     record: dict[str, Any] = {
         "id": f"{video}/{kind}",
@@ -27,4 +27,4 @@ def answer(video: str, kind: str, arm: str = "adapter", right: bool = True, **ch
         "ttft_ms": 20.0,
         "seconds": 0.1,
     }
-    return Answer(**record | changes)
+    return AnswerRecord(**record | changes)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from f2l_vllm.evaluation import statistics
-from f2l_vllm.evaluation.answers import Answer
+from f2l_vllm.evaluation.answers import AnswerRecord
 from f2l_vllm.evaluation.diagnostics.ablation import INTACT, Curve, Cut, cut_all, layer_curves, rank_curves
 from f2l_vllm.evaluation.diagnostics.attribution import attribute, contest
 from f2l_vllm.evaluation.diagnostics.directions import decompose, update_norms, weight_norms
@@ -137,7 +137,7 @@ class _Diagnosis:
         asks = [Ask(clip, question, ADAPTER, clip) for question in asked]
         for cut, part in parts:
             for ask, reply in zip(asks, self._answers.replies(asks, part), strict=True):
-                score = measure(Answer.of(ask, reply), self._metric)
+                score = measure(AnswerRecord.of(ask, reply), self._metric)
                 assert score is not None  # only a judge leaves answers without a score
                 self.scores[cut].append((clip.source, ask.question.type, score))
 

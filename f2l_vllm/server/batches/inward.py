@@ -19,7 +19,7 @@ _LEAVE_SECONDS = 5.0  # for the app to notice that its client is gone
 
 
 @dataclass
-class Answer:
+class InwardAnswer:
     """What the app answered; `status` is 0 if it did not."""
 
     status: int = 0
@@ -43,7 +43,7 @@ class Answer:
         return None
 
 
-async def post(app: ASGIApp, path: str, tenant: str, content: bytes, headers: Mapping[str, str]) -> Answer:
+async def post(app: ASGIApp, path: str, tenant: str, content: bytes, headers: Mapping[str, str]) -> InwardAnswer:
     """Ask the app on a tenant's behalf. If the caller is cancelled, the app sees its client go away, and stops."""
     sent = {"host": "localhost", "content-type": "application/json", "content-length": str(len(content)), **headers}
     scope = {
@@ -62,7 +62,7 @@ async def post(app: ASGIApp, path: str, tenant: str, content: bytes, headers: Ma
         "state": {},
         ON_BEHALF: tenant,
     }
-    answer, left = Answer(), asyncio.Event()
+    answer, left = InwardAnswer(), asyncio.Event()
     messages: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
 
     async def receive() -> Message:
@@ -87,8 +87,8 @@ async def post(app: ASGIApp, path: str, tenant: str, content: bytes, headers: Ma
         asking.cancel()
         raise
     if asking.cancelled():  # the server stops
-        return Answer()
+        return InwardAnswer()
     if (error := asking.exception()) is not None:
         logger.error("%s failed", path, exc_info=error)
-        return Answer(HTTPStatus.INTERNAL_SERVER_ERROR)
+        return InwardAnswer(HTTPStatus.INTERNAL_SERVER_ERROR)
     return answer

@@ -25,7 +25,7 @@ from f2l_vllm.catalog.batches import duty
 from f2l_vllm.catalog.tables import Upload
 from f2l_vllm.server import metrics
 from f2l_vllm.server.batches import lines
-from f2l_vllm.server.batches.inward import Answer, post
+from f2l_vllm.server.batches.inward import InwardAnswer, post
 from f2l_vllm.server.batches.lines import Line, Requests
 from f2l_vllm.server.chat.request import WAIT_HEADER
 from f2l_vllm.server.videos.service import VideoService
@@ -182,7 +182,7 @@ class Batches:
         """Ask one line after the other. Those whose time has not come yet go to the end."""
         while left:
             line, attempt = left.popleft()
-            answer = Answer()
+            answer = InwardAnswer()
             async with self._place():
                 if not self._service.is_stopping:
                     body = await self._run(requests.body, line)
@@ -198,7 +198,7 @@ class Batches:
                 continue
             await self._keep(batch, line, answer)
 
-    async def _keep(self, batch: BatchRecord, line: Line, answer: Answer) -> None:
+    async def _keep(self, batch: BatchRecord, line: Line, answer: InwardAnswer) -> None:
         is_success = answer.status == HTTPStatus.OK
         text = lines.answer(batch.id, line, answer.status, answer.headers.get("x-request-id"), answer.body)
         while True:

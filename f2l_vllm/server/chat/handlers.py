@@ -22,7 +22,7 @@ from f2l_vllm.server.chat.request import (
     with_frames,
     without_videos,
 )
-from f2l_vllm.server.chat.resolve import Asking, Source, from_frames
+from f2l_vllm.server.chat.resolve import AnswerSource, Asking, from_frames
 from f2l_vllm.server.errors import adapter_unavailable, bad_request
 from f2l_vllm.server.tenants import tenant_of
 
@@ -33,7 +33,7 @@ for _mode in MODES:
 class AnswerStream:
     """A streamed answer that names its source. It holds its adapter until it ends, is closed, or is dropped unread."""
 
-    def __init__(self, stream: AsyncGenerator[str, None], source: Source, path: str = "") -> None:
+    def __init__(self, stream: AsyncGenerator[str, None], source: AnswerSource, path: str = "") -> None:
         """`path`: the route that streams it, which decides how an error is written."""
         self._stream = stream
         self._path = path
@@ -61,7 +61,7 @@ class AnswerStream:
             self._finish()
 
 
-async def has_lost_its_adapter(source: Source) -> bool:
+async def has_lost_its_adapter(source: AnswerSource) -> bool:
     """Whether an answer failed because the engine had dropped the adapter and could not load it again."""
     try:
         return source.lease is not None and not await source.lease.confirm()
@@ -91,7 +91,7 @@ class Handler:
 
     async def _source(
         self, messages: Sequence[Any], asked: Sequence[Video], how: Options, tenant: str
-    ) -> tuple[Source, list[Any]]:
+    ) -> tuple[AnswerSource, list[Any]]:
         """Resolve the videos; with the messages as the engine reads them."""
         if how.mode == "adapter":
             text = without_videos(messages)  # before the wait, to report a missing question at once
@@ -107,7 +107,7 @@ class Handler:
         framed = with_frames(messages, await self._asking.frames(named))
         return await self._asking.adapter(named, tenant, how.wait, how.mode), framed
 
-    async def _by_model(self, request: Any, tenant: str, how: Options) -> Source:
+    async def _by_model(self, request: Any, tenant: str, how: Options) -> AnswerSource:
         """The source of a route that names its video by `model` alone, and whose prompt has no place for frames."""
         self._needs_adapter(how)
         named = await self._asking.find([Video(file_id=request.model)], tenant)
@@ -117,7 +117,7 @@ class Handler:
         if how.mode != "adapter":
             raise bad_request("invalid_f2l_options", f"f2l.mode '{how.mode}' needs /v1/chat/completions.", "f2l")
 
-    async def _answer(self, method: Any, request: Any, raw_request: Request | None, source: Source) -> Any:
+    async def _answer(self, method: Any, request: Any, raw_request: Request | None, source: AnswerSource) -> Any:
         """Let the inner handler answer from the source, and release the source when the answer ends."""
         token = vllm_api.asked_model.set(request.model or self._base_names[0])
         noted: list[int] = []

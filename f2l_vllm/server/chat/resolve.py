@@ -34,7 +34,7 @@ class RequestedVideo:
 
 
 @dataclass
-class Source:
+class AnswerSource:
     """What one question is answered from; the response shows `details` in `f2l`."""
 
     mode: Mode
@@ -87,7 +87,7 @@ class Asking:
 
     async def adapter(
         self, named: Sequence[RequestedVideo], tenant: str, wait: float, mode: Mode = "adapter"
-    ) -> Source:
+    ) -> AnswerSource:
         """Hold the adapter of these videos, composed if there are several. Damaged adapters are made again first.
 
         Raises:
@@ -146,15 +146,17 @@ class Asking:
             raise video_not_found(record.id, "messages") from error  # deleted between look-up and read
 
 
-def from_frames(named: Sequence[RequestedVideo]) -> Source:
+def from_frames(named: Sequence[RequestedVideo]) -> AnswerSource:
     """The source of an answer from frames alone."""
     videos = [{"file_id": one.record.id} for one in named]
-    return Source("frames", {"mode": "frames", "videos": videos, "visual_tokens_avoided": 0, "waited_seconds": 0.0})
+    return AnswerSource(
+        "frames", {"mode": "frames", "videos": videos, "visual_tokens_avoided": 0, "waited_seconds": 0.0}
+    )
 
 
 def _from_adapter(
     mode: Mode, named: Sequence[RequestedVideo], parts: Sequence[AdapterChunks], lease: Lease, waited: float
-) -> Source:
+) -> AnswerSource:
     avoided = sum(part.visual_tokens for part in parts) if mode == "adapter" else 0
     details = {
         "mode": mode,
@@ -164,7 +166,7 @@ def _from_adapter(
         "visual_tokens_avoided": avoided,
         "waited_seconds": round(waited, 3),
     }
-    return Source(mode, details, lease, avoided)
+    return AnswerSource(mode, details, lease, avoided)
 
 
 def _described(one: RequestedVideo, part: AdapterChunks) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from fastapi import Request
 from f2l_vllm.server import errors, vllm_answers, vllm_api, vllm_errors
 from f2l_vllm.server.chat.handlers import Handler, fields_of, has_lost_its_adapter, refuse_videos
 from f2l_vllm.server.chat.request import Options, Video, is_framed, videos, without_videos
-from f2l_vllm.server.chat.resolve import Asking, Source
+from f2l_vllm.server.chat.resolve import AnswerSource, Asking
 from f2l_vllm.server.errors import APIError, adapter_unavailable, bad_request
 from f2l_vllm.server.tenants import asking_tenant, tenant_of
 
@@ -61,7 +61,7 @@ class ResponsesHandler(Handler):
                 refuse_videos({"input": messages})
                 answer = await self._inner.create_responses(request, raw_request)
                 if hasattr(answer, "__aiter__"):
-                    answer = _told(answer, Source("adapter"), raw_request)
+                    answer = _told(answer, AnswerSource("adapter"), raw_request)
         finally:
             if kept and (answer is None or vllm_answers.error_status(answer) is not None):
                 self._kept.pop(request.request_id, None)  # or it was the oldest of too many
@@ -150,7 +150,7 @@ def _messages(given: Any) -> list[Any]:
 
 
 async def _told(
-    events: AsyncGenerator[Any, None], source: Source, raw_request: Request | None
+    events: AsyncGenerator[Any, None], source: AnswerSource, raw_request: Request | None
 ) -> AsyncGenerator[Any, None]:
     """The events of an answer; the last one tells the client of a failure, over which vLLM would cut the connection."""
     number = 0

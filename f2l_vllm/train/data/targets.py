@@ -19,7 +19,7 @@ from typing import IO, Any
 from f2l_vllm.train.data.clips import UnusableVideoError
 from f2l_vllm.train.data.inspection import Rejection
 from f2l_vllm.train.data.manifest import Example, read_manifest, write_manifest
-from f2l_vllm.train.data.teacher import Answer, Teacher
+from f2l_vllm.train.data.teacher import Teacher, TeacherAnswer
 
 TEACHER, ORIGINAL = "teacher", "original_target_text"  # metadata of a target
 NO_ANSWER = "empty_answer"
@@ -99,7 +99,7 @@ def partial_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
 
 
-_Result = Sequence[Answer | UnusableVideoError]
+_Result = Sequence[TeacherAnswer | UnusableVideoError]
 
 
 def _ask(teacher: Teacher, examples: Sequence[Example]) -> Iterator[tuple[list[Example], _Result]]:
@@ -124,14 +124,14 @@ def _ask(teacher: Teacher, examples: Sequence[Example]) -> Iterator[tuple[list[E
         pool.shutdown(cancel_futures=True)
 
 
-def _answered(example: Example, answer: Answer, teacher: Teacher) -> Example:
+def _answered(example: Example, answer: TeacherAnswer, teacher: Teacher) -> Example:
     original = example.metadata.get(ORIGINAL, example.target_text)
     told = {TEACHER: {**teacher.settings, "finish_reason": answer.finish_reason}, ORIGINAL: original}
     return replace(example, target_text=answer.text, metadata={**example.metadata, **told})
 
 
 @contextmanager
-def _partial_file(output: Path, settings: dict[str, Any]) -> Iterator[tuple[IO[bytes], dict[str, Answer]]]:
+def _partial_file(output: Path, settings: dict[str, Any]) -> Iterator[tuple[IO[bytes], dict[str, TeacherAnswer]]]:
     """The open file of answers, locked by this process, and the answers in it; the file is removed after success."""
     path = partial_path(output)
     if output.exists() and not path.exists():
@@ -150,7 +150,7 @@ def _partial_file(output: Path, settings: dict[str, Any]) -> Iterator[tuple[IO[b
         path.unlink()
 
 
-def _read_answers(file: IO[bytes], path: Path, settings: dict[str, Any]) -> dict[str, Answer]:
+def _read_answers(file: IO[bytes], path: Path, settings: dict[str, Any]) -> dict[str, TeacherAnswer]:
     """The answers that an earlier run wrote; an unfinished last line is cut off."""
     file.seek(0)
     lines: list[dict[str, Any]] = []
@@ -174,7 +174,7 @@ def _read_answers(file: IO[bytes], path: Path, settings: dict[str, Any]) -> dict
         changed = [name for name in {**begun, **settings} if begun.get(name) != settings.get(name)]
         told = ", ".join(f"{name} {begun.get(name)!r}, now {settings.get(name)!r}" for name in changed)
         raise ValueError(f"{path} was begun with other settings ({told}); go on with those, or delete it.")
-    return {row.pop("id"): Answer(**row) for row in lines[1:]}
+    return {row.pop("id"): TeacherAnswer(**row) for row in lines[1:]}
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -36,7 +36,7 @@ class TeacherError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Answer:
+class TeacherAnswer:
     """The teacher's answer. `finish_reason` is `stop`, or `length` if the limit on tokens cut the answer off."""
 
     text: str
@@ -54,7 +54,7 @@ class Teacher(Protocol):
     settings: dict[str, Any]
     concurrency: int
 
-    def answer(self, examples: Sequence[Example]) -> list[Answer]:
+    def answer(self, examples: Sequence[Example]) -> list[TeacherAnswer]:
         """Greedy answers to the prompts of examples about one clip.
 
         Raises:
@@ -110,11 +110,11 @@ class LocalTeacher:
         return cls(model.to(device), processor, name, max_tokens=max_tokens, sampling=sampling)
 
     @torch.no_grad()
-    def answer(self, examples: Sequence[Example]) -> list[Answer]:
+    def answer(self, examples: Sequence[Example]) -> list[TeacherAnswer]:
         """As `Teacher.answer`."""
         clip = open_example(examples[0], self._processor, self.sampling)
         visual_VD = self._encoder.see(clip)
-        answers: list[Answer] = []
+        answers: list[TeacherAnswer] = []
         for start in range(0, len(examples), _QUESTIONS_AT_ONCE):
             prompts = [example.prompt for example in examples[start : start + _QUESTIONS_AT_ONCE]]
             answers += self._generate([self._tokens(clip, prompt) for prompt in prompts], visual_VD)
@@ -136,7 +136,7 @@ class LocalTeacher:
         ids: Tensor = inputs["input_ids"][0]
         return ids
 
-    def _generate(self, ids: Sequence[Tensor], visual_VD: Tensor) -> list[Answer]:
+    def _generate(self, ids: Sequence[Tensor], visual_VD: Tensor) -> list[TeacherAnswer]:
         longest = max(len(one) for one in ids)
         try:
             check_length(self._model, longest, self._max_tokens)
@@ -159,7 +159,9 @@ class LocalTeacher:
         ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=output_BT.device)
         finished = torch.isin(output_BT, ends).any(1).tolist()
         texts = self._processor.batch_decode(output_BT, skip_special_tokens=True)
-        return [Answer(text.strip(), "stop" if end else "length") for text, end in zip(texts, finished, strict=True)]
+        return [
+            TeacherAnswer(text.strip(), "stop" if end else "length") for text, end in zip(texts, finished, strict=True)
+        ]
 
 
 class ServerTeacher:
@@ -198,14 +200,14 @@ class ServerTeacher:
         self.settings = {"model": self._model, "max_tokens": max_tokens}
         self.concurrency = concurrency
 
-    def answer(self, examples: Sequence[Example]) -> list[Answer]:
+    def answer(self, examples: Sequence[Example]) -> list[TeacherAnswer]:
         """As `Teacher.answer`."""
         with tempfile.TemporaryDirectory(prefix="f2l-clip-") as folder:
             video = clip_file(examples[0], Path(folder)).read_bytes()
         url = "data:video/mp4;base64," + base64.b64encode(video).decode()
         return [self._ask(url, example.prompt) for example in examples]
 
-    def _ask(self, url: str, prompt: str) -> Answer:
+    def _ask(self, url: str, prompt: str) -> TeacherAnswer:
         from openai import APIStatusError, OpenAIError
 
         content: list[Any] = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": prompt}]
@@ -224,4 +226,4 @@ class ServerTeacher:
         except OpenAIError as error:
             raise TeacherError(f"The server cannot be reached any more: {error}") from error
         choice = completion.choices[0]
-        return Answer((choice.message.content or "").strip(), choice.finish_reason)
+        return TeacherAnswer((choice.message.content or "").strip(), choice.finish_reason)

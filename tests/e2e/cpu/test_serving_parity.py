@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from f2l_vllm.cpu import linear
 from f2l_vllm.cpu.lora_slots import is_table
-from f2l_vllm.doctor.reference import Answer, Reference
+from f2l_vllm.doctor.reference import Generated, Reference
 from f2l_vllm.engine.base_models import smolvlm as smolvlm_video
 
 TOLERANCE = 1e-3  # of a log-probability, fp32
@@ -95,7 +95,7 @@ def text(question: str) -> list[dict[str, Any]]:
     return [{"type": "text", "text": question}]
 
 
-def worst_difference(output: Any, expected: Answer) -> float:
+def worst_difference(output: Any, expected: Generated) -> float:
     completion = output.outputs[0]
     assert list(completion.token_ids) == expected.tokens
     given = [step[token].logprob for step, token in zip(completion.logprobs, completion.token_ids, strict=True)]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from f2l_vllm.evaluation.answers import ANSWERS_FILE, Answer, AnswerLog, read_answers
+from f2l_vllm.evaluation.answers import ANSWERS_FILE, AnswerLog, AnswerRecord, read_answers
 from f2l_vllm.evaluation.questions import Ask, Clip, Question, Reply
 from tests.support.records import answer
 
@@ -14,7 +14,7 @@ SETTING = {"world": "held-out", "videos": 2, "max_tokens": 64}
 def test_a_reply_is_scored_against_the_truth():
     question = Question("q", "What is it?", "A red circle.", "shape", "mine")
     clip = Clip("a.mp4", Path("a.mp4"), "whole.mp4", (question,))
-    found = Answer.of(Ask(clip, question, "adapter", clip), Reply("A blue circle.", 9, 0, 21.126, 0.12345))
+    found = AnswerRecord.of(Ask(clip, question, "adapter", clip), Reply("A blue circle.", 9, 0, 21.126, 0.12345))
     assert (found.exact_match, found.f1, found.judge) == (False, 0.5, None)
     assert (found.video, found.source) == ("a.mp4", "whole.mp4")
     assert (found.id, found.arm, found.ttft_ms, found.seconds) == ("q", "adapter", 21.13, 0.1235)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from f2l_vllm.evaluation.answers import Answer, read_answers
+from f2l_vllm.evaluation.answers import AnswerRecord, read_answers
 from f2l_vllm.evaluation.browse import write_page
 from f2l_vllm.synthetic.render import write_mp4
 from f2l_vllm.synthetic.world import sample_scenes
@@ -28,8 +28,8 @@ CHROMIUM = next(
 HOSTILE = "</script></td><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
 
-def answer(video: str, kind: str, arm: str, text: str, truth: str, f1: float = 0.0) -> Answer:
-    return Answer(
+def answer(video: str, kind: str, arm: str, text: str, truth: str, f1: float = 0.0) -> AnswerRecord:
+    return AnswerRecord(
         id=f"{video}/{kind}",
         video=video,
         source=video,

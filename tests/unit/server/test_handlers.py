@@ -3,7 +3,7 @@ import asyncio
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from f2l_vllm.server.chat.handlers import AnswerStream
-from f2l_vllm.server.chat.resolve import Source
+from f2l_vllm.server.chat.resolve import AnswerSource
 
 FAILED = 'data: {"error":{"message":"the engine is dead","code":500}}\n\n'
 
@@ -25,7 +25,7 @@ def test_a_stream_whose_engine_died_ends_with_vllms_error():
         yield "data: [DONE]\n\n"
 
     async def answer():
-        return [chunk async for chunk in AnswerStream(chunks(), Source("adapter", lease=lease))]
+        return [chunk async for chunk in AnswerStream(chunks(), AnswerSource("adapter", lease=lease))]
 
     lease = LeaseOfADeadEngine()
     assert asyncio.run(answer())[1:] == [FAILED, "data: [DONE]\n\n"]

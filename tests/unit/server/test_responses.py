@@ -7,7 +7,7 @@ import pytest
 
 from f2l_vllm.server.chat import responses
 from f2l_vllm.server.chat.request import Video
-from f2l_vllm.server.chat.resolve import Source
+from f2l_vllm.server.chat.resolve import AnswerSource
 from f2l_vllm.server.chat.responses import ResponsesHandler
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.tenants import asking_tenant
@@ -55,7 +55,7 @@ class Handler(ResponsesHandler):
     async def _source(self, messages, asked, how, tenant):
         self.asked.append((tenant, list(asked)))
         self.leases.append(Lease())
-        return Source("adapter", {}, self.leases[-1]), messages
+        return AnswerSource("adapter", {}, self.leases[-1]), messages
 
     async def ask(self, tenant, name, text="Hello?", *, model="base", **fields):
         request = {"background": False, "store": True, "previous_response_id": None, "model_extra": {}, **fields}
@@ -166,7 +166,7 @@ def test_a_stream_that_fails_ends_with_an_event_that_says_so():
         raise RuntimeError("no")
 
     async def scenario():
-        return [event async for event in responses._told(events(), Source("adapter"), None)]
+        return [event async for event in responses._told(events(), AnswerSource("adapter"), None)]
 
     last = asyncio.run(scenario())[-1]
     assert (last.type, last.code, last.sequence_number) == ("error", "internal_error", 5)

@@ -17,7 +17,7 @@ from f2l_vllm.evaluation.in_process import TransformersAnswers
 from f2l_vllm.evaluation.questions import FRAMES, Ask, Clip, Question
 from f2l_vllm.train.data.manifest import Example, read_manifest, write_manifest
 from f2l_vllm.train.data.targets import Shard, partial_path, write_targets
-from f2l_vllm.train.data.teacher import Answer, LocalTeacher, TeacherError
+from f2l_vllm.train.data.teacher import LocalTeacher, TeacherAnswer, TeacherError
 from f2l_vllm.train.data.world_manifest import write_world
 from f2l_vllm.video.reading import ReadingOptions
 from f2l_vllm.video.sample import Sampling
@@ -162,7 +162,7 @@ class Counting:
         if len(self.asked) >= self.patience:
             raise TeacherError("out of patience")
         self.asked += [example.id for example in examples]
-        return [Answer("" if example.id.endswith("caption") else "Yes.", "stop") for example in examples]
+        return [TeacherAnswer("" if example.id.endswith("caption") else "Yes.", "stop") for example in examples]
 
 
 def test_what_a_teacher_has_answered_is_never_asked_again(world, tmp_path):
