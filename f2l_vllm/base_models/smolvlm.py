@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping
+from functools import lru_cache
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 from f2l_vllm.base_models.spec import BaseModelSpec, ReleasedSize
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 _500M, _2200M = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "HuggingFaceTB/SmolVLM2-2.2B-Instruct"
@@ -65,15 +68,50 @@ def resize_by_lanczos(video_processor: Any, pixels_F3HW: Tensor, size: Any) -> T
 
 
 def embed_frames(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Visual tokens [F, P, D]; the frames hold no padding."""
+    """Visual tokens [F, P, D]; the frames hold no padding.
+
+    As transformers' `get_image_features`, whose parts are called here. That looks for frames and patches of padding,
+    for which a GPU is waited for several times, and where the model computes in bf16, it rounds the places of patches
+    before it looks up their positions: with 27 on a side, 6 rows and 6 columns get their neighbours' positions.
+    """
     parameter = next(model.parameters())
     inner: Any = getattr(model, "model", model)
-    mask = batch.get("pixel_attention_mask")
-    tokens: Tensor = inner.get_image_features(
-        pixel_values=batch["pixel_values"].to(parameter.device, parameter.dtype),
-        pixel_attention_mask=None if mask is None else mask.bool().to(parameter.device),
-    ).pooler_output
+    vision = inner.vision_model
+    pixels_F3SS = batch["pixel_values"].flatten(0, 1).to(parameter.device, parameter.dtype, non_blocking=True)
+    patches = vision.embeddings.patch_embedding(pixels_F3SS)
+    side = vision.embeddings.num_patches_per_side
+    positions = patch_positions(vision.embeddings.__class__, side, tuple(patches.shape[-2:]), parameter.device)
+    hidden = patches.flatten(2).transpose(1, 2) + vision.embeddings.position_embedding(positions)
+    hidden = vision.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
+    tokens: Tensor = inner.connector(vision.post_layernorm(hidden))
     return tokens
+
+
+@lru_cache(maxsize=4)
+def patch_positions(embeddings: Any, side: int, patches: tuple[int, int], device: torch.device | str) -> Tensor:
+    """The position of every patch of a frame without padding, int64 [rows * columns].
+
+    They are those of an fp32 model on a CPU, whatever the device and the dtype: such a one, of one dimension, gives
+    every position its own number as its embedding.
+
+    Args:
+        embeddings: transformers' class for the vision tower's embeddings.
+        side: patches on a side of the frames that the model was made for.
+        patches: rows and columns of a frame.
+        device: where the positions are wanted.
+    """
+    import torch
+
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        with torch.device("meta"):  # draws no random weights
+            numbers = embeddings(Namespace(hidden_size=1, image_size=side, patch_size=1, num_channels=1)).float()
+        numbers.to_empty(device="cpu")
+        for parameter in numbers.parameters():
+            parameter.zero_()
+        numbers.position_embedding.weight.copy_(torch.arange(side * side)[:, None])
+        frame, everywhere = torch.zeros(1, 1, *patches), torch.ones(1, *patches, dtype=torch.bool)
+        found: Tensor = numbers(pixel_values=frame, patch_attention_mask=everywhere)
+        return found.flatten().long().to(device)
 
 
 def frames_at_once(config: Any) -> int:

@@ -133,14 +133,7 @@ class VideoEncoder:
         """
         pixels_F3SS = inputs["pixel_values"].flatten(0, 1)
         real_F = (pixels_F3SS != 0).flatten(1).any(1)
-        parts = {"pixel_values": pixels_F3SS[real_F]}
-        if inputs.get("pixel_attention_mask") is not None:
-            parts["pixel_attention_mask"] = inputs["pixel_attention_mask"].flatten(0, 1)[real_F]
-        split = {name: part.split(self._frames_at_once) for name, part in parts.items()}
-        batches = (
-            BatchFeature({name: frames[None] for name, frames in zip(split, some, strict=True)})
-            for some in zip(*split.values(), strict=True)
-        )
+        batches = ({"pixel_values": frames[None]} for frames in pixels_F3SS[real_F].split(self._frames_at_once))
         mask_BT = inputs["attention_mask"]
         visual_VD = torch.cat([batch_FPD.flatten(0, 1) for batch_FPD in self._embed(batches)])
         mask_on_device = mask_BT.to(next(self.model.parameters()).device)
