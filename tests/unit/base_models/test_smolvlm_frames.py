@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor
 from transformers.image_utils import SizeDict
 
@@ -83,12 +84,65 @@ def test_a_plain_surface_stays_as_it_is(size):
         assert torch.equal(lanczos.resize(plain, size), torch.full((1, 3, *size), level, dtype=torch.uint8))
 
 
-def test_a_workers_own_products_keep_their_precision():
+class Fewer(TorchDispatchMode):
+    """Rounds the factors of every matrix product to so many bits after the point, as a GPU with TF32 (10) or bf16 (7)
+    does before it multiplies."""
+
+    def __init__(self, bits):
+        super().__init__()
+        self.dropped, self.products = 23 - bits, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::mm", "aten::bmm"):
+            self.products += 1
+            half = 1 << (self.dropped - 1)
+            args = [((each.contiguous().view(torch.int32) + half) & -2 * half).view(torch.float32) for each in args]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bits", [10, 7], ids=["TF32", "bf16"])
+@pytest.mark.parametrize("size", [(32, 32), (100, 700), (384, 512)])
+def test_products_of_fewer_bits_give_the_same_bytes(bits, size):
+    pixels = torch.from_numpy(frames_of(360, 640)).permute(0, 3, 1, 2)
+    with Fewer(bits) as fewer:
+        found = lanczos.resize(pixels, size)
+    assert fewer.products == 4
+    assert torch.equal(found, lanczos.resize(pixels, size))
+
+
+SETTINGS = {
+    "exact": lambda: None,
+    "in TF32": lambda: torch.set_float32_matmul_precision("high"),
+    "in bf16": lambda: torch.set_float32_matmul_precision("medium"),
+    "by the newer name": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "by both": lambda: (
+        torch.set_float32_matmul_precision("high") or setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    ),
+}
+
+
+def read(*names):
+    """The settings that torch tells, and the errors in place of those that were made by an older and a newer name."""
+    found = []
+    for name in names:
+        try:
+            found.append(name())
+        except RuntimeError as error:
+            found.append(type(error))
+    return found
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_whatever_others_have_set_for_products_stays(setting):
+    matmul = torch.backends.cuda.matmul
+    settings = (torch.get_float32_matmul_precision, lambda: matmul.allow_tf32, lambda: matmul.fp32_precision)
     before = torch.get_float32_matmul_precision()
     try:
-        for precision in ("highest", "high"):
-            torch.set_float32_matmul_precision(precision)
-            lanczos.resize(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), (4, 4))
-            assert torch.get_float32_matmul_precision() == precision
+        setting()
+        was = read(*settings)
+        lanczos.resize(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), (4, 4))
+        assert read(*settings) == was
     finally:
         torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = "ieee"
+        assert torch.get_float32_matmul_precision() == before
