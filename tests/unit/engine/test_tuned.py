@@ -96,12 +96,27 @@ def test_the_kernels_take_what_the_timer_gives_them() -> None:
     assert len(LoRAKernelMeta.make(2, 4, "cpu").meta_args(4, False)) == len(meta), CHANGED
 
 
-@pytest.mark.parametrize("rows", [1, 10, 100])
+class Bench:
+    """Takes 7 ms for each launch, and sees which adapters they use."""
+
+    def __init__(self, launched: list[Config]) -> None:
+        self.launched = launched
+        self.used: list[int] = []  # addresses
+
+    def __call__(self, call: Callable[[], None]) -> float:
+        before = len(self.launched)
+        self.used.clear()
+        call()
+        return 7.0 * (len(self.launched) - before)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 10, 100])
 def test_the_timer_checks_results_and_gives_each_configuration_to_the_kernels(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernels' part is torch's here; Triton needs a GPU."""
-    seen, off = [], 0.0
+    seen: list[Config] = []
+    off = 0.0
     signs = {"shrink": inspect.signature(lora_shrink_op._lora_shrink), "expand": None}
     signs["expand"] = inspect.signature(lora_expand_op._lora_expand)
 
@@ -110,20 +125,27 @@ def test_the_timer_checks_results_and_gives_each_configuration_to_the_kernels(
         module = lora_shrink_op if operation == "shrink" else lora_expand_op
         seen.append(module.get_lora_op_configs(operation, batch=rows))
         slot_of_M = named["token_lora_mapping"].long()
+        (weights,) = named["lora_a_weights" if operation == "shrink" else "lora_b_weights"]
+        bench.used += [weights[slot].data_ptr() for slot in slot_of_M.unique().tolist()]
         if operation == "shrink":
-            (weights,), out = named["lora_a_weights"], named["output_tensor"][0]
+            out = named["output_tensor"][0]
             out.copy_(torch.einsum("mi,mri->mr", named["inputs"].float(), weights[slot_of_M, 0].float()) + off)
         else:
-            (weights,), out = named["lora_b_weights"], named["output_tensor"]
+            out = named["output_tensor"]
             out.add_(torch.einsum("mr,mor->mo", named["inputs"][0], weights[slot_of_M, 0].float()) + off)
 
     monkeypatch.setattr(lora_shrink_op, "_lora_shrink", partial(kernel, "shrink"))
     monkeypatch.setattr(lora_expand_op, "_lora_expand", partial(kernel, "expand"))
-    timer = tuning.KernelTimer(Product(4, 8, 48, 32), "cpu", lambda _: 7.0)
+    product, bench, cache = Product(4, 8, 48, 32), Bench(seen), 10_000
+    timer = tuning.KernelTimer(product, "cpu", bench, cache)
     for operation in tuned.OPERATIONS:
+        seen.clear()
         config = tuning.default(operation, rows)
         assert timer(operation, rows, config) == 7.0
-        assert seen[-1] is config
+        assert all(given is config for given in seen)
+        assert len(bench.used) == len(set(bench.used))  # no adapter is used twice
+        an_adapter = 2 * math.prod(product.sizes(operation))
+        assert cache < len(bench.used) * an_adapter <= 2 * cache + product.slots * an_adapter
     off = 0.1
     assert [timer(operation, rows, {}) for operation in tuned.OPERATIONS] == [math.inf] * 2
     assert lora_shrink_op.get_lora_op_configs is utils.get_lora_op_configs
