@@ -93,7 +93,8 @@ class VideoEncoder:
         def batches() -> Iterator[Mapping[str, Tensor]]:
             count = min(FRAMES_AT_ONCE, self._frames_at_once)
             for start in range(0, len(sampled.frames), count):
-                # As bytes to the device, which is a quarter of what they become there.
+                # As bytes to the device, which is a quarter of what they become there. The copy waits for a GPU, so
+                # that no more than one batch is queued.
                 frames_FHW3 = torch.from_numpy(sampled.frames[start : start + count]).to(device)
                 yield self.family.prepare_frames(
                     self.processor.video_processor, frames_FHW3, sampled.sampling.longest_edge
