@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -22,6 +22,14 @@ def of_quantile(values: Sequence[float] | np.ndarray, percent: float = 50) -> In
         return None
     found = stats.quantile_test(values, p=percent / 100).confidence_interval(_LEVEL)
     return _whole(found.low, found.high)
+
+
+def of_mean(values: Sequence[float] | np.ndarray) -> Interval:
+    """Of a mean, by Student's t."""
+    if len(values) < 2 or min(values) == max(values):
+        return None
+    found = stats.t.interval(_LEVEL, len(values) - 1, np.mean(values), stats.sem(values))
+    return _whole(found[0], found[1])
 
 
 def of_ratio(values: Sequence[float], others: Sequence[float], paired: bool = True) -> Interval:
@@ -51,6 +59,15 @@ def of_rounds(figures: Sequence[float]) -> Interval:
         return None
     found = stats.ttest_1samp(np.log(figures), 0.0).confidence_interval(_LEVEL)
     return _whole(math.exp(found.low), math.exp(found.high))
+
+
+def of_each(
+    rounds: Sequence[Mapping[str, float]], method: Callable[[Sequence[float]], Interval]
+) -> dict[str, int | Interval]:
+    """`n` rounds, and `…_ci95` of every figure that all of them have, except of counts (`total_…`)."""
+    names = [name for name in rounds[0] if all(name in one for one in rounds)] if rounds else []
+    names = [name for name in names if not name.startswith("total_")]
+    return {"n": len(rounds), **{f"{name}_ci95": method([one[name] for one in rounds]) for name in names}}
 
 
 def of_share(good: int, count: int) -> list[float]:

@@ -17,7 +17,8 @@ PERCENTILES = (50, 90, 95, 99)
 def summary(answers: Sequence[Answer], seconds: float, slo: Mapping[str, float] | None = None) -> dict[str, Any]:
     """Throughput, goodput, percentiles with their intervals, except percentiles for which there are too few answers.
 
-    To vLLM's keys come `median_ttft_ci95_ms` and so on: [low, high], or None where the answers carry no interval.
+    To vLLM's keys come `mean_ttft_ci95_ms`, `median_ttft_ci95_ms` and so on: [low, high], or None where the answers
+    carry no interval.
 
     Args:
         seconds: from the first question to the last answer.
@@ -73,9 +74,9 @@ def _spread(name: str, milliseconds: np.ndarray) -> dict[str, float]:
 
 def _intervals(name: str, milliseconds: np.ndarray) -> dict[str, intervals.Interval]:
     carried = {f"p{p}": p for p in PERCENTILES[1:] if is_carried(p, len(milliseconds))}
-    return {
+    return {f"mean_{name}_ci95_ms": intervals.of_mean(milliseconds)} | {
         f"{figure}_{name}_ci95_ms": intervals.of_quantile(milliseconds, p)
-        for figure, p in ({"median": 50} | carried).items()
+        for figure, p in ({"median": 50, "p50": 50} | carried).items()
     }
 
 

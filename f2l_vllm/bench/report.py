@@ -126,9 +126,8 @@ def _amortise(rows: list[Result]) -> tuple[list[str], list[list[str]]]:
         sums = [_within(row["cumulative_ttft_ms"][count - 1], around[count - 1], 2, 1e3) for count in few]
         first = _within(row["first_ttft_ms"], row.get("first_ttft_ci95_ms"), 1)
         later = row["later_ttft_ms"]
-        rounds = len(row["rounds"]) if "rounds" in row else None
         shown = [_count(later.get("n")), _within(later["median"], later.get("median_ci95"), 1)]
-        cells.append([row["arm"], _count(rounds), first, *shown, *sums])
+        cells.append([row["arm"], _count(row.get("n")), first, *shown, *sums])
     return header, cells
 
 
@@ -153,7 +152,7 @@ def _throughput(rows: list[Result]) -> tuple[list[str], list[list[str]]]:
     header += [f"{name} {p}, ms" for name in ("first token", "per token", "whole") for p in ("p50", "p99")]
     cells = []
     for row in rows:
-        counts = [str(row["concurrency"]), _count(len(row["rounds"])), _count(row["completed"])]
+        counts = [str(row["concurrency"]), _count(len(row["rounds"])), _count(row.get("n"))]
         rates = [
             _within(row.get(name), row.get(f"{name}_ci95"), 3) for name in ("request_throughput", "request_goodput")
         ]
@@ -184,8 +183,8 @@ def _tax(rows: list[Result]) -> tuple[list[str], list[list[str]]]:
             "–" if name in left_out else _within(row[name], row.get(f"{name}_ci95"), 1)
             for name in ("output_throughput", "median_tpot_ms", "median_ttft_ms")
         ]
-        rounds = _count(len(row["rounds"]))
-        cells.append([row["traffic"], str(row["streams"]), str(row["adapters"] or "no LoRA"), rounds, *shown])
+        loaded = str(row["adapters"] or "no LoRA")
+        cells.append([row["traffic"], str(row["streams"]), loaded, _count(row.get("n")), *shown])
     return header, cells
 
 

@@ -80,9 +80,12 @@ def _with_intervals(row: Row) -> Row:
         return row
     later = [value for times in row["rounds"] for value in times[1:]]
     sums = zip(*(_sums(times, len(row["ttft_ms"])) for times in row["rounds"]), strict=True)
+    more = {"p90_ci95": of_quantile(later, 90)} if "p90" in row["later_ttft_ms"] else {}
     return row | {
+        "n": len(row["rounds"]),
         "first_ttft_ci95_ms": of_quantile([times[0] for times in row["rounds"]]),
-        "later_ttft_ms": {**row["later_ttft_ms"], "n": len(later), "median_ci95": of_quantile(later)},
+        "later_ttft_ms": {**row["later_ttft_ms"], "n": len(later), "median_ci95": of_quantile(later), **more},
+        "ttft_ci95_ms": [of_quantile(some) for some in zip(*row["rounds"], strict=True)],
         "cumulative_ttft_ci95_ms": [of_quantile(some) for some in sums],
     }
 

@@ -11,7 +11,7 @@ from f2l_vllm.bench import suite as suites
 from f2l_vllm.bench import vllm_client
 from f2l_vllm.bench.arms import ServerKind
 from f2l_vllm.bench.costs import Costs, write_adapter
-from f2l_vllm.bench.intervals import of_quantile, of_ratio
+from f2l_vllm.bench.intervals import of_each, of_quantile, of_ratio
 from f2l_vllm.bench.results_file import ResultsFile, Row, Say
 from f2l_vllm.bench.servers import ENGINE_ENV, EngineProcess, Server, Servers
 from f2l_vllm.bench.shapes import Subject
@@ -22,7 +22,6 @@ from f2l_vllm.server_process import ServerProcess
 
 _NAME = "base"
 _FIGURES = ("output_throughput", "request_throughput", "total_input_tokens", "total_output_tokens")
-SHOWN = ("output_throughput", "median_tpot_ms", "median_ttft_ms")  # in tables
 _TIMES = ("ttft", "tpot", "itl", "e2el")
 
 
@@ -103,12 +102,10 @@ def adapters_of(suite: suites.Tax, cell: dict[str, Any]) -> list[int]:
 
 
 def derive(rows: list[Row]) -> dict[str, Any]:
-    """`rows` with the intervals of what tables show; `ratios`: speed with LoRA over speed without it, higher is better;
-    and many streams over one. Each ratio has its interval, over paired rounds where the servers took turns."""
-    rows = [
-        row | {f"{name}_ci95": of_quantile([one[name] for one in row["rounds"]]) for name in SHOWN if "rounds" in row}
-        for row in rows
-    ]
+    """`rows` with `n` rounds and the interval of every figure; `ratios`: speed with LoRA over speed without it, higher
+    is better; and many streams over one. Each ratio has its interval, over paired rounds where the servers took turns.
+    """
+    rows = [row | (of_each(row["rounds"], of_quantile) if "rounds" in row else {}) for row in rows]
     base = {(row["traffic"], row["streams"]): row for row in rows if row["adapters"] == 0}
     single = {bool(row["adapters"]): row for row in rows if row["traffic"] == "decode" and row["streams"] == 1}
     ratios = []

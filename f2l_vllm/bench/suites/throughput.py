@@ -10,13 +10,13 @@ from f2l_vllm.bench import metrics, trace
 from f2l_vllm.bench import suite as suites
 from f2l_vllm.bench.arms import ARMS, Arm
 from f2l_vllm.bench.askers import Askers
-from f2l_vllm.bench.intervals import Interval, of_rounds
+from f2l_vllm.bench.intervals import Interval, of_each, of_rounds
 from f2l_vllm.bench.results_file import ResultsFile, Row, Say
 from f2l_vllm.bench.running import RunningServer
 from f2l_vllm.bench.shapes import Subject
 from f2l_vllm.client import Answer
 
-_RATES = ("request_throughput", "request_goodput")
+_RATES = ("request_throughput", "output_throughput", "request_goodput")
 
 
 async def run(
@@ -64,15 +64,12 @@ async def run(
 
 
 def derive(rows: list[Row]) -> dict[str, Any]:
-    """`rows` with the intervals of the rates over rounds; `ratios`: requests per second of the adapter arm over every
-    other arm's, and their first token over its, paired by rounds."""
+    """`rows` with `n` answers and the intervals of the rates over rounds; `ratios`: requests per second of the adapter
+    arm over every other arm's, and their first token over its, paired by rounds."""
     rows = [
         row
-        | {
-            f"{name}_ci95": of_rounds(some)
-            for name in _RATES
-            if (some := [one[name] for one in row["rounds"] if name in one])
-        }
+        | of_each([{name: one[name] for name in _RATES if name in one} for one in row["rounds"]], of_rounds)
+        | _n(row)
         for row in rows
     ]
     ratios = []
@@ -88,6 +85,10 @@ def derive(rows: list[Row]) -> dict[str, Any]:
                     | {"ttft_ci95": _paired(row, adapter, "median_ttft_ms")}
                 )
     return {"rows": rows, "ratios": ratios}
+
+
+def _n(row: Row) -> dict[str, int]:
+    return {"n": row["completed"]} if "completed" in row else {}
 
 
 def _paired(row: Row, other: Row, figure: str) -> Interval:

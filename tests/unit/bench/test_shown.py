@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ PICTURES = {"latency": ["latency-heat-maps.png", "latency.png", "first-token.png
 
 
 def recorded(name: str) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((RECORDED / f"{name}.json").read_text())
-    return result
+    return run.measured(RECORDED / f"{name}.json")
 
 
 @pytest.mark.parametrize("name", suites.names())
