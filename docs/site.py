@@ -92,14 +92,9 @@ def reference() -> dict[str, str]:
     """Pages made from the code, and the OpenAPI description: name, text."""
     import json
 
-    from fastapi import FastAPI
+    from f2l_vllm.server.app import openapi as description
 
-    from f2l_vllm import __version__
-    from f2l_vllm.server.batches.routes import router
-
-    app = FastAPI(title="f2l-vllm", version=__version__)
-    app.include_router(router)
-    openapi = app.openapi()
+    openapi = description.reference()
     return {
         "command-line.md": command_line(),
         "settings.md": settings(),
@@ -149,7 +144,7 @@ def _plain(value: object) -> str:
 
 
 def http(openapi: dict[str, Any]) -> str:
-    """Every route that this package adds to vLLM's."""
+    """Every route about videos, and what this package adds to vLLM's."""
     parts = [HTTP_HEAD]
     for path, methods in openapi["paths"].items():
         for method, route in methods.items():
@@ -157,7 +152,33 @@ def http(openapi: dict[str, Any]) -> str:
             rows = [_parameter(one) for one in route.get("parameters", ()) if one["in"] == "query"]
             if rows:
                 parts.append("\n".join(["| parameter | default | values |", "|---|---|---|", *rows]) + "\n")
+            if "F2LOptions" in str(_body(openapi, route)):
+                parts.append("It takes [`f2l`](#the-field-f2l), and answers with `f2l`.\n")
+    parts.append(FIELDS_HEAD)
+    for name, what in FIELDS.items():
+        described = openapi["components"]["schemas"][name]["properties"]
+        rows = [f"| `{key}` | {_values(one)} | {one.get('description', '')} |" for key, one in described.items()]
+        parts.append("\n".join([f"### {what}\n", "| field | values | |", "|---|---|---|", *rows]) + "\n")
     return "\n".join(parts)
+
+
+def _body(openapi: dict[str, Any], route: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a route's JSON body, if it has a model of one."""
+    content = route.get("requestBody", {}).get("content", {}).get("application/json", {})
+    name = content.get("schema", {}).get("$ref", "").rpartition("/")[2]
+    found: dict[str, Any] = openapi["components"]["schemas"].get(name, {}).get("properties", {})
+    return found
+
+
+def _values(schema: dict[str, Any]) -> str:
+    """What a field may hold."""
+    kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
+    words = []
+    for kind in kinds:
+        fixed = kind.get("enum") or ([kind["const"]] if "const" in kind else [])
+        bounds = f" up to {kind['maximum']:g}" if "maximum" in kind else ""
+        words += [f"`{value}`" for value in fixed] or [kind.get("type", "object") + bounds]
+    return ", ".join(words)
 
 
 def _parameter(parameter: dict[str, Any]) -> str:
@@ -183,8 +204,18 @@ begins with `F2L_` and is none of these is refused at start. `F2L_CPU_PLATFORM` 
 """
 HTTP_HEAD = """# HTTP
 
-These routes are added to vLLM's. Questions go to `/v1/chat/completions`, `/v1/completions`,
-`/v1/responses` and `/v1/messages`: [asking](../asking.md). Also open are `/health`, `/metrics` (Prometheus,
-`f2l_*` beside `vllm:*`) and [some more](../operations.md#routes). Every error has a stable code:
-[errors](../errors.md). A program can read this page as an [OpenAPI description](openapi.json).
+Videos are files; their routes, and those of batches, are this server's. Questions go to vLLM's own routes, which take
+what vLLM's documentation says and the [field `f2l`](#the-field-f2l): [asking](../asking.md). Also open are `/health`,
+`/metrics` (Prometheus, `f2l_*` beside `vllm:*`) and [some more](../operations.md#routes). Every error has a stable
+code: [errors](../errors.md). A program can read this page, with all of vLLM's fields, as an
+[OpenAPI description](openapi.json). A server gives out its own under `/openapi.json` if `F2L_EXTRA_ROUTES` lists that.
 """
+FIELDS_HEAD = """## The field f2l
+
+vLLM's clients pass it in `extra_body`.
+"""
+FIELDS = {
+    "F2LOptions": "In a question",
+    "F2LSpan": "In a part that names a video",
+    "F2LAnswer": "In an answer",
+}

@@ -24,7 +24,7 @@ from f2l_vllm import torch_shims
 torch_shims.install()
 
 from f2l_vllm import logs, models, tracing  # noqa: E402  (torchvision must be importable first)
-from f2l_vllm.server import assembly, vllm_api, vllm_errors  # noqa: E402
+from f2l_vllm.server import assembly, openapi, vllm_api, vllm_errors  # noqa: E402
 from f2l_vllm.server.batches.routes import router  # noqa: E402
 from f2l_vllm.server.batches.runner import Batches  # noqa: E402
 from f2l_vllm.server.chat.grammars import Grammars  # noqa: E402
@@ -74,6 +74,7 @@ class F2LEndpointPlugin:
         if settings.console:
             self._pages = Pages()
             own = console.attach(app, self._pages)
+        openapi.extend(app)
         keep_listed_routes(app, [*own, *listed(settings.open_routes), *listed(settings.extra_routes)])
         self._app = app
         inner = app.router.lifespan_context

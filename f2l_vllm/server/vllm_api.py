@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.datastructures import State
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -213,6 +213,16 @@ def guard_other_servings(state: State, guard: Callable[[Any], Any]) -> None:
     for name in ("openai_serving_chat_batch", "serving_generative_scoring"):
         if getattr(state, name, None) is not None:
             setattr(state, name, guard(getattr(state, name)))
+
+
+def question_routers() -> list[APIRouter]:
+    """vLLM's routers with the routes that answer questions, and more that this server does not have."""
+    from vllm.entrypoints.anthropic.api_router import router as messages
+    from vllm.entrypoints.openai.chat_completion.api_router import router as chat
+    from vllm.entrypoints.openai.completion.api_router import router as completions
+    from vllm.entrypoints.openai.responses.api_router import router as responses
+
+    return [chat, completions, responses, messages]
 
 
 def cors(app: FastAPI) -> list[Middleware]:

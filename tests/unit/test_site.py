@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from f2l_vllm.server.chat.request import QUESTION_ROUTES
 from f2l_vllm.settings import Settings
 from tests.support import ROOT
 
@@ -41,6 +42,7 @@ def test_the_reference_has_every_setting_command_and_route(site: Path) -> None:
     sources = [path.read_text() for room in ("videos", "batches") for path in (server / room).glob("*.py")]
     routes = [route for text in sources for route in re.findall(r'^@router\.(\w+)\("(.+?)"\)', text, re.MULTILINE)]
     assert len(routes) >= 10
+    routes += [("post", path) for path in sorted(QUESTION_ROUTES)]
     for method, path in routes:
         path = path.replace(":path", "")
         assert method in openapi["paths"][path]
