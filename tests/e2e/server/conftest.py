@@ -45,7 +45,7 @@ def other_server(
     shared: Shared, hypernetwork_model: Path, tmp_path_factory: pytest.TempPathFactory, collector: Collector
 ) -> Server:
     """Keys of the catalog; half of the visual tokens; adapters on disk only; its workers' methods can be called; it
-    stores responses. Its log is JSON, with vLLM's requests in it, and its spans are collected."""
+    stores responses; it has no console. Its log is JSON, with vLLM's requests in it, and its spans are collected."""
     merging = ("--video-pruning-rate", str(RATE), "--merge-rate", str(RATE))
     env = {
         "VLLM_ENABLE_RESPONSES_API_STORE": "1",
@@ -57,7 +57,7 @@ def other_server(
         **collector.environment,
     }
     log = ("--log-format", "json", "--enable-log-requests")
-    flags = ("--tenants", "catalog", *merging, *log)
+    flags = ("--tenants", "catalog", "--no-console", *merging, *log)
 
     def start() -> Server:
         home = tmp_path_factory.mktemp("other") / "home"

@@ -3,6 +3,7 @@
 import time
 
 import anthropic
+import httpx
 import openai
 import pytest
 from anthropic import Anthropic
@@ -31,6 +32,23 @@ def test_a_key_works_once_it_is_added_and_no_more_when_it_is_revoked(other_serve
     time.sleep(1.0)
     assert second.files.retrieve(file_id).id == file_id
     other_server.client.files.delete(file_id)
+
+
+def test_without_the_console_its_routes_do_not_exist_and_all_others_do(other_server):
+    """This server is started with `--no-console`."""
+    headers = {"Authorization": f"Bearer {other_server.client.api_key}"}
+    own = ("", "/", "/app.js", "/about", "/events", "/files/file-1/poster", "/files/file-1/strip")
+    for path in (f"/console{name}" for name in own):
+        answer = httpx.get(other_server.url + path, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "route_not_found"), path
+        assert httpx.get(other_server.url + path).status_code == 401, path  # no page needs no key
+    for path in ("/health", "/ready", "/version", "/metrics"):
+        assert httpx.get(other_server.url + path, follow_redirects=True).status_code == 200, path
+    for path in ("/v1/files", "/v1/models", "/v1/batches"):
+        assert httpx.get(other_server.url + path, headers=headers).json()["object"] == "list", path
+    asked = {"model": "base", "messages": [{"role": "user", "content": "What is shown?"}], "max_tokens": 2}
+    answer = httpx.post(f"{other_server.url}/v1/chat/completions", headers=headers, json=asked, timeout=60)
+    assert answer.json()["choices"]
 
 
 def test_a_key_of_anthropics_client_reaches_its_own_tenants_videos_alone(other_server, clips):

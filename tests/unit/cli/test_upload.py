@@ -3,8 +3,14 @@
 
 import hashlib
 import json
+import signal
+import subprocess
+import sys
 import threading
+from collections import Counter
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import typer
@@ -13,13 +19,20 @@ from typer.testing import CliRunner
 from f2l_vllm.cli import upload
 from f2l_vllm.cli.main import app
 
+PAGE = 100  # files in an answer to a list
+
 
 class StandIn:
-    """Keeps what it gets, unless `refusals` says what to answer first: a status, and a code."""
+    """Keeps what it gets, unless `refusals` says what to answer first: a status, and a code.
+
+    Once it has `hold_at` files it sets `held`, and keeps and answers nothing more until `go`.
+    """
 
     def __init__(self):
         self.files, self.refusals, self.asked, self.lock = [], [], 0, threading.Lock()
         self.cut = 0  # bytes that get lost
+        self.hold_at, self.held, self.go = float("inf"), threading.Event(), threading.Event()
+        self.in_work, self.idle = 0, threading.Condition(self.lock)
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -27,7 +40,11 @@ class StandIn:
                 pass
 
             def do_GET(self):
-                self.answer(200, {"object": "list", "data": stand_in.files, "has_more": False})
+                after = parse_qs(urlsplit(self.path).query).get("after", [""])[0]
+                first = next((place + 1 for place, file in enumerate(stand_in.files) if file["id"] == after), 0)
+                page = stand_in.files[first : first + PAGE]
+                more = first + PAGE < len(stand_in.files)
+                self.answer(200, {"object": "list", "data": page, "has_more": more})
 
             def do_DELETE(self):
                 name = self.path.rpartition("/")[2]
@@ -35,7 +52,17 @@ class StandIn:
                 self.answer(200, {"id": name, "object": "file", "deleted": True})
 
             def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
+                length = int(self.headers["Content-Length"])
+                body = self.rfile.read(length)
+                if len(body) < length:
+                    return  # the client has gone
+                with stand_in.working():
+                    self.take(body)
+
+            def take(self, body):
+                if len(stand_in.files) >= stand_in.hold_at:
+                    stand_in.held.set()
+                    stand_in.go.wait()
                 with stand_in.lock:
                     stand_in.asked += 1
                     if stand_in.refusals:
@@ -50,12 +77,24 @@ class StandIn:
                 for name, one in {"Content-Type": "application/json", **(headers or {})}.items():
                     self.send_header(name, one)
                 self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
+                with suppress(ConnectionError):  # the client has gone
+                    self.end_headers()
+                    self.wfile.write(text)
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    @contextmanager
+    def working(self):
+        with self.lock:
+            self.in_work += 1
+        try:
+            yield
+        finally:
+            with self.idle:
+                self.in_work -= 1
+                self.idle.notify_all()
 
     def keep(self, body):
         """The file in a multipart body."""
@@ -174,3 +213,40 @@ def test_a_server_that_is_not_there_is_said_before_anything_is_read(server, vide
     code, rows, said = run(server, videos)
     assert (code, rows) == (1, [])
     assert f"{server.url}: APIConnectionError" in said
+
+
+def test_a_run_that_is_killed_goes_on_with_nothing_lost_or_doubled(server, tmp_path):
+    """A real server would decode and read each of the thousands of videos; what counts here is what is sent to it."""
+    folder, manifest = tmp_path / "videos", tmp_path / "manifest.jsonl"
+    folder.mkdir()
+    hashes = {}
+    for number in range(2400):
+        path, content = folder / f"{number:04}.mp4", b"video %d" % (number % 2200)
+        path.write_bytes(content)
+        hashes[str(path)] = hashlib.sha256(content).hexdigest()
+    command = [sys.executable, "-m", "f2l_vllm.cli", "upload", str(folder), "--url", server.url, "-o", str(manifest)]
+    server.hold_at = 900
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        while not server.held.wait(1):
+            assert first.poll() is None, "it ended by itself"
+    finally:
+        first.kill()
+    assert first.wait() == -signal.SIGKILL
+    assert not manifest.exists()
+    server.hold_at = float("inf")
+    server.go.set()
+    with server.idle:  # what had arrived whole is kept, though nobody is there to be told
+        server.idle.wait_for(lambda: server.in_work == 0)
+    there = len(server.files)
+    assert 900 < there < 2200
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"2400 videos: {2200 - there} sent, 0 failed" in " ".join(again.stderr.split())
+    kept = Counter(file["f2l"]["sha256"] for file in server.files)
+    assert kept.keys() == set(hashes.values())
+    assert set(kept.values()) == {1}
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    assert [row["path"] for row in rows] == sorted(hashes)
+    ids = {file["id"]: file["f2l"]["sha256"] for file in server.files}
+    assert all(ids[row["id"]] == row["sha256"] == hashes[row["path"]] for row in rows)
