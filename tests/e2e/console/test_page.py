@@ -1,16 +1,14 @@
 """The page as a whole: keys, keyboards, screen readers, policy, and a server that comes and goes."""
 
 import signal
-from pathlib import Path
 
 import httpx
 import pytest
 from playwright.sync_api import expect
 
+from tests.e2e.console.accessibility import THEMES, findings
 from tests.e2e.console.conftest import KEY
 from tests.e2e.console.surfing import Visit
-
-AXE = (Path(__file__).parent / "axe" / "axe.js").read_text()
 
 
 @pytest.fixture
@@ -96,43 +94,11 @@ def test_the_keyboard_alone_suffices(stranger, film, films, tmp_path):
     expect(page.locator(".row", has_text="by-keyboard.mp4")).to_have_count(0)
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", THEMES)
 def test_axe_finds_nothing(browser, host, film, theme):
-    visit = Visit(browser, host.url, KEY, theme)
-    page = visit.page
-    violations = []
-
-    def check(what):
-        page.wait_for_timeout(300)
-        found = page.evaluate("() => axe.run()")["violations"]
-        violations.extend((what, one["id"], one["nodes"][0]["html"]) for one in found)
-
-    page.goto(f"{host.url}/console")
-    page.evaluate(AXE)
-    expect(page.locator(".strip img").first).to_be_visible()
-    check("videos")
-    page.locator("input[type=file]").set_input_files({"name": "b.mp4", "mimeType": "video/mp4", "buffer": b"no video"})
-    expect(page.get_by_role("alert")).to_be_visible()
-    page.get_by_role("checkbox").first.check()
-    check("an upload that failed, and a choice")
-    page.get_by_role("button", name="Delete").first.click()
-    check("a dialog")
-    page.keyboard.press("Escape")
-    page.evaluate(f"location.hash = '#/ask/{film}'")
-    page.get_by_label("Question", exact=True).fill("What is the background?")
-    page.keyboard.press("Enter")
-    expect(page.locator("[data-state=done]")).to_have_count(2)
-    page.get_by_text("As code").click()
-    check("answers")
-    page.get_by_role("link", name="Server").click()
-    expect(page.locator(".plot canvas").first).to_be_visible()
-    check("the server")
-    page.get_by_role("button", name="Forget the key").click()
-    expect(page.get_by_label("Key")).to_be_visible()
-    check("the key")
-    visit.close()
-    assert violations == []
-    assert visit.faults == []
+    found = findings(browser, host.url, KEY, film, theme)
+    assert [(one["page"], one["violations"]) for one in found if one["violations"]] == []
+    assert all(len(one["passes"]) > 10 for one in found)
 
 
 def test_the_policy_keeps_scripts_and_hosts_out(visit, host):
