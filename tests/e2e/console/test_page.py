@@ -99,6 +99,8 @@ def test_axe_finds_nothing(browser, host, film, theme):
     found = findings(browser, host.url, KEY, film, theme)
     assert [(one["page"], one["violations"]) for one in found if one["violations"]] == []
     assert all(len(one["passes"]) > 10 for one in found)
+    unsure = {rule for one in found for rule in one["incomplete"]}
+    assert unsure <= {"color-contrast"}  # axe cannot tell the colour below some texts
 
 
 def test_the_policy_keeps_scripts_and_hosts_out(visit, host):

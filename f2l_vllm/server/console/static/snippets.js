@@ -53,7 +53,7 @@ function Code({ name, text }) {
   };
   return html`<figure>
     <figcaption>${name} <button type="button" class="small" onClick=${copy}>${copied ? "Copied" : `Copy ${name}`}</button></figcaption>
-    <pre tabindex="0" aria-label=${`The question for ${name}`}>${text}</pre>
+    <pre tabindex="0" role="group" aria-label=${`The question for ${name}`}>${text}</pre>
   </figure>`;
 }
 
