@@ -52,7 +52,11 @@ def up(
     if config is not None:
         wanted: dict[str, Any] = yaml.safe_load(config.read_text())
     else:
-        numbers = {"engines": engines, "fronts": fronts, "workers": workers, "gpus": min(1, gpus.find().count)}
+        try:
+            found = gpus.find().count
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        numbers = {"engines": engines, "fronts": fronts, "workers": workers, "gpus": min(1, found)}
         wanted = local.config(model, context.args, **numbers, host=host, port=port)
     with _failing():
         url = start(wanted, _folder(home), address, seconds)

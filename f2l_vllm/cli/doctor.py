@@ -37,7 +37,12 @@ def doctor(launch: Callable[[], Launch]) -> Launch:
             table.add_row(package, "[red]not installed[/]")
             problems.append(f"{package} is not installed: pip install f2l-vllm")
     torch_shims.install()
-    found = gpus.find()
+    found = gpus.Gpus()
+    try:
+        found = gpus.find()
+        os.environ.update(gpus.drivers_order() if found.count else {})
+    except ValueError as error:
+        problems.append(str(error))
     device, memory, built_for = _device()
     table.add_row("device", device)
     table.add_row("memory", memory)
@@ -59,7 +64,8 @@ def doctor(launch: Callable[[], Launch]) -> Launch:
         table.add_row("serve runs", " ".join(planned.argv[3:]))
         checks.check_now(planned.settings, planned.flags)
     except ValueError as error:
-        problems.append(str(error))
+        if str(error) not in problems:  # about the GPUs
+            problems.append(str(error))
     console.print(table)
     if unused := found.unused():
         console.print(f"[yellow]note[/]: {escape(unused)}")

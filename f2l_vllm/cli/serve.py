@@ -119,7 +119,7 @@ def plan(model: str, settings: dict[str, str], words: list[str]) -> Launch:
         **logs.environment(os.environ, words),
         **(tracing.environment(os.environ, collector) if collector else {}),
         **openmp_defaults(os.environ),
-        **({} if found.count else engine_method(os.environ)),
+        **(gpus.drivers_order() if found.count else engine_method(os.environ)),
         # vLLM looks for a platform among all GPUs of the driver, and would fail on hidden ones.
         **({MODE_VARIABLE: "1"} if found.are_hidden and defaults.is_on_one_machine(chosen_flags) else {}),
     }

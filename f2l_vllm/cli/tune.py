@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,7 @@ def tune(
     if tuned.has(folder, found.name, wanted) and not overwrite:
         typer.echo(f"{found.name} is tuned already, in {folder}: --overwrite measures again")
         return
+    os.environ.update(gpus.drivers_order())
     from f2l_vllm.engine import tuning
 
     for product in wanted:

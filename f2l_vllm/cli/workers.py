@@ -82,6 +82,7 @@ def run(workers: Workers, host: str, port: int | None) -> int:
     settings = workers.settings
     _check_now(settings, host, port)
     logs.configure("workers")
+    os.environ.update(gpus.drivers_order())
     prepare_ray(settings)
     # These read the environment when they are imported.
     from f2l_vllm.pool.actors import Actors
