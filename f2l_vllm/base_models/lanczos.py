@@ -11,6 +11,7 @@ Shape suffixes: N images, C colours, H, W before, h, w after.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -18,17 +19,20 @@ from torch import Tensor
 
 _LOBES = 3
 _WEIGHT_BITS = 15
+_VALUES_AT_ONCE = 1 << 24  # in fp32: a batch of large frames would take gigabytes, and one of 8K almost half of one
 
 
 def resize(images_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize uint8 images to (height, width), with antialiasing: uint8 [N, C, h, w], within 1 of the CPU's."""
     height, width = images_NCHW.shape[-2:]
-    values = images_NCHW
+    images = images_NCHW
     if width != size[1]:
-        values = _rounded(_product(values, taps(width, size[1], values.device)))
+        taps_2wW = taps(width, size[1], images.device)
+        images = torch.cat([_rounded(_product(part, taps_2wW)) for part in _pieces(images, 2)], 2)
     if height != size[0]:
-        values = _rounded(_product(values.mT, taps(height, size[0], values.device)).mT)
-    return values.to(torch.uint8)
+        taps_2hH = taps(height, size[0], images.device)
+        images = torch.cat([_rounded(_product(part.mT, taps_2hH).mT) for part in _pieces(images, 3)], 3)
+    return images
 
 
 @lru_cache(maxsize=16)  # of the last few sizes of videos; computing them takes longer than using them
@@ -57,5 +61,11 @@ def _product(values: Tensor, weights: Tensor) -> Tensor:
     return (values @ upper.T).add_(values @ lower.T)
 
 
+def _pieces(images_NCHW: Tensor, axis: int) -> Sequence[Tensor]:
+    """Parts of `_VALUES_AT_ONCE` values at most, cut along the axis that is not resized; of one line at least."""
+    lines = images_NCHW.shape[axis]
+    return images_NCHW.split(max(1, lines * _VALUES_AT_ONCE // max(1, images_NCHW.numel())), axis)
+
+
 def _rounded(values: Tensor) -> Tensor:
-    return values.add_(0.5).floor_().clamp_(0, 255)
+    return values.add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)

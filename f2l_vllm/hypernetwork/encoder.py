@@ -34,7 +34,8 @@ from f2l_vllm.hypernetwork.blocks import mlp_in_blocks  # noqa: E402
 from f2l_vllm.hypernetwork.config import INSTRUCTION  # noqa: E402
 from f2l_vllm.video.sample import SampledVideo  # noqa: E402
 
-FRAMES_AT_ONCE = 16  # prepared at once, in the video's own size, which may be large
+FRAMES_AT_ONCE = 16
+SOURCE_BYTES_AT_ONCE = 1 << 26  # prepared at once, in the video's own size, which may be large
 
 OnLayer = Callable[[int, Tensor], None]
 
@@ -87,20 +88,9 @@ class VideoEncoder:
     @torch.no_grad()
     def see(self, sampled: SampledVideo) -> Tensor:
         """The video's visual tokens [V, D] as they enter the text model; the memory grows only with V."""
-
-        device = next(self.model.parameters()).device
-
-        def batches() -> Iterator[Mapping[str, Tensor]]:
-            count = min(FRAMES_AT_ONCE, self._frames_at_once)
-            for start in range(0, len(sampled.frames), count):
-                # As bytes to the device, which is a quarter of what they become there. The copy waits for a GPU, so
-                # that no more than one batch is queued.
-                frames_FHW3 = torch.from_numpy(sampled.frames[start : start + count]).to(device)
-                yield self.family.prepare_frames(
-                    self.processor.video_processor, frames_FHW3, sampled.sampling.longest_edge
-                )
-
-        frames = self._embed(batches())
+        count = min(FRAMES_AT_ONCE, self._frames_at_once)
+        starts = range(0, len(sampled.frames), count)
+        frames = self._embed(self._prepared(sampled, slice(start, start + count)) for start in starts)
         if not self.merge_rate:
             return torch.cat([batch_FPD.flatten(0, 1) for batch_FPD in frames])
         return merge_tokens(frames, len(sampled.frames), self.merge_rate)
@@ -152,6 +142,17 @@ class VideoEncoder:
         collected: list[Tensor] = []
         self.visit(inputs, lambda _, features_BTD: collected.append(features_BTD))
         return torch.stack(collected, dim=1), inputs["attention_mask"].to(collected[0].device).bool()
+
+    def _prepared(self, sampled: SampledVideo, which: slice) -> Mapping[str, Tensor]:
+        """Some frames as the vision tower takes them, made from no more of the video at a time than memory is for."""
+        frames_FHW3 = torch.from_numpy(sampled.frames[which])
+        at_once = max(1, SOURCE_BYTES_AT_ONCE * len(frames_FHW3) // frames_FHW3.nbytes)
+        device = next(self.model.parameters()).device
+        processor, edge = self.processor.video_processor, sampled.sampling.longest_edge
+        # As bytes to the device, which is a quarter of what they become there. The copy waits for a GPU, so that no more
+        # than one part is queued.
+        parts = [self.family.prepare_frames(processor, part.to(device), edge) for part in frames_FHW3.split(at_once)]
+        return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
     def num_visual_tokens(self, ids: Tensor) -> int:
         """How many of these token ids stand for a piece of a frame."""

@@ -77,6 +77,38 @@ def test_off_the_cpu_every_step_is_on_the_frames_device_with_the_processors_filt
     assert resized == [(22, 32), (32, 32)]
 
 
+class LargestOf(TorchDispatchMode):
+    """The most numbers in an fp32 tensor that any operator returns."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("size", [(2160, 3840), (4320, 7680), (8192, 512), (512, 8192)], ids=str)
+def test_large_frames_are_numbers_a_piece_at_a_time(processor, size):
+    with LargestOf() as largest:
+        prepare_frames(processor, torch.empty(16, *size, 3, dtype=torch.uint8, device="meta"))
+    assert 0 < largest.numbers <= 1 << 24
+
+
+@pytest.mark.parametrize("resized", [(30, 45), (60, 45), (30, 90), (120, 180)], ids=str)
+@pytest.mark.parametrize("at_once", [1, 1000, 5000])
+def test_pieces_make_the_same_pixels(resized, at_once, monkeypatch):
+    images = torch.from_numpy(frames_of(60, 90)).permute(0, 3, 1, 2)
+    whole = lanczos.resize(images, resized)
+    parts = []
+    rounded = lanczos._rounded
+    monkeypatch.setattr(lanczos, "_VALUES_AT_ONCE", at_once)
+    monkeypatch.setattr(lanczos, "_rounded", lambda values: parts.append(values) or rounded(values))
+    assert torch.equal(lanczos.resize(images, resized), whole)
+    assert len(parts) >= 10
+
+
 @pytest.mark.parametrize("size", [(32, 640), (97, 96), (5, 1)])
 def test_a_plain_surface_stays_as_it_is(size):
     for level in (0, 7, 255):

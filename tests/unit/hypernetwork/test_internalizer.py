@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +110,26 @@ def test_reading_a_few_frames_and_tokens_at_a_time_changes_nothing(
     torch.testing.assert_close(torch.stack(read, dim=1)[1:, :, :50], features_BLTD[:, :, :50], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(encoder.features(inputs)[0], features_BLTD, rtol=1e-4, atol=1e-4)
     assert all("forward" not in vars(layer.mlp) for layer in model.model.text_model.layers)
+
+
+def test_large_frames_go_to_the_device_in_parts_and_give_the_same_tokens(
+    internalizer: Internalizer, video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = internalizer.encoder
+    sampled = sample_video(video, internalizer.processor)
+    whole, parts = encoder.see(sampled), list[int]()
+    prepare = encoder.family.prepare_frames
+
+    def noted(processor: Any, frames: torch.Tensor, edge: int | None) -> Any:
+        parts.append(frames.nbytes)
+        return prepare(processor, frames, edge)
+
+    monkeypatch.setattr(encoder, "family", replace(encoder.family, prepare_frames=noted))
+    monkeypatch.setattr("f2l_vllm.hypernetwork.encoder.SOURCE_BYTES_AT_ONCE", 2 * sampled.frames[0].nbytes)
+    assert torch.equal(encoder.see(sampled), whole)
+    assert len(parts) >= 3
+    assert max(parts) == 2 * sampled.frames[0].nbytes
+    assert sum(parts) == sampled.frames.nbytes
 
 
 def test_frames_that_do_not_belong_to_the_message_are_refused(internalizer: Internalizer, video: Path) -> None:
