@@ -16,7 +16,7 @@ _LEAST = 0.1  # of a GPU, for a worker that was given no share: what long videos
 _UNKNOWN = 0.3  # the same where the driver does not tell the memory
 _ENGINE_LEAST = 0.2  # below that there is hardly a GPU on which an engine starts
 _ENGINE_BYTES = 1 << 30  # for an engine, beside its model: adapters, graphs, a small cache
-_PASS_BYTES = 2 << 30  # for computing, and for CUDA itself; an estimate: no GPU was at hand
+_PASS_BYTES = 3 << 30  # half a GiB for CUDA itself (`pool/device.py`), the rest to compute (`hypernetwork/blocks.py`)
 
 
 @dataclass(frozen=True)

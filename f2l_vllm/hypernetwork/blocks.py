@@ -32,7 +32,7 @@ CPU = BlockSizes(hidden=2**22, scores=2**20, context=2**23)
 """16 MiB in fp32, large enough for full matmul speed; 4 MiB, which stay in the cache; 32 MiB."""
 ACCELERATOR = BlockSizes(hidden=2**26, scores=2**25, context=2**27)
 """256, 128 and 512 MiB in fp32. The work of one layer is shorter there than the time in which Python launches it, so
-as many layers as have room are one batch; a worker's share of a GPU counts on 2 GiB for all that it computes."""
+as many layers as have room are one batch; a worker's share of a GPU has 2.5 GiB for all that it computes."""
 
 
 def block_sizes(device: torch.device) -> BlockSizes:

@@ -19,6 +19,8 @@ from f2l_vllm.cli.gpu_shares import TOGETHER, Shares, divide, worker_bytes
 from f2l_vllm.cli.gpus import Gpus
 from f2l_vllm.cli.main import app
 from f2l_vllm.cli.serve import plan
+from f2l_vllm.hypernetwork import blocks
+from f2l_vllm.pool.device import memory_fraction
 
 GIB = 1 << 30
 SMALL, LARGE = 4 * GIB, 8 * GIB  # what a worker needs for models of 0.5 and 2.2 thousand million numbers, about
@@ -117,6 +119,16 @@ def test_a_worker_needs_its_model_in_bf16_and_its_hypernetwork_in_fp32(tmp_path:
     assert worker_bytes(tmp_path / "empty", model / "hypernetwork") - rest == 4 * (total // 2 - 1)  # kept in bf16
 
 
+@pytest.mark.parametrize("gib", [12, 16, 24, 80])
+def test_what_torch_may_take_of_a_share_has_room_for_the_weights_and_a_pass(gib: int, tmp_path: Path) -> None:
+    numbers = 1000
+    save_file({"a": torch.zeros(numbers)}, tmp_path / "model.safetensors")
+    share = divided(gpu(gib), need=worker_bytes(tmp_path, tmp_path)).worker
+    left = memory_fraction(share, gib * GIB) * gib * GIB - (2 + 4) * numbers
+    limits = 4 * (blocks.ACCELERATOR.hidden + blocks.ACCELERATOR.scores + blocks.ACCELERATOR.context)
+    assert left >= 2.5 * GIB >= 2.5 * limits  # what is read and made is there beside what is limited
+
+
 @pytest.fixture
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("F2L_WORKER_GPUS", "F2L_WORKER_DEVICES"):
@@ -128,14 +140,14 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestServe:
     def test_a_dry_run_shows_both_shares(self) -> None:
         told = CliRunner().invoke(app, ["serve", "--dry-run"]).output
-        assert "F2L_WORKER_GPUS=0.1" in told
-        assert "--gpu-memory-utilization 0.82" in told
+        assert "F2L_WORKER_GPUS=0.13" in told
+        assert "--gpu-memory-utilization 0.79" in told
 
     def test_doctor_shows_both_shares(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("f2l_vllm.cli.doctor._device", lambda: ("a GPU", "1 GiB", "13.0"))
         told = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "2000"}).output
-        assert "1 with 0.1 of a GPU each" in told
-        assert "--gpu-memory-utilization 0.82" in told
+        assert "1 with 0.13 of a GPU each" in told
+        assert "--gpu-memory-utilization 0.79" in told
 
     def test_what_the_operator_gives_stays(self) -> None:
         argv = plan("f2l-tiny", {}, ["--gpu-memory-utilization", "0.5"]).argv
