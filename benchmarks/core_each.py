@@ -32,6 +32,7 @@ from benchmarks.fleet import films
 from benchmarks.haproxy import haproxy_version, proxied
 from f2l_vllm import torch_shims
 from f2l_vllm.bench import record
+from f2l_vllm.bench.servers import gpu_share
 from f2l_vllm.client import upload
 from f2l_vllm.server_process import ServerProcess
 
@@ -56,6 +57,7 @@ def _on(cores: set[int]) -> Iterator[None]:
 def _servers(options: argparse.Namespace, database: str, folder: Path) -> Iterator[list[ServerProcess]]:
     """One on each core; the first alone has a worker."""
     env = {"F2L_DATABASE_URL": database, "F2L_STORE": f"file://{folder / 'store'}"}
+    env |= gpu_share(options.servers)
     servers = []
     try:
         for number in range(options.servers):

@@ -34,6 +34,7 @@ from benchmarks.fleet import films
 from benchmarks.haproxy import haproxy
 from f2l_vllm import torch_shims
 from f2l_vllm.bench import record
+from f2l_vllm.bench.servers import gpu_share
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.tables import files
 from f2l_vllm.client import metric
@@ -52,7 +53,8 @@ class Cluster:
 
     def __init__(self, folder: Path, database: str, count: int) -> None:
         self._folder = folder
-        self._env = {"F2L_DATABASE_URL": database, "F2L_STORE": f"file://{folder / 'store'}"}
+        own = {"F2L_DATABASE_URL": database, "F2L_STORE": f"file://{folder / 'store'}"}
+        self._env = own | gpu_share(count)
         self._catalog = Catalog(database)
         self.servers = [self._start(number) for number in range(count)]
 

@@ -30,6 +30,7 @@ from benchmarks.fleet import films
 from benchmarks.haproxy import haproxy_version, proxied
 from f2l_vllm import torch_shims
 from f2l_vllm.bench import record
+from f2l_vllm.bench.servers import gpu_share
 from f2l_vllm.client import metric, upload
 from f2l_vllm.cluster.capacity import POLICIES
 from f2l_vllm.cluster.policy import HAProxyHash, Policy, Recent
@@ -106,6 +107,7 @@ class RealServers:
 
     def __init__(self, model: str, scenario: Scenario, folder: Path, database: str) -> None:
         given = {"F2L_DATABASE_URL": database, "F2L_STORE": f"file://{folder / 'store'}"}
+        given |= gpu_share(scenario.servers)
         flags = {"max-cpu-loras": scenario.places, "max-loras": scenario.concurrency, "warm-adapters": 0}
         flags |= {"max-num-seqs": scenario.concurrency, "queue-limit": scenario.videos}
         common = [word for name, value in flags.items() for word in (f"--{name}", str(value))]

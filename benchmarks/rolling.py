@@ -31,6 +31,7 @@ from benchmarks.fleet import films
 from benchmarks.haproxy import haproxy, haproxy_version
 from f2l_vllm import torch_shims
 from f2l_vllm.bench import record
+from f2l_vllm.bench.servers import gpu_share
 from f2l_vllm.server_process import LOOPBACK, ServerProcess, free_port
 
 torch_shims.install()
@@ -50,6 +51,7 @@ class Servers:
             "F2L_DATABASE_URL": database,
             "F2L_STORE": f"file://{folder / 'store'}",
             "F2L_SHUTDOWN_DELAY_SECONDS": f"{options.delay:g}",
+            **gpu_share(options.servers),
         }
         self.ports = [free_port() for _ in range(options.servers)]
         self.running = [self._start(number) for number in range(options.servers)]

@@ -79,6 +79,9 @@ class Settings(BaseSettings):
     worker_devices: str | None = Field(
         None, description="CUDA_VISIBLE_DEVICES of the workers. Default: the GPUs that `serve` leaves to them."
     )
+    gpu_share: float = Field(
+        1.0, gt=0, le=1, description="Part of its GPUs that `serve` divides; less where several servers share one."
+    )
     ray_address: str | None = Field(None, description="A running Ray cluster; default: a private one, started here.")
     queue_limit: int = Field(256, ge=1, description="Videos that may wait for a worker before `queue_full`.")
     queue_share: float = Field(

@@ -72,7 +72,7 @@ class Askers:
             room = Room(tokens, sequences, frames, videos, suite.kv_gib, kept)
             self._flags, self._kept_tokens = room.flags(subject, costs), room.kept_tokens
             self.kv_bytes_per_token = costs.kv_bytes_per_token
-            start = video_server(subject, folder, self._flags, suite.serve_flags)
+            start = video_server(subject, folder, self._flags, suite.serve_flags, suite.servers_at_once)
             self._servers = Servers(start, suite.servers_at_once, self._warm)
         self._files: dict[tuple[ServerKind, Path], str] = {}
         self._clients: dict[str, tuple[Client, str]] = {}  # server's URL -> client, name of the model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import os
 import shlex
 import sys
@@ -13,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from f2l_vllm.bench.arms import ServerKind
 from f2l_vllm.bench.costs import Costs
 from f2l_vllm.bench.shapes import Subject
 from f2l_vllm.cpu.plugin import openmp_defaults
+from f2l_vllm.engine.defaults import GPU_MEMORY
 from f2l_vllm.server_process import ServerProcess
 
 
@@ -163,11 +167,26 @@ class Servers:
             await self._warm(kind, self._running[kind])
 
 
-def video_server(subject: Subject, folder: Path, flags: list[str], serve_flags: Iterable[str]) -> Start:
+def gpu_share(at_once: int) -> dict[str, str]:
+    """The variable by which each of so many servers on the same GPUs keeps to its part."""
+    return {"F2L_GPU_SHARE": f"{1 / at_once:.4f}"} if at_once > 1 else {}
+
+
+def engine_share(at_once: int) -> list[str]:
+    """The same as a flag for `vllm serve`; without a GPU vLLM means the machine's memory by it."""
+    if at_once == 1 or not torch.cuda.is_available():
+        return []
+    return ["--gpu-memory-utilization", f"{math.floor(100 * GPU_MEMORY / at_once) / 100:g}"]
+
+
+def video_server(
+    subject: Subject, folder: Path, flags: list[str], serve_flags: Iterable[str], at_once: int = 1
+) -> Start:
     """A function that starts `f2l-vllm serve`; each kind has its own data folder in `folder`, and finds it again.
 
     Args:
         flags: for all kinds; a kind's own flags follow them, and `serve_flags` come last.
+        at_once: how many such servers run on this machine's GPUs.
     """
     more = [word for flag in serve_flags for word in shlex.split(flag)]
 
@@ -175,7 +194,10 @@ def video_server(subject: Subject, folder: Path, flags: list[str], serve_flags: 
         mark = hashlib.sha256(repr((subject.name, kind)).encode()).hexdigest()[:8]
         workers = [] if kind.workers else ["--hypernetwork-workers", "0"]
         return ServerProcess(
-            subject.model, folder / f"home-{mark}", *flags, *workers, *kind.flags, *more, env=dict(kind.env)
+            subject.model,
+            folder / f"home-{mark}",
+            *(*flags, *workers, *kind.flags, *more),
+            env={**gpu_share(at_once), **dict(kind.env)},
         )
 
     return start

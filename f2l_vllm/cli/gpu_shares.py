@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from f2l_vllm.cli.gpus import Gpus
-
-TOGETHER = 0.92
-"""Of a GPU's memory, for all of a server: vLLM's own default for an engine (`config/cache.py`)."""
+from f2l_vllm.engine.defaults import GPU_MEMORY
 
 _LEAST = 0.1  # of a GPU, for a worker that was given no share: what long videos need has room on a large one
 _UNKNOWN = 0.3  # the same where the driver does not tell the memory
@@ -43,13 +41,14 @@ def divide(
     engine_gpus: int,
     engine_need: int = 0,
     utilization: float | None = None,
-    has_own_limit: bool = False,
+    part: float = 1.0,
 ) -> Shares:
     """The shares of the GPUs that are found.
 
     Workers get the GPUs that the engine leaves. If it leaves none, they share with it: what all workers of a server
-    take, as if they were on one GPU, and what the engine takes are at most `TOGETHER`, or all of it if the operator
-    says so.
+    take, as if they were on one GPU, and what the engine takes are at most `GPU_MEMORY`, or all of it if the operator
+    says so. vLLM wants its engine's part of the memory free when it starts, even if `--kv-cache-memory-bytes` bounds
+    the cache (`v1/worker/utils.py`, `request_memory`), so it is always told one that is.
 
     Args:
         need: what a worker takes, `worker_bytes`.
@@ -57,21 +56,24 @@ def divide(
         engine_gpus: how many GPUs the engine takes; 0: there is no engine here.
         engine_need: what the engine takes at least, on all its GPUs together: `engine_bytes`.
         utilization: `--gpu-memory-utilization`; None: not given.
-        has_own_limit: the operator bounds the engine's memory in another way, `--kv-cache-memory-bytes`.
+        part: of the GPUs, for this server; others have the rest.
 
     Raises:
         ValueError: the GPUs have no room for this; the message says what to change.
     """
+    together = GPU_MEMORY * part
     if not (workers and found.count) or asked == 0:
-        return Shares(asked or 0.0)
+        is_alone = part == 1 or not (found.count and engine_gpus) or utilization is not None
+        return Shares(asked or 0.0, None if is_alone else _down(together))
     least = need / found.bytes if found.bytes else 0.0
     engine_least = max(_ENGINE_LEAST, engine_need / (found.bytes * max(1, engine_gpus)) if found.bytes else 0.0)
     free = found.ids[engine_gpus:]
     if free:
-        worker = asked or _down(1 / math.ceil(workers / len(free)))
+        worker = asked or _down(part / math.ceil(workers / len(free)))
         if asked is None and worker < least:
             raise ValueError(_too_many(workers, need, found, "a share of the GPUs that the engine leaves"))
-        return Shares(worker, devices=",".join(free) if engine_gpus else None)
+        engine = None if part == 1 or not engine_gpus or utilization is not None else _down(together)
+        return Shares(worker, engine, ",".join(free) if engine_gpus else None)
     if asked is not None and utilization is not None:
         if workers * asked + utilization > 1 + 1e-9:
             raise ValueError(
@@ -80,24 +82,24 @@ def divide(
             )
         return Shares(asked)
     if asked is not None:
-        engine = _down(TOGETHER - workers * asked)
+        engine = _down(together - workers * asked)
         if engine < engine_least:
             raise ValueError(
                 f"{workers} x --worker-gpus {asked:g} leaves the engine no room on the GPU that they share: lower "
                 "--worker-gpus or --hypernetwork-workers"
             )
-        return Shares(asked, None if has_own_limit else engine)
-    fair = _down((TOGETHER - engine_least) / workers)
+        return Shares(asked, engine)
+    fair = _down((together - engine_least) / workers)
     usual = max(_up(least), min(_LEAST if found.bytes else _UNKNOWN, fair))
     if utilization is not None:
         usual = min(usual, _down((1 - utilization) / workers))
         if usual < max(least, 0.01):
             raise ValueError(_too_many(workers, need, found, f"what --gpu-memory-utilization {utilization:g} leaves"))
         return Shares(usual)
-    engine = _down(TOGETHER - workers * usual)
+    engine = _down(together - workers * usual)
     if engine < engine_least:
         raise ValueError(_too_many(workers, need, found, "what the engine leaves"))
-    return Shares(usual, None if has_own_limit else engine)
+    return Shares(usual, engine)
 
 
 def worker_bytes(model: Path, hypernetwork: Path) -> int:

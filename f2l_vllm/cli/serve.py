@@ -142,7 +142,7 @@ def _shares(inputs: Inputs, flags: Namespace, found: gpus.Gpus) -> gpu_shares.Sh
         engine_gpus=checks.engine_gpus(flags),
         engine_need=gpu_shares.engine_bytes(inputs.model) if found.count else 0,
         utilization=getattr(flags, "gpu_memory_utilization", None),
-        has_own_limit=getattr(flags, "kv_cache_memory_bytes", None) is not None,
+        part=settings.gpu_share,
     )
 
 

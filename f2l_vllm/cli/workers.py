@@ -64,7 +64,9 @@ def plan(model: str, settings: dict[str, str], max_lora_rank: int | None = None)
     checks.check_workers(chosen, found.count)
     if found.count and chosen.worker_gpus is None and chosen.ray_address is None:
         need, count = gpu_shares.worker_bytes(inputs.model, inputs.hypernetwork), chosen.hypernetwork_workers
-        share = gpu_shares.divide(found, workers=count, need=need, asked=None, engine_gpus=0).worker
+        share = gpu_shares.divide(
+            found, workers=count, need=need, asked=None, engine_gpus=0, part=chosen.gpu_share
+        ).worker
         inputs = replace(inputs, settings=chosen.model_copy(update={"worker_gpus": share}))
     return Workers(inputs.settings, inputs.workers(Namespace(max_lora_rank=max_lora_rank)), inputs.revision)
 

@@ -12,6 +12,9 @@ from typing import Any
 
 from f2l_vllm.hypernetwork.ranks import advice
 
+GPU_MEMORY = 0.92
+"""Of a GPU's memory, for all of a server: vLLM's own default for an engine (`config/cache.py`)."""
+
 SEQUENCES = 32
 """Slots for adapters and, without a GPU, requests in a step.
 

@@ -13,7 +13,7 @@ from f2l_vllm.bench.arms import ServerKind
 from f2l_vllm.bench.costs import Costs, write_adapter
 from f2l_vllm.bench.intervals import of_each, of_quantile, of_ratio
 from f2l_vllm.bench.results_file import ResultsFile, Row, Say
-from f2l_vllm.bench.servers import ENGINE_ENV, EngineProcess, Server, Servers
+from f2l_vllm.bench.servers import ENGINE_ENV, EngineProcess, Server, Servers, engine_share
 from f2l_vllm.bench.shapes import Subject
 from f2l_vllm.evaluation.percentiles import is_carried
 from f2l_vllm.hypernetwork.config_file import read_config
@@ -60,7 +60,8 @@ async def run(suite: suites.Tax, subject: Subject, folder: Path, results: Result
 
     def start(kind: ServerKind) -> ServerProcess:
         more = [word for flag in suite.serve_flags for word in shlex.split(flag)]
-        return EngineProcess(str(subject.directory), folder / "engine", *kind.flags, *more, env=ENGINE_ENV)
+        share = engine_share(suite.servers_at_once)
+        return EngineProcess(str(subject.directory), folder / "engine", *kind.flags, *share, *more, env=ENGINE_ENV)
 
     together = suite.servers_at_once > 1
     results.note(

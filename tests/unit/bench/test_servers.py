@@ -6,10 +6,15 @@ import asyncio
 import json
 from pathlib import Path
 
+import pytest
+
 from f2l_vllm.bench import shapes
 from f2l_vllm.bench.arms import ARMS, ServerKind
 from f2l_vllm.bench.costs import Costs
-from f2l_vllm.bench.servers import Room, Servers
+from f2l_vllm.bench.servers import Room, Servers, engine_share, video_server
+from f2l_vllm.cli import gpus
+from f2l_vllm.cli.serve import plan
+from f2l_vllm.engine.defaults import GPU_MEMORY
 
 A, B, C = (ServerKind((name,)) for name in "abc")
 
@@ -65,6 +70,44 @@ def test_another_one_takes_the_place_of_the_one_longest_without_a_question() -> 
         *("start a", "start b", "end b", "start c", "end c", "start b")
     ]
     assert log.count("warm b") == 2
+
+
+def test_servers_that_run_together_divide_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[tuple[tuple[str, ...], dict[str, str]]] = []
+    monkeypatch.setattr(
+        "f2l_vllm.bench.servers.ServerProcess",
+        lambda _model, _home, *flags, env: started.append((flags, env)),
+    )
+    subject = shapes.of_shape(shapes.TINY, tmp_path)
+    monkeypatch.setattr(gpus, "find", lambda: gpus.Gpus(("0",), 80 << 30, 1, (13, 0)))
+    parts = []
+    for arm in ("adapter", "frames-cached"):
+        room = Room(tokens=1000, sequences=3, frames=12, videos=4)
+        start = video_server(subject, tmp_path, room.flags(subject, Costs(subject)), [], at_once=2)
+        start(ARMS[arm].server(0.7, 2048))
+        flags, env = started[-1]
+        words = ["bfloat16" if word == "float32" else word for word in flags]
+        given = {"F2L_HYPERNETWORK_WORKERS": "0"} if "--hypernetwork-workers" in words else {}
+        shares = plan("f2l-tiny", env | given, vllm_words(words)).shares
+        parts.append((shares.engine or 0) + shares.worker)
+    assert sum(parts) <= GPU_MEMORY
+    assert min(parts) > 0.4
+
+
+def vllm_words(words: list[str]) -> list[str]:
+    """Those that are vLLM's own."""
+    own = ("--hypernetwork", "--hypernetwork-workers", "--max-frames", "--fps", "--worker-cpus", "--queue-limit")
+    pairs = [(word, following) for word, following in zip(words, [*words[1:], ""], strict=True)]
+    left_out = {index for index, (word, _) in enumerate(pairs) if word in own}
+    return [w for index, w in enumerate(words) if index not in left_out and index - 1 not in left_out]
+
+
+def test_engines_alone_divide_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine_share(2) == []  # without a GPU vLLM takes it for a part of the machine's memory
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert engine_share(2) == ["--gpu-memory-utilization", "0.46"]
+    assert engine_share(3) == ["--gpu-memory-utilization", "0.3"]
+    assert engine_share(1) == []
 
 
 def test_a_server_has_room_for_what_it_will_be_asked() -> None:

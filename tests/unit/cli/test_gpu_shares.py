@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +13,15 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 from vllm.config.cache import CacheConfig
+from vllm.v1.worker.utils import request_memory
 
 from f2l_vllm import models
 from f2l_vllm.cli import gpus, workers
-from f2l_vllm.cli.gpu_shares import TOGETHER, Shares, divide, worker_bytes
+from f2l_vllm.cli.gpu_shares import Shares, divide, worker_bytes
 from f2l_vllm.cli.gpus import Gpus
 from f2l_vllm.cli.main import app
 from f2l_vllm.cli.serve import plan
+from f2l_vllm.engine.defaults import GPU_MEMORY
 from f2l_vllm.hypernetwork import blocks
 from f2l_vllm.pool.device import memory_fraction
 
@@ -38,20 +41,28 @@ def divided(found: Gpus, workers: int = 1, need: int = SMALL, **given: Any) -> S
 @pytest.mark.parametrize("many", [1, 2])
 @pytest.mark.parametrize("need", [SMALL, LARGE])
 def test_shares_that_nobody_gave_fit_a_gpu_together_or_are_refused(gib: int, many: int, need: int) -> None:
-    room = TOGETHER * gib * GIB - many * need
+    room = GPU_MEMORY * gib * GIB - many * need
     if room < 0.2 * gib * GIB:
         with pytest.raises(ValueError, match="--worker-gpus 0"):
             divided(gpu(gib), many, need)
         return
     shares = divided(gpu(gib), many, need)
     assert shares.engine is not None
-    assert many * shares.worker + shares.engine <= TOGETHER + 1e-9
+    assert many * shares.worker + shares.engine <= GPU_MEMORY + 1e-9
     assert shares.worker * gib * GIB >= need
     assert shares.engine >= 0.2
 
 
+def test_vllm_wants_its_part_free_at_its_start_even_if_its_cache_is_bounded() -> None:
+    """vLLM 0.32 and 0.33: whoever starts two engines on a GPU tells each its part."""
+    memory = SimpleNamespace(total_memory=80 * GIB, free_memory=60 * GIB, device_="cuda")
+    with pytest.raises(ValueError, match="on startup is less than desired GPU memory utilization"):
+        request_memory(memory, CacheConfig(kv_cache_memory_bytes=GIB))
+    assert request_memory(memory, CacheConfig(gpu_memory_utilization=0.5)) == 40 * GIB
+
+
 def test_the_sum_is_what_vllm_takes_for_itself() -> None:
-    assert CacheConfig().gpu_memory_utilization == TOGETHER
+    assert CacheConfig().gpu_memory_utilization == GPU_MEMORY
 
 
 @pytest.mark.parametrize(
@@ -69,7 +80,13 @@ def test_the_sum_is_what_vllm_takes_for_itself() -> None:
         (gpu(24), 1, {"utilization": 0.6}, Shares(0.17)),
         (gpu(24), 1, {"utilization": 0.82}, Shares(0.17)),
         (gpu(24), 1, {"utilization": 0.6, "asked": 0.4}, Shares(0.4)),
-        (gpu(24), 1, {"has_own_limit": True}, Shares(0.17)),
+        (gpu(80), 1, {"part": 0.5}, Shares(0.1, 0.36)),  # another server has the other half
+        (gpu(80), 0, {"part": 0.5}, Shares(0.0, 0.46)),
+        (gpu(80), 1, {"part": 0.5, "asked": 0.0}, Shares(0.0, 0.46)),
+        (gpu(80), 1, {"part": 0.5, "asked": 0.0, "utilization": 0.3}, Shares(0.0)),
+        (gpu(80), 0, {"part": 0.5, "engine_gpus": 0}, Shares()),
+        (Gpus(), 1, {"part": 0.5}, Shares()),
+        (gpu(80, 2), 1, {"part": 0.5}, Shares(0.5, 0.46, "1")),
         (gpu(0), 1, {}, Shares(0.3, 0.62)),  # the driver does not tell the memory
         (gpu(24, 2), 1, {}, Shares(1.0, None, "1")),
         (gpu(24, 4), 2, {"engine_gpus": 2}, Shares(1.0, None, "2,3")),
@@ -152,12 +169,16 @@ class TestServe:
     def test_what_the_operator_gives_stays(self) -> None:
         argv = plan("f2l-tiny", {}, ["--gpu-memory-utilization", "0.5"]).argv
         assert argv.count("--gpu-memory-utilization") == 1
-        assert "--gpu-memory-utilization" not in plan("f2l-tiny", {}, ["--kv-cache-memory-bytes", "4G"]).argv
+        assert "0.79" in plan("f2l-tiny", {}, ["--kv-cache-memory-bytes", "4G"]).argv  # of which it asks at its start
         launch = plan("f2l-tiny", {"F2L_WORKER_GPUS": "0.3"}, [])
         assert launch.env["F2L_WORKER_GPUS"] == "0.3"
         assert "0.62" in launch.argv
         for settings in ({"F2L_WORKER_GPUS": "0"}, {"F2L_HYPERNETWORK_WORKERS": "0"}):
             assert "--gpu-memory-utilization" not in plan("f2l-tiny", settings, []).argv
+
+    def test_a_server_that_shares_the_gpus_takes_its_part(self) -> None:
+        launch = plan("f2l-tiny", {"F2L_GPU_SHARE": "0.5", "F2L_HYPERNETWORK_WORKERS": "0"}, [])
+        assert launch.argv[launch.argv.index("--gpu-memory-utilization") + 1] == "0.46"
 
     def test_workers_of_a_joined_cluster_are_its_own_affair(self) -> None:
         launch = plan("f2l-tiny", {"F2L_RAY_ADDRESS": "auto"}, [])
@@ -169,3 +190,5 @@ class TestServe:
         assert (one.settings.worker_gpus, one.spec.gpus) == (1.0, 1.0)
         four = workers.plan("f2l-tiny", {"F2L_HYPERNETWORK_WORKERS": "4"})
         assert (four.settings.worker_gpus, four.spec.gpus) == (0.25, 0.25)
+        beside = workers.plan("f2l-tiny", {"F2L_GPU_SHARE": "0.5", "F2L_HYPERNETWORK_WORKERS": "2"})
+        assert beside.spec.gpus == 0.25
