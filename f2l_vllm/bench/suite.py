@@ -173,6 +173,7 @@ class Tax(Base):
             fewer streams than adapters are left out.
         prefill_tokens: length of the `prefill_requests` prompts whose first token is timed, one at a time.
         rank: of the adapters; None: that of a video's adapter.
+        tuned: the LoRA kernels are tuned for this GPU first, as `f2l-vllm tune` does.
     """
 
     suite: Literal["tax"]
@@ -183,6 +184,7 @@ class Tax(Base):
     prefill_tokens: PositiveInt = 512
     prefill_requests: PositiveInt = 5
     rank: PositiveInt | None = None
+    tuned: bool = False
 
 
 class Capacity(BaseModel):

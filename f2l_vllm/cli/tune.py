@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -67,23 +66,5 @@ def tune(
     os.environ.update(gpus.drivers_order())
     from f2l_vllm.engine import tuning
 
-    for product in wanted:
-        time = (timer or tuning.KernelTimer)(product)
-        for operation in tuned.OPERATIONS:
-            _tune(folder, found.name, operation, product, time)
+    tuning.tune(folder, found.name, wanted, typer.echo, timer)
     typer.echo(f"written to {folder}; f2l-vllm serve uses them on {found.name}")
-
-
-def _tune(folder: Path, gpu: str, operation: str, product: tuned.Product, time: Time) -> None:
-    from f2l_vllm.engine import tuning
-
-    chosen = {}
-    for rows in tuned.ROWS:
-        config, after, before = tuning.search(operation, rows, time)
-        chosen[rows] = config
-        launched = tuning.blocks(operation, rows, product, config)
-        usual = tuning.blocks(operation, rows, product, tuning.default(operation, rows))
-        typer.echo(
-            f"{operation}, {rows} rows: {before * 1e3:.1f} to {after * 1e3:.1f} µs, {usual:,} to {launched:,} blocks"
-        )
-    tuned.write(folder, gpu, operation, product, chosen)

@@ -26,12 +26,19 @@ from f2l_vllm.hypernetwork.internalizer import Internalizer
 from f2l_vllm.server_process import ServerFailed
 
 CHECK = "check.json"
-# What is measured, by shape: the changed keys of each suite, and the numbers of frames of `internalize`.
+# What is measured, by shape: the changed keys of each suite, and the numbers of frames of `internalize`. A suite's name
+# is the end of its key.
+_TAX_ON_GPU = {"streams": [1, 8, 32, 64], "adapters": [0, 1, 8, 32, 64]}
 _ON_GPU: dict[str, Any] = {
-    "latency": {"frames": [8, 32, 128], "resolution": [384], "count_above": 128},
-    "tax": {},
+    "latency": {"frames": [8, 12, 32, 128], "resolution": [384], "count_above": 128},
+    "long-latency": {  # one server: the KV of such prompts takes much of a GPU
+        **{"arms": ["adapter", "adapter-cold", "frames"], "frames": [512], "resolution": [384]},
+        **{"count_above": 512, "rounds": 3, "servers_at_once": 1},
+    },
+    "tax": _TAX_ON_GPU,
+    "tuned-tax": {**_TAX_ON_GPU, "tuned": True},
     "throughput": {"concurrency": [16, 64]},
-    "internalize": [8, 32, 128],
+    "internalize": [8, 12, 32, 128, 512, 1024],
 }
 _ON_CPU: dict[str, Any] = {
     "latency": {"frames": [8], "resolution": [224], "rounds": 1},
@@ -125,11 +132,16 @@ def _measured(has_gpu: bool, folder: Path, into: Path, say: Say) -> Iterator[tup
                 if name == "internalize":
                     _internalize(subject, has_gpu, changes, folder, path)
                 else:
-                    suite = suites.load(name, changes)
+                    suite = suites.load(suite_of(name), changes)
                     asyncio.run(run.measure(suite, subject, _kept(folder, shape), path, False, say))
                 yield path, None
             except (ValueError, OSError, RuntimeError, APIError, WrongAnswer, ServerFailed, TrafficFailed) as error:
                 yield path, _failed(f"{name} of {shape}", error)
+
+
+def suite_of(key: str) -> str:
+    """The suite that a key of what is measured means."""
+    return key.rpartition("-")[2]
 
 
 def _kept(folder: Path, shape: str) -> Path:

@@ -4,12 +4,14 @@ that is faster. What measures is given; `KernelTimer` does it on a GPU."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from f2l_vllm.engine import tuned
 from f2l_vllm.engine.tuned import Config, Product
 
 Time = Callable[[str, int, Config], float]  # operation, rows, configuration -> milliseconds; infinite: it cannot run
@@ -73,6 +75,37 @@ def search(operation: str, rows: int, time: Time) -> tuple[Config, float, float]
                 if (took := time(operation, rows, tried)) < fastest * _BETTER:
                     best, fastest, changed = tried, took, True
     return best, fastest, before
+
+
+def tune(
+    folder: Path,
+    gpu: str,
+    wanted: Iterable[Product],
+    say: Callable[[str], None],
+    timer: Callable[[Product], Time] | None = None,
+) -> None:
+    """Search for each product, and write what is found.
+
+    Args:
+        folder: of the files.
+        gpu: its name, by which vLLM finds them.
+        say: told what each kernel took before and after.
+        timer: makes what measures a product; None: vLLM's kernels on this GPU.
+    """
+    for product in wanted:
+        time = (timer or KernelTimer)(product)
+        for operation in tuned.OPERATIONS:
+            chosen = {}
+            for rows in tuned.ROWS:
+                config, after, before = search(operation, rows, time)
+                chosen[rows] = config
+                launched = blocks(operation, rows, product, config)
+                usual = blocks(operation, rows, product, default(operation, rows))
+                say(
+                    f"{operation}, {rows} rows: {before * 1e3:.1f} to {after * 1e3:.1f} µs, {usual:,} to {launched:,} "
+                    "blocks"
+                )
+            tuned.write(folder, gpu, operation, product, chosen)
 
 
 class KernelTimer:

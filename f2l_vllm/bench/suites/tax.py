@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from f2l_vllm.base_models.shapes import BaseShapes
 from f2l_vllm.bench import suite as suites
 from f2l_vllm.bench import vllm_client
 from f2l_vllm.bench.arms import ServerKind
@@ -15,6 +20,7 @@ from f2l_vllm.bench.intervals import of_each, of_quantile, of_ratio
 from f2l_vllm.bench.results_file import ResultsFile, Row, Say
 from f2l_vllm.bench.servers import ENGINE_ENV, EngineProcess, Server, Servers, engine_share
 from f2l_vllm.bench.shapes import Subject
+from f2l_vllm.engine import tuned, tuning
 from f2l_vllm.evaluation.percentiles import is_carried
 from f2l_vllm.hypernetwork.config_file import read_config
 from f2l_vllm.hypernetwork.ranks import smallest_rank
@@ -39,6 +45,7 @@ async def run(suite: suites.Tax, subject: Subject, folder: Path, results: Result
     Raises:
         TrafficFailed: a server did not answer as asked.
         ServerFailed: a server did not start.
+        ValueError: kernels cannot be tuned here.
     """
     costs = Costs(subject)
     rank = suite.rank or costs.rank
@@ -46,6 +53,10 @@ async def run(suite: suites.Tax, subject: Subject, folder: Path, results: Result
     log = folder / "vllm-bench.log"
     without = ServerKind(_flags(suite, costs))
     with_lora = ServerKind((*without.flags, *_lora_flags(subject, names, rank)))
+
+    env = ENGINE_ENV
+    if suite.tuned:
+        env = env | await asyncio.to_thread(tuned_kernels, subject, len(names), rank, folder / "lora-kernels", say)
 
     async def traffic(url: str, adapters: int, **what: int) -> dict[str, Any]:
         found = await vllm_client.random_text(
@@ -61,7 +72,7 @@ async def run(suite: suites.Tax, subject: Subject, folder: Path, results: Result
     def start(kind: ServerKind) -> ServerProcess:
         more = [word for flag in suite.serve_flags for word in shlex.split(flag)]
         share = engine_share(suite.servers_at_once)
-        return EngineProcess(str(subject.directory), folder / "engine", *kind.flags, *share, *more, env=ENGINE_ENV)
+        return EngineProcess(str(subject.directory), folder / "engine", *kind.flags, *share, *more, env=env)
 
     together = suite.servers_at_once > 1
     results.note(
@@ -174,6 +185,34 @@ def _lora_flags(subject: Subject, names: dict[str, Path], rank: int) -> tuple[st
         *("--lora-target-modules", *sorted(read_config(subject.hypernetwork).modules)),
         *("--lora-modules", *(f"{name}={path}" for name, path in names.items())),
     )
+
+
+def tuned_kernels(
+    subject: Subject,
+    slots: int,
+    rank: int,
+    folder: Path,
+    say: Say,
+    timer: Callable[[tuned.Product], tuning.Time] | None = None,
+) -> dict[str, str]:
+    """The variable that names the kernels' files to vLLM, once this GPU is tuned.
+
+    Args:
+        timer: makes what measures a product; None: vLLM's kernels.
+
+    Raises:
+        ValueError: there is no GPU, or vLLM merges the linears that adapters change.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("tuned: vLLM's LoRA kernels run on a GPU, and there is none: leave it out")
+    shapes = BaseShapes.read(subject.directory).modules
+    modules = {name: shapes[name] for name in read_config(subject.hypernetwork).modules}
+    wanted = tuned.products(modules, slots, smallest_rank(rank) or rank)
+    if wanted is None:
+        raise ValueError(f"tuned: vLLM merges some of {', '.join(modules)}, and takes no files for those: leave it out")
+    tuning.tune(folder, torch.cuda.get_device_name(), wanted, say, timer)
+    torch.cuda.empty_cache()  # the servers get it
+    return {tuned.VARIABLE: str(folder)}
 
 
 def _adapters(subject: Subject, folder: Path, count: int, rank: int) -> dict[str, Path]:

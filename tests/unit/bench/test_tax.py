@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from f2l_vllm.bench import shapes, vllm_client
 from f2l_vllm.bench import suite as suites
-from f2l_vllm.bench import vllm_client
 from f2l_vllm.bench.suites import tax
+from f2l_vllm.engine import tuned
 
 
 def row(traffic: str, streams: int, adapters: int, tokens: float, tpot: float, ttft: float) -> dict:
@@ -69,3 +72,20 @@ def test_vllm_0_32_bench_serve_takes_what_is_asked_of_it() -> None:
     assert (args.random_input_len, args.random_output_len, args.num_prompts, args.max_concurrency) == (16, 64, 8, 4)
     assert (args.lora_modules, args.lora_assignment) == (["a", "b"], "round-robin")
     assert (args.temperature, args.seed, args.ready_check_timeout_sec) == (0.0, 3, 0)
+
+
+def test_kernels_are_tuned_for_the_adapters_that_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = shapes.of_shape(shapes.TINY, tmp_path)
+    with pytest.raises(ValueError, match="leave it out"):
+        tax.tuned_kernels(subject, 64, 20, tmp_path, print)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA L4")
+    measured: list[tuned.Product] = []
+    said: list[str] = []
+    found = tax.tuned_kernels(
+        subject, 64, 20, tmp_path / "kernels", said.append, lambda one: measured.append(one) or (lambda *_: 1.0)
+    )
+    assert found == {tuned.VARIABLE: str(tmp_path / "kernels")}
+    assert [(one.slots, one.rank) for one in measured] == [(64, 32)]
+    assert tuned.has(tmp_path / "kernels", "NVIDIA L4", measured)
+    assert said[0].startswith("shrink, 1 rows: ")

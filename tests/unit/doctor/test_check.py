@@ -13,6 +13,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from f2l_vllm.bench import run
+from f2l_vllm.bench.suites.tax import adapters_of, cells
 from f2l_vllm.cli import gpus
 from f2l_vllm.cli.main import app
 from f2l_vllm.doctor import adapters, check, parity
@@ -102,7 +103,25 @@ def test_a_suite_that_cannot_be_measured_is_a_finding_and_the_next_goes_on(
 def test_every_suite_has_keys_that_it_knows(has_gpu: bool) -> None:
     for name, changes in (check._ON_GPU if has_gpu else check._ON_CPU).items():
         if name != "internalize":
-            assert check.suites.load(name, changes).suite == name
+            assert check.suites.load(check.suite_of(name), changes).suite == check.suite_of(name)
+
+
+def test_a_gpu_is_measured_where_it_matters() -> None:
+    loaded = {
+        name: check.suites.load(check.suite_of(name), changes)
+        for name, changes in check._ON_GPU.items()
+        if name != "internalize"
+    }
+    for name, frames in (("latency", 12), ("long-latency", 512)):
+        one = loaded[name]
+        assert frames in one.frames
+        assert frames <= one.count_above  # timed
+        assert {"adapter", "adapter-cold", "frames"} <= set(one.arms)  # cold: from the upload to the answer
+    for name, is_tuned in (("tax", False), ("tuned-tax", True)):
+        tax = loaded[name]
+        assert any(32 in adapters_of(tax, cell) for cell in cells(tax))
+        assert tax.tuned == is_tuned
+    assert max(check._ON_GPU["internalize"]) == 1024  # a worker's peak
 
 
 def test_an_engine_that_does_not_answer_is_a_finding_and_the_next_is_asked(

@@ -219,7 +219,6 @@ def test_serve_uses_what_was_tuned_for_its_gpu_slots_and_rank(
     for other in (["--max-loras", "8"], ["--max-lora-rank", "64"], ["--lora-target-modules", "down_proj", "q_proj"]):
         assert tuned.VARIABLE not in plan("f2l-tiny", {}, other).env
     monkeypatch.setattr(gpus, "find", lambda: gpus.Gpus(("0",), 80 << 30, 1, (13, 0), name="NVIDIA L4"))
-    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     assert tuned.VARIABLE not in plan("f2l-tiny", {}, []).env
 
 
