@@ -149,8 +149,8 @@ class VideoEncoder:
         at_once = max(1, SOURCE_BYTES_AT_ONCE * len(frames_FHW3) // frames_FHW3.nbytes)
         device = next(self.model.parameters()).device
         processor, edge = self.processor.video_processor, sampled.sampling.longest_edge
-        # As bytes to the device, which is a quarter of what they become there. The copy waits for a GPU, so that no more
-        # than one part is queued.
+        # As bytes to the device, which is a quarter of what they become there. The copy waits for a GPU, so that no
+        # more than one part is queued.
         parts = [self.family.prepare_frames(processor, part.to(device), edge) for part in frames_FHW3.split(at_once)]
         return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
