@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,6 +18,8 @@ from pathlib import Path
 START_SECONDS = 600.0
 STOP_SECONDS = 60.0
 LOOPBACK = "127.0.0.1"
+_RAYS_LAST_PORT = 19_999  # of the workers' ports, by `ray start --max-worker-port`
+_PORT_TRIES = 100
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -138,8 +142,23 @@ def url_of(host: str, port: int) -> str:
 
 
 def free_port(host: str = LOOPBACK) -> int:
-    """A port of this address that nobody listens at."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of this address that nobody listens at.
+
+    It is below those that the system gives to outgoing connections, any of which could take it before it is used, and
+    above those that Ray gives to its workers.
+    """
+    for port in random.SystemRandom().sample(range(_RAYS_LAST_PORT + 1, _first_given_port()), _PORT_TRIES):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            try:
+                probe.bind((host, port))
+                return port
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+    raise OSError(f"no port of {host} is free")
+
+
+def _first_given_port() -> int:
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first = int(given.read_text().split()[0]) if given.exists() else 0
+    return first if first > _RAYS_LAST_PORT + _PORT_TRIES else 1 << 15

@@ -19,6 +19,7 @@ import dns.message
 import dns.rrset
 import httpx
 
+from f2l_vllm.server_process import free_port
 from tests.support import ROOT
 
 BY_NAME = "haproxy by name"  # looks its servers up, as in Kubernetes
@@ -156,8 +157,7 @@ def balanced(name: str, folder: Path, servers: list[StandIn]) -> Iterator[str]:
     """The URL of a balancer of `CONFIGS`, with its configuration of `launch/` but for the ports."""
     program, text = find(name), (ROOT / "launch" / CONFIGS[name]).read_text()
     assert program is not None
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     used = [*((server.host, server.port) for server in servers), ("127.0.0.1", port)]
     for known, (host, own) in zip(PORTS, used, strict=True):
         for between in (":", ", port_value: "):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+
+from f2l_vllm.server_process import free_port
 
 _START_SECONDS = 60.0
 
@@ -33,8 +34,7 @@ class S3:
         program = shutil.which("moto_server", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
         if program is None:
             raise RuntimeError("an S3 server is needed: pip install -e '.[test]' brings moto_server")
-        with socket.create_server((address, 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port(address)
         endpoint = f"http://{address}:{port}"
         self.environment = environment(endpoint)
         quiet = subprocess.DEVNULL

@@ -1,6 +1,8 @@
 """What starts and watches a server, with a stand-in for the server; `tests/e2e/cli` starts ours."""
 
+import socket
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -40,4 +42,15 @@ def test_an_ipv6_address_is_in_brackets(host, url):
 
 @pytest.mark.parametrize("host", ["::1", "127.0.0.1"])
 def test_a_free_port_is_one_of_the_address(host):
-    assert free_port(host) > 0
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.bind((host, free_port(host)))
+
+
+def test_a_free_port_is_never_one_that_a_connection_could_take_meanwhile():
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert all(free_port() < first for _ in range(100))
+
+
+def test_an_address_of_another_machine_has_no_free_port():
+    with pytest.raises(OSError, match="Cannot assign requested address"):
+        free_port("192.0.2.1")

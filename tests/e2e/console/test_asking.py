@@ -138,3 +138,19 @@ def test_an_error_is_a_sentence_with_its_code(visit, film):
     page.keyboard.press("Enter")
     problem = page.locator(".side.is-adapter .problem")
     expect(problem).to_have_text("Every place in the engine is taken. Ask again in a moment. too_many_videos_in_use")
+
+
+def test_a_question_asked_before_its_videos_are_known_is_about_all_of_them(host, visit, films):
+    ids = [host.server.upload(film).id for film in films[1:]]
+    page, held, bodies = visit.page, [], sent(visit.page)
+    page.route("**/v1/files?*", lambda route: route.fulfill(json={"data": [], "has_more": False}))
+    page.route(f"**/v1/files/{ids[0]}", lambda route: held.append(route))
+    page.goto(f"{visit.url}/console/#/ask/{','.join(ids)}")
+    expect(page.locator(".timeline")).to_have_count(1)
+    page.get_by_label("Question", exact=True).fill(QUESTION)
+    page.keyboard.press("Enter")
+    assert not bodies
+    for route in held:
+        route.continue_()
+    expect(page.locator(".question").first.locator("[data-state=done]")).to_have_count(2)
+    assert [part["file"]["file_id"] for part in bodies[0]["messages"][0]["content"][:-1]] == ids

@@ -4,7 +4,6 @@ import hashlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.catalog.tables import Upload
 from f2l_vllm.cli.workers import plan
+from f2l_vllm.server_process import free_port
 from f2l_vllm.store.cached_store import open_store
 from tests.e2e.pool.test_pool import decoders, hanging_decoders, until
 from tests.e2e.pool.test_pool_process import session, workers_of
@@ -96,12 +96,6 @@ def site(tmp_path_factory, hypernetwork_model):
 
 def left(home: Path) -> list[Path]:
     return [path for kind in ("videos", "adapters", "tmp") for path in (home / kind).rglob("*") if path.is_file()]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ import httpx
 import psycopg
 
 from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.server_process import free_port
 from tests.soak.history.server import REVISIONS, Place, serve
 from tests.soak.history.worker import work
 from tests.support.postgres import Postgres
@@ -124,11 +124,11 @@ class Cluster:
         self.keys = {tenant: self.catalog.add_key(tenant) for tenant in TENANTS}
         self.servers: dict[str, Member] = {}
         self.workers: dict[str, Member] = {}
-        for number, port in enumerate(_ports(servers)):
+        for number in range(servers):
             home = folder / f"{number}" / "home"
             home.mkdir(parents=True)
             network, host = hosts[number] if hosts else ("", "127.0.0.1")
-            own = Place(f"server-{number}", home, port, network=network, host=host, **self.shared)
+            own = Place(f"server-{number}", home, free_port(), network=network, host=host, **self.shared)
             self.servers[own.name] = Member(own, serve)
             if number < workers:
                 own = replace(own, name=f"worker-{number}", port=0)
@@ -182,14 +182,3 @@ class Cluster:
 def _files(folder: Path) -> list[str]:
     walked = os.walk(folder)  # which, other than `rglob`, passes over what is removed meanwhile
     return sorted(str(Path(place, name).relative_to(folder.parent)) for place, _, names in walked for name in names)
-
-
-def _ports(count: int) -> list[int]:
-    """Free ports."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports

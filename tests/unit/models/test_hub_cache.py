@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from f2l_vllm.server_process import free_port
 
 COMMIT = "a" * 40
 
@@ -25,9 +26,7 @@ def cached(hub: Path, repository: str, source: Path) -> None:
 @pytest.fixture
 def unreachable() -> str:
     """The address of a hub that refuses connections."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 def dry_run(home: Path, **variables: str) -> subprocess.CompletedProcess[str]:

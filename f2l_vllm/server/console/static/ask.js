@@ -40,29 +40,39 @@ export function Ask({ ids }) {
     ${here.map((file) => html`<${Timeline} key=${file.id} file=${file} span=${spans[file.id]}
       onSpan=${(span) => setSpans({ ...spans, [file.id]: span })} onLeave=${ids.length > 1 && leave(file.id)} />`)}
     ${here.filter(hasFailed).map((file) => html`<${Problem} error=${{ ...file.f2l.error, headline: `${file.filename} could not be read` }} />`)}
-    <${Form} files=${here} spans=${spans} tooMany=${ids.length > most && most} />
+    <${Form} files=${here} isFinding=${known.length < ids.length} spans=${spans} tooMany=${ids.length > most && most} />
     ${list.map((one) => html`<${Question} key=${one.number} one=${one} />`)}
   </div>`;
 }
 
-function Form({ files, spans, tooMany }) {
+// `isFinding`: not all files are known yet. A question asked until then is about all of them, once they are.
+function Form({ files, isFinding, spans, tooMany }) {
   const [text, setText] = useState("");
+  const [isHeld, setHeld] = useState(false);
   const [compare, setCompare] = useState(true);
   const input = useRef(null);
   useEffect(() => input.current?.focus(), []);
   const ready = files.length > 0 && files.every(isReady);
-  const submit = (event) => {
-    event.preventDefault();
-    if (!text.trim() || !files.length) return;
+  const cannot = !text.trim() || Boolean(tooMany) || (!files.length && !isFinding);
+  const send = () => {
+    setHeld(isFinding && !cannot);
+    if (isFinding || cannot) return;
     const cut = Object.fromEntries(files.filter((file) => spans[file.id]).map((file) => [file.id, spans[file.id]]));
     ask(text.trim(), files, cut, compare ? ["adapter", "frames"] : ["adapter"]);
     setText("");
   };
+  const submit = (event) => {
+    event.preventDefault();
+    send();
+  };
+  useEffect(() => {
+    if (isHeld) send();
+  }, [isHeld, isFinding]);
   const isCut = files.some((file) => spans[file.id]);
   return html`<form class="asking" onSubmit=${submit}>
     <input ref=${input} type="text" dir="auto" autocomplete="off" aria-label="Question" value=${text} disabled=${Boolean(tooMany)}
       placeholder=${files.length > 1 ? "Ask about these videos" : "Ask about this video"} onInput=${(event) => setText(event.target.value)} />
-    <button type="submit" class="primary" disabled=${!text.trim() || !files.length || Boolean(tooMany)}>Ask</button>
+    <button type="submit" class="primary" disabled=${cannot}>Ask</button>
     <label><input type="checkbox" checked=${compare} onChange=${(event) => setCompare(event.target.checked)} /> Beside it, the answer from the frames${isCut ? " (of whole videos)" : ""}</label>
     <a href="#/">Add a video</a>
     ${tooMany && html`<p class="hint">One question takes at most ${tooMany} videos here.</p>`}
