@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--proxy", choices=("haproxy", "serve"), default="haproxy", help="what stands before the front")
     parser.add_argument("--fronts", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement")
     parser.add_argument("--questions", type=int, default=200, help="to compare first tokens")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -16,9 +16,9 @@ import secrets
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, bindparam, case, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, delete, exists, func, insert, or_, select, update
 
-from f2l_vllm.catalog.database import Database, clock, now, write_tombstones
+from f2l_vllm.catalog.database import Database, clock, moment, now, write_tombstones
 from f2l_vllm.catalog.states import LIVE
 from f2l_vllm.catalog.tables import ADAPTER, LATE, VIDEO, Bytes, Tombstone, adapters, files, jobs, tombstones
 from f2l_vllm.store.address import object_name
@@ -31,11 +31,23 @@ _AT_ONCE = 500  # databases bound the number of parameters
 # Every upload runs these queries. They are built once: building a statement takes longer than running it.
 _SAME_BYTES = and_(files.c.sha256 == bindparam("sha256"), files.c.state.in_(LIVE))
 _LIVE_GENERATION = select(files.c.generation).where(_SAME_BYTES).limit(1)
-_KEPT = (
-    select(files.c.generation, func.max(case((files.c.error_code == LOST, 1), else_=0)))
-    .where(_SAME_BYTES)
-    .group_by(files.c.generation)
+_ARE_MISSING = or_(~exists(_LIVE_GENERATION), exists().where(_SAME_BYTES, files.c.error_code == LOST))
+_RESERVED = tuple(tombstones.c[name] for name in ("kind", "name", "generation", "doomed_at", "reserved"))
+_RESERVATION = select(*(bindparam(column.name, type_=column.type) for column in _RESERVED))
+_RESERVE = insert(tombstones).from_select(_RESERVED, _RESERVATION)
+_RESERVE_IF_MISSING = (
+    insert(tombstones)
+    .from_select(_RESERVED, _RESERVATION.where(_ARE_MISSING))
+    .returning(_LIVE_GENERATION.scalar_subquery())
 )
+_IS_RESERVATION = and_(
+    tombstones.c.kind == VIDEO,
+    tombstones.c.name == bindparam("sha256"),
+    tombstones.c.generation == bindparam("generation"),
+    tombstones.c.reserved.is_(True),
+)
+_END_RESERVATION = delete(tombstones).where(_IS_RESERVATION)
+_END_ONLY_RESERVATION = _END_RESERVATION.where(~exists(_LIVE_GENERATION))
 
 
 class VideoGone(RuntimeError):
@@ -54,15 +66,19 @@ class Tombstones(Database):
         """
         generation = secrets.token_hex(8)
         self._check_room()
+        values = {"kind": VIDEO, "name": sha256, "generation": generation, "reserved": True}
         with self._append() as connection:
-            if not anew:
-                live = connection.execute(_KEPT, {"sha256": sha256}).first()
-                if live is not None and not live[1]:
-                    return Bytes(sha256, live[0], is_new=False)
-                replaces = None if live is None else live[0]
-            values = {"kind": VIDEO, "name": sha256, "generation": generation, "reserved": True}
-            connection.execute(insert(tombstones).values(**values, doomed_at=now(connection)))
-        return Bytes(sha256, generation, is_new=True, replaces=replaces)
+            values["doomed_at"] = moment(connection)
+            if anew:
+                connection.execute(_RESERVE, values)
+                return Bytes(sha256, generation, is_new=True, replaces=replaces)
+            while True:
+                reserved = connection.execute(_RESERVE_IF_MISSING, {**values, "sha256": sha256}).first()
+                if reserved is not None:
+                    return Bytes(sha256, generation, is_new=True, replaces=reserved[0])
+                live: str | None = connection.scalar(_LIVE_GENERATION, {"sha256": sha256})
+                if live is not None:
+                    return Bytes(sha256, live, is_new=False)
 
     def give_back_video(self, video: Bytes) -> list[Tombstone]:
         """End the reservation of a file that was not entered: its bytes may be removed unless a file names them."""
@@ -166,10 +182,9 @@ def name_video(connection: Connection, video: Bytes) -> str:
     Raises:
         VideoGone: the upload relied on bytes that were deleted meanwhile; it has to store them itself.
     """
-    if video.is_new and video.replaces is None:
-        alone = delete(tombstones).where(_reservation(video), ~exists(_LIVE_GENERATION))
-        if connection.execute(alone, {"sha256": video.sha256}).rowcount == 1:
-            return video.generation
+    is_first = video.is_new and video.replaces is None
+    if is_first and connection.execute(_END_ONLY_RESERVATION, _of(video)).rowcount == 1:
+        return video.generation
     live: str | None = connection.scalar(_LIVE_GENERATION, {"sha256": video.sha256})
     if not video.is_new:
         if live != video.generation:
@@ -178,7 +193,7 @@ def name_video(connection: Connection, video: Bytes) -> str:
     if live is not None and live != video.replaces:
         give_back(connection, video)
         return live
-    if connection.execute(delete(tombstones).where(_reservation(video))).rowcount == 0:
+    if connection.execute(_END_RESERVATION, _of(video)).rowcount == 0:
         raise VideoGone
     if live is not None:
         same_bytes = and_(files.c.sha256 == video.sha256, files.c.state.in_(LIVE))
@@ -193,14 +208,13 @@ def give_back(connection: Connection, video: Bytes) -> list[Tombstone]:
     """End an unused reservation: its bytes may be removed. The tombstone gets a number of its own, because servers may
     have forgotten everything up to the reservation's."""
     write_tombstones(connection)
-    if connection.execute(delete(tombstones).where(_reservation(video))).rowcount == 0:
+    if connection.execute(_END_RESERVATION, _of(video)).rowcount == 0:
         return []
     return doom(connection, VIDEO, [(video.sha256, video.generation)])
 
 
-def _reservation(video: Bytes) -> Any:
-    of_video = and_(tombstones.c.name == video.sha256, tombstones.c.generation == video.generation)
-    return and_(of_video, tombstones.c.kind == VIDEO, tombstones.c.reserved.is_(True))
+def _of(video: Bytes) -> dict[str, str]:
+    return {"sha256": video.sha256, "generation": video.generation}
 
 
 def tombstone_record(row: Row[Any]) -> Tombstone:
