@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from f2l_vllm.cli.main import app
 from f2l_vllm.doctor import adapters, parity
+from f2l_vllm.doctor.parity import Checked, Variant
 from f2l_vllm.server_process import free_port
 
 
@@ -59,3 +60,12 @@ def test_it_agrees_here_and_a_planted_fault_is_found(tmp_path: Path, monkeypatch
         "1 of 4 checks disagree or did not run: V1 runner, graphs NONE, float32: adapters and base rows" in ran.output
     )
     assert "has another model's answer" in ran.output
+
+
+def test_an_engine_that_ends_is_told_with_its_log(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"text_config": {"max_position_embeddings": 512}}')
+    videos = {"film": tmp_path / "film.mp4"}
+    videos["film"].write_bytes(b"")
+    nowhere = Checked(tmp_path, videos, 16, ("down_proj",), videos, "no-such-dtype")
+    with pytest.raises(parity.EngineFailed, match=r"(?s)gave no answers \(exit code 1\).*no-such-dtype"):
+        parity.ask(nowhere, Variant("V1", graphs=False), tmp_path)

@@ -138,13 +138,3 @@ def test_a_gpu_has_both_runners_with_and_without_graphs() -> None:
         ("V2", True),
     }
     assert parity.variants(False) == [V1]
-
-
-def test_an_engine_that_ends_is_told_with_its_log(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"text_config": {"max_position_embeddings": 512}}')
-    videos = {name: tmp_path / path for name, path in VIDEOS.items()}
-    for path in videos.values():
-        path.write_bytes(b"")
-    nowhere = Checked(tmp_path, videos, 16, ("down_proj",), videos, "no-such-dtype")
-    with pytest.raises(parity.EngineFailed, match=r"(?s)gave no answers \(exit code 1\).*no-such-dtype"):
-        parity.ask(nowhere, V1, tmp_path)
