@@ -1,4 +1,5 @@
-"""`python -m benchmarks.startup`: start-up, upload to ready, time to first token and peak memory of a served model.
+"""`python -m benchmarks.startup`: start-up and its steps, upload to ready, time to first token and peak memory of a
+served model.
 
 Every video is fresh. For each, the same question is asked once from its adapter and once from its frames in context,
 in turn and each first as often as second, so neither finds the other's prefix cache: adapters and frames share no
@@ -8,9 +9,13 @@ prompt beyond the first tokens.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,16 @@ _ROLES = {
     "engine": "VLLM::EngineCore",
     "pool and ray": "ray",
 }
+# Where a start has come to, by what the log then says.
+_STEPS = {
+    "the command has checked everything and becomes vLLM": "starting vLLM",
+    "the engine has the model's weights": "Loading weights took",
+    "the engine has its KV cache": "KV cache size",
+    "the API server has the catalog and the store": "data in",
+    "the hypernetwork worker is ready": "hypernetwork worker ready",
+    "all is ready": "ready: http",
+}
+_TICK = os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -48,9 +63,8 @@ def main() -> None:
     )
     for key in ("prompt_tokens_adapter", "prompt_tokens_frames"):
         results[key] = summary([value for r in rounds for value in r[key]])
-    results["peak_memory_mib"] = {
-        role: summary([r["peak_memory_mib"][role] for r in rounds]) for role in rounds[0]["peak_memory_mib"]
-    }
+    for key in ("start_steps_s", "start_cpu_s", "peak_memory_mib"):
+        results[key] = {what: summary([r[key][what] for r in rounds]) for what in rounds[0][key]}
     record.write(options.json, {"model": options.model, "rounds": options.rounds, "videos": options.videos}, results)
 
 
@@ -66,11 +80,13 @@ def one_round(model: str, videos: int, seed: int) -> dict[str, Any]:
             write_mp4(scene, Path(folder) / f"{index}.mp4", size=(320, 240))
             for index, scene in enumerate(sample_scenes(videos + 1, seed=seed, split="held-out"))
         ]
-        started = time.perf_counter()
-        server = ServerProcess(model, Path(folder) / "home")
+        started, began = time.perf_counter(), time.time()
+        server = ServerProcess(model, Path(folder) / "home", env={"F2L_LOG_FORMAT": "json"})
         try:
             server.wait_ready()
             row["start_s"] = time.perf_counter() - started
+            row["start_steps_s"] = steps(server.log, began)
+            row["start_cpu_s"] = by_role(server, cpu_seconds)
             client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
             for index, path in enumerate(paths):
                 started = time.perf_counter()
@@ -85,18 +101,34 @@ def one_round(model: str, videos: int, seed: int) -> dict[str, Any]:
                 for arm, answer in answers.items():
                     row[f"ttft_{arm}_ms"].append(answer.ttft * 1e3)
                     row[f"prompt_tokens_{arm}"].append(answer.prompt_tokens)
-            row["peak_memory_mib"] = memory(server)
+            row["peak_memory_mib"] = by_role(server, record.peak_memory_mib)
         finally:
             server.stop()
     return row
 
 
-def memory(server: ServerProcess) -> dict[str, float]:
-    """Peak resident MiB by role; pages that processes share are counted in each."""
-    found = {"api server": record.peak_memory_mib(server.process.pid), **dict.fromkeys(_ROLES, 0.0)}
+def steps(log: Path, began: float) -> dict[str, float]:
+    """Seconds from the start to each step."""
+    events = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    return {
+        step: next(datetime.fromisoformat(event["time"]).timestamp() for event in events if mark in event["message"])
+        - began
+        for step, mark in _STEPS.items()
+    }
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process and the children that it has waited for have taken so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return sum(map(int, fields[11:15])) / _TICK
+
+
+def by_role(server: ServerProcess, of: Callable[[int], float]) -> dict[str, float]:
+    """Sums over the processes of each role; of memory, pages that processes share are counted in each."""
+    found = {"api server": of(server.process.pid), **dict.fromkeys(_ROLES, 0.0)}
     for pid, command in server.descendants().items():
         role = next((role for role, mark in _ROLES.items() if mark in command), "pool and ray")
-        found[role] += record.peak_memory_mib(pid)
+        found[role] += of(pid)
     return found
 
 

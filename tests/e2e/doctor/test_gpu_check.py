@@ -64,8 +64,9 @@ def test_it_agrees_here_and_a_planted_fault_is_found(tmp_path: Path, monkeypatch
 
 def test_an_engine_that_ends_is_told_with_its_log(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"text_config": {"max_position_embeddings": 512}}')
-    videos = {"film": tmp_path / "film.mp4"}
-    videos["film"].write_bytes(b"")
+    videos = {name: tmp_path / f"{name}.mp4" for name in ("one", "two", "three")}
+    for path in videos.values():
+        path.write_bytes(b"")
     nowhere = Checked(tmp_path, videos, 16, ("down_proj",), videos, "no-such-dtype")
     with pytest.raises(parity.EngineFailed, match=r"(?s)gave no answers \(exit code 1\).*no-such-dtype"):
         parity.ask(nowhere, Variant("V1", graphs=False), tmp_path)
