@@ -38,6 +38,14 @@ def progress(console: Console, every: float = EVERY_SECONDS) -> Iterator[Tell]:
         yield _Lines(every)
 
 
+def say(console: Console, text: str) -> None:
+    """Print a line for people: above the bars on a terminal, elsewhere on stderr."""
+    if console.is_terminal:
+        console.print(text, markup=False, highlight=False)
+    else:
+        _line(text)
+
+
 @contextmanager
 def status(console: Console, what: str) -> Iterator[None]:
     """Show that something takes a while, for an unknown time."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from f2l_vllm import torch_shims
-from f2l_vllm.cli.progress import progress
+from f2l_vllm.cli.progress import EVERY_SECONDS, progress, say
+
+if TYPE_CHECKING:
+    from f2l_vllm.train.trackers import Trackers
 
 console = Console()
 
@@ -29,6 +34,9 @@ def train(
     model: Annotated[str, typer.Option(help="Base model: shipped model, directory, or hub id.")] = "f2l-tiny",
     split: Annotated[str | None, typer.Option(help="Only the manifests' examples of this split.")] = None,
     validation: Annotated[Path | None, typer.Option(help="Manifest whose loss is taken before and after.")] = None,
+    validate_every: Annotated[
+        int | None, typer.Option(min=1, help="Take it after every so many steps, too, and keep the best hypernetwork.")
+    ] = None,
     hypernetwork: Annotated[
         str | None, typer.Option(help="Start from this one: directory, released .pt file, or hub id.")
     ] = None,
@@ -51,6 +59,9 @@ def train(
     kl: Annotated[float, typer.Option(min=0.0, help="Weight of the divergence from the model with frames.")] = 0.0,
     precision: Annotated[str, typer.Option(help="fp32 or bf16; weights stay in fp32.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Seed of weights, order and choices.")] = 0,
+    log_with: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb or trackio; may be given several times.")
+    ] = None,
     extend: Annotated[
         bool, typer.Option("--extend", help="Go on from the finished run in the folder, for --steps or --epochs more.")
     ] = False,
@@ -61,15 +72,19 @@ def train(
     from f2l_vllm.base_models.registry import check_module
     from f2l_vllm.train import folder
     from f2l_vllm.train.data.manifest import read_manifest
+    from f2l_vllm.train.trackers import Trackers, check_trackers
 
     if hypernetwork is not None and extend:
         raise typer.BadParameter("--extend starts from the hypernetwork in the folder: leave out --hypernetwork")
+    if validate_every is not None and validation is None:
+        raise typer.BadParameter("--validate-every needs --validation, the manifest to validate with")
     given = [name for name in _SHAPE if _is_given(context, name)]
     if given and (extend or hypernetwork is not None):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise typer.BadParameter(f"{flags}: only a new hypernetwork takes its shape from flags; this one has its own")
     try:  # first the checks without torch, which takes seconds to load
         folder.check(output, _FINISHED, overwrite=overwrite, extend=extend)
+        check_trackers(log_with or ())
         examples = [example for path in manifest for example in read_manifest(path, split)]
         held_out = [] if validation is None else read_manifest(validation)
         directory = models.resolve(model)
@@ -105,6 +120,7 @@ def train(
             frames=numbers[0],
             chunks=numbers[1],
             precision=precision,
+            validate_every=validate_every,
         )
         base = AutoModelForImageTextToText.from_pretrained(str(directory), dtype="auto")
         processor = AutoProcessor.from_pretrained(str(directory))
@@ -114,7 +130,7 @@ def train(
             folder.prepare(output, overwrite=overwrite, extend=extend)
         loop.wait()
         if extend:
-            start = run / folder.START_FOLDER / "hypernetwork"
+            start = run / folder.START_FOLDER / folder.BEST
             hyper = Hypernetwork.load(start, base_model=str(directory))
         elif weights is not None:
             hyper = Hypernetwork.load(weights, base_model=str(directory))
@@ -135,8 +151,12 @@ def train(
         if longest_edge is not None:
             hyper.config = replace(hyper.config, longest_edge=longest_edge)
         with progress(console) as tell:
+            trackers = Trackers(log_with or (), run, output, context.params) if loop.is_main else None
             loop.on_progress = lambda stage, done: tell(stage, done, 1)
+            loop.on_log = _Lines(trackers)
             report = train_to(output, Trainer(base, processor, hyper, loop), examples, options, held_out)
+            if trackers is not None:
+                trackers.finish()
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     if loop.is_main:
@@ -177,6 +197,29 @@ def make_model(
     if "bytes" in report:  # only in the process that wrote the files
         plot_training(output / LOG_FILE, output)
         console.print(json.dumps(report, indent=2))
+
+
+class _Lines:
+    """Prints the log of a run, a line now and then and one for every validation, and passes all of it to trackers."""
+
+    def __init__(self, trackers: Trackers | None) -> None:
+        self._trackers, self._said = trackers, 0.0
+
+    def __call__(self, stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
+        if self._trackers is not None:
+            self._trackers.log(stage, step, steps, figures)
+        at = time.monotonic()
+        if at - self._said < EVERY_SECONDS and step != steps and "validation" not in figures:
+            return
+        self._said = at
+        words = [f"step {step} of {steps}", f"loss {figures['smoothed']:.4f}"]
+        if "validation" in figures:
+            words.append(f"validation loss {figures['validation']:.4f}")
+        if "tokens_per_s" in figures:
+            words.append(f"{figures['tokens_per_s']:,.0f} tokens/s")
+        words.append(f"{timedelta(seconds=round(figures['eta_s']))} to go")
+        words.append(f"{figures['peak_memory_mib'] / 1024:.1f} GiB at most")
+        say(console, f"{stage}: {', '.join(words)}")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -12,6 +12,8 @@ from f2l_vllm.files import atomic_directory
 
 LOG_FILE = "log.jsonl"
 REPORT_FILE = "training.json"
+BEST = "hypernetwork"  # what is served, and what an extension goes on from
+LAST = "hypernetwork-last"  # the last weights, where those of the best validation are served
 RUN_FOLDER = ".run"  # checkpoints and log of a run that is not finished
 START_FOLDER = "start"  # inside it: the result that an extension goes on from
 _ENDED_FOLDER = ".run.ended"
@@ -58,7 +60,7 @@ def prepare(output: Path, *, run: str = RUN_FOLDER, overwrite: bool, extend: boo
     elif extend and not start.is_dir():
         shutil.rmtree(output / run, ignore_errors=True)
         with atomic_directory(start) as staging:
-            shutil.copytree(output / "hypernetwork", staging / "hypernetwork")
+            shutil.copytree(output / BEST, staging / BEST)
             for name in (REPORT_FILE, LOG_FILE):
                 if (output / name).exists():
                     shutil.copy(output / name, staging / name)

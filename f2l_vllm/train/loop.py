@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -24,9 +24,13 @@ from f2l_vllm.files import sync, write_whole
 from f2l_vllm.hypernetwork.weights import digest
 from f2l_vllm.train.folder import LOG_FILE
 from f2l_vllm.train.optimizer import MuonAdamW
+from f2l_vllm.train.pace import MEASURED, Pace
 from f2l_vllm.train.steps import Losses, Progress, Randomness, report
+from f2l_vllm.train.validation import Validation
 
 LOG_EVERY = 10  # steps
+# Called with a stage's name, how many of its steps are done and how many it has, and the figures of the last one.
+OnLog = Callable[[str, int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,13 @@ class Loss:
         figures: for the log.
         weight: of this mean among the step's parts: its number of tokens if a step should learn the same however it is
             cut into parts, 1 if parts count alike.
+        tokens: that were read for it, of videos and of text; 0 if nobody counts them.
     """
 
     mean: Tensor
     figures: dict[str, float] = field(default_factory=dict)
     weight: float = 1.0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Stage:
         schedule: returns the factor on the learning rates, given a step and the number of steps.
         accumulate: losses per step and process; they and those of the other processes are averaged by weight.
         identity: what else the steps depend on, by name, in plain types; a different identity is a different run.
+        validation: taken during the stage; it goes on with the run, too.
     """
 
     name: str
@@ -65,6 +72,15 @@ class Stage:
     schedule: Callable[[int, int], float]
     accumulate: int = 1
     identity: Mapping[str, Any] = field(default_factory=dict)
+    validation: Validation | None = None
+
+
+class _Sums(NamedTuple):
+    """Of the parts of a step: losses times weights, weights, tokens."""
+
+    loss: float = 0.0
+    weight: float = 0.0
+    tokens: float = 0.0
 
 
 class Loop:
@@ -76,6 +92,7 @@ class Loop:
         device: where the loss is computed; None for this process's GPU, or the CPU.
         save_seconds: time between checkpoints.
         on_progress: called with a stage's name and how much of it is done, from 0 to 1.
+        on_log: called in the main process with every line of the log.
     """
 
     def __init__(
@@ -86,9 +103,11 @@ class Loop:
         device: torch.device | None = None,
         save_seconds: float = 60.0,
         on_progress: Progress | None = None,
+        on_log: OnLog | None = None,
     ) -> None:
         self.seed = seed
         self.on_progress = on_progress
+        self.on_log = on_log
         on_cpu = not torch.cuda.is_available() if device is None else device.type == "cpu"
         self._processes = PartialState(cpu=on_cpu)
         self.device: torch.device = device or self._processes.device
@@ -120,6 +139,12 @@ class Loop:
         """Return when every process has called this."""
         self._processes.wait_for_everyone()
 
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum of all processes' `numbers`; every process has to call it."""
+        if self.processes == 1:
+            return numbers
+        return reduce(numbers.to(self.device), reduction="sum").to(numbers.device)
+
     def run(self, stage: Stage, notes: dict[str, str] | None = None) -> dict[str, float]:
         """Train until all steps of a stage are done, counting those of an earlier run that was stopped.
 
@@ -150,23 +175,34 @@ class Loop:
             stage.optimizer.load_state_dict(kept["optimizer"])
             losses, first, cpu_seconds = Losses(*kept["losses"]), kept["step"], kept["cpu_seconds"]
             notes |= kept.get("notes", {})
+            if stage.validation is not None:
+                stage.validation.load_state_dict(kept["validation"])
         self._cut_log(stage.name, first)
         self.wait()  # a late process must not find a checkpoint that another one writes from here on
+        if stage.validation is not None and not stage.validation.losses:
+            stage.validation.take(0, stage.module)
         stage.module.train()
         started, saved = time.process_time() - cpu_seconds, time.monotonic()
+        pace = Pace(self.device, first)
         for step in range(first, stage.steps):
-            total, weight, figures = self._losses(stage, step)
+            sums, figures = self._losses(stage, step)
             late = path is not None and self.is_main and time.monotonic() - saved > self._save_seconds
-            total, late = self._average(stage.optimizer, total, weight, late)
+            total, late, tokens = self._average(stage.optimizer, sums, late)
+            pace.add(tokens)
             to_keep = late or step == stage.steps - 1
             if to_keep:
                 self._gather(notes)
             factor = stage.schedule(step, stage.steps)
             norm = stage.optimizer.step(factor)
             losses.add(total)
+            figures = {"loss": total, "smoothed": losses.smoothed, **figures, "norm": norm, "factor": factor}
+            if stage.validation is not None and stage.validation.is_due(step + 1, stage.steps):
+                figures["validation"] = stage.validation.take(step + 1, stage.module)
             if self.is_main:
-                figures = {"loss": total, "smoothed": losses.smoothed, **figures, "norm": norm, "factor": factor}
-                self._log(stage, step, figures, time.process_time() - started)
+                if step % LOG_EVERY == 0 or step == stage.steps - 1 or "validation" in figures:
+                    figures |= pace.figures(step + 1, stage.steps)
+                    figures["cpu_seconds"] = round(time.process_time() - started, 1)
+                    self._log(stage, step + 1, figures)
                 report(self.on_progress, stage.name, step, stage.steps, figures)
                 if path is not None and to_keep:
                     kept = {
@@ -177,6 +213,7 @@ class Loop:
                         "notes": dict(notes),
                         "module": stage.module.state_dict(),
                         "optimizer": stage.optimizer.state_dict(),
+                        "validation": None if stage.validation is None else stage.validation.state_dict(),
                     }
                     _save(kept, path)
                     saved = time.monotonic()
@@ -186,44 +223,45 @@ class Loop:
             result = broadcast_object_list([result])[0]
         return result
 
-    def _losses(self, stage: Stage, step: int) -> tuple[float, float, dict[str, float]]:
-        """Add up the gradients of a step's parts; the sums of weighted losses and of weights, and the last figures."""
-        total = weight = 0.0
-        figures: dict[str, float] = {}
+    def _losses(self, stage: Stage, step: int) -> tuple[_Sums, dict[str, float]]:
+        """Add up the gradients of a step's parts; this process's sums, and the last figures."""
+        sums, figures = _Sums(), dict[str, float]()
         stage.optimizer.zero_grad()
         for part in range(stage.accumulate):
             name = f"{stage.name}:{step}" if stage.accumulate == 1 else f"{stage.name}:{step}:{part}"
             loss = stage.step_loss(Randomness.of(name, self.seed, self.process), step)
             share = loss.weight if stage.accumulate * self.processes > 1 else 1.0  # a single mean needs no weight
             (loss.mean * share).backward()
-            total, weight, figures = total + loss.mean.item() * share, weight + share, loss.figures
-        return total, weight, figures
+            sums = _Sums(sums.loss + loss.mean.item() * share, sums.weight + share, sums.tokens + loss.tokens)
+            figures = loss.figures
+        return sums, figures
 
-    def _average(self, optimizer: MuonAdamW, total: float, weight: float, late: bool) -> tuple[float, bool]:
+    def _average(self, optimizer: MuonAdamW, own: _Sums, late: bool) -> tuple[float, bool, float]:
         """Turn the sums over all processes into weighted means: the gradients in place, the loss returned.
 
         Args:
-            total, weight: this process's sums of weighted losses, and of weights.
+            own: this process's sums.
             late: whether it is time for a checkpoint by this process's clock.
 
         Returns:
-            The mean loss, and whether it is time for a checkpoint by any process's clock.
+            The mean loss, whether it is time for a checkpoint by any process's clock, and the tokens of all.
         """
         if self.processes > 1:
             for parameter in optimizer.parameters:
                 if parameter.grad is None:  # this process's videos did not need it; another's may
                     parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in optimizer.parameters if parameter.grad is not None]
+        total, weight, tokens = own
         if self.processes > 1:
-            sums = torch.tensor([total, weight, late], device=gradients[0].device)
+            sums = torch.tensor([*own, late], device=gradients[0].device)
             flat = reduce(torch.cat([*(gradient.flatten() for gradient in gradients), sums]), reduction="sum")
             *parts, sums = flat.split([*(gradient.numel() for gradient in gradients), len(sums)])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
-            total, weight, late = sums.tolist()
+            total, weight, tokens, late = sums.tolist()
         for gradient in gradients:
             gradient.div_(weight)
-        return total / weight, bool(late)
+        return total / weight, bool(late), tokens
 
     def _gather(self, notes: dict[str, str]) -> None:
         """Give every process the notes of all; every process has to call it."""
@@ -231,12 +269,13 @@ class Loop:
             for others in gather_object([notes]):
                 notes |= others
 
-    def _log(self, stage: Stage, step: int, figures: dict[str, float], seconds: float) -> None:
-        if self._folder is None or (step % LOG_EVERY and step != stage.steps - 1):
-            return
-        line = {"stage": stage.name, "step": step + 1, **{name: round(value, 6) for name, value in figures.items()}}
-        with (self._folder / LOG_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, "cpu_seconds": round(seconds, 1)}) + "\n")
+    def _log(self, stage: Stage, step: int, figures: dict[str, float]) -> None:
+        if self._folder is not None:
+            kept = {name: value if name in MEASURED else round(value, 6) for name, value in figures.items()}
+            with (self._folder / LOG_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": stage.name, "step": step, **kept}) + "\n")
+        if self.on_log is not None:
+            self.on_log(stage.name, step, stage.steps, figures)
 
     def _cut_log(self, stage: str, step: int) -> None:
         """Forget what a stopped run logged after its last checkpoint: those steps are taken again."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +39,7 @@ from f2l_vllm.train.loop import Loop, Loss, Stage
 from f2l_vllm.train.optimizer import MuonAdamW, warm_cosine
 from f2l_vllm.train.packing import IGNORED, PackedBatch, pack
 from f2l_vllm.train.steps import Randomness
+from f2l_vllm.train.validation import Validation
 from f2l_vllm.video.sample import SampledVideo, Sampling
 
 STAGE = "hypernetwork"
@@ -62,6 +64,7 @@ class TrainingOptions:
         frames: numbers of frames to mix; the largest becomes the hypernetwork's own. Empty: its own alone.
         chunks: numbers of chunks to mix.
         precision: of the computation; weights and optimizer stay in fp32.
+        validate_every: steps between two validations, the best of which is kept; None validates before and after.
 
     Raises:
         ValueError: a value that cannot be used; the message says which.
@@ -80,13 +83,16 @@ class TrainingOptions:
     frames: tuple[int, ...] = ()
     chunks: tuple[int, ...] = (1,)
     precision: str = "fp32"
+    validate_every: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "videos", "accumulate", "questions", "learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}.")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be positive, got {self.steps!r}.")
+        for name in ("steps", "validate_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, got {value!r}.")
         if self.kl < 0:
             raise ValueError(f"kl is the weight of a loss and cannot be negative, got {self.kl!r}.")
         if not self.chunks or min((*self.chunks, *self.frames)) < 1:
@@ -115,6 +121,7 @@ class Trainer:
         self.processor, self.loop = processor, loop
         self.encoder = VideoEncoder(model, processor)
         self.conversations = Conversations(processor)
+        self.best: dict[str, Tensor] | None = None
         self._pad: int = processor.tokenizer.pad_token_id
 
     def train(
@@ -132,7 +139,8 @@ class Trainer:
 
         Returns:
             the result of `Loop.run`, the videos left out with their reasons, and the loss on the validation examples
-            before and after.
+            before and after; with `validate_every` also after every so many steps, and where it was best. The
+            hypernetwork has the last weights then, `self.best` the best.
 
         Raises:
             ValueError: examples that cannot be trained on, or a step whose videos cannot be shared evenly.
@@ -156,6 +164,8 @@ class Trainer:
         )
         lessons = lessons_of(examples, seed=self.loop.seed)
         held_out = lessons_of(validation, seed=0) if validation else None
+        if options.validate_every and held_out is None:
+            raise ValueError("validate_every needs validation examples: name their manifest with --validation.")
         steps = options.steps or max(1, math.ceil(options.epochs * len(lessons) / options.videos))
         named = self.hyper.named_parameters()
         optimizer = MuonAdamW(
@@ -174,7 +184,11 @@ class Trainer:
             part = (part + 1) % options.accumulate
             return self.loss(lessons.take(first, share, randomness.shared, randomness.rng), options)
 
-        before = None if held_out is None else self.validate(held_out, options)
+        course: Validation | None = None
+        if held_out is not None:
+            measure = partial(self.validate, held_out, options)
+            keeps_best = options.validate_every is not None and self.loop.is_main
+            course = Validation(measure, options.validate_every or steps, keep_best=keeps_best)
         stage = Stage(
             f"{STAGE}-{len(earlier) + 1}" if earlier else STAGE,
             self.hyper,
@@ -183,23 +197,31 @@ class Trainer:
             steps,
             warm_cosine,
             options.accumulate,
-            self._identity(lessons, options, sampling),
+            self._identity(lessons, held_out, options, sampling),
+            course,
         )
         result: dict[str, Any] = self.loop.run(stage, lessons.unusable)
         if options.frames:  # wherever it is used, it reads as many frames as it has learned to read
             self.hyper.config = replace(config, max_frames=max(options.frames))
         result |= {"videos": len(lessons), "left_out": lessons.unusable}
-        if held_out is not None:
-            result["validation_loss"] = {"before": before, "after": self.validate(held_out, options)}
+        if course is not None:
+            losses = [{"step": step, "loss": round(loss, 4)} for step, loss in course.losses.items()]
+            result["validation_loss"] = {"before": losses[0]["loss"], "after": losses[-1]["loss"]}
+            if options.validate_every:
+                self.best = course.best
+                result |= {"validations": losses, "best_step": course.best_step}
         return result
 
-    def _identity(self, lessons: Lessons, options: TrainingOptions, sampling: Sampling) -> dict[str, Any]:
+    def _identity(
+        self, lessons: Lessons, held_out: Lessons | None, options: TrainingOptions, sampling: Sampling
+    ) -> dict[str, Any]:
         """What the steps depend on besides what the loop knows; epochs are given as the steps they make."""
         known = {"epochs", "steps", "accumulate"}
         return {
             **{name: value for name, value in asdict(options).items() if name not in known},
             **asdict(sampling),
             "examples": lessons.digest(),
+            "validation": None if held_out is None else held_out.digest(),
             "model": name_of(self.model),
         }
 
@@ -209,24 +231,26 @@ class Trainer:
         device = self.loop.device
         context: Any = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
         with context:
-            chunks = []
+            chunks, tokens = [], 0
             for index in range(len(lessons[0].chunks)):
                 features_BLTD, mask_BT = self.features([lesson.chunks[index] for lesson in lessons])
+                tokens += int(mask_BT.sum())
                 chunks.append(self.hyper(features_BLTD.to(self.hyper.head.weight.dtype), mask_BT))
             prefix, turns = self.conversations.turns([lesson.asked for lesson in lessons])
+            tokens += sum(len(prefix) + sum(len(turn.ids) for turn in row) for row in turns)
             batch = pack([prefix] * len(lessons), turns, shared=len(prefix), pad_token_id=self._pad)
             with apply_factors(self.model, self.hyper.combine(chunks), self.hyper.scale):
                 logits_NV = self._logits(batch, None)
             targets_N = batch.labels[batch.labels != IGNORED].to(device)
             answers = nn.functional.cross_entropy(logits_NV.float(), targets_N)
             if not options.kl:
-                return Loss(answers, {"answers": answers.item()}, len(targets_N))
+                return Loss(answers, {"answers": answers.item()}, len(targets_N), tokens)
             teacher_NV = torch.cat([self._teach(lesson) for lesson in lessons])
             divergence = nn.functional.kl_div(
                 logits_NV.float().log_softmax(-1), teacher_NV.log_softmax(-1), log_target=True, reduction="batchmean"
             )
         figures = {"answers": answers.item(), "kl": divergence.item()}
-        return Loss(answers + options.kl * divergence, figures, len(targets_N))
+        return Loss(answers + options.kl * divergence, figures, len(targets_N), tokens)
 
     @torch.no_grad()
     def features(self, videos: Sequence[SampledVideo]) -> tuple[Tensor, Tensor]:
@@ -239,15 +263,18 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, lessons: Lessons, options: TrainingOptions) -> float:
-        """Mean loss over the answers' tokens of up to `_VALIDATED` videos, always the same ones."""
-        count = min(_VALIDATED, len(lessons))
-        total = weight = 0.0
-        for first in range(0, count, options.videos):
+        """Mean loss over the answers' tokens of up to `_VALIDATED` videos, always the same ones, shared by all
+        processes; a process computes as many at once as in training."""
+        count, processes = min(_VALIDATED, len(lessons)), self.loop.processes
+        share = max(1, options.videos // (processes * options.accumulate))
+        sums = torch.zeros(2, dtype=torch.float64)
+        for first in range(self.loop.process * share, count, processes * share):
             randomness = Randomness.of(f"validation:{first}", 0)
-            some = lessons.take(first, min(options.videos, count - first), randomness.shared, randomness.rng)
+            some = lessons.take(first, min(share, count - first), randomness.shared, randomness.rng)
             loss = self.loss(some, options)
-            total, weight = total + loss.mean.item() * loss.weight, weight + loss.weight
-        return round(total / weight, 4)
+            sums += torch.tensor([loss.mean.item() * loss.weight, loss.weight], dtype=torch.float64)
+        total, weight = self.loop.sum(sums).tolist()
+        return total / weight
 
     @torch.no_grad()
     def _teach(self, lesson: Lesson) -> Tensor:
@@ -282,6 +309,7 @@ def train_to(
 ) -> dict[str, Any]:
     """Train and write the hypernetwork's directory: weights as trained, `training.json`, `log.jsonl`.
 
+    With `validate_every`, `hypernetwork` has the best weights and `folder.LAST` the last, unless they are not finite.
     The trainer's loop keeps its checkpoint in the folder's `RUN_FOLDER`, which is removed when all is written.
     """
     earlier = folder.earlier(output)
@@ -290,9 +318,24 @@ def train_to(
     if earlier:
         report["extends"] = earlier
     if trainer.loop.is_main:
-        trainer.hyper.save(output / "hypernetwork", overwrite=True)
+        _save(trainer, output)
         (output / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         folder.end(output)
-        _log.info("wrote %s", output / "hypernetwork")
+        _log.info("wrote %s", output / folder.BEST)
     trainer.loop.wait()
     return report
+
+
+def _save(trainer: Trainer, output: Path) -> None:
+    best, last = output / folder.BEST, output / folder.LAST
+    if trainer.best is None:
+        trainer.hyper.save(best, overwrite=True)
+        shutil.rmtree(last, ignore_errors=True)  # of the run that this one replaces
+        return
+    try:
+        trainer.hyper.save(last, overwrite=True)
+    except ValueError as error:  # a run that diverged; its best weights are good
+        shutil.rmtree(last, ignore_errors=True)
+        _log.warning("%s is not written: %s", last, error)
+    trainer.hyper.load_state_dict(trainer.best)
+    trainer.hyper.save(best, overwrite=True)

@@ -8,13 +8,19 @@ from typing import Any
 
 from f2l_vllm.evaluation.plots import style
 
-_FIGURES = {"loss": "loss", "norm": "gradient norm", "factor": "learning rate, of its largest", "lr": "learning rate"}
+_FIGURES = {
+    "loss": "loss",
+    "validation": "validation loss",
+    "norm": "gradient norm",
+    "factor": "learning rate, of its largest",
+    "lr": "learning rate",
+}
 _SMOOTHED = "smoothed"
 
 
 def plot_training(log: Path, folder: Path) -> list[Path]:
-    """Draw `training.png` from a log of JSON lines with `stage`, `step`, `loss` and any of `smoothed`, `norm`, `factor`
-    and `lr`.
+    """Draw `training.png` from a log of JSON lines with `stage`, `step`, `loss` and any of `smoothed`, `validation`,
+    `norm`, `factor` and `lr`.
 
     Raises:
         ValueError: the file is not such a log; the message names file and line.
@@ -32,7 +38,7 @@ def plot_training(log: Path, folder: Path) -> list[Path]:
             at.plot(steps, [line[name] for line in some], color=style.BLUE, linewidth=1, alpha=0.45 if row == 0 else 1)
             if name == "loss" and all(_SMOOTHED in line for line in some):
                 at.plot(steps, [line[_SMOOTHED] for line in some], color=style.VERMILION, linewidth=1.8)
-            if name in ("loss", "norm"):
+            if name in ("loss", "validation", "norm"):
                 at.set_yscale("log")
                 style.plain_ticks(at.yaxis)
             style.axis(

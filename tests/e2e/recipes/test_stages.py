@@ -20,6 +20,7 @@ from f2l_vllm.recipes.f2l_tiny import hypernetwork_stage, recipe, vision_stage, 
 from f2l_vllm.recipes.f2l_tiny.checkpoint import build_model, build_processor
 from f2l_vllm.train.loop import LOG_FILE, Loop
 from f2l_vllm.train.optimizer import MuonAdamW, warm_constant_linear, warm_cosine
+from f2l_vllm.train.pace import MEASURED
 from tests.support import ROOT
 
 
@@ -112,7 +113,7 @@ def short_run(folder: Path, *launch: str, killed_in: str = "") -> int:
 
 def curve(folder: Path) -> list[dict[str, object]]:
     lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "cpu_seconds"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 def test_a_killed_run_goes_on_and_takes_the_steps_it_would_have_taken(tmp_path, monkeypatch):

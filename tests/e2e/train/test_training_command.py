@@ -17,6 +17,7 @@ from f2l_vllm.cli.main import app
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.train.data.manifest import Example, write_manifest
 from f2l_vllm.train.loop import LOG_FILE
+from f2l_vllm.train.pace import MEASURED
 from f2l_vllm.train.trainer import REPORT_FILE
 from tests.support.training import filmed_examples, train_command, train_words
 
@@ -30,7 +31,7 @@ def examples(tmp_path_factory) -> list[Example]:
 
 def curve(folder: Path) -> list[dict[str, object]]:
     lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "cpu_seconds"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 def test_the_command_goes_on_after_a_kill_as_if_there_had_been_none(examples, tmp_path):

@@ -75,6 +75,30 @@ def test_a_finished_run_is_refused_extended_and_replaced(manifest: Path, tmp_pat
     assert "extends" not in json.loads(again["training.json"])
 
 
+def test_what_is_served_is_the_best_and_the_last_lies_beside_it(manifest: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    train = ("train", output, "--manifest", manifest, "--videos", 1, "--frames", 2, "--longest-edge", 32)
+    validated = ("--validation", manifest, "--validate-every", 2)
+    diverging = ("--steps", 4, "--learning-rate", 30)  # so the last weights are not the best
+    assert "--validate-every needs --validation" in run(*train, *SHAPE, "--validate-every", 2, code=2)
+    run(*train, *SHAPE, *diverging, *validated)
+    report = json.loads((output / "training.json").read_text())
+    losses = {taken["step"]: taken["loss"] for taken in report["validations"]}
+    assert list(losses) == [0, 2, 4]
+    assert losses[report["best_step"]] == min(losses.values()) < losses[4]
+    both = [(output / name / "model.safetensors").read_bytes() for name in (folder.BEST, folder.LAST)]
+    assert both[0] != both[1]
+    assert (output / folder.BEST / "config.json").read_bytes() == (output / folder.LAST / "config.json").read_bytes()
+
+    run(*train, "--steps", 1, "--extend", *validated)
+    extended = json.loads((output / "training.json").read_text())
+    assert extended["validations"][0]["loss"] == losses[report["best_step"]], "it goes on from the best"
+
+    run(*train, *SHAPE, "--steps", 4, "--learning-rate", 30, "--overwrite")
+    assert (output / folder.BEST / "model.safetensors").read_bytes() == both[1], "validation changes no step"
+    assert not (output / folder.LAST).exists()
+
+
 def test_an_unfinished_run_is_gone_on_with_as_what_it_is(tmp_path: Path) -> None:
     def check(**options: bool) -> None:
         folder.check(tmp_path, ("result",), **{"overwrite": False, "extend": False, **options})
