@@ -21,16 +21,36 @@ if TYPE_CHECKING:
 console = Console()
 
 _FINISHED = ("hypernetwork", "training.json")
-_SHAPE = ("rank", "latent_size", "blocks", "modules")
+_SHAPE = ("rank", "latent_size", "latents", "blocks", "self_attention", "modules")
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")]
 
 NewModules = Annotated[str, typer.Option(help="Linears a new hypernetwork adapts, separated by commas.")]
+
+
+def _set_defaults(context: typer.Context, name: str | None) -> str | None:
+    """Let the options that are not given have a preset's values."""
+    from f2l_vllm.train.presets import preset
+
+    if name is not None:
+        try:
+            context.default_map = dict(preset(name))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+    return name
 
 
 def train(
     context: typer.Context,
     output: Annotated[Path, typer.Argument(help="Folder for the hypernetwork; an unfinished run in it goes on.")],
     manifest: Annotated[list[Path], typer.Option(help="JSONL manifest; may be given several times.")],
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            is_eager=True,
+            callback=_set_defaults,
+            help="Values for the options that are not given: paper, paper-self-distillation or composable.",
+        ),
+    ] = None,
     model: Annotated[str, typer.Option(help="Base model: shipped model, directory, or hub id.")] = "f2l-tiny",
     split: Annotated[str | None, typer.Option(help="Only the manifests' examples of this split.")] = None,
     validation: Annotated[Path | None, typer.Option(help="Manifest whose loss is taken before and after.")] = None,
@@ -42,11 +62,18 @@ def train(
     ] = None,
     rank: Annotated[int, typer.Option(min=1, max=256, help="LoRA rank of a new hypernetwork.")] = 16,
     latent_size: Annotated[int, typer.Option(min=1, help="Width of a new hypernetwork's latents.")] = 512,
+    latents: Annotated[int, typer.Option(min=1, help="Latent queries of a new hypernetwork.")] = 8,
     blocks: Annotated[int, typer.Option(min=1, help="Cross-attention layers of a new hypernetwork.")] = 9,
+    self_attention: Annotated[
+        int, typer.Option(min=0, help="Self-attention layers after each of them, in a new hypernetwork.")
+    ] = 0,
     modules: NewModules = "down_proj",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default: by --epochs.")] = None,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the videos.")] = 1.0,
     videos: Annotated[int, typer.Option(min=1, help="Videos per step, of all processes and parts together.")] = 8,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Videos that a process computes at once, in place of --videos.")
+    ] = None,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts of a step computed one after the other.")] = 1,
     questions: Annotated[int, typer.Option(min=1, help="Most questions about a video in a step.")] = 8,
     frames: Annotated[str, typer.Option(help="Numbers of frames to mix, e.g. 8,12,16; default: the sampling's.")] = "",
@@ -56,8 +83,15 @@ def train(
     chunks: Annotated[str, typer.Option(help="Numbers of chunks to mix, e.g. 1,1,2.")] = "1",
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-4,
     muon_rate: Annotated[float | None, typer.Option(help="Of Muon, which then takes the matrices.")] = None,
+    ce: Annotated[float, typer.Option(min=0.0, help="Weight of the answers' cross-entropy.")] = 1.0,
     kl: Annotated[float, typer.Option(min=0.0, help="Weight of the divergence from the model with frames.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Of both distributions in the divergence.")] = 1.0,
+    weigh: Annotated[str, typer.Option(help="What counts alike in a step: tokens or answers.")] = "tokens",
     precision: Annotated[str, typer.Option(help="fp32 or bf16; weights stay in fp32.")] = "fp32",
+    loader_workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that decode videos ahead; default: by the cores, 0 without a GPU."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, order and choices.")] = 0,
     log_with: Annotated[
         list[str] | None, typer.Option(help="tensorboard, wandb or trackio; may be given several times.")
@@ -76,6 +110,14 @@ def train(
 
     if hypernetwork is not None and extend:
         raise typer.BadParameter("--extend starts from the hypernetwork in the folder: leave out --hypernetwork")
+    if _is_given(context, "micro_batch") and _is_given(context, "videos"):
+        raise typer.BadParameter("--videos are of a whole step, --micro-batch of a part of it: give one of them")
+    if _is_given(context, "videos"):
+        micro_batch = None
+    if _is_given(context, "epochs") and not _is_given(context, "steps"):
+        steps = None
+    if validation is None and not _is_given(context, "validate_every"):
+        validate_every = None
     if validate_every is not None and validation is None:
         raise typer.BadParameter("--validate-every needs --validation, the manifest to validate with")
     given = [name for name in _SHAPE if _is_given(context, name)]
@@ -104,6 +146,7 @@ def train(
     from f2l_vllm.evaluation.plots import plot_training
     from f2l_vllm.hypernetwork.config import HypernetworkConfig
     from f2l_vllm.hypernetwork.model import Hypernetwork
+    from f2l_vllm.train.loader import default_workers
     from f2l_vllm.train.loop import Loop
     from f2l_vllm.train.trainer import Trainer, TrainingOptions, train_to
 
@@ -111,12 +154,15 @@ def train(
         options = TrainingOptions(
             epochs=epochs,
             steps=steps,
-            videos=videos,
+            videos=videos if micro_batch is None else micro_batch * accumulate,
             accumulate=accumulate,
             questions=questions,
             learning_rate=learning_rate,
             muon_rate=muon_rate,
+            ce=ce,
             kl=kl,
+            temperature=temperature,
+            weigh=weigh,
             frames=numbers[0],
             chunks=numbers[1],
             precision=precision,
@@ -129,6 +175,8 @@ def train(
         if loop.is_main:
             folder.prepare(output, overwrite=overwrite, extend=extend)
         loop.wait()
+        if micro_batch is not None:
+            options = replace(options, videos=options.videos * loop.processes)
         if extend:
             start = run / folder.START_FOLDER / folder.BEST
             hyper = Hypernetwork.load(start, base_model=str(directory))
@@ -145,7 +193,9 @@ def train(
                     modules=module_sizes(base, module_names),
                     rank=rank,
                     latent_size=latent_size,
+                    num_latents=latents,
                     num_blocks=blocks,
+                    num_self_attn_per_block=self_attention,
                 )
             )
         if longest_edge is not None:
@@ -154,7 +204,8 @@ def train(
             trackers = Trackers(log_with or (), run, output, context.params) if loop.is_main else None
             loop.on_progress = lambda stage, done: tell(stage, done, 1)
             loop.on_log = _Lines(trackers)
-            report = train_to(output, Trainer(base, processor, hyper, loop), examples, options, held_out)
+            workers = default_workers(loop.device) if loader_workers is None else loader_workers
+            report = train_to(output, Trainer(base, processor, hyper, loop), examples, options, held_out, workers)
             if trackers is not None:
                 trackers.finish()
     except (ValueError, OSError) as error:

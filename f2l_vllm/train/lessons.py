@@ -11,10 +11,12 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
+
+from torch.utils.data import get_worker_info
 
 from f2l_vllm.train.conversations import Asked
 from f2l_vllm.train.data.clips import UnusableVideoError, open_example
@@ -30,13 +32,18 @@ class Lesson:
 
     Attributes:
         whole: all sampled frames, as the teacher sees them.
-        chunks: the same frames cut into consecutive pieces, one adapter each.
+        pieces: how many chunks they are cut into.
         asked: (question, answer, kind).
     """
 
     whole: SampledVideo
-    chunks: list[SampledVideo]
+    pieces: int
     asked: list[Asked]
+
+    @property
+    def chunks(self) -> list[SampledVideo]:
+        """The frames in consecutive pieces, one adapter each."""
+        return cut(self.whole, self.pieces)
 
 
 class Lessons:
@@ -78,6 +85,7 @@ class Lessons:
         if not self._videos:
             raise ValueError("The manifest holds no example to train on.")
         self._keys = sorted(self._videos, key=str)
+        self._paths = {str(key): key[0] for key in self._keys}
         self._processor, self._sampling = processor, sampling
         self._frames, self._chunks, self._questions, self._seed = frames, chunks, questions, seed
         self.unusable: dict[str, str] = {}
@@ -102,6 +110,14 @@ class Lessons:
         ]
         return hashlib.sha256(json.dumps(taught).encode()).hexdigest()[:16]
 
+    def leave_out(self, unusable: Mapping[str, str]) -> None:
+        """Enter videos (and spans) that cannot be used, with the reasons."""
+        for key, reason in unusable.items():
+            if key not in self.unusable:
+                self.unusable[key] = reason
+                if get_worker_info() is None:  # it is told where the lesson is taken
+                    _log.warning("%s is left out: %s", self._paths.get(key, key), reason)
+
     def take(self, first: int, count: int, shared: random.Random, rng: random.Random) -> list[Lesson]:
         """Lessons number `first` to `first + count` of the endless sequence of epochs.
 
@@ -122,7 +138,7 @@ class Lessons:
             examples = self._videos[key]
             chosen = rng.sample(examples, min(self._questions, len(examples)))
             asked = [(example.prompt, example.target_text, example.task_type) for example in chosen]
-            lessons.append(Lesson(sampled, cut(sampled, count_chunks), asked))
+            lessons.append(Lesson(sampled, count_chunks, asked))
         return lessons
 
     def _open(self, number: int, sampling: Sampling) -> tuple[tuple[str, tuple[float, float] | None], SampledVideo]:
@@ -132,8 +148,7 @@ class Lessons:
             try:
                 return key, open_example(self._videos[key][0], self._processor, sampling)
             except UnusableVideoError as error:
-                self.unusable[str(key)] = str(error)
-                _log.warning("%s is left out: %s", key[0], error)
+                self.leave_out({str(key): str(error)})
         raise ValueError(f"None of the {len(self)} videos can be used; the first: {next(iter(self.unusable.values()))}")
 
     def _from(self, number: int) -> Iterator[tuple[str, tuple[float, float] | None]]:

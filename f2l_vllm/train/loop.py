@@ -228,8 +228,8 @@ class Loop:
         sums, figures = _Sums(), dict[str, float]()
         stage.optimizer.zero_grad()
         for part in range(stage.accumulate):
-            name = f"{stage.name}:{step}" if stage.accumulate == 1 else f"{stage.name}:{step}:{part}"
-            loss = stage.step_loss(Randomness.of(name, self.seed, self.process), step)
+            randomness = Randomness.of_part(stage.name, step, part, stage.accumulate, self.seed, self.process)
+            loss = stage.step_loss(randomness, step)
             share = loss.weight if stage.accumulate * self.processes > 1 else 1.0  # a single mean needs no weight
             (loss.mean * share).backward()
             sums = _Sums(sums.loss + loss.mean.item() * share, sums.weight + share, sums.tokens + loss.tokens)

@@ -35,6 +35,11 @@ class Randomness:
         rng = random.Random(f"{name}:{seed}:{process}")
         return cls(rng, torch.Generator().manual_seed(rng.randrange(1 << 31)), random.Random(f"{name}:{seed}"))
 
+    @classmethod
+    def of_part(cls, stage: str, step: int, part: int, parts: int, seed: int, process: int) -> Randomness:
+        """The sources of one of the parts that a process computes of a step."""
+        return cls.of(f"{stage}:{step}" if parts == 1 else f"{stage}:{step}:{part}", seed, process)
+
 
 @contextmanager
 def one_thread() -> Iterator[None]:

@@ -35,6 +35,7 @@ from f2l_vllm.train.conversations import Conversations
 from f2l_vllm.train.data.manifest import Example
 from f2l_vllm.train.folder import REPORT_FILE
 from f2l_vllm.train.lessons import Lesson, Lessons
+from f2l_vllm.train.loader import Loader
 from f2l_vllm.train.loop import Loop, Loss, Stage
 from f2l_vllm.train.optimizer import MuonAdamW, warm_cosine
 from f2l_vllm.train.packing import IGNORED, PackedBatch, pack
@@ -43,6 +44,7 @@ from f2l_vllm.train.validation import Validation
 from f2l_vllm.video.sample import SampledVideo, Sampling
 
 STAGE = "hypernetwork"
+WEIGHED = ("tokens", "answers")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 _log = logging.getLogger(__name__)
 _VALIDATED = 64  # videos
@@ -60,7 +62,10 @@ class TrainingOptions:
         questions: limit of questions about a video in one step.
         learning_rate: of AdamW; with `muon_rate` it trains only what is not a matrix.
         muon_rate: learning rate of Muon for the matrices; None for AdamW alone.
+        ce: weight of the cross-entropy of the answers; 0 leaves the divergence alone.
         kl: weight of the divergence from the teacher with the frames in its context.
+        temperature: divides the logits of both in the divergence, which is multiplied by its square.
+        weigh: what counts alike in a step's means, every token of its answers or every answer: one of `WEIGHED`.
         frames: numbers of frames to mix; the largest becomes the hypernetwork's own. Empty: its own alone.
         chunks: numbers of chunks to mix.
         precision: of the computation; weights and optimizer stay in fp32.
@@ -79,22 +84,30 @@ class TrainingOptions:
     muon_rate: float | None = None
     weight_decay: float = 0.01
     clip: float = 1.0
+    ce: float = 1.0
     kl: float = 0.0
+    temperature: float = 1.0
+    weigh: str = "tokens"
     frames: tuple[int, ...] = ()
     chunks: tuple[int, ...] = (1,)
     precision: str = "fp32"
     validate_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "videos", "accumulate", "questions", "learning_rate", "clip"):
+        for name in ("epochs", "videos", "accumulate", "questions", "learning_rate", "clip", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}.")
         for name in ("steps", "validate_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value!r}.")
-        if self.kl < 0:
-            raise ValueError(f"kl is the weight of a loss and cannot be negative, got {self.kl!r}.")
+        for name in ("ce", "kl"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is the weight of a loss and cannot be negative, got {getattr(self, name)!r}.")
+        if not self.ce and not self.kl:
+            raise ValueError("ce and kl are both 0, so there is no loss: give one of them a weight.")
+        if self.weigh not in WEIGHED:
+            raise ValueError(f"weigh is one of {', '.join(WEIGHED)}, got {self.weigh!r}.")
         if not self.chunks or min((*self.chunks, *self.frames)) < 1:
             raise ValueError("frames and chunks are numbers of frames and chunks: give positive ones.")
         if self.precision not in PRECISIONS:
@@ -130,12 +143,14 @@ class Trainer:
         options: TrainingOptions,
         validation: Sequence[Example] = (),
         earlier: Sequence[dict[str, Any]] = (),
+        loader_workers: int = 0,
     ) -> dict[str, Any]:
         """Train to the end, going on where a killed run in the same folder stopped.
 
         Args:
             earlier: reports of the runs that this run extends. Its videos go on where theirs ended; its steps warm up
                 and decay like those of any run, with a fresh optimizer.
+            loader_workers: processes that decode videos ahead; it changes no step.
 
         Returns:
             the result of `Loop.run`, the videos left out with their reasons, and the loss on the validation examples
@@ -175,22 +190,33 @@ class Trainer:
             weight_decay=options.weight_decay,
             clip=options.clip,
         )
-        part = 0
         shown = sum(report["steps"] * report["options"]["videos"] for report in earlier)
+        name = f"{STAGE}-{len(earlier) + 1}" if earlier else STAGE
+        part = 0
 
-        def step_loss(randomness: Randomness, step: int) -> Loss:
+        def draw(number: int) -> list[Lesson]:
+            step, of_step = divmod(number, options.accumulate)
+            first = shown + step * options.videos + (of_step * self.loop.processes + self.loop.process) * share
+            randomness = Randomness.of_part(name, step, of_step, options.accumulate, self.loop.seed, self.loop.process)
+            return lessons.take(first, share, randomness.shared, randomness.rng)
+
+        loader = Loader(lessons, draw, steps * options.accumulate, loader_workers)
+
+        def step_loss(_: Randomness, step: int) -> Loss:
             nonlocal part
-            first = shown + step * options.videos + (part * self.loop.processes + self.loop.process) * share
+            loss = self.loss(loader.take(step * options.accumulate + part), options)
             part = (part + 1) % options.accumulate
-            return self.loss(lessons.take(first, share, randomness.shared, randomness.rng), options)
+            return replace(loss, figures={**loss.figures, "waited_s": round(loader.waited, 1)})
 
         course: Validation | None = None
         if held_out is not None:
-            measure = partial(self.validate, held_out, options)
+            # As the released files are chosen: by the cross-entropy, where that is trained.
+            measured = replace(options, kl=0.0, ce=1.0) if options.ce else options
+            measure = partial(self.validate, held_out, measured)
             keeps_best = options.validate_every is not None and self.loop.is_main
             course = Validation(measure, options.validate_every or steps, keep_best=keeps_best)
         stage = Stage(
-            f"{STAGE}-{len(earlier) + 1}" if earlier else STAGE,
+            name,
             self.hyper,
             optimizer,
             step_loss,
@@ -200,7 +226,10 @@ class Trainer:
             self._identity(lessons, held_out, options, sampling),
             course,
         )
-        result: dict[str, Any] = self.loop.run(stage, lessons.unusable)
+        try:
+            result: dict[str, Any] = self.loop.run(stage, lessons.unusable)
+        finally:
+            loader.close()
         if options.frames:  # wherever it is used, it reads as many frames as it has learned to read
             self.hyper.config = replace(config, max_frames=max(options.frames))
         result |= {"videos": len(lessons), "left_out": lessons.unusable}
@@ -226,7 +255,8 @@ class Trainer:
         }
 
     def loss(self, lessons: Sequence[Lesson], options: TrainingOptions) -> Loss:
-        """The loss of B videos, each with its own adapter: the mean over their answers' N tokens, with weight N."""
+        """The loss of B videos, each with its own adapter: the mean over their answers' N tokens, with weight N, or the
+        mean over the answers of their own means, with their number as its weight."""
         dtype = PRECISIONS[options.precision]
         device = self.loop.device
         context: Any = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
@@ -242,15 +272,15 @@ class Trainer:
             with apply_factors(self.model, self.hyper.combine(chunks), self.hyper.scale):
                 logits_NV = self._logits(batch, None)
             targets_N = batch.labels[batch.labels != IGNORED].to(device)
-            answers = nn.functional.cross_entropy(logits_NV.float(), targets_N)
-            if not options.kl:
-                return Loss(answers, {"answers": answers.item()}, len(targets_N), tokens)
-            teacher_NV = torch.cat([self._teach(lesson) for lesson in lessons])
-            divergence = nn.functional.kl_div(
-                logits_NV.float().log_softmax(-1), teacher_NV.log_softmax(-1), log_target=True, reduction="batchmean"
-            )
-        figures = {"answers": answers.item(), "kl": divergence.item()}
-        return Loss(answers + options.kl * divergence, figures, len(targets_N), tokens)
+            weights_N = _weights(batch, options.weigh).to(device)
+            answers = _mean(nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none"), weights_N)
+            loss, figures = options.ce * answers, {"answers": answers.item()}
+            if options.kl:
+                teacher_NV = torch.cat([self._teach(lesson) for lesson in lessons])
+                divergence = _mean(_divergence(logits_NV.float(), teacher_NV, options.temperature), weights_N)
+                figures["kl"] = divergence.item()
+                loss = options.kl * divergence + (loss if options.ce else 0.0)
+        return Loss(loss, figures, round(weights_N.sum().item()), tokens)
 
     @torch.no_grad()
     def features(self, videos: Sequence[SampledVideo]) -> tuple[Tensor, Tensor]:
@@ -263,8 +293,8 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, lessons: Lessons, options: TrainingOptions) -> float:
-        """Mean loss over the answers' tokens of up to `_VALIDATED` videos, always the same ones, shared by all
-        processes; a process computes as many at once as in training."""
+        """Mean loss over up to `_VALIDATED` videos, always the same ones, shared by all processes. Each computes as
+        many at once as in training."""
         count, processes = min(_VALIDATED, len(lessons)), self.loop.processes
         share = max(1, options.videos // (processes * options.accumulate))
         sums = torch.zeros(2, dtype=torch.float64)
@@ -300,12 +330,31 @@ class Trainer:
         return self.model.lm_head(output.last_hidden_state[(batch.labels != IGNORED).to(device)])
 
 
+def _weights(batch: PackedBatch, weigh: str) -> Tensor:
+    """The weights [N] of the answers' tokens, in the order of the labels: 1, or 1 for all tokens of an answer."""
+    lengths = torch.tensor([end - start for spans in batch.spans for start, end in spans])
+    each = torch.ones_like(lengths, dtype=torch.float32) if weigh == "tokens" else 1 / lengths
+    return each.repeat_interleave(lengths)
+
+
+def _mean(losses_N: Tensor, weights_N: Tensor) -> Tensor:
+    return (losses_N * weights_N).sum() / weights_N.sum()
+
+
+def _divergence(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) [N] of softened distributions, times the square of the temperature, which keeps the
+    gradients' size (Hinton et al., arXiv 1503.02531)."""
+    student, teacher = ((logits / temperature).log_softmax(-1) for logits in (student_NV, teacher_NV))
+    return nn.functional.kl_div(student, teacher, log_target=True, reduction="none").sum(-1) * temperature**2
+
+
 def train_to(
     output: Path,
     trainer: Trainer,
     examples: Sequence[Example],
     options: TrainingOptions,
     validation: Sequence[Example] = (),
+    loader_workers: int = 0,
 ) -> dict[str, Any]:
     """Train and write the hypernetwork's directory: weights as trained, `training.json`, `log.jsonl`.
 
@@ -313,7 +362,7 @@ def train_to(
     The trainer's loop keeps its checkpoint in the folder's `RUN_FOLDER`, which is removed when all is written.
     """
     earlier = folder.earlier(output)
-    result = trainer.train(examples, options, validation, earlier)
+    result = trainer.train(examples, options, validation, earlier, loader_workers)
     report = {"seed": trainer.loop.seed, "processes": trainer.loop.processes, "options": asdict(options), **result}
     if earlier:
         report["extends"] = earlier

@@ -4,6 +4,11 @@ import random
 import sys
 from pathlib import Path
 
+import torch
+
+from f2l_vllm.base_models.text_layers import module_sizes
+from f2l_vllm.hypernetwork.config import HypernetworkConfig
+from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.synthetic import phrases
 from f2l_vllm.synthetic.render import write_mp4
 from f2l_vllm.synthetic.world import sample_scenes
@@ -24,6 +29,25 @@ def filmed_examples(folder: Path) -> list[Example]:
             for index, (question, answer, kind) in enumerate(asked)
         ]
     return made
+
+
+def new_hypernetwork(model: torch.nn.Module, seed: int = 0) -> Hypernetwork:
+    """A small one for the default model."""
+    torch.manual_seed(seed)
+    text_config = model.config.text_config
+    config = HypernetworkConfig(
+        base_model="f2l-tiny",
+        num_layers=text_config.num_hidden_layers,
+        feature_size=text_config.hidden_size,
+        modules=module_sizes(model, ["down_proj"]),
+        rank=4,
+        latent_size=32,
+        num_blocks=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+    )
+    return Hypernetwork(config)
 
 
 def train_words(folder: Path, manifest: Path, steps: str = STEPS) -> list[str]:

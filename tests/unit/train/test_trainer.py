@@ -11,10 +11,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from f2l_vllm import models
-from f2l_vllm.base_models.text_layers import module_sizes
 from f2l_vllm.cli.main import app
 from f2l_vllm.hypernetwork.adapter import apply_factors
-from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.train.conversations import Conversations
 from f2l_vllm.train.data.manifest import Example, write_manifest
@@ -23,7 +21,7 @@ from f2l_vllm.train.loop import Loop
 from f2l_vllm.train.optimizer import MuonAdamW
 from f2l_vllm.train.trainer import Trainer, TrainingOptions
 from f2l_vllm.video.sample import Sampling, sample_video
-from tests.support.training import filmed_examples, train_words
+from tests.support.training import filmed_examples, new_hypernetwork, train_words
 
 TINY = models.resolve("f2l-tiny")
 QUESTIONS = [("What happens?", "A red circle moves.", "caption"), ("How many shapes are there?", "Two.", "count")]
@@ -37,24 +35,6 @@ def processor():
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory) -> list[Example]:
     return filmed_examples(tmp_path_factory.mktemp("videos"))
-
-
-def new_hypernetwork(model: torch.nn.Module, seed: int = 0) -> Hypernetwork:
-    torch.manual_seed(seed)
-    text_config = model.config.text_config
-    config = HypernetworkConfig(
-        base_model="f2l-tiny",
-        num_layers=text_config.num_hidden_layers,
-        feature_size=text_config.hidden_size,
-        modules=module_sizes(model, ["down_proj"]),
-        rank=4,
-        latent_size=32,
-        num_blocks=1,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-    )
-    return Hypernetwork(config)
 
 
 @pytest.fixture
@@ -145,7 +125,20 @@ def test_examples_without_answers_are_refused(processor, examples):
         lessons_of([silent], processor)
 
 
-@pytest.mark.parametrize("wrong", [{"videos": 0}, {"kl": -1.0}, {"chunks": ()}, {"precision": "int8"}, {"steps": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"videos": 0},
+        {"kl": -1.0},
+        {"ce": 0.0},
+        {"temperature": 0.0},
+        {"weigh": "videos"},
+        {"chunks": ()},
+        {"precision": "int8"},
+        {"steps": 0},
+        {"validate_every": 0},
+    ],
+)
 def test_options_that_cannot_be_used_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TrainingOptions(**wrong)
@@ -170,15 +163,22 @@ def answer_logits(trainer: Trainer, lesson, factors, row: int, question: int, *,
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_the_loss_is_the_cross_entropy_under_each_videos_own_adapter(trainer, examples, chunks):
+@pytest.mark.parametrize(
+    ("chunks", "options"),
+    [
+        (1, TrainingOptions(kl=0.5)),
+        (2, TrainingOptions(kl=0.5)),
+        (1, TrainingOptions(ce=0.0, kl=1.0, temperature=2.0)),
+        (1, TrainingOptions(ce=2.0, kl=0.5, temperature=0.5, weigh="answers")),
+    ],
+)
+def test_the_loss_is_the_cross_entropy_under_each_videos_own_adapter(trainer, examples, chunks, options):
     for scaler in trainer.hyper.scaler_B.parameters():
         scaler.fill_(0.01)
     lessons = lessons_of(examples, trainer.processor, questions=3, chunks=(chunks,), frames=(4,)).take(
         0, 2, random.Random(1), random.Random(1)
     )
     assert [len(lesson.chunks) for lesson in lessons] == [chunks, chunks]
-    options = TrainingOptions(kl=0.5)
     loss = trainer.loss(lessons, options)
     pieces = [trainer.hyper(*trainer.features([lesson.chunks[index] for lesson in lessons])) for index in range(chunks)]
     factors = trainer.hyper.combine(pieces)
@@ -190,13 +190,23 @@ def test_the_loss_is_the_cross_entropy_under_each_videos_own_adapter(trainer, ex
             student.append(logits)
             truth.append(ids)
             teacher.append(answer_logits(trainer, lesson, none, row, question, with_video=True)[0])
-    answers = torch.nn.functional.cross_entropy(torch.cat(student), torch.cat(truth))
-    p, q = torch.cat(teacher).softmax(-1), torch.cat(student).softmax(-1)
-    divergence = (p * (p.log() - q.log())).sum(-1).mean()
+    kinds = [
+        torch.nn.functional.cross_entropy(one, ids, reduction="none") for one, ids in zip(student, truth, strict=True)
+    ]
+    softened = [
+        [(logits / options.temperature).softmax(-1) for logits in pair] for pair in zip(teacher, student, strict=True)
+    ]
+    squared = options.temperature**2
+    apart = [squared * (p * (p.log() - q.log())).sum(-1) for p, q in softened]
+    if options.weigh == "answers":
+        answers, divergence = (torch.stack([one.mean() for one in some]).mean() for some in (kinds, apart))
+    else:
+        answers, divergence = torch.cat(kinds).mean(), torch.cat(apart).mean()
     assert loss.figures["answers"] == pytest.approx(answers.item(), abs=1e-4)
     assert loss.figures["kl"] == pytest.approx(divergence.item(), abs=1e-4)
-    assert loss.weight == len(torch.cat(truth))
-    assert loss.mean.item() == pytest.approx(answers.item() + 0.5 * divergence.item(), abs=1e-4)
+    assert loss.weight == (len(truth) if options.weigh == "answers" else len(torch.cat(truth)))
+    expected = options.ce * answers.item() + options.kl * divergence.item()
+    assert loss.mean.item() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -287,6 +297,9 @@ def kept_run(examples, processor, tmp_path_factory) -> Path:
         ("weight_decay", 0.0),
         ("clip", 2.0),
         ("kl", 0.5),
+        ("ce", 0.5),
+        ("temperature", 2.0),
+        ("weigh", "answers"),
         ("frames", (4,)),
         ("chunks", (1, 2)),
         ("precision", "bf16"),
