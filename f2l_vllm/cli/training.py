@@ -16,6 +16,7 @@ from f2l_vllm import torch_shims
 from f2l_vllm.cli.progress import EVERY_SECONDS, progress, say
 
 if TYPE_CHECKING:
+    from f2l_vllm.train.estimate import Memory
     from f2l_vllm.train.trackers import Trackers
 
 console = Console()
@@ -205,7 +206,10 @@ def train(
             loop.on_progress = lambda stage, done: tell(stage, done, 1)
             loop.on_log = _Lines(trackers)
             workers = default_workers(loop.device) if loader_workers is None else loader_workers
-            report = train_to(output, Trainer(base, processor, hyper, loop), examples, options, held_out, workers)
+            trainer = Trainer(base, processor, hyper, loop)
+            if loop.is_main:
+                say(console, _needed(trainer.memory(examples, options)))
+            report = train_to(output, trainer, examples, options, held_out, workers)
             if trackers is not None:
                 trackers.finish()
     except (ValueError, OSError) as error:
@@ -271,6 +275,18 @@ class _Lines:
         words.append(f"{timedelta(seconds=round(figures['eta_s']))} to go")
         words.append(f"{figures['peak_memory_mib'] / 1024:.1f} GiB at most")
         say(console, f"{stage}: {', '.join(words)}")
+
+
+def _needed(memory: Memory) -> str:
+    parts = {
+        "weights": memory.model + memory.hypernetwork,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "features": memory.features,
+        "activations": memory.activations,
+    }
+    words = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
+    return f"A process needs about {memory.total / 2**30:.1f} GiB for a step, beside what its libraries take: {words}."
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -33,6 +33,7 @@ from f2l_vllm.hypernetwork.model import Hypernetwork
 from f2l_vllm.train import folder
 from f2l_vllm.train.conversations import Conversations
 from f2l_vllm.train.data.manifest import Example
+from f2l_vllm.train.estimate import Memory, Part, estimate
 from f2l_vllm.train.folder import REPORT_FILE
 from f2l_vllm.train.lessons import Lesson, Lessons
 from f2l_vllm.train.loader import Loader
@@ -281,6 +282,42 @@ class Trainer:
                 figures["kl"] = divergence.item()
                 loss = options.kl * divergence + (loss if options.ce else 0.0)
         return Loss(loss, figures, round(weights_N.sum().item()), tokens)
+
+    def memory(self, examples: Sequence[Example], options: TrainingOptions) -> Memory:
+        """What a step needs in this process, by its first video, with the most frames and chunks of the options.
+
+        Raises:
+            ValueError: as `Lessons`.
+        """
+        config = self.hyper.config
+        lessons = Lessons(
+            examples,
+            self.processor,
+            sampling=Sampling(config.max_frames, longest_edge=config.longest_edge),
+            frames=options.frames and (max(options.frames),),
+            chunks=(max(options.chunks),),
+            questions=options.questions,
+        )
+        chosen = Randomness.of("memory", 0)
+        one = self.part(lessons.take(0, 1, chosen.shared, chosen.rng))
+        videos = max(1, options.videos // (self.loop.processes * options.accumulate))
+        return estimate(
+            self.model,
+            self.hyper,
+            replace(one, videos=videos, answers=one.answers * videos),
+            bf16=PRECISIONS[options.precision] is not None,
+            muon=options.muon_rate is not None,
+            teacher=options.kl > 0,
+        )
+
+    def part(self, lessons: Sequence[Lesson]) -> Part:
+        """The sizes of what a process computes at once."""
+        chunks = lessons[0].chunks
+        tokens = max(len(self.encoder.tokens(chunk)) for chunk in chunks)
+        prefix, turns = self.conversations.turns([lesson.asked for lesson in lessons])
+        batch = pack([prefix] * len(lessons), turns, shared=len(prefix), pad_token_id=self._pad)
+        answers = int((batch.labels != IGNORED).sum())
+        return Part(len(lessons), len(chunks), tokens, batch.input_ids.shape[1], answers)
 
     @torch.no_grad()
     def features(self, videos: Sequence[SampledVideo]) -> tuple[Tensor, Tensor]:
