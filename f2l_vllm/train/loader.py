@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from f2l_vllm.lifeline import end_with_spawner
 from f2l_vllm.train.lessons import Lesson, Lessons
 
 _MOST_WORKERS = 8
@@ -82,6 +83,7 @@ class Loader:
                 num_workers=self._workers,
                 prefetch_factor=_AHEAD,
                 collate_fn=_unchanged,
+                worker_init_fn=_end_with_trainer,
                 multiprocessing_context="fork",  # the manifest and the processor need not be sent
                 generator=torch.Generator(),  # it draws a seed, which must not come from the global generator
             )
@@ -105,6 +107,11 @@ class _Parts(Dataset[_Drawn]):
         except ValueError as reason:
             error = str(reason)
         return drawn, dict(self._lessons.unusable), error
+
+
+def _end_with_trainer(_: int) -> None:
+    """A worker whose trainer was killed would wait for ever to hand over what it has decoded."""
+    end_with_spawner()
 
 
 def _unchanged(part: Any) -> Any:

@@ -34,6 +34,14 @@ def curve(folder: Path) -> list[dict[str, object]]:
     return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
+def is_running(pid: str) -> bool:
+    """Neither gone nor a zombie that nobody has asked about."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_the_command_goes_on_after_a_kill_as_if_there_had_been_none(examples, tmp_path):
     """The videos are decoded in the process, then by four others, then by one, and no bit is different."""
     manifest = tmp_path / "manifest.jsonl"
@@ -46,8 +54,13 @@ def test_the_command_goes_on_after_a_kill_as_if_there_had_been_none(examples, tm
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.02)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) >= 4
     process.send_signal(signal.SIGKILL)
     process.wait()
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < deadline, "they end with their trainer"
+        time.sleep(0.02)
     assert not (killed / "hypernetwork").exists(), "killed before the end"
     assert CliRunner().invoke(app, [*train_words(killed, manifest), "--loader-workers", "1"]).exit_code == 0
     assert curve(killed) == curve(unbroken)
