@@ -89,6 +89,9 @@ def train(
     temperature: Annotated[float, typer.Option(help="Of both distributions in the divergence.")] = 1.0,
     weigh: Annotated[str, typer.Option(help="What counts alike in a step: tokens or answers.")] = "tokens",
     precision: Annotated[str, typer.Option(help="fp32 or bf16; weights stay in fp32.")] = "fp32",
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Less memory for more time: the Perceiver is computed again, by layers.")
+    ] = False,
     loader_workers: Annotated[
         int | None,
         typer.Option(min=0, help="Processes that decode videos ahead; default: by the cores, 0 without a GPU."),
@@ -167,6 +170,7 @@ def train(
             frames=numbers[0],
             chunks=numbers[1],
             precision=precision,
+            recompute=recompute,
             validate_every=validate_every,
         )
         base = AutoModelForImageTextToText.from_pretrained(str(directory), dtype="auto")

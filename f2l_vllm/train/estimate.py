@@ -71,7 +71,16 @@ class Memory:
         return self.reading + self.writing + self.answering
 
 
-def estimate(model: nn.Module, hyper: Hypernetwork, part: Part, *, bf16: bool, muon: bool, teacher: bool) -> Memory:
+def estimate(
+    model: nn.Module,
+    hyper: Hypernetwork,
+    part: Part,
+    *,
+    bf16: bool,
+    muon: bool,
+    teacher: bool,
+    recompute: bool = False,
+) -> Memory:
     """The memory of a step of one process.
 
     P are the hypernetwork's parameters, N = B L its rows of T tokens, D the text model's width, d and Q width and
@@ -81,7 +90,8 @@ def estimate(model: nn.Module, hyper: Hypernetwork, part: Part, *, bf16: bool, m
     - features 2 N T D, in the model's type
     - reading, for each of K chunks: N T (17 D c + 12 d) + N blocks (8 T Z + 32 d Z + Q d (16 c + 40)). 16 D are the
       four vectors of 4 D that the gated projection keeps; 8 T Z are the scores and shares of all queries, in fp32.
-      The decoder and the layers before the head, whose context is short, are counted alike
+      The decoder and the layers before the head, whose context is short, are counted alike. If it is computed
+      again, each chunk keeps its features, 4 N T D, and only one text layer of one chunk is in memory
     - writing, with rank R, M modules and X entries in a row of A and B: 4 B L M R X (3 K + 2 (K + 1))
     - answering, with intermediate size I, vocabulary V and m bytes for a number of the model:
       B S L (m (6 D + 3 I) + 4 I), without the last if m is 4, and 12 V for each token of an answer, 28 V with a
@@ -92,6 +102,7 @@ def estimate(model: nn.Module, hyper: Hypernetwork, part: Part, *, bf16: bool, m
         bf16: the computation runs in bf16, not in fp32.
         muon: Muon trains the matrices.
         teacher: the divergence from the model with the frames is part of the loss.
+        recompute: the Perceiver is computed again, a text layer at a time.
     """
     config = hyper.config
     text: Any = text_model_of(model).config
@@ -110,6 +121,9 @@ def estimate(model: nn.Module, hyper: Hypernetwork, part: Part, *, bf16: bool, m
     per_row += 4 * _QUERY_COPIES * size * last + 8 * last * (outputs + config.num_latents)
     per_row += outputs * size * (16 * c + 40) * (1 + config.num_pre_head_layers)
     written = 4 * part.videos * layers * outputs * config.head_size
+    reading = part.chunks * (projected + rows * per_row)
+    if recompute:
+        reading = part.chunks * 4 * tokens * config.feature_size + (projected + rows * per_row) // layers
     m, inner = min(held, c), text.intermediate_size
     kept = m * (6 * config.feature_size + 3 * inner) + (0 if m == 4 else 4 * inner)
     return Memory(
@@ -118,7 +132,7 @@ def estimate(model: nn.Module, hyper: Hypernetwork, part: Part, *, bf16: bool, m
         gradients=4 * parameters,
         optimizer=(4 if muon else 8) * parameters,
         features=2 * held * tokens * config.feature_size,
-        reading=part.chunks * (projected + rows * per_row),
+        reading=reading,
         writing=written * (3 * part.chunks + 2 * (part.chunks + 1)),
         answering=part.videos * part.text * layers * kept + part.answers * text.vocab_size * (28 if teacher else 12),
     )

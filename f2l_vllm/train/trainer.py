@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from f2l_vllm.base_models.text_layers import name_of, text_model_of
-from f2l_vllm.hypernetwork.adapter import apply_factors
+from f2l_vllm.hypernetwork.adapter import Factors, apply_factors
 from f2l_vllm.hypernetwork.encoder import VideoEncoder, pad_mask
 from f2l_vllm.hypernetwork.fit import check_fit
 from f2l_vllm.hypernetwork.model import Hypernetwork
@@ -70,6 +71,7 @@ class TrainingOptions:
         frames: numbers of frames to mix; the largest becomes the hypernetwork's own. Empty: its own alone.
         chunks: numbers of chunks to mix.
         precision: of the computation; weights and optimizer stay in fp32.
+        recompute: the backward pass computes the Perceiver again, a text layer at a time, in place of keeping it.
         validate_every: steps between two validations, the best of which is kept; None validates before and after.
 
     Raises:
@@ -92,6 +94,7 @@ class TrainingOptions:
     frames: tuple[int, ...] = ()
     chunks: tuple[int, ...] = (1,)
     precision: str = "fp32"
+    recompute: bool = False
     validate_every: int | None = None
 
     def __post_init__(self) -> None:
@@ -266,7 +269,7 @@ class Trainer:
             for index in range(len(lessons[0].chunks)):
                 features_BLTD, mask_BT = self.features([lesson.chunks[index] for lesson in lessons])
                 tokens += int(mask_BT.sum())
-                chunks.append(self.hyper(features_BLTD.to(self.hyper.head.weight.dtype), mask_BT))
+                chunks.append(self._factors(features_BLTD.to(self.hyper.head.weight.dtype), mask_BT, options))
             prefix, turns = self.conversations.turns([lesson.asked for lesson in lessons])
             tokens += sum(len(prefix) + sum(len(turn.ids) for turn in row) for row in turns)
             batch = pack([prefix] * len(lessons), turns, shared=len(prefix), pad_token_id=self._pad)
@@ -282,6 +285,16 @@ class Trainer:
                 figures["kl"] = divergence.item()
                 loss = options.kl * divergence + (loss if options.ce else 0.0)
         return Loss(loss, figures, round(weights_N.sum().item()), tokens)
+
+    def _factors(self, features_BLTD: Tensor, mask_BT: Tensor, options: TrainingOptions) -> Factors:
+        if not options.recompute or not torch.is_grad_enabled():
+            return self.hyper(features_BLTD, mask_BT)
+        mask_BT = mask_BT.bool()
+        layers = [
+            checkpoint(self.hyper.perceive, features_BTD, mask_BT, use_reentrant=False)
+            for features_BTD in features_BLTD.unbind(1)
+        ]
+        return self.hyper.project(torch.stack(layers, dim=1))
 
     def memory(self, examples: Sequence[Example], options: TrainingOptions) -> Memory:
         """What a step needs in this process, by its first video, with the most frames and chunks of the options.
@@ -308,6 +321,7 @@ class Trainer:
             bf16=PRECISIONS[options.precision] is not None,
             muon=options.muon_rate is not None,
             teacher=options.kl > 0,
+            recompute=options.recompute,
         )
 
     def part(self, lessons: Sequence[Lesson]) -> Part:

@@ -90,3 +90,8 @@ def test_a_run_is_told_what_its_largest_part_needs(examples):
     mixed = trainer.memory(examples, TrainingOptions(videos=4, accumulate=2, frames=(2, 8), chunks=(1, 2)))
     assert mixed.activations > 3 * small.activations
     assert mixed.total - small.total == mixed.activations + mixed.features - small.activations - small.features
+    again = trainer.memory(
+        examples, TrainingOptions(videos=4, accumulate=2, frames=(2, 8), chunks=(1, 2), recompute=True)
+    )
+    assert again.reading < mixed.reading / 3
+    assert again.total - again.reading == mixed.total - mixed.reading

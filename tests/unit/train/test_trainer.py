@@ -241,6 +241,30 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_step(processor, exampl
             torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-3)
 
 
+def test_what_is_computed_again_has_the_same_gradients_and_is_not_kept(trainer, examples):
+    for scaler in trainer.hyper.scaler_B.parameters():
+        torch.nn.init.constant_(scaler, 0.01)
+    asked = {"questions": 1, "chunks": (2,), "frames": (8,)}
+    some = lessons_of(examples, trainer.processor, **asked).take(0, 2, random.Random(1), random.Random(1))
+    gradients, kept = [], []
+    for recompute in (False, True):
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor, saved: dict[int, torch.UntypedStorage] = saved) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        trainer.hyper.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = trainer.loss(some, TrainingOptions(recompute=recompute))
+        kept.append(sum(storage.nbytes() for storage in saved.values()))
+        loss.mean.backward()
+        gradients.append([parameter.grad.clone() for parameter in trainer.hyper.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
+    assert kept[1] < 0.7 * kept[0]
+
+
 @pytest.mark.parametrize(("videos", "accumulate", "choice"), [(3, 2, 4), (1, 4, 4), (10, 4, 12)])
 def test_a_step_that_cannot_be_shared_evenly_is_refused(trainer, examples, videos, accumulate, choice):
     with pytest.raises(ValueError, match=rf"{videos} videos a step cannot be shared evenly.*e\.g\. {choice}\."):
@@ -303,6 +327,7 @@ def kept_run(examples, processor, tmp_path_factory) -> Path:
         ("frames", (4,)),
         ("chunks", (1, 2)),
         ("precision", "bf16"),
+        ("recompute", True),
     ],
 )
 def test_a_run_goes_on_with_the_options_it_was_started_with_alone(examples, trainer, kept_run, name, value):
