@@ -11,7 +11,6 @@ from collections.abc import Mapping
 Preset = Mapping[str, str | int | float]  # option of the command, with underscores -> value
 
 _PAPER: Preset = {
-    "model": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
     "micro_batch": 2,
     "accumulate": 64,
     "steps": 60_000,
