@@ -85,11 +85,15 @@ def test_two_processes_learn_what_one_does(examples, tmp_path):
     uneven = [example for example in examples if example.id.startswith("0-") or example.id == "1-0"]
     write_manifest(manifest, [*uneven, broken])
     steps = f"--steps 1 --videos 2 --questions 20 --model {tmp_path / 'model'}"
+    steps += f" --validation {manifest} --validate-every 1"
     assert CliRunner().invoke(app, train_words(tmp_path / "one", manifest, steps)).exit_code == 0
     command = train_command(tmp_path / "two", manifest, *TWO_PROCESSES, steps=steps)
     assert subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 0
     for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert (two["loss"], two["norm"]) == pytest.approx((one["loss"], one["norm"]), rel=1e-3)
-    left_out = [json.loads((tmp_path / name / REPORT_FILE).read_text())["left_out"] for name in ("one", "two")]
+    reports = [json.loads((tmp_path / name / REPORT_FILE).read_text()) for name in ("one", "two")]
+    for one, two in zip(*(report["validations"] for report in reports), strict=True):
+        assert two == pytest.approx(one, rel=1e-3)
+    left_out = [report["left_out"] for report in reports]
     assert left_out[0] == left_out[1]
     assert ["broken.mp4" in key for key in left_out[1]] == [True]
