@@ -181,8 +181,8 @@ def evaluate(
     metric: Annotated[
         str | None, typer.Option(help="exact_match, f1 or judge; default: exact_match, manifests judge or f1.")
     ] = None,
-    margin: Annotated[float | None, typer.Option(help="Of non-inferiority; default: 0.05, judge 0.15.")] = None,
-    equivalence_margin: Annotated[float, typer.Option(help="Of equivalence.")] = 0.05,
+    margin: Annotated[float | None, typer.Option(help="Of non-inferiority; default: 0.05, judge 0.75.")] = None,
+    equivalence_margin: Annotated[float | None, typer.Option(help="Of equivalence; default: the same.")] = None,
     judge_base_url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint that judges answers.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="Its model.")] = None,
     judge_api_key_env: Annotated[str, typer.Option(help="Variable that holds its API key.")] = "OPENAI_API_KEY",

@@ -31,10 +31,10 @@ def markdown(result: dict[str, Any]) -> str:
             cells += [with_interval(comparison, "difference"), *_verdicts(comparison)]
         rows.append(cells)
     metric = configuration["metric"]
-    margin = configuration["non_inferiority_margins"][metric]
+    margin, equivalence = (configuration[f"{test}_margins"][metric] for test in ("non_inferiority", "equivalence"))
     lines = [
         f"{_METRICS[metric].capitalize()}, mean [95 % interval over videos, BCa bootstrap]; non-inferior by a margin "
-        f"of {margin:g}, equivalent within ±{configuration['equivalence_margin']:g} (paired t tests over videos, 5 %). "
+        f"of {margin:g}, equivalent within ±{equivalence:g} (paired t tests over videos, 5 %). "
         "A figure without an interval: every video has that value, or there is one video.",
         "",
         *_grid(header, rows, left=2),

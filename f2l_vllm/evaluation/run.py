@@ -13,7 +13,7 @@ from f2l_vllm.evaluation import environment
 from f2l_vllm.evaluation.answers import AnswerLog, AnswerRecord
 from f2l_vllm.evaluation.judge import Judge
 from f2l_vllm.evaluation.questions import ADAPTER, COMPOSITION_ARMS, Ask, QuestionSet, Reply, Skipped, plan
-from f2l_vllm.evaluation.scores import F1, JUDGE, NON_INFERIORITY_MARGINS, Scores
+from f2l_vllm.evaluation.scores import F1, JUDGE, MARGINS, Scores
 from f2l_vllm.evaluation.server import ServerAnswers, started_server
 from f2l_vllm.evaluation.setup import TRANSFORMERS, Setup
 from f2l_vllm.store.address import fingerprint
@@ -47,10 +47,12 @@ def evaluate(questions: QuestionSet, setup: Setup, work: Path, on_progress: Prog
         judged_by = _judge(log, keys, setup, work, report)
         answers = [log.answers[key] for key in keys if key in log.answers]
     metric = setup.metric or (JUDGE if setup.judge and questions.metric == F1 else questions.metric)
-    margins = NON_INFERIORITY_MARGINS | ({} if setup.margin is None else {metric: setup.margin})
-    scores = Scores(
-        answers, metric, apart=questions.apart, margins=margins, equivalence_margin=setup.equivalence_margin
-    )
+    margins = {
+        "non_inferiority_margins": MARGINS | ({} if setup.margin is None else {metric: setup.margin}),
+        "equivalence_margins": MARGINS
+        | ({} if setup.equivalence_margin is None else {metric: setup.equivalence_margin}),
+    }
+    scores = Scores(answers, metric, apart=questions.apart, **margins)
     report("scoring", 0, 1)
     main = ADAPTER if ADAPTER in setup.arms else setup.arms[0]
     result = {
@@ -63,8 +65,7 @@ def evaluate(questions: QuestionSet, setup: Setup, work: Path, on_progress: Prog
             "arms": list(setup.arms),
             "metric": metric,
             "types_apart": sorted(questions.apart),
-            "non_inferiority_margins": margins,
-            "equivalence_margin": setup.equivalence_margin,
+            **margins,
             "judge": judged_by,
         },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -18,9 +18,9 @@ from f2l_vllm.evaluation.questions import ADAPTER, COMPOSITION_ARMS, FRAMES
 from f2l_vllm.evaluation.statistics import Estimate, Values
 
 EXACT_MATCH, F1, JUDGE = METRICS = ("exact_match", "f1", "judge")
-# A loss up to the margin would not matter. The judge's, on its scale of 0 to 5, is from Frames2LoRA (arXiv 2606.04351).
-NON_INFERIORITY_MARGINS = {EXACT_MATCH: 0.05, F1: 0.05, JUDGE: 0.15}
-EQUIVALENCE_MARGIN = 0.05
+# A difference up to the margin would not matter. Those of F1 and the judge are from section 4.3 of Frames2LoRA (arXiv
+# 2606.04351), where the judge's is 0.15 of its score over 5.
+MARGINS = {EXACT_MATCH: 0.05, F1: 0.05, JUDGE: 0.75}
 _DIGITS = 4
 
 
@@ -60,8 +60,7 @@ class Scores:
         answers: of all arms.
         metric: the main metric of scores and comparisons.
         apart: types left out of the overall scores.
-        margins: metric -> non-inferiority margin.
-        equivalence_margin: of every metric.
+        non_inferiority_margins, equivalence_margins: by metric.
     """
 
     def __init__(
@@ -70,14 +69,15 @@ class Scores:
         metric: str,
         *,
         apart: frozenset[str] = frozenset(),
-        margins: dict[str, float] = NON_INFERIORITY_MARGINS,
-        equivalence_margin: float = EQUIVALENCE_MARGIN,
+        non_inferiority_margins: dict[str, float] = MARGINS,
+        equivalence_margins: dict[str, float] = MARGINS,
     ) -> None:
         self._all: dict[str, list[AnswerRecord]] = {}
         for answer in answers:
             self._all.setdefault(answer.arm, []).append(answer)
         self._scored = {arm: [a for a in some if a.type not in apart] for arm, some in self._all.items()}
-        self._apart, self._margins, self._equivalence_margin = apart, margins, equivalence_margin
+        self._apart = apart
+        self._non_inferiority_margins, self._equivalence_margins = non_inferiority_margins, equivalence_margins
         everything = [answer for some in self._all.values() for answer in some]
         self.metric = metric
         self.metrics = [m for m in METRICS if any(measure(answer, m) is not None for answer in everything)]
@@ -181,8 +181,8 @@ class Scores:
             **_as_json("difference", statistics.mean(values)),
             "n": len(differences),
             "videos": len(values),
-            "non_inferior": statistics.non_inferiority(values, self._margins[metric]).as_json(),
-            "equivalent": statistics.equivalence(values, self._equivalence_margin).as_json(),
+            "non_inferior": statistics.non_inferiority(values, self._non_inferiority_margins[metric]).as_json(),
+            "equivalent": statistics.equivalence(values, self._equivalence_margins[metric]).as_json(),
         }
 
     def _ratio(self, arm: str, other: str, metric: str) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from f2l_vllm import models
 from f2l_vllm.base_models.rate import check_rate
 from f2l_vllm.evaluation.questions import ARMS
-from f2l_vllm.evaluation.scores import EQUIVALENCE_MARGIN, JUDGE, METRICS
+from f2l_vllm.evaluation.scores import JUDGE, METRICS
 from f2l_vllm.video.reading import ReadingOptions
 
 SERVER, TRANSFORMERS = WAYS = ("server", "transformers")
@@ -60,7 +60,7 @@ class Setup:
     judge: JudgeSetup | None = None
     metric: str | None = None
     margin: float | None = None
-    equivalence_margin: float = EQUIVALENCE_MARGIN
+    equivalence_margin: float | None = None
 
     def __post_init__(self) -> None:
         if not self.arms or set(self.arms) - set(ARMS) or len(set(self.arms)) < len(self.arms):
@@ -78,7 +78,7 @@ class Setup:
             raise ValueError(f"unknown metric {self.metric!r}: choose one of {', '.join(METRICS)}")
         if self.metric == JUDGE and self.judge is None:
             raise ValueError("the metric 'judge' needs a judge: name its endpoint and model")
-        if not all(margin > 0 for margin in (self.margin or 1, self.equivalence_margin)):
+        if any(margin is not None and not margin > 0 for margin in (self.margin, self.equivalence_margin)):
             raise ValueError("a margin is the largest difference that counts as none: it must be positive")
 
     @property

@@ -173,7 +173,8 @@ def test_kept_answers_are_judged_without_asking_again(served, base_url):
     assert {scores["score"] for scores in result["arms"].values()} == {5.0}
     assert result["arms"]["adapter"]["unjudged"] == 0
     assert result["configuration"]["judge"]["scale"] == [0, 5]
-    assert result["comparisons"]["adapter - frames"]["non_inferior"]["margin"] == 0.15
+    comparison = result["comparisons"]["adapter - frames"]
+    assert comparison["non_inferior"]["margin"] == comparison["equivalent"]["margin"] == 0.75
     after = answers_of(folder)
     assert {key: asdict(answer) | {"judge": None} for key, answer in after.items()} == {
         key: asdict(answer) for key, answer in before.items()

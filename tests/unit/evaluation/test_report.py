@@ -1,5 +1,5 @@
 from f2l_vllm.evaluation.report import comparison_lines, markdown
-from f2l_vllm.evaluation.scores import EQUIVALENCE_MARGIN, NON_INFERIORITY_MARGINS, Scores
+from f2l_vllm.evaluation.scores import MARGINS, Scores
 from tests.support.records import answer
 
 
@@ -22,8 +22,8 @@ def result(arms=("adapter", "frames"), **extra):
             "arms": list(arms),
             "metric": "exact_match",
             "types_apart": [],
-            "non_inferiority_margins": NON_INFERIORITY_MARGINS,
-            "equivalence_margin": EQUIVALENCE_MARGIN,
+            "non_inferiority_margins": MARGINS,
+            "equivalence_margins": MARGINS,
         },
         **extra,
     }

@@ -108,6 +108,23 @@ def test_answers_without_a_judges_score_are_counted_and_not_scored():
     assert summary["n"] == 24
 
 
+@pytest.mark.parametrize(("mean", "half", "shown"), [(-0.108, 0.010, True), (-0.198, 0.038, False)])
+def test_the_judges_margins_give_the_papers_verdicts(mean, half, shown):
+    """Tables 1 and 4 of Frames2LoRA, on its scale of 0 to 1: VDC at 500M and PLM-SGQA at 2.2B, with half of the
+    interval."""
+    spread = 5 * half * 10 / 1.98  # of 100 videos, whose mean has that interval
+    pairs = [
+        (
+            answer(f"v{video}", "what", "adapter", judge=4 + 5 * mean + spread * (-1) ** video),
+            answer(f"v{video}", "what", "frames", judge=4.0),
+        )
+        for video in range(100)
+    ]
+    found = Scores([one for pair in pairs for one in pair], "judge").comparison("adapter", "frames")
+    assert found["difference"] == pytest.approx(5 * mean)
+    assert found["non_inferior"]["shown"] is found["equivalent"]["shown"] is shown
+
+
 def test_an_arm_without_answers_has_no_score():
     scores = Scores(answers("adapter"), "exact_match")
     assert scores.arm("frames")["score"] is None
