@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -152,7 +153,8 @@ def train(
     from f2l_vllm.hypernetwork.model import Hypernetwork
     from f2l_vllm.train.loader import default_workers
     from f2l_vllm.train.loop import Loop
-    from f2l_vllm.train.trainer import Trainer, TrainingOptions, train_to
+    from f2l_vllm.train.options import TrainingOptions
+    from f2l_vllm.train.trainer import Trainer, train_to
 
     try:
         options = TrainingOptions(
@@ -205,17 +207,15 @@ def train(
             )
         if longest_edge is not None:
             hyper.config = replace(hyper.config, longest_edge=longest_edge)
-        with progress(console) as tell:
-            trackers = Trackers(log_with or (), run, output, context.params) if loop.is_main else None
+        trackers = Trackers(log_with or (), run, output, context.params) if loop.is_main else nullcontext()
+        with progress(console) as tell, trackers as told:
             loop.on_progress = lambda stage, done: tell(stage, done, 1)
-            loop.on_log = _Lines(trackers)
+            loop.on_log = _Lines(told)
             workers = default_workers(loop.device) if loader_workers is None else loader_workers
             trainer = Trainer(base, processor, hyper, loop)
             if loop.is_main:
                 say(console, _needed(trainer.memory(examples, options)))
             report = train_to(output, trainer, examples, options, held_out, workers)
-            if trackers is not None:
-                trackers.finish()
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     if loop.is_main:

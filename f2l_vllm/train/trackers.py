@@ -31,7 +31,8 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """Passes the figures of a run on, as `Loop.on_log`. Only the main process makes one.
+    """Passes the figures of a run on, as `Loop.on_log`. Only the main process makes one. As a context manager it writes
+    what is not written, however the run ends.
 
     Args:
         names: of trackers that accelerate knows.
@@ -56,8 +57,10 @@ class Trackers:
         for tracker in self._open:
             tracker.log({f"{stage}/{name}": value for name, value in figures.items()}, step=step)
 
-    def finish(self) -> None:
-        """Write what is not written; no figures come after this."""
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for tracker in self._open or []:
             tracker.finish()
 

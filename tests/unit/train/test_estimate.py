@@ -15,7 +15,8 @@ from f2l_vllm.train.data.manifest import Example
 from f2l_vllm.train.estimate import estimate
 from f2l_vllm.train.lessons import Lessons
 from f2l_vllm.train.loop import Loop
-from f2l_vllm.train.trainer import Trainer, TrainingOptions
+from f2l_vllm.train.options import TrainingOptions
+from f2l_vllm.train.trainer import Trainer
 from f2l_vllm.video.sample import Sampling
 from tests.support.training import filmed_examples, new_hypernetwork
 

@@ -14,7 +14,8 @@ from f2l_vllm.train.data.manifest import Example
 from f2l_vllm.train.lessons import Lesson, Lessons
 from f2l_vllm.train.loader import Loader, default_workers
 from f2l_vllm.train.loop import Loop
-from f2l_vllm.train.trainer import Trainer, TrainingOptions
+from f2l_vllm.train.options import TrainingOptions
+from f2l_vllm.train.trainer import Trainer
 from f2l_vllm.video.sample import Sampling
 from tests.support.training import filmed_examples, new_hypernetwork
 

@@ -62,8 +62,7 @@ def run(folder: Path, name: str, stop_after: float = 2.0, save_seconds: float = 
         if done > stop_after:
             raise KeyboardInterrupt
 
-    trackers = Trackers([name], folder / ".run", folder, {"rate": 0.1, "frames": (8, 12), "model": None})
-    loop = Loop(folder / ".run", device=torch.device("cpu"), save_seconds=save_seconds, on_log=trackers.log)
+    loop = Loop(folder / ".run", device=torch.device("cpu"), save_seconds=save_seconds)
     torch.nn.init.ones_(module.weight)
     torch.nn.init.zeros_(module.bias)
     loop.on_progress = progress
@@ -78,8 +77,9 @@ def run(folder: Path, name: str, stop_after: float = 2.0, save_seconds: float = 
         lambda *_: 1.0,
         validation=validation,
     )
-    loop.run(stage)
-    trackers.finish()
+    with Trackers([name], folder / ".run", folder, {"rate": 0.1, "frames": (8, 12), "model": None}) as trackers:
+        loop.on_log = trackers.log
+        loop.run(stage)
 
 
 def test_a_tracker_is_told_what_the_log_says(tmp_path, lines):
@@ -103,8 +103,9 @@ def test_a_run_that_goes_on_keeps_its_name(tmp_path, lines):
         run(tmp_path, lines, stop_after=0.5)
     run(tmp_path, lines)
     (path,) = (tmp_path / "lines").iterdir()
-    told = [line for line in map(json.loads, path.read_text().splitlines()) if "step" in line]
-    assert [line["step"] for line in told] == [1, 8, 11, 16, 21, 24, 25]
+    lines_told = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines_told if "step" in line] == [1, 8, 11, 16, 21, 24, 25]
+    assert lines_told.count({"finished": True}) == 2, "what was told before the stop is written, too"
 
 
 def test_tensorboard_shows_every_step_once(tmp_path):

@@ -19,7 +19,8 @@ from f2l_vllm.train.data.manifest import Example, write_manifest
 from f2l_vllm.train.lessons import Lessons, cut
 from f2l_vllm.train.loop import Loop
 from f2l_vllm.train.optimizer import MuonAdamW
-from f2l_vllm.train.trainer import Trainer, TrainingOptions
+from f2l_vllm.train.options import TrainingOptions
+from f2l_vllm.train.trainer import Trainer
 from f2l_vllm.video.sample import Sampling, sample_video
 from tests.support.training import filmed_examples, new_hypernetwork, train_words
 
