@@ -139,6 +139,7 @@ class Settings(BaseSettings):
     url_seconds: float = Field(
         86400.0, gt=0, description="How long a video named by address is kept after its last use, seconds."
     )
+    max_streams: int = Field(64, ge=0, description="Streams of one tenant that are live at once; 0: none.")
     max_composed: int = Field(1024, ge=1, description="Adapters composed of several videos or chunks that are kept.")
 
     @classmethod

@@ -14,7 +14,6 @@ from typing import Any
 from sqlalchemy import (
     Column,
     ColumnElement,
-    Connection,
     and_,
     bindparam,
     case,
@@ -34,6 +33,7 @@ from f2l_vllm.catalog.keys import Keys
 from f2l_vllm.catalog.revisions import Adoption
 from f2l_vllm.catalog.servers import Servers
 from f2l_vllm.catalog.states import GONE, IN_WORK, LIVE, VideoState
+from f2l_vllm.catalog.streams import Streams
 from f2l_vllm.catalog.tables import (
     IS_VIDEO,
     Bytes,
@@ -47,19 +47,18 @@ from f2l_vllm.catalog.tables import (
     tombstones,
     usage,
 )
-from f2l_vllm.catalog.tombstones import Tombstones, doom_video_unless_named, give_back, name_video
+from f2l_vllm.catalog.tombstones import Tombstones, give_back, name_video
 from f2l_vllm.catalog.transactions import (
     NOTHING_TO_MAKE,
     QueueFull,
     QuotaExceeded,
     adapter_record,
     count_bytes,
-    drop_unwanted,
+    end_file,
     ensure_job,
     file_of,
     file_of_address,
     file_record,
-    move,
     standing,
 )
 from f2l_vllm.catalog.uploads import Uploads
@@ -97,7 +96,7 @@ class Removal:
         return any(one.is_video for one in self.doomed)
 
 
-class Catalog(Adoption, Batches, Duties, Jobs, Keys, Published, Servers, Tombstones, Uploads):
+class Catalog(Adoption, Batches, Duties, Jobs, Keys, Published, Servers, Streams, Tombstones, Uploads):
     """Files, adapters, jobs and keys in one database."""
 
     # Files
@@ -176,6 +175,7 @@ class Catalog(Adoption, Batches, Duties, Jobs, Keys, Published, Servers, Tombsto
                 tenant=upload.tenant,
                 tenant_limit=tenant_limit,
                 trace=upload.trace,
+                background=upload.background,
             )
             return file_record(row)
 
@@ -314,7 +314,7 @@ class Catalog(Adoption, Batches, Duties, Jobs, Keys, Published, Servers, Tombsto
             record = file_of(connection, file_id, tenant, hold=True)
             if record is None or record.state in GONE:
                 return None
-            return _remove(connection, record, VideoState.DELETED)
+            return Removal(record, end_file(connection, record, VideoState.DELETED))
 
     def expire_files(self, now: float, limit: int = _AT_ONCE) -> list[Removal]:
         """Expire at most `limit` files that are due and not pinned, in one transaction."""
@@ -326,7 +326,8 @@ class Catalog(Adoption, Batches, Duties, Jobs, Keys, Published, Servers, Tombsto
         with self._write(beside=[row.sha256 for row in rows], deletes=True) as connection:
             still = due.where(files.c.number.in_([row.number for row in rows])).order_by(files.c.id)
             held = connection.execute(still.with_for_update()).all()
-            return [_remove(connection, file_record(row), VideoState.EXPIRED) for row in held]
+            records = [file_record(row) for row in held]
+            return [Removal(record, end_file(connection, record, VideoState.EXPIRED)) for record in records]
 
     def purge(self, before: float) -> int:
         """Delete the rows of files that were deleted or expired before this moment, and the tombstones that were done
@@ -359,9 +360,3 @@ class Catalog(Adoption, Batches, Duties, Jobs, Keys, Published, Servers, Tombsto
         with self._read() as connection:
             states = {row[0]: row[1] for row in connection.execute(by_state)}
         return states, *self.jobs()
-
-
-def _remove(connection: Connection, record: FileRecord, state: VideoState) -> Removal:
-    move(connection, [record], state)
-    doomed = doom_video_unless_named(connection, record.sha256, record.generation)
-    return Removal(record, doomed + drop_unwanted(connection, [record.adapter_name, record.previous_adapter]))

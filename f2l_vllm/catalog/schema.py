@@ -12,7 +12,7 @@ from pathlib import Path
 from sqlalchemy import Column, Connection, MetaData, String, Table, insert, inspect, select, text
 
 from f2l_vllm.catalog.notices import create_triggers
-from f2l_vllm.catalog.upload_tables import metadata  # with every table
+from f2l_vllm.catalog.stream_tables import metadata  # with every table
 
 logger = logging.getLogger(__name__)
 

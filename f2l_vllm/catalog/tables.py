@@ -231,6 +231,7 @@ class Upload:
             is the file, unless it is `instead_of`.
         trace: the `traceparent` that its job goes on with.
         file_id: the id that its file gets. If there was ever such a file, it is the file, and nothing is entered.
+        background: nobody waits for it: it is read when nothing else is to be.
     """
 
     tenant: str
@@ -245,6 +246,7 @@ class Upload:
     instead_of: str | None = None
     trace: str | None = None
     file_id: str | None = None
+    background: bool = False
 
 
 @dataclass(frozen=True)

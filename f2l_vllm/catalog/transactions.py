@@ -24,7 +24,7 @@ from f2l_vllm.catalog.tables import (
     serving,
     usage,
 )
-from f2l_vllm.catalog.tombstones import doom
+from f2l_vllm.catalog.tombstones import doom, doom_video_unless_named
 from f2l_vllm.store.errors import AdapterIdsExhausted, CatalogBusy, OtherModels
 
 EXHAUSTED = "internalization_failed"  # the error of a video that cost a worker in each of its attempts
@@ -217,6 +217,7 @@ def ensure_job(
     tenant: str | None = None,
     tenant_limit: int | None = None,
     trace: str | None = None,
+    background: bool = False,
 ) -> None:
     """Enter a job for an adapter unless it has one or is published.
 
@@ -224,13 +225,14 @@ def ensure_job(
         job_attempts: attempts per job; a video that has used all of them before gets one.
         queue_limit: bounds the queued jobs that somebody waits for. The caller holds the queue.
         tenant_limit: bounds those for files of `tenant`, whose count of bytes the caller holds.
+        background: nobody waits for it yet.
 
     Raises:
         QueueFull: there is no room for another job; the caller has to abandon the transaction.
         CatalogBusy: very many others were entered since `found`; the same.
     """
     if not found.needs_job:
-        if found.background:
+        if found.background and not background:
             of_adapter = jobs.c.adapter_name == adapter_name
             connection.execute(update(jobs).where(of_adapter).values(background=False))
         return
@@ -239,7 +241,7 @@ def ensure_job(
         "sha256": sha256,
         "running": 0,
         "attempts": job_attempts - 1 if found.is_poisonous else 0,
-        "background": False,
+        "background": background,
         "created_at": moment(connection),
         "trace": trace,
     }
@@ -318,6 +320,13 @@ def drop_unwanted(connection: Connection, names: Collection[str | None]) -> list
     doomed = doom(connection, ADAPTER, sorted((name, token) for name, token in running))
     doomed += drop_jobs(connection, and_(jobs.c.adapter_name.in_(unwanted), jobs.c.running == 0))
     return doomed + drop_adapters(connection, unwanted)
+
+
+def end_file(connection: Connection, record: FileRecord, state: VideoState) -> list[Tombstone]:
+    """Delete or expire a file. The tombstones name what the store has to remove because of it."""
+    move(connection, [record], state)
+    doomed = doom_video_unless_named(connection, record.sha256, record.generation)
+    return doomed + drop_unwanted(connection, [record.adapter_name, record.previous_adapter])
 
 
 def drop_jobs(connection: Connection, chosen: Any) -> list[Tombstone]:

@@ -25,7 +25,6 @@ torch_shims.install()
 
 from f2l_vllm import logs, models, tracing  # noqa: E402  (torchvision must be importable first)
 from f2l_vllm.server import assembly, openapi, vllm_api, vllm_errors  # noqa: E402
-from f2l_vllm.server.batches.routes import router  # noqa: E402
 from f2l_vllm.server.batches.runner import Batches  # noqa: E402
 from f2l_vllm.server.chat.grammars import Grammars  # noqa: E402
 from f2l_vllm.server.console import routes as console  # noqa: E402
@@ -39,6 +38,9 @@ from f2l_vllm.server.middleware.lingering import Lingering  # noqa: E402
 from f2l_vllm.server.middleware.load import Load  # noqa: E402
 from f2l_vllm.server.middleware.request_ids import RequestIds  # noqa: E402
 from f2l_vllm.server.middleware.traced import Traced  # noqa: E402
+from f2l_vllm.server.streams import hasty_senders  # noqa: E402
+from f2l_vllm.server.streams.live import LiveStreams  # noqa: E402
+from f2l_vllm.server.streams.routes import router  # noqa: E402
 from f2l_vllm.server.tenants import Keys  # noqa: E402
 from f2l_vllm.server.videos.service import VideoService  # noqa: E402
 from f2l_vllm.settings import CATALOG, Settings, listed  # noqa: E402
@@ -58,6 +60,7 @@ class F2LEndpointPlugin:
     def __init__(self) -> None:
         self._app: FastAPI | None = None
         self._service: VideoService | None = None
+        self._live: LiveStreams | None = None
         self._lock: FileLock | None = None
         self._ending: Ending | None = None
         self._stop_engine: Callable[[], object] = bool
@@ -69,6 +72,7 @@ class F2LEndpointPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Add our routes, remove routes that are not listed, and hook into the shutdown."""
         settings = Settings.read()
+        hasty_senders.install()
         app.include_router(router)
         own: list[str] = []
         if settings.console:
@@ -130,9 +134,10 @@ class F2LEndpointPlugin:
             state.f2l_previews = Previews(settings)
             service.forgetting.include(state.f2l_previews)
         warm = _warm(service, min(settings.warm_adapters, served.limits.host_slots))
-        lasting = (service.maintain(), service.membership.run(), batches.run(), warm)
+        live = self._live = state.f2l_streams = LiveStreams(service)
+        lasting = (service.maintain(), service.membership.run(), batches.run(), live.run(), warm)
         self._background = [asyncio.create_task(work) for work in lasting]
-        assembly.answer_from_videos(settings, served, engine_client, state, service, keys)
+        assembly.answer_from_videos(settings, served, engine_client, state, live, keys)
         self._welcome = asyncio.create_task(_welcome(service, state, vllm_api.url(args)))
         logger.info("model %s, hypernetwork %s, data in %s", served.names[0], served.hypernetwork, settings.data_folder)
         if keys.is_open:
@@ -185,6 +190,8 @@ class F2LEndpointPlugin:
         parts: list[Callable[[], object]] = [self._stop_engine]
         if self._service is not None:
             parts.append(self._service.close)
+        if self._live is not None:
+            parts.append(self._live.close)
         await self._ending.finish(*parts)
 
 

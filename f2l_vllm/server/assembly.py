@@ -36,6 +36,7 @@ from f2l_vllm.server.chat.responses import ResponsesHandler
 from f2l_vllm.server.media import connector
 from f2l_vllm.server.middleware.ending import Ending
 from f2l_vllm.server.registry import Registry
+from f2l_vllm.server.streams.live import LiveStreams
 from f2l_vllm.server.tenants import Keys, asking_tenant
 from f2l_vllm.server.videos.service import VideoService
 from f2l_vllm.settings import SERVER_LOCK, Settings, listed
@@ -143,9 +144,10 @@ def about(settings: Settings, served: ServedModel, engine_client: Any) -> dict[s
 
 
 def answer_from_videos(
-    settings: Settings, served: ServedModel, engine_client: Any, state: State, service: VideoService, keys: Keys
+    settings: Settings, served: ServedModel, engine_client: Any, state: State, live: LiveStreams, keys: Keys
 ) -> None:
     """Put our handlers in front of vLLM's."""
+    service = live.service
     composer = Composer(
         service.catalog,
         service.store,
@@ -156,7 +158,8 @@ def answer_from_videos(
         max_rank=served.limits.max_rank,
         keep=settings.max_composed,
     )
-    asking = Asking(service, composer)
+    asking = Asking(service, composer, live)
+    live.prepare = asking.prepare
     vllm_api.leave_adapters_out_of_metrics(engine_client)
     between = separator.find(functools.partial(vllm_api.rendered, state.openai_serving_chat))
     if between:

@@ -27,11 +27,18 @@ WAIT_SECONDS = Histogram("f2l_question_wait_seconds", "Time questions waited for
 TOKENS_AVOIDED = Counter("f2l_visual_tokens_avoided", "Visual tokens that questions did not have to carry.")
 ERRORS = Counter("f2l_errors", "Requests answered with an error of this server's own, by code.", ["code"])
 BATCH_LINES = Counter("f2l_batch_lines", "Requests of batches that have an answer, by outcome.", ["outcome"])
+STREAMS = Gauge("f2l_streams", "Streams that are live.", multiprocess_mode="mostrecent")
+STREAM_FRESHNESS = Histogram(
+    "f2l_stream_freshness_seconds", "From a segment's arrival to being answerable.", buckets=_SECONDS
+)
+STREAM_SEGMENTS = Counter("f2l_stream_segments", "Segments of streams, by what became of them.", ["outcome"])
 COMPOSED = Counter("f2l_composed", "Adapters composed of several videos, or of some chunks of one.")
 
 # Shown as 0 before they happen first: Prometheus takes no growth from a series that was not there.
 for _outcome in ("published", "failed"):
     INTERNALIZED.labels(_outcome)
+for _become in ("read", "coarser", "repeated", "failed"):
+    STREAM_SEGMENTS.labels(_become)
 for _reused in ("true", "false"):
     UPLOADS.labels(_reused)
 

@@ -13,10 +13,10 @@ from pydantic.json_schema import models_json_schema
 
 from f2l_vllm import __version__
 from f2l_vllm.server import vllm_api
-from f2l_vllm.server.batches.routes import router
 from f2l_vllm.server.chat.content import REFUSED
 from f2l_vllm.server.chat.request import Mode
 from f2l_vllm.server.middleware.auth import keep_listed_routes
+from f2l_vllm.server.streams.routes import router
 
 _SCHEMAS = "#/components/schemas/"
 _SPANNED = (
@@ -39,6 +39,9 @@ DESCRIPTIONS = {
 _ASKS = {path for path in DESCRIPTIONS if "{" not in path and not path.endswith("count_tokens")}
 
 
+_Moment = Annotated[float, Field(ge=0)] | str | None
+
+
 class F2LOptions(BaseModel):
     """How a question is answered."""
 
@@ -52,20 +55,25 @@ class F2LOptions(BaseModel):
         None,
         description="How long to wait for videos that are not ready, seconds. Default: what the operator set.",
     )
+    start: _Moment = Field(None, description="With `end`: what is meant of videos that do not say it themselves.")
+    end: _Moment = None
+    last: float | None = Field(None, gt=0, description="Seconds back from the end instead.")
 
 
 class F2LSpan(BaseModel):
-    """A part of a long video, seconds."""
+    """A part of a long video, seconds. Of a stream also the wall clock: Unix seconds, or a text as ISO 8601 has it."""
 
     model_config = ConfigDict(extra="forbid")
-    start: float = Field(0, ge=0)
-    end: float | None = Field(None, ge=0, description="Default: the end of the video.")
+    start: _Moment = Field(0)
+    end: _Moment = Field(None, description="Default: the end of the video.")
+    last: float | None = Field(None, gt=0, description="Seconds back from the end instead.")
 
 
 class F2LVideo(BaseModel):
-    """A video that an answer is about."""
+    """A video that an answer is about, or a stream."""
 
-    file_id: str
+    file_id: str | None = None
+    stream_id: str | None = None
     adapter: str | None = None
     covered: list[tuple[float, float]] | None = Field(None, description="What was read of it, seconds.")
 
@@ -80,6 +88,8 @@ class F2LAnswer(BaseModel):
     visual_tokens: int = Field(description="In the prompt.")
     visual_tokens_avoided: int = 0
     waited_seconds: float = 0.0
+    covered: list[tuple[float, float]] | None = Field(None, description="Of streams: what was read, Unix seconds.")
+    age_seconds: float | None = Field(None, description="Of streams: since the end of the newest that was read.")
 
 
 def reference() -> dict[str, Any]:

@@ -109,6 +109,22 @@ def read_timeline(path: str | Path) -> Timeline | None:
     return Timeline(times, keyframes, hidden) if times and unique and keyframes else None
 
 
+def read_stamps(path: str | Path, info: VideoInfo) -> tuple[float, float]:
+    """The first frame's timestamp and how long the frames last, both in seconds. Decodes nothing.
+
+    Raises:
+        VideoError: those of `open_video`.
+    """
+    timeline = read_timeline(path)
+    with open_video(path) as (_, stream):
+        base = float(stream.time_base or 0)
+    if timeline is None or not base:
+        return 0.0, info.duration_s
+    first, last, count = timeline.times[0], timeline.times[-1], len(timeline.times)
+    frame = (last - first) * base / (count - 1) if count > 1 else 1 / info.fps
+    return first * base, (last - first) * base + frame
+
+
 class _Canvas:
     """The frames of a result, in one array from the start, so that a large video is held only once."""
 

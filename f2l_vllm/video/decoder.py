@@ -9,6 +9,7 @@ all that the message claims to hold before it looks at the array's size.
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import select
@@ -100,6 +101,18 @@ class IsolatedDecoder:
             DecoderStopped: `stop` was called.
         """
         return VideoInfo(**self._ask("open", path, limits=asdict(limits)))
+
+    def stamps(self, path: str | Path, limits: Limits) -> tuple[float, float]:
+        """Check the header; the first frame's timestamp and how long the frames last, both in seconds.
+
+        Raises:
+            VideoError: as `open`.
+        """
+        answer = self._ask("stamps", path, limits=asdict(limits))
+        begins, seconds = float(answer["begins"]), float(answer["seconds"])
+        if not (math.isfinite(begins) and 0 < seconds < math.inf):
+            raise VideoError("no_frames", "The segment's timestamps make no sense: check what writes it.")
+        return begins, seconds
 
     def frames(
         self, path: str | Path, indices: Sequence[int], frame_count: int, shrink: Shrink | None = None

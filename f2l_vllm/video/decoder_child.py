@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from f2l_vllm.lifeline import end_with_writer
-from f2l_vllm.video.decode import Timeline, decode_frames, read_timeline, shown
+from f2l_vllm.video.decode import Timeline, decode_frames, read_stamps, read_timeline, shown
 from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.probe import Limits, check_file
 
@@ -36,6 +36,9 @@ class _Videos:
         path = request["path"]
         if request["what"] == "probe":
             return asdict(check_file(path, Limits(**request["limits"]))), None
+        if request["what"] == "stamps":
+            begins, seconds = read_stamps(path, check_file(path, Limits(**request["limits"])))
+            return {"begins": begins, "seconds": seconds}, None
         if request["what"] == "open":
             info = check_file(path, Limits(**request["limits"]))
             timeline = read_timeline(path)

@@ -96,9 +96,11 @@ class Composer:
             APIError: `span_not_available`: the video was read in one pass, or has no such seconds.
         """
         spans = record.info.spans
+        if span is not None and span.last is not None:
+            span = Span(max(0.0, record.info.duration_s - span.last))
         if span is None:
             whole = _joined(spans) or ((0.0, record.info.duration_s),)
-            return AdapterChunks(record, tuple(range(record.rank // self._chunk_rank - 1)), whole)
+            return AdapterChunks(record, tuple(range(self.count(record))), whole)
         if not spans:
             message = (
                 f"Video '{name}' was read in one pass and cannot be asked about in part: leave out start and end, or "
@@ -115,6 +117,15 @@ class Composer:
             )
             raise bad_request("span_not_available", message, "messages")
         return AdapterChunks(record, tuple(chosen), _joined([spans[i] for i in chosen]))
+
+    @property
+    def most(self) -> int:
+        """How many chunks the engine has room for at once."""
+        return max(1, self._max_rank // self._chunk_rank - 1)
+
+    def count(self, record: AdapterRecord) -> int:
+        """How many chunks an adapter has."""
+        return record.rank // self._chunk_rank - 1
 
     def check(self, chunks: int, videos: int) -> None:
         """Check that the engine has room for this many chunks at once.
@@ -146,7 +157,7 @@ class Composer:
         parts = _each_chunk_once(parts)
         self.check(sum(len(part.chunks) for part in parts), len(parts))
         only = parts[0].record
-        if len(parts) == 1 and len(parts[0].chunks) == only.rank // self._chunk_rank - 1:
+        if len(parts) == 1 and len(parts[0].chunks) == self.count(only):
             try:
                 return await self._registry.acquire(only)
             except AdapterLost as error:

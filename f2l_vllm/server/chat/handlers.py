@@ -12,8 +12,8 @@ from fastapi import Request
 
 from f2l_vllm.server import errors, metrics, vllm_answers, vllm_api
 from f2l_vllm.server.chat.request import (
-    FILE_PREFIX,
     MODES,
+    VIDEO_PREFIXES,
     Options,
     Video,
     names_a_video,
@@ -87,7 +87,7 @@ class Handler:
         return options(fields, headers, self._asking.service.settings.wait_seconds)
 
     def _knows(self, model: str | None) -> bool:
-        return not model or model in self._base_names or model.startswith(FILE_PREFIX)
+        return not model or model in self._base_names or model.startswith(VIDEO_PREFIXES)
 
     async def _source(
         self, messages: Sequence[Any], asked: Sequence[Video], how: Options, tenant: str
@@ -96,6 +96,9 @@ class Handler:
         if how.mode == "adapter":
             text = without_videos(messages)  # before the wait, to report a missing question at once
             return await self._asking.adapter(await self._asking.find(asked, tenant), tenant, how.wait), text
+        if any(video.is_stream for video in asked):
+            message = "A stream is answered from its adapters only: leave out f2l.mode."
+            raise bad_request("invalid_f2l_options", message, "f2l")
         if any(video.span is not None for video in asked):
             message = "Frames are taken of the whole video: leave out start and end, or f2l.mode."
             raise bad_request("span_not_available", message, "messages")
@@ -110,7 +113,7 @@ class Handler:
     async def _by_model(self, request: Any, tenant: str, how: Options) -> AnswerSource:
         """The source of a route that names its video by `model` alone, and whose prompt has no place for frames."""
         self._needs_adapter(how)
-        named = await self._asking.find([Video(file_id=request.model)], tenant)
+        named = await self._asking.find([Video(file_id=request.model, span=how.span)], tenant)
         return await self._asking.adapter(named, tenant, how.wait)
 
     def _needs_adapter(self, how: Options) -> None:
@@ -153,7 +156,7 @@ class ChatHandler(Handler):
     async def create_chat_completion(self, request: Any, raw_request: Request | None = None) -> Any:
         """vLLM's method, with videos resolved first."""
         how, tenant = self._options(request.model_extra, raw_request), tenant_of(raw_request)
-        asked = videos(request.model, request.messages)
+        asked = videos(request.model, request.messages, how.span)
         if not asked or not self._knows(request.model):  # vLLM reports an unknown model
             return await self._inner.create_chat_completion(request, raw_request)
         source, request.messages = await self._source(request.messages, asked, how, tenant)
@@ -166,7 +169,7 @@ class CompletionHandler(Handler):
     async def create_completion(self, request: Any, raw_request: Request | None = None) -> Any:
         """vLLM's method, with the video resolved first."""
         how = self._options(request.model_extra, raw_request)
-        if not (request.model or "").startswith(FILE_PREFIX):
+        if not (request.model or "").startswith(VIDEO_PREFIXES):
             return await self._inner.create_completion(request, raw_request)
         source = await self._by_model(request, tenant_of(raw_request), how)
         return await self._answer(self._inner.create_completion, request, raw_request, source)
@@ -202,7 +205,7 @@ def refuse_videos(fields: Mapping[str, Any], model: str | None = None) -> None:
     Raises:
         APIError: `route_without_videos`.
     """
-    by_model = (model or "").startswith(FILE_PREFIX)
+    by_model = (model or "").startswith(VIDEO_PREFIXES)
     if by_model or names_a_video([fields.get("input"), fields.get("messages")]):
         message = "This route does not answer about videos named like this: use /v1/chat/completions."
         raise bad_request("route_without_videos", message, "model" if by_model else "input")

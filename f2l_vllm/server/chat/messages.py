@@ -10,7 +10,7 @@ from fastapi import Request
 
 from f2l_vllm.server import vllm_answers, vllm_errors
 from f2l_vllm.server.chat.handlers import Handler, fields_of, refuse_videos
-from f2l_vllm.server.chat.request import FILE_PREFIX
+from f2l_vllm.server.chat.request import VIDEO_PREFIXES, Video
 from f2l_vllm.server.chat.resolve import Asking
 from f2l_vllm.server.tenants import tenant_of
 
@@ -33,7 +33,7 @@ class MessagesHandler(Handler):
         fields = await fields_of(raw_request)
         refuse_videos(fields)
         how = self._options(fields, raw_request)
-        if not request.model.startswith(FILE_PREFIX):
+        if not request.model.startswith(VIDEO_PREFIXES):
             return await self._inner.create_messages(request, raw_request)
         source = await self._by_model(request, tenant_of(raw_request), how)
         return await self._answer(self._inner.create_messages, request, raw_request, source)
@@ -42,8 +42,8 @@ class MessagesHandler(Handler):
         fields = await fields_of(raw_request)
         refuse_videos(fields)
         self._needs_adapter(self._options(fields, raw_request))
-        if request.model.startswith(FILE_PREFIX):
-            await self._asking.service.find([request.model], tenant_of(raw_request), "model")
+        if request.model.startswith(VIDEO_PREFIXES):
+            await self._asking.find([Video(file_id=request.model)], tenant_of(raw_request))
             request.model = self._base_names[0]
         return await self._inner.count_tokens(request, raw_request)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
+from f2l_vllm.catalog.stream_tables import STREAM_PREFIX
 from f2l_vllm.server.chat.content import HOW_VIDEOS
-from f2l_vllm.server.errors import APIError, bad_request
+from f2l_vllm.server.errors import bad_request
 
 FILE_PREFIX = "file-"
+VIDEO_PREFIXES = (FILE_PREFIX, STREAM_PREFIX)  # of ids that a model may be
 # vLLM's routes that answer about videos, or refuse them with a clear error.
 QUESTION_ROUTES = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"}
@@ -22,8 +25,8 @@ WAIT_HEADER = "x-f2l-wait"
 Mode = Literal["adapter", "frames", "both"]
 MODES: Sequence[Mode] = get_args(Mode)
 _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")  # `float` accepts the digits of every script, and underscores
-_KEYS = {"mode", "wait"}
-_SPAN_KEYS = {"start", "end"}
+_SPAN_KEYS = {"start", "end", "last"}
+_KEYS = {"mode", "wait"} | _SPAN_KEYS
 # The kinds of content parts that name a video, and under which keys, one of them at a time.
 _NAMES: Mapping[str, Sequence[str]] = {
     "file": ("file_id", "file_data"),
@@ -35,23 +38,30 @@ _NAMES: Mapping[str, Sequence[str]] = {
 @dataclass(frozen=True)
 class Options:
     """How to answer. `mode` `adapter`: from the LoRA adapter, no visual tokens; `frames`: from the frames in context;
-    `both`: from both together. `wait`: seconds a question may wait for its videos."""
+    `both`: from both together. `wait`: seconds a question may wait for its videos. `span`: what is meant of those
+    videos that do not say it themselves."""
 
     mode: Mode
     wait: float
+    span: Span | None = None
 
 
 @dataclass(frozen=True)
 class Span:
-    """Seconds `start` to `end` of a video; `end` may be infinite."""
+    """Seconds `start` to `end` of a video; `end` may be infinite. Of a stream, Unix seconds mean the wall clock.
 
-    start: float
-    end: float
+    `last`: so many seconds, counted back from its end, instead.
+    """
+
+    start: float = 0.0
+    end: float = math.inf
+    last: float | None = None
 
 
 @dataclass(frozen=True)
 class Video:
-    """One video that a question names, by `file_id` or by `url` (http(s) or data URI); all of it, or a span.
+    """One video that a question names, by `file_id` (or a stream's id) or by `url` (http(s) or data URI); all of it,
+    or a span.
 
     `filename`: the client's name for the bytes of a data URI; they are the same video under any name.
     """
@@ -61,12 +71,17 @@ class Video:
     span: Span | None = None
     filename: str | None = field(default=None, compare=False)
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether it is a stream."""
+        return self.file_id is not None and self.file_id.startswith(STREAM_PREFIX)
+
 
 def options(extra: Mapping[str, Any] | None, headers: Mapping[str, str], default_wait: float) -> Options:
     """The `f2l` object of a body's fields and the `X-F2L-Wait` header (the body wins).
 
     Raises:
-        APIError: `invalid_f2l_options`.
+        APIError: `invalid_f2l_options`, `invalid_span`.
     """
     given = (extra or {}).get("f2l") or {}
     if not isinstance(given, dict) or set(given) - _KEYS:
@@ -74,7 +89,8 @@ def options(extra: Mapping[str, Any] | None, headers: Mapping[str, str], default
     mode = given.get("mode", "adapter")
     if mode not in MODES:
         raise bad_request("invalid_f2l_options", f"f2l.mode must be one of {', '.join(MODES)}; got {mode!r}.", "f2l")
-    return Options(mode, _seconds(given.get("wait", headers.get(WAIT_HEADER)), default_wait))
+    span = _span({key: value for key, value in given.items() if key in _SPAN_KEYS}, "f2l")
+    return Options(mode, _seconds(given.get("wait", headers.get(WAIT_HEADER)), default_wait), span)
 
 
 def _seconds(wait: Any, default: float) -> float:
@@ -91,18 +107,20 @@ def _seconds(wait: Any, default: float) -> float:
     return seconds
 
 
-def videos(model: str | None, messages: Sequence[Any]) -> list[Video]:
-    """The videos that a question names, in order, each once: the model, if it is a file id, then the content parts.
+def videos(model: str | None, messages: Sequence[Any], span: Span | None = None) -> list[Video]:
+    """The videos that a question names, in order, each once: the model, if it is a file's or a stream's id, then the
+    content parts.
 
-    Messages of every role count. If parts name the model's own video, they say which spans of it are meant.
+    Messages of every role count. If parts name the model's own video, they say which spans of it are meant. `span`:
+    what is meant of videos without one of their own.
 
     Raises:
         APIError: `invalid_request`, `invalid_span`: a part that cannot be read, or has unknown keys.
     """
     found = list(dict.fromkeys(video for part in _parts(messages) if (video := _video(part)) is not None))
-    if model is not None and model.startswith(FILE_PREFIX) and model not in [video.file_id for video in found]:
+    if model is not None and model.startswith(VIDEO_PREFIXES) and model not in [video.file_id for video in found]:
         found.insert(0, Video(file_id=model))
-    return found
+    return [video if video.span is not None else replace(video, span=span) for video in found]
 
 
 def without_videos(messages: Sequence[Any]) -> list[Any]:
@@ -169,7 +187,7 @@ def is_framed(message: Any) -> bool:
 def names_a_video(value: Any) -> bool:
     """Whether the input of another route names a video anywhere."""
     if isinstance(value, dict):
-        if value.get("type") in tuple(_NAMES) or str(value.get("file_id")).startswith(FILE_PREFIX):
+        if value.get("type") in tuple(_NAMES) or str(value.get("file_id")).startswith(VIDEO_PREFIXES):
             return True
         return any(names_a_video(inner) for inner in value.values())
     return isinstance(value, list) and any(names_a_video(inner) for inner in value)
@@ -216,25 +234,43 @@ def data_uri(file_data: str) -> str:
     return file_data if file_data[:5].lower() == "data:" else f"data:;base64,{file_data}"
 
 
-def _span(given: Any) -> Span | None:
+def _span(given: Any, param: str = "messages") -> Span | None:
     if given is None:
         return None
+    try:
+        return _span_of(given)
+    except ValueError as error:
+        message = f"The 'f2l' object of a video {error}: for example {{'start': 30, 'end': 90}}."
+        raise bad_request("invalid_span", message, param) from error
+
+
+def _span_of(given: Any) -> Span | None:
     if not isinstance(given, dict) or set(given) - _SPAN_KEYS:
-        raise _invalid_span(f"takes an object with the keys {sorted(_SPAN_KEYS)}; got {given!r}")
+        raise ValueError(f"takes an object with the keys {sorted(_SPAN_KEYS)}; got {given!r}")
     if not given:
         return None
-    start, end = given.get("start", 0), given.get("end")
+    if "last" in given:
+        if len(given) > 1 or not _is_second(given["last"]) or not given["last"]:
+            raise ValueError(f"takes either 'last', in seconds, or start and end; got {given!r}")
+        return Span(last=float(given["last"]))
+    start, end = _moment(given.get("start", 0)), _moment(given.get("end"))
     if not _is_second(start) or not (end is None or _is_second(end)):
-        raise _invalid_span(f"takes start and end in seconds of the video; got {given!r}")
+        raise ValueError(f"takes start and end in seconds of the video; got {given!r}")
     if end is not None and end <= start:
-        raise _invalid_span(f"must end after it starts; got {given!r}")
+        raise ValueError(f"must end after it starts; got {given!r}")
     return Span(float(start), math.inf if end is None else float(end))
+
+
+def _moment(given: Any) -> Any:
+    """A text such as 2026-01-31T12:00:00Z as Unix seconds; without a zone it is UTC."""
+    if not isinstance(given, str):
+        return given
+    try:
+        moment = datetime.fromisoformat(given)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return given
 
 
 def _is_second(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
-
-
-def _invalid_span(why: str) -> APIError:
-    message = f"The 'f2l' object of a video part {why}: for example {{'start': 30, 'end': 90}}."
-    return bad_request("invalid_span", message, "messages")

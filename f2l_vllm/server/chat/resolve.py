@@ -4,33 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from f2l_vllm.catalog.states import IN_WORK
+from f2l_vllm.catalog.stream_tables import PieceRecord, StreamRecord
+from f2l_vllm.catalog.streams import joined
 from f2l_vllm.catalog.tables import AdapterRecord, FileRecord, FileWithAdapter
 from f2l_vllm.server.chat.compose import AdapterChunks, Composer, PartGone, PartLost
 from f2l_vllm.server.chat.request import Mode, Video
+from f2l_vllm.server.chat.stretches import pieces_for
 from f2l_vllm.server.errors import APIError, bad_request, video_not_found
 from f2l_vllm.server.local_videos import LocalVideo, address_of
 from f2l_vllm.server.registry import Lease
+from f2l_vllm.server.streams.live import LiveStreams
+from f2l_vllm.server.streams.pyramid import covered
 from f2l_vllm.server.videos.by_url import RemoteVideos
 from f2l_vllm.server.videos.service import VideoService, check_video
 from f2l_vllm.store.store import StoreError
 
 _ATTEMPTS = 3
+_OF_A_PIECE = ("video_not_found", "video_failed", "video_not_ready")
 
 
 @dataclass(frozen=True)
 class RequestedVideo:
-    """A video as the question names it, the caller's file with it, and its adapter if that is known too."""
+    """A video as the question names it, the caller's file with it, and its adapter if that is known too.
+
+    `stream`, `piece`: it is this piece of a stream, one of several that the question's one video stands for.
+    """
 
     video: Video
     record: FileRecord
     adapter: AdapterRecord | None = None
+    stream: StreamRecord | None = None
+    piece: PieceRecord | None = None
 
 
 @dataclass
@@ -51,8 +63,9 @@ class AnswerSource:
 class Asking:
     """Finds sources for the chat and completion handlers. Lives on the API server's event loop."""
 
-    def __init__(self, service: VideoService, composer: Composer) -> None:
+    def __init__(self, service: VideoService, composer: Composer, live: LiveStreams) -> None:
         self._service = service
+        self._live = live
         self._composer = composer
         self._remote = RemoteVideos(service)
 
@@ -62,12 +75,46 @@ class Asking:
         return self._service
 
     async def find(self, videos: Sequence[Video], tenant: str) -> list[RequestedVideo]:
-        """The caller's file for every video. Videos named by address are fetched in parallel.
+        """The caller's file for every video; for a stream, those of the pieces that its stretch is answered from.
+        Videos named by address are fetched in parallel.
 
         Raises:
-            APIError: `video_not_found`, `too_many_videos`, and those of `RemoteVideos.file`.
+            APIError: `video_not_found`, `stream_not_found`, `span_not_available`, `stream_is_empty`, `too_many_videos`,
+                and those of `RemoteVideos.file`.
         """
+        named: list[RequestedVideo] = []
+        files = [video for video in videos if not video.is_stream]
+        found = dict(zip(files, await self._files(files, tenant), strict=True))
+        for video in videos:
+            if video in found:
+                named.append(found[video])
+            else:
+                named += await self._stream(video, tenant, self._composer.most - len(files), ready_only=False)
+        return named
 
+    async def prepare(self, stream: StreamRecord) -> None:
+        """Compose and load what a question about the stream's window is answered from, if it were asked now.
+
+        Raises:
+            APIError, Unavailable: it cannot be composed or loaded now.
+        """
+        named = await self._stream(Video(file_id=stream.id), stream.tenant, self._composer.most, ready_only=True)
+        with suppress(PartLost, PartGone):
+            (await self._composer.lease([await self._part(one, stream.tenant, 0.0, None) for one in named])).release()
+
+    async def _stream(self, video: Video, tenant: str, most: int, *, ready_only: bool) -> list[RequestedVideo]:
+        stream = await self._live.find(video.file_id or "", tenant, "model")
+        pieces = await self._live.pieces(stream)
+        if not pieces and stream.file_id is not None:  # it has become a file
+            return await self._files([replace(video, file_id=stream.file_id)], tenant)
+        chosen = pieces_for(stream, pieces, video.span, max(1, most), self._composer.count, ready_only=ready_only)
+        return [
+            RequestedVideo(video, piece.file, piece.adapter, stream, piece)
+            for piece in chosen
+            if piece.file is not None
+        ]
+
+    async def _files(self, videos: Sequence[Video], tenant: str) -> list[RequestedVideo]:
         ids = [video.file_id for video in videos if video.file_id is not None]
         files = await self._service.find(ids, tenant, "messages")  # first, so that a wrong id costs no fetch
         for one in files:
@@ -96,13 +143,24 @@ class Asking:
         self._composer.check(len({one.record.sha256 for one in named}), len(named))  # at least one chunk each
         deadline, waited = time.monotonic() + wait, 0.0
         for attempt in range(_ATTEMPTS):
-            parts = []
-            for one in named:
-                started = time.monotonic()
-                known = FileWithAdapter(one.record, one.adapter) if one.adapter is not None and attempt == 0 else None
-                parts.append(await self._part(one, tenant, max(0.0, deadline - started), known))
-                if attempt or one.record.state in IN_WORK:
-                    waited += time.monotonic() - started
+            if attempt and any(one.stream is not None for one in named):  # its pieces change all the time
+                named = await self._again(named, tenant, ready_only=False)
+            parts: list[AdapterChunks] = []
+            started = time.monotonic()
+            try:
+                for one in named:
+                    known = (
+                        FileWithAdapter(one.record, one.adapter) if one.adapter is not None and not attempt else None
+                    )
+                    parts.append(await self._part(one, tenant, max(0.0, deadline - time.monotonic()), known))
+            except APIError as error:
+                # A piece was dropped for a coarser one, cannot be read, or takes too long: answer from what is there.
+                if not any(one.stream is not None for one in named) or error.code not in _OF_A_PIECE:
+                    raise
+                named = await self._again(named, tenant, ready_only=time.monotonic() >= deadline)
+                parts = [await self._part(one, tenant, max(0.0, deadline - time.monotonic()), None) for one in named]
+            if attempt or any(one.record.state in IN_WORK for one in named):
+                waited += time.monotonic() - started
             try:
                 lease = await self._composer.lease(parts)
             except PartLost as lost:
@@ -110,9 +168,23 @@ class Asking:
             except PartGone:
                 pass
             else:
-                return _from_adapter(mode, named, parts, lease, waited)
+                return _from_adapter(mode, named, parts, lease, waited, self._service.catalog.now())
         message = "The videos' adapters are damaged each time they are made: check the disk that holds F2L_HOME."
         raise APIError(HTTPStatus.INTERNAL_SERVER_ERROR, "adapter_damaged", message)
+
+    async def _again(
+        self, named: Sequence[RequestedVideo], tenant: str, *, ready_only: bool
+    ) -> Sequence[RequestedVideo]:
+        """The same videos, with the pieces that their streams have now."""
+        found: list[RequestedVideo] = []
+        streams = list(dict.fromkeys(one.video for one in named if one.stream is not None))
+        others = [one for one in named if one.stream is None]
+        for video in dict.fromkeys(one.video for one in named):
+            if video in streams:
+                found += await self._stream(video, tenant, self._composer.most - len(others), ready_only=ready_only)
+            else:
+                found += [one for one in others if one.video == video]
+        return found
 
     async def frames(self, named: Sequence[RequestedVideo]) -> dict[Video, str]:
         """Addresses by which vLLM reads the frames of these videos in this request. Waits for no adapter.
@@ -133,6 +205,11 @@ class Asking:
         self, one: RequestedVideo, tenant: str, wait: float, known: FileWithAdapter | None
     ) -> AdapterChunks:
         file_id = one.record.id
+        if one.stream is not None and one.piece is not None:
+            found = await self._service.ready(file_id, one.stream.id, wait, "messages", known)
+            if found.adapter is None:
+                raise video_not_found(file_id, "messages")
+            return replace(self._composer.choose(found.adapter, None, file_id), covered=one.piece.spans)
         found = await self._service.ready(file_id, tenant, wait, "messages", known)
         if found.adapter is None:
             raise video_not_found(file_id, "messages")  # deleted a moment ago
@@ -155,20 +232,45 @@ def from_frames(named: Sequence[RequestedVideo]) -> AnswerSource:
 
 
 def _from_adapter(
-    mode: Mode, named: Sequence[RequestedVideo], parts: Sequence[AdapterChunks], lease: Lease, waited: float
+    mode: Mode,
+    named: Sequence[RequestedVideo],
+    parts: Sequence[AdapterChunks],
+    lease: Lease,
+    waited: float,
+    now: float,
 ) -> AnswerSource:
     avoided = sum(part.visual_tokens for part in parts) if mode == "adapter" else 0
     details = {
         "mode": mode,
         "adapter": lease.adapter.name,
         "rank": lease.adapter.rank,
-        "videos": [_described(one, part) for one, part in zip(named, parts, strict=True)],
+        "videos": _all_described(named, parts),
         "visual_tokens_avoided": avoided,
         "waited_seconds": round(waited, 3),
     }
+    if pieces := [one.piece for one in named if one.piece is not None]:
+        details["covered"] = _rounded(covered(pieces))
+        details["age_seconds"] = round(max(0.0, now - max(piece.end for piece in pieces)), 3)
     return AnswerSource(mode, details, lease, avoided)
 
 
-def _described(one: RequestedVideo, part: AdapterChunks) -> Mapping[str, Any]:
-    covered = [[round(start, 3), round(end, 3)] for start, end in part.covered]
-    return {"file_id": one.record.id, "adapter": part.record.name, "covered": covered}
+def _all_described(named: Sequence[RequestedVideo], parts: Sequence[AdapterChunks]) -> list[Mapping[str, Any]]:
+    """Each video once; a stream with all of its pieces, in seconds since it began."""
+    described: dict[str, dict[str, Any]] = {}
+    for one, part in zip(named, parts, strict=True):
+        if one.stream is None:
+            known = described.setdefault(f"{one.record.id} {one.video.span}", {"file_id": one.record.id})
+            known |= {"adapter": part.record.name, "covered": _rounded(part.covered)}
+        else:
+            known = described.setdefault(
+                f"{one.stream.id} {one.video.span}", {"stream_id": one.stream.id, "covered": []}
+            )
+            origin = one.stream.origin or 0.0
+            known["covered"] = _rounded(
+                joined([*known["covered"], *((a - origin, b - origin) for a, b in part.covered)])
+            )
+    return list(described.values())
+
+
+def _rounded(spans: Iterable[Sequence[float]]) -> list[list[float]]:
+    return [[round(start, 3), round(end, 3)] for start, end in spans]

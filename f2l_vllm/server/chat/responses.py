@@ -46,7 +46,7 @@ class ResponsesHandler(Handler):
         how = self._options(request.model_extra, raw_request)
         messages = _messages(fields.get("input", request.input))
         earlier = self._of(request.previous_response_id, tenant).videos if request.previous_response_id else ()
-        asked = list(dict.fromkeys([*earlier, *videos(request.model, messages)]))
+        asked = list(dict.fromkeys([*earlier, *videos(request.model, messages, how.span)]))
         if how.mode != "adapter":
             if request.background:
                 message = "An answer from frames is written at once: leave out 'background', or f2l.mode."

@@ -20,7 +20,7 @@ from f2l_vllm.server.tenants import ON_BEHALF, Keys
 from f2l_vllm.server.videos.routes import router
 from f2l_vllm.store.errors import Unavailable
 
-_STREAMED = re.compile("/v1/files|/v1/uploads/[^/]*/parts")
+_STREAMED = re.compile("/v1/files|/v1/uploads/[^/]*/parts|/v1/streams/[^/]*/push/.*")
 
 
 def keep_listed_routes(app: FastAPI, listed: Collection[str]) -> None:

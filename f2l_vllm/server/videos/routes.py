@@ -164,10 +164,10 @@ async def file_events(file_id: str, request: Request) -> StreamingResponse:
         yield errors.chunk(shutting_down()) if unfinished else "data: [DONE]\n\n"
 
     videos.watcher.add_reader(tenant)
-    return _Events(events(), lambda: videos.watcher.remove_reader(tenant))
+    return Events(events(), lambda: videos.watcher.remove_reader(tenant))
 
 
-class _Events(StreamingResponse):
+class Events(StreamingResponse):
     """Calls `ended` however the stream ends, even if it never began."""
 
     def __init__(self, events: AsyncIterator[str], ended: Callable[[], None]) -> None:

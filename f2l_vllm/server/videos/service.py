@@ -219,6 +219,13 @@ class VideoService:
         await self._keeper.bury(doomed)
         return doomed
 
+    async def change(self, method: Callable[..., Any], *args: Any, **values: Any) -> Any:
+        """Run a catalog method that writes; what it returns as deleted is removed from the store."""
+        result = await self._write(method, *args, **values)
+        if isinstance(result, list):
+            await self._keeper.bury(result)
+        return result
+
     async def pin(self, file_id: str, tenant: str, pinned: bool) -> FileRecord:
         """Keep a file from expiring and its adapter in the hot set, or let both go again.
 

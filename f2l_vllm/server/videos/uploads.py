@@ -61,6 +61,24 @@ async def receive(
     return Upload(tenant, sha256, target.size, name, purpose, expires_seconds, idle_seconds, pinned)
 
 
+async def receive_body(
+    request: Request, temporary: Path, cap: int, check_room: Callable[[int], None]
+) -> tuple[int, str]:
+    """Read a body that is the file itself into `temporary`; its size and its SHA-256 in hex.
+
+    Raises:
+        APIError: `file_too_large`, `incomplete_upload`.
+        StoreUnavailable: there is no room for it, or it cannot be written.
+    """
+    try:
+        with disk_errors("keep an upload"), _Target(temporary, cap, check_room) as target:
+            async for piece in _capped(request, cap, check_room):
+                target.write(piece)
+    except ClientDisconnect as error:
+        raise bad_request("incomplete_upload", "The upload ended before the whole file was here.") from error
+    return target.size, target.digest.hexdigest()
+
+
 async def receive_part(request: Request, temporary: Path, cap: int, check_room: Callable[[int], None]) -> str:
     """Read a part of an upload, the form's field `data`, into `temporary`; returns its SHA-256 in hex.
 
@@ -110,11 +128,11 @@ async def inspect(path: Path, settings: Settings, purpose: str) -> None:
         return
 
     def probe() -> VideoInfo:
-        with _inspectors().lend() as decoder:
+        with inspectors().lend() as decoder:
             return decoder.probe(path, settings.video_limits)
 
     try:
-        await asyncio.get_running_loop().run_in_executor(_threads(), probe)
+        await asyncio.get_running_loop().run_in_executor(inspecting(), probe)
     except VideoError as error:
         raise APIError(
             _STATUS.get(error.code, HTTPStatus.BAD_REQUEST), error.code, error.message, param="file"
@@ -122,12 +140,13 @@ async def inspect(path: Path, settings: Settings, purpose: str) -> None:
 
 
 @cache
-def _inspectors() -> Decoders:
+def inspectors() -> Decoders:
+    """Decoders for headers, and for what else is done with a file before it is read."""
     return Decoders(_INSPECTORS, DecodeLimits(seconds=_INSPECT_SECONDS))
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
+def inspecting() -> ThreadPoolExecutor:
     """Threads where uploads wait for an inspector, so that they take no thread that questions need."""
     return ThreadPoolExecutor(_INSPECTORS, "f2l-inspect")
 

@@ -30,6 +30,7 @@ from f2l_vllm.server.chat.request import Video
 from f2l_vllm.server.chat.resolve import Asking
 from f2l_vllm.server.middleware.auth import AuthMiddleware
 from f2l_vllm.server.registry import Registry
+from f2l_vllm.server.streams.live import LiveStreams
 from f2l_vllm.server.tenants import tenant_of
 from f2l_vllm.server.videos.routes import router
 from f2l_vllm.server.videos.service import VideoService
@@ -167,7 +168,7 @@ async def _life(app: FastAPI, place: Place) -> AsyncIterator[None]:
     composer = Composer(
         catalog, store, registry, shapes=None, base_name="base", chunk_rank=RANK, max_rank=8 * RANK, keep=16
     )
-    app.state.f2l, app.state.names, app.state.asking = service, names, Asking(service, composer)
+    app.state.f2l, app.state.names, app.state.asking = service, names, Asking(service, composer, LiveStreams(service))
     app.state.lasting = [asyncio.create_task(work) for work in (service.maintain(), service.membership.run())]
     try:
         yield

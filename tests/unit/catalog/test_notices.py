@@ -166,7 +166,9 @@ def test_a_catalog_of_an_earlier_version_tells_once_it_is_opened_by_many_at_once
     with catalog._write() as connection:
         connection.execute(text("DROP FUNCTION f2l_tell, f2l_tell_of_job CASCADE"))
         connection.execute(text("DROP SEQUENCE f2l_jobs_told"))
-        connection.execute(text("DROP TABLE alembic_version, batches, answers, uploads"))
+        connection.execute(
+            text("DROP TABLE alembic_version, batches, answers, uploads, streams, pieces, watches, watch_answers")
+        )
     add(catalog)
     with catalog._write() as connection:
         connection.execute(text("ALTER TABLE jobs DROP COLUMN trace"))

@@ -21,6 +21,7 @@ from f2l_vllm.server.chat.resolve import Asking
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.local_videos import video_at
 from f2l_vllm.server.registry import Registry
+from f2l_vllm.server.streams.live import LiveStreams
 from f2l_vllm.server.videos import by_url
 from f2l_vllm.server.videos.service import VideoService
 from f2l_vllm.settings import Settings
@@ -57,7 +58,7 @@ class Bench:
             max_rank=max_rank,
             keep=100,
         )
-        self.asking = Asking(self.service, self.composer)
+        self.asking = Asking(self.service, self.composer, LiveStreams(self.service))
         self.works, self.jobs = True, 0
 
     async def work(self):

@@ -1,0 +1,316 @@
+"""Live streams over a real catalog and store, with a client on the routes; this test is the worker."""
+
+import subprocess
+import time
+from contextlib import asynccontextmanager
+
+import pytest
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.testclient import TestClient
+
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.catalog.streams import StreamEnded, TooManyStreams
+from f2l_vllm.server.errors import APIError, answer, answer_validation
+from f2l_vllm.server.streams import live, segments
+from f2l_vllm.server.streams.routes import router
+from f2l_vllm.server.streams.segments import Kind
+from tests.support.videos import write_video
+from tests.unit.server.test_service import Bench
+
+VALUES = {
+    "name": "", "segment_seconds": 2.0, "window_seconds": 6.0, "keep_seconds": None, "idle_seconds": 60.0,
+    "expires_seconds": None, "becomes_file": True, "source": None, "details": {"metadata": None},
+}  # fmt: skip
+SHAS = [str(digit) * 64 for digit in range(10)]
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """HLS segments of two seconds as ffmpeg makes them: MPEG-TS, and fragments of MP4 with their header."""
+    folder = tmp_path_factory.mktemp("film")
+    whole = write_video(folder / "film.mp4", frames=40, fps=4, options={"g": "4", "bf": "0"})
+    for kind in ("mpegts", "fmp4"):
+        names = folder / ("s%d.ts" if kind == "mpegts" else "s%d.m4s")
+        hls = ["-f", "hls", "-hls_time", "2", "-hls_list_size", "0", "-hls_segment_type", kind]
+        command = ["ffmpeg", "-v", "error", "-i", whole, "-c", "copy", *hls, "-hls_segment_filename", names]
+        subprocess.run([*command, folder / f"{kind}.m3u8"], check=True, cwd=folder)
+    return folder
+
+
+class Door:
+    """A server's routes for streams; the key names the tenant."""
+
+    def __init__(self, folder, **settings):
+        @asynccontextmanager
+        async def lifespan(app):
+            self.bench = Bench(folder)
+            service = app.state.f2l = self.bench.service
+            service.settings = service.settings.model_copy(update=settings)
+            self.streams = app.state.f2l_streams = live.LiveStreams(service)
+            service.membership.appointed.set()
+            yield
+            self.streams.close()
+            service.close()
+
+        handlers = {APIError: answer, RequestValidationError: answer_validation}
+        app = FastAPI(exception_handlers=handlers, lifespan=lifespan)
+        app.include_router(router)
+
+        @app.middleware("http")
+        async def with_tenant(request, call_next):
+            request.state.tenant = request.headers.get("authorization", "Bearer a").removeprefix("Bearer ")
+            return await call_next(request)
+
+        self.http = TestClient(app)
+
+    def __enter__(self):
+        self.http.__enter__()
+        return self
+
+    def __exit__(self, *failure):
+        self.http.__exit__(*failure)
+
+    def begin(self, **given):
+        found = self.http.post("/v1/streams", json={"segment_seconds": 2, "window_seconds": 6, **given})
+        assert found.status_code == 200, found.text
+        return found.json()["id"]
+
+    def put(self, stream, path, name=None):
+        return self.http.put(f"/v1/streams/{stream}/push/{name or path.name}", content=path.read_bytes())
+
+    def stream(self, stream):
+        return self.http.get(f"/v1/streams/{stream}").json()
+
+    def worked(self, stream, is_done, seconds=60.0):
+        """The stream once `is_done` says so of it, with every job done and everything looked after meanwhile."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self.bench.work()
+            self.http.portal.call(self.streams.look)
+            if is_done(found := self.stream(stream)):
+                return found
+            time.sleep(0.02)
+        raise AssertionError(self.stream(stream))
+
+
+@pytest.fixture
+def door(tmp_path):
+    with Door(tmp_path) as door:
+        yield door
+
+
+def spans(stream):
+    origin = stream["f2l"]["started_at"]
+    return [[round(start - origin, 1), round(end - origin, 1)] for start, end in stream["f2l"]["covered"]]
+
+
+def is_read(found):
+    return found["f2l"]["pieces"] and not found["f2l"]["in_work"]
+
+
+@pytest.mark.parametrize(("names", "first"), [("s{}.ts", None), ("s{}.m4s", "init.mp4")])
+def test_segments_are_read_as_they_come_and_their_timestamps_place_them(door, film, names, first):
+    stream = door.begin()
+    if first:
+        assert door.put(stream, film / first).json()["kind"] == "init"
+    for number in (0, 2, 1, 3):
+        assert door.put(stream, film / names.format(number)).status_code == 201
+    found = door.worked(stream, is_read)
+    assert spans(found) == [[0, 8]]
+    assert (found["f2l"]["segments"], found["f2l"]["reading"]) == (4, "fine")
+
+
+def test_a_segment_that_is_put_again_is_not_read_again(door, film):
+    stream = door.begin()
+    places = [door.put(stream, film / "s0.ts").json() for _ in range(3)]
+    assert [place["repeated"] for place in places] == [False, True, True]
+    assert door.put(stream, film / "s0.ts", "another.ts").json()["repeated"]
+    assert spans(door.worked(stream, is_read)) == [[0, 2]]
+
+
+def test_a_sender_that_starts_again_goes_on_behind_what_is_there(door, film):
+    stream = door.begin()
+    for number in (0, 1):
+        door.put(stream, film / f"s{number}.ts")
+    later = film / "again.ts"
+    later.write_bytes((film / "s0.ts").read_bytes() + bytes([0x47, 0x1F, 0xFF, 0x10]) + b"\xff" * 184)  # a null packet
+    assert not door.put(stream, later).json()["repeated"]
+    assert spans(door.worked(stream, is_read)) == [[0, 6]]
+
+
+def test_a_gap_stays_a_gap(door, film):
+    stream = door.begin()
+    for number in (0, 3):
+        door.put(stream, film / f"s{number}.ts")
+    assert spans(door.worked(stream, is_read)) == [[0, 2], [6, 8]]
+
+
+def test_a_stream_that_ends_becomes_a_file_with_its_segments_as_chapters(door, film, monkeypatch):
+    monkeypatch.setattr(live, "LATE_SECONDS", 0.0)
+    stream = door.begin(name="door")
+    for number in range(5):
+        door.put(stream, film / f"s{number}.ts")
+    assert door.put(stream, film / "mpegts.m3u8").json()["kind"] == "playlist"
+    found = door.worked(stream, lambda one: one["file_id"] and not one["f2l"]["pieces"])
+    assert (found["status"], len(found["f2l"]["chapters"])) == ("ended", 5)
+    (file,) = door.http.get("/v1/files").json()["data"]
+    assert (file["id"], file["filename"], file["status"]) == (found["file_id"], "door.mp4", "processed")
+    bytes_ = film / "whole.mp4"
+    bytes_.write_bytes(door.http.get(f"/v1/files/{file['id']}/content").content)
+    shown = subprocess.check_output(["ffprobe", "-v", "error", "-show_chapters", "-of", "csv", bytes_], text=True)
+    assert shown.count("chapter,") == 5
+    assert door.put(stream, film / "s0.ts").json()["error"]["code"] == "stream_ended"
+
+
+def test_a_stream_that_is_not_kept_leaves_nothing(door, film, monkeypatch):
+    monkeypatch.setattr(live, "LATE_SECONDS", 0.0)
+    stream = door.begin(on_end="delete")
+    door.put(stream, film / "s0.ts")
+    door.http.post(f"/v1/streams/{stream}/end")
+    found = door.worked(stream, lambda one: not one["f2l"]["pieces"])
+    assert found["file_id"] is None
+    assert door.http.get("/v1/files").json()["data"] == []
+
+
+def test_a_deleted_stream_leaves_nothing_in_store_or_catalog(door, film):
+    stream = door.begin()
+    for number in range(5):
+        door.put(stream, film / f"s{number}.ts")
+    door.worked(stream, lambda one: is_read(one) and one["f2l"]["pieces"] > 5)
+    assert door.http.delete(f"/v1/streams/{stream}").json()["deleted"]
+    assert door.http.get(f"/v1/streams/{stream}").json()["error"]["code"] == "stream_not_found"
+    assert door.bench.catalog.counts() == ({}, 0, 0)
+    home = door.bench.store.home
+    assert [path for folder in ("videos", "adapters") for path in (home / folder).rglob("*") if path.is_file()] == []
+
+
+def test_old_segments_are_read_again_as_longer_pieces_in_the_background(door, film):
+    stream = door.begin()
+    for number in range(5):
+        door.put(stream, film / f"s{number}.ts")
+    found = door.worked(stream, lambda one: is_read(one) and one["f2l"]["pieces"] == 8)  # 5, two of 4 s, one of 8 s
+    assert spans(found) == [[0, 10]]
+
+
+def test_another_tenant_sees_no_stream(door, film):
+    stream = door.begin()
+    other = {"authorization": "Bearer b"}
+    routes = [("GET", ""), ("DELETE", ""), ("POST", "/end"), ("GET", "/events"), ("PUT", "/push/s0.ts")]
+    for method, path in routes:
+        found = door.http.request(method, f"/v1/streams/{stream}{path}", headers=other)
+        assert found.json()["error"]["code"] == "stream_not_found", (method, path)
+    assert door.http.get("/v1/streams", headers=other).json()["data"] == []
+    assert [one["id"] for one in door.http.get("/v1/streams").json()["data"]] == [stream]
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"", "empty_file"),
+        (b"nothing that is a video at all", "not_a_video"),
+        (b"\x00\x00\x00\x18moof" + b"\0" * 16, "init_segment_missing"),
+    ],
+)
+def test_what_is_no_segment_is_refused_and_leaves_nothing(door, body, code):
+    stream = door.begin()
+    found = door.http.put(f"/v1/streams/{stream}/push/s0.ts", content=body)
+    assert found.json()["error"]["code"] == code
+    assert door.stream(stream)["f2l"]["segments"] == 0
+    assert [path for path in (door.bench.store.home / "tmp").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"segment_seconds": 0},
+        {"window_seconds": -1},
+        {"unknown": 1},
+        {"keep_seconds": 3},
+        {"on_end": "keep"},
+        {"expires_after": {"anchor": "created_at", "seconds": 5}},
+    ],
+)
+def test_a_stream_that_makes_no_sense_is_refused(door, given):
+    found = door.http.post("/v1/streams", json={"segment_seconds": 2, "window_seconds": 6, **given})
+    assert found.status_code == 400
+    assert door.http.get("/v1/streams").json()["data"] == []
+
+
+def test_a_tenant_has_so_many_live_streams(tmp_path):
+    with Door(tmp_path, max_streams=1) as door:
+        stream = door.begin()
+        assert door.http.post("/v1/streams", json={}).json()["error"]["code"] == "too_many_streams"
+        door.http.post(f"/v1/streams/{stream}/end")
+        door.begin()
+
+
+def test_events_tell_of_each_change_until_the_end(door, film, monkeypatch):
+    monkeypatch.setattr(live, "LATE_SECONDS", 0.0)
+    stream = door.begin(on_end="delete")
+    door.put(stream, film / "s0.ts")
+    door.http.post(f"/v1/streams/{stream}/end")
+    door.worked(stream, lambda one: not one["f2l"]["pieces"])
+    told = door.http.get(f"/v1/streams/{stream}/events").text.split("\n\n")
+    assert '"status": "ended"' in told[0]
+    assert told[1] == "data: [DONE]"
+
+
+def test_a_stream_that_nothing_comes_from_ends(door, film):
+    stream = door.begin(idle_seconds=10)
+    record = door.http.portal.call(door.streams.find, stream, "a")
+    door.bench.catalog.note_stream(record, received_at=door.bench.catalog.now() - 11)
+    door.http.portal.call(door.streams.look)
+    assert door.stream(stream)["status"] == "ended"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("s0.ts", Kind.SEGMENT),
+        ("s0.m4s", Kind.FRAGMENT),
+        ("init.mp4", Kind.INIT),
+        ("fmp4.m3u8", Kind.PLAYLIST),
+        ("film.mp4", Kind.SEGMENT),
+    ],
+)
+def test_what_is_put_is_known_by_its_bytes(film, name, kind):
+    assert segments.kind_of(film / name) is kind
+
+
+def test_segments_that_two_servers_take_have_one_order(catalog: Catalog):
+    stream = catalog.add_stream("a", VALUES, limit=1)
+    with pytest.raises(TooManyStreams):
+        catalog.add_stream("a", VALUES, limit=1)
+    now = catalog.now()
+    first, is_new = catalog.add_segment(stream, "0.ts", SHAS[0], 100.0, 2.0, now)
+    assert is_new
+    assert catalog.add_segment(stream, "0.ts", SHAS[0], 100.0, 2.0, now + 1) == (first, False)
+    second, _ = catalog.add_segment(stream, "1.ts", SHAS[1], 102.0, 2.0, now + 2)
+    assert (first.end, second.slot) == (second.start, 1)
+    whole = catalog.add_piece(stream, 1, 0, [first, second], SHAS[2])
+    assert catalog.add_piece(stream, 1, 0, [first, second], SHAS[2]) == whole
+    assert whole.spans == ((first.start, second.end),)
+    assert [piece.level for piece in catalog.pieces(stream.id)] == [0, 1, 0]
+    ended = catalog.end_stream(stream)
+    catalog.add_segment(ended, "2.ts", SHAS[3], 104.0, 2.0, now + 3)  # it was on its way
+    with pytest.raises(StreamEnded):
+        catalog.add_segment(ended, "3.ts", SHAS[4], 106.0, 2.0, now + 60)
+    assert catalog.remove_stream(ended) == []
+    assert catalog.pieces(stream.id) == []
+    with pytest.raises(StreamEnded):
+        catalog.add_segment(ended, "3.ts", SHAS[4], 106.0, 2.0, now)
+
+
+def test_a_watch_has_one_answer_of_each_segment(catalog: Catalog):
+    stream = catalog.add_stream("a", VALUES, limit=1)
+    piece, _ = catalog.add_segment(stream, "0.ts", SHAS[0], 100.0, 2.0, catalog.now())
+    watch = catalog.add_watch(stream, {"messages": []}, None, None, limit=1)
+    with pytest.raises(TooManyStreams):
+        catalog.add_watch(stream, {"messages": []}, None, None, limit=1)
+    for text in ("first", "second"):
+        catalog.add_watch_answer(watch, piece, text)
+    assert [text for _, text in catalog.watch_answers(watch.id, 0, 10)] == ["first"]
+    assert catalog.watches(stream.id)[0].asked_to == piece.end
+    catalog.remove_watch(watch)
+    assert catalog.watch_answers(watch.id, 0, 10) == []
