@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from f2l_vllm.catalog.states import IN_WORK
-from f2l_vllm.catalog.stream_tables import PieceRecord, StreamRecord
+from f2l_vllm.catalog.stream_tables import PieceRecord, Span, StreamRecord
 from f2l_vllm.catalog.streams import joined
 from f2l_vllm.catalog.tables import AdapterRecord, FileRecord, FileWithAdapter
 from f2l_vllm.server.chat.compose import AdapterChunks, Composer, PartGone, PartLost
@@ -257,18 +257,17 @@ def _from_adapter(
 def _all_described(named: Sequence[RequestedVideo], parts: Sequence[AdapterChunks]) -> list[Mapping[str, Any]]:
     """Each video once; a stream with all of its pieces, in seconds since it began."""
     described: dict[str, dict[str, Any]] = {}
+    known: dict[str, list[Span]] = {}
     for one, part in zip(named, parts, strict=True):
         if one.stream is None:
-            known = described.setdefault(f"{one.record.id} {one.video.span}", {"file_id": one.record.id})
-            known |= {"adapter": part.record.name, "covered": _rounded(part.covered)}
+            found: dict[str, Any] = {"file_id": one.record.id, "adapter": part.record.name}
+            key, origin = f"{one.record.id} {one.video.span}", 0.0
         else:
-            known = described.setdefault(
-                f"{one.stream.id} {one.video.span}", {"stream_id": one.stream.id, "covered": []}
-            )
+            found, key = {"stream_id": one.stream.id}, f"{one.stream.id} {one.video.span}"
             origin = one.stream.origin or 0.0
-            known["covered"] = _rounded(
-                joined([*known["covered"], *((a - origin, b - origin) for a, b in part.covered)])
-            )
+        known.setdefault(key, []).extend((start - origin, end - origin) for start, end in part.covered)
+        spans = known[key] if one.stream is None else joined(known[key])
+        described[key] = {**found, "covered": _rounded(spans)}
     return list(described.values())
 
 
