@@ -13,7 +13,8 @@ import binascii
 import ipaddress
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -114,37 +115,67 @@ def decode_data_uri(uri: str, max_bytes: int) -> bytes:
     return data
 
 
-async def _download(url: str, target: Path, policy: FetchPolicy, check_room: Callable[[int], None]) -> None:
-    parsed, host = _parse(url)
-    addresses = await _resolve(host, parsed.port or (443 if parsed.scheme == "https" else 80), policy)
-    headers = {"Host": parsed.netloc.decode("ascii"), "Accept-Encoding": "identity", "User-Agent": "f2l-vllm"}
-    async with httpx.AsyncClient(verify=_certificates(), trust_env=False, timeout=policy.seconds) as client:
-        for index, address in enumerate(addresses):
-            # The certificate is checked against the name; the connection goes to the checked address.
-            request = client.build_request(
-                "GET", parsed.copy_with(host=address), headers=headers, extensions={"sni_hostname": host}
-            )
-            try:
-                response = await client.send(request, stream=True, follow_redirects=False)
+@asynccontextmanager
+async def open_url(
+    method: str,
+    url: str,
+    policy: FetchPolicy,
+    *,
+    headers: Mapping[str, str] | None = None,
+    content: bytes | None = None,
+    any_public: bool = False,
+) -> AsyncIterator[httpx.Response]:
+    """The answer of an http(s) address whose host was checked, before its body is read; no redirect is followed.
+
+    Raises:
+        VideoError: `invalid_url`, `url_not_allowed`, `url_unreachable`, this also for a body that breaks off.
+    """
+    parsed, host = parse(url)
+    port = parsed.port or (443 if parsed.scheme == "https" else 80)
+    addresses = await resolve(host, port, policy, any_public=any_public)
+    sent = {"Host": parsed.netloc.decode("ascii"), "Accept-Encoding": "identity", "User-Agent": "f2l-vllm"}
+    async with httpx.AsyncClient(verify=certificates(), trust_env=False, timeout=policy.seconds) as client:
+        try:
+            for index, address in enumerate(addresses):
+                # The certificate is checked against the name; the connection goes to the checked address.
+                request = client.build_request(
+                    method,
+                    parsed.copy_with(host=address),
+                    headers={**(headers or {}), **sent},
+                    content=content,
+                    extensions={"sni_hostname": host},
+                )
                 try:
-                    await _save(response, target, policy.max_bytes, check_room)
-                finally:
-                    await response.aclose()
-                return
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                if index == len(addresses) - 1:
-                    raise _unreachable(host, str(error) or "no connection") from error
-            except (httpx.HTTPError, ssl.SSLError) as error:
-                raise _unreachable(host, str(error) or type(error).__name__) from error
+                    response = await client.send(request, stream=True, follow_redirects=False)
+                    break
+                except (httpx.ConnectError, httpx.ConnectTimeout):
+                    if index == len(addresses) - 1:
+                        raise
+            try:
+                yield response
+            finally:
+                await response.aclose()
+        except (httpx.HTTPError, ssl.SSLError) as error:
+            raise unreachable(host, str(error) or type(error).__name__) from error
 
 
-def _parse(url: str) -> tuple[httpx.URL, str]:
+async def _download(url: str, target: Path, policy: FetchPolicy, check_room: Callable[[int], None]) -> None:
+    async with open_url("GET", url, policy) as response:
+        await _save(response, target, policy.max_bytes, check_room)
+
+
+def parse(url: str, schemes: Sequence[str] = ("http", "https")) -> tuple[httpx.URL, str]:
+    """An address of one of these schemes, and its host as policies name it.
+
+    Raises:
+        VideoError: `invalid_url`, `url_not_allowed`.
+    """
     try:
         parsed = httpx.URL(url)
         host = _normal(parsed.raw_host.decode("ascii"))
     except (httpx.InvalidURL, ValueError, TypeError) as error:
         raise _invalid(str(error)) from error
-    if parsed.scheme not in ("http", "https"):
+    if parsed.scheme not in schemes:
         raise VideoError(
             "url_not_allowed",
             f"Videos and pictures are read by http, https and data URIs, not by '{parsed.scheme[:16]}:'.",
@@ -156,23 +187,31 @@ def _parse(url: str) -> tuple[httpx.URL, str]:
     return parsed, host
 
 
-async def _resolve(host: str, port: int, policy: FetchPolicy) -> Sequence[str]:
-    """The IP addresses of an allowed host, all of them checked."""
+async def resolve(host: str, port: int, policy: FetchPolicy, *, any_public: bool = False) -> Sequence[str]:
+    """The IP addresses of an allowed host, all of them checked; connect to these, and look the name up no more.
+
+    `any_public` is for addresses to which nothing is sent but what their owner asked for: there a host need not be
+    listed when it is at a public address.
+
+    Raises:
+        VideoError: `url_not_allowed`, `url_unreachable`.
+    """
     literal = _network(host)
     if literal is not None:
-        if not any(literal.network_address in network for network in policy.networks):
-            raise _not_allowed(host)
-        return [host]
-    if host not in policy.names:
+        address = literal.network_address
+        if any(address in network for network in policy.networks) or (any_public and policy.allows_address(address)):
+            return [host]
+        raise _not_allowed(host)
+    if not any_public and host not in policy.names:
         raise _not_allowed(host)
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise _unreachable(host, "no such host") from error
+        raise unreachable(host, "no such host") from error
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-    for address in addresses:
-        if not policy.allows_address(ipaddress.ip_address(address)):
+    for name in addresses:
+        if not policy.allows_address(ipaddress.ip_address(name)):
             raise VideoError(
                 "url_not_allowed",
                 f"The host '{host}' is at an address that is not public, and this server does not connect there; "
@@ -186,7 +225,7 @@ async def _save(response: httpx.Response, target: Path, max_bytes: int, check_ro
         why = f"it answered with status {response.status_code}"
         if response.is_redirect:
             why += "; redirects are not followed, so give the address it leads to"
-        raise _unreachable(response.request.headers["Host"], why)
+        raise unreachable(response.request.headers["Host"], why)
     length = response.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:
         raise _too_large(max_bytes)
@@ -202,7 +241,7 @@ async def _save(response: httpx.Response, target: Path, max_bytes: int, check_ro
 
 
 @cache
-def _certificates() -> ssl.SSLContext:
+def certificates() -> ssl.SSLContext:
     """The machine's authorities (or SSL_CERT_FILE's) and those of httpx; read once, because reading takes long."""
     context = ssl.create_default_context()
     context.load_verify_locations(certifi.where())
@@ -242,7 +281,8 @@ def _not_allowed(host: str) -> VideoError:
     )
 
 
-def _unreachable(host: str, why: str) -> VideoError:
+def unreachable(host: str, why: str) -> VideoError:
+    """The error about a host that did not give what it was asked for."""
     return VideoError("url_unreachable", f"Nothing could be fetched from '{host[:256]}': {why[:300]}.")
 
 

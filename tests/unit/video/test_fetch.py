@@ -288,11 +288,11 @@ def test_https_is_checked_against_the_name_not_the_address(tmp_path, names, monk
                 monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
             else:
                 monkeypatch.delenv("SSL_CERT_FILE")
-            module._certificates.cache_clear()
+            module.certificates.cache_clear()
             url = f"https://{host}:{server.server_port}/video"
             if trusted and host == "videos.test":
                 assert get(url, tmp_path / "v", allowed=(host, "127.0.0.1")) == BODY
             else:
                 message = refused(url, tmp_path / "w", "url_unreachable", allowed=(host, "127.0.0.1"))
                 assert "certificate" in message.lower()
-    module._certificates.cache_clear()
+    module.certificates.cache_clear()

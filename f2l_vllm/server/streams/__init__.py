@@ -1,0 +1,1 @@
+"""Live streams: what is pushed or pulled, composed, asked and watched."""
