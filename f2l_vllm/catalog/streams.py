@@ -256,6 +256,18 @@ class Streams(Database):
         with self._read() as connection:
             return [WatchRecord(**row._mapping) for row in connection.execute(query)]
 
+    def open_watches(self) -> list[tuple[StreamRecord, WatchRecord]]:
+        """All watches, each with its stream."""
+        query = select(streams, watches).join(watches, watches.c.stream == streams.c.id).order_by(watches.c.number)
+        own = len(streams.c)
+        with self._read() as connection:
+            found = []
+            for row in connection.execute(query):
+                stream = dict(zip(streams.c.keys(), row[:own], strict=True))
+                watch = dict(zip(watches.c.keys(), row[own:], strict=True))
+                found.append((StreamRecord(**{**stream, "state": StreamState(stream["state"])}), WatchRecord(**watch)))
+            return found
+
     def remove_watch(self, watch: WatchRecord) -> None:
         """Ask it no more."""
         with self._write(beside=()) as connection:

@@ -16,7 +16,7 @@ from f2l_vllm.server import vllm_api
 from f2l_vllm.server.chat.content import REFUSED
 from f2l_vllm.server.chat.request import Mode
 from f2l_vllm.server.middleware.auth import keep_listed_routes
-from f2l_vllm.server.streams.routes import router
+from f2l_vllm.server.routes import router
 
 _SCHEMAS = "#/components/schemas/"
 _SPANNED = (

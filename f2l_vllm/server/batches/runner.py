@@ -25,9 +25,9 @@ from f2l_vllm.catalog.batches import duty
 from f2l_vllm.catalog.tables import Upload
 from f2l_vllm.server import metrics
 from f2l_vllm.server.batches import lines
-from f2l_vllm.server.batches.inward import InwardAnswer, post
 from f2l_vllm.server.batches.lines import Line, Requests
 from f2l_vllm.server.chat.request import WAIT_HEADER
+from f2l_vllm.server.inward import InwardAnswer, post
 from f2l_vllm.server.videos.service import VideoService
 from f2l_vllm.store.errors import Unavailable
 from f2l_vllm.store.store import StoreError

@@ -46,6 +46,7 @@ class LiveStreams:
     """Lives on the API server's event loop.
 
     Attributes:
+        has_duty: whether this server looks after all streams.
         prepare: composes what a question about a stream's window is answered from, before it is asked.
     """
 
@@ -57,6 +58,7 @@ class LiveStreams:
         self._tending: dict[str, bool] = {}  # by stream; whether it has to be tended once more
         self._arriving: dict[str, asyncio.Event] = {}  # by stream, set when the last one that began to arrive is here
         self._tasks: set[asyncio.Task[None]] = set()
+        self.has_duty = False
         self.prepare: Callable[[StreamRecord], Awaitable[None]] | None = None
 
     @property
@@ -301,17 +303,19 @@ class LiveStreams:
                 logger.exception("streams are looked after later")
             await asyncio.sleep(_ROUND_SECONDS)
 
-    async def look(self) -> bool:
-        """End streams that nothing comes from, and tend those that others left; whether this server has the duty.
+    async def look(self) -> None:
+        """End streams that nothing comes from, and tend those that others left, if this server has the duty.
 
         Raises:
             Unavailable: the catalog cannot be asked.
         """
         if self._service.is_stopping or self._service.membership.is_waiting:
-            return False
-        if not await self._service.change(self._catalog.hold_duty, _DUTY, self._service.forgetting.name):
+            self.has_duty = False
+            return
+        self.has_duty = await self._service.change(self._catalog.hold_duty, _DUTY, self._service.forgetting.name)
+        if not self.has_duty:
             metrics.STREAMS.set(0)
-            return False
+            return
         known = await asyncio.to_thread(self._catalog.open_streams)
         metrics.STREAMS.set(sum(stream.state is StreamState.LIVE for stream in known))
         now = self._catalog.now()
@@ -320,7 +324,6 @@ class LiveStreams:
             if stream.state is StreamState.LIVE and stream.source is None and last < now - stream.idle_seconds:
                 stream = await self._service.change(self._catalog.end_stream, stream)
             await self.tend(stream)
-        return True
 
     def close(self) -> None:
         """End what runs. Runs in a thread."""

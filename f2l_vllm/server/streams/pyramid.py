@@ -162,3 +162,17 @@ def finest(pieces: Sequence[PieceRecord]) -> list[PieceRecord]:
     """The finest pieces that are ready and hold together all that is known, oldest first."""
     found = _disjoint([], sorted(filter(is_ready, pieces), key=_length))
     return sorted(found, key=lambda piece: piece.start)
+
+
+def following(pieces: Sequence[PieceRecord], after: float) -> list[PieceRecord]:
+    """The pieces that say what came behind this moment, as fine as they are, oldest first, up to the first that is
+    still in work: ready ones, and those that failed."""
+    known = _disjoint(finest(pieces), sorted(filter(is_in_work, pieces), key=_length))
+    known = _disjoint(known, sorted((piece for piece in pieces if piece.file is not None), key=_length))
+    found = []
+    for piece in sorted(known, key=lambda piece: piece.start):
+        if is_in_work(piece):
+            break
+        if piece.end > after + _EDGE_SECONDS:
+            found.append(piece)
+    return found

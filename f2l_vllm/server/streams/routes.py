@@ -17,14 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from f2l_vllm.catalog.stream_tables import PieceRecord, StreamRecord, StreamState
 from f2l_vllm.server import errors
-from f2l_vllm.server.batches.routes import router
 from f2l_vllm.server.errors import APIError, bad_request, shutting_down
 from f2l_vllm.server.streams import pyramid, segments
 from f2l_vllm.server.streams.live import LiveStreams, stream_ended
 from f2l_vllm.server.streams.segments import Kind
 from f2l_vllm.server.tenants import tenant_of
 from f2l_vllm.server.videos.part_routes import ExpiresAfter
-from f2l_vllm.server.videos.routes import Events
+from f2l_vllm.server.videos.routes import Events, router
 from f2l_vllm.server.videos.uploads import expiry_of, receive_body, shown_name
 
 __all__ = ["router"]
