@@ -15,9 +15,9 @@ from f2l_vllm.server.streams import pyramid
 _WALL_CLOCK = 1e8  # seconds: no stream lasts so long, and no wall clock shows less
 
 
-def stretch(stream: StreamRecord, span: Span | None) -> tuple[float, float]:
-    """What of a stream is meant, in Unix seconds; without a span, its window."""
-    origin, head = stream.origin or 0.0, stream.head or 0.0
+def stretch(stream: StreamRecord, span: Span | None, head: float) -> tuple[float, float]:
+    """What of a stream that has come to `head` is meant, in Unix seconds; without a span, its window."""
+    origin = stream.origin or 0.0
     if span is None or span.last is not None:
         seconds = stream.window_seconds if span is None or span.last is None else span.last
         return head - seconds, head
@@ -53,11 +53,9 @@ def pieces_for(
     if not here:
         message = f"The stream '{stream.id}' has no segment that can be asked about yet: ask again in some seconds."
         raise APIError(HTTPStatus.CONFLICT, "stream_is_empty", message, headers={"Retry-After": "5"})
-    start, end = stretch(stream, span)
+    start, end = stretch(stream, span, max(piece.end for piece in here))
     chunks = max((count(piece.adapter) for piece in here if piece.adapter is not None), default=1)
     chosen = pyramid.choose(here, start, end, max(1, most // max(1, chunks)))
-    if not chosen and span is None:  # the window began after the last of it
-        chosen = [max(here, key=lambda piece: piece.end)]
     if not chosen:
         origin = stream.origin or 0.0
         known = ", ".join(f"{piece.start - origin:.0f} to {piece.end - origin:.0f}" for piece in here)

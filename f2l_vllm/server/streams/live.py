@@ -56,7 +56,9 @@ class LiveStreams:
         self._decoder = IsolatedDecoder(DecodeLimits(seconds=service.settings.decode_seconds, nice=_NICE))
         self._clips = ThreadPoolExecutor(1, "f2l-clips")
         self._tending: dict[str, bool] = {}  # by stream; whether it has to be tended once more
-        self._arriving: dict[str, asyncio.Event] = {}  # by stream, set when the last one that began to arrive is here
+        self._arriving: dict[
+            tuple[str, str], asyncio.Event
+        ] = {}  # by stream, set when the last one that began to arrive is here
         self._tasks: set[asyncio.Task[None]] = set()
         self.has_duty = False
         self.prepare: Callable[[StreamRecord], Awaitable[None]] | None = None
@@ -111,11 +113,11 @@ class LiveStreams:
     # Its segments
 
     @asynccontextmanager
-    async def turn(self, stream_id: str) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    async def turn(self, tenant: str, stream_id: str) -> AsyncIterator[Callable[[], Awaitable[None]]]:
         """While a segment arrives; it gives a call that waits for those that began to arrive before. They come one
         after the other, but hasty senders do not wait for an answer."""
-        before, mine = self._arriving.get(stream_id), asyncio.Event()
-        self._arriving[stream_id] = mine
+        key, mine = (tenant, stream_id), asyncio.Event()
+        before, self._arriving[key] = self._arriving.get(key), mine
 
         async def mine_has_come() -> None:
             if before is not None:
@@ -127,8 +129,8 @@ class LiveStreams:
             yield mine_has_come
         finally:
             mine.set()
-            if self._arriving.get(stream_id) is mine:
-                del self._arriving[stream_id]
+            if self._arriving.get(key) is mine:
+                del self._arriving[key]
 
     async def add(
         self, stream: StreamRecord, name: str, temporary: Path, size: int, sha256: str

@@ -158,13 +158,14 @@ async def stream_events(stream_id: str, request: Request) -> StreamingResponse:
 async def push(stream_id: str, name: str, request: Request) -> JSONResponse:
     """Take a segment (MPEG-TS, MP4, or a fragment of one), the header of fragments, or a playlist, as HLS senders put
     them: `ffmpeg -f hls -method PUT`. A segment counts as it comes; a playlist with its end ends the stream."""
-    streams = live(request)
-    stream = await streams.find(stream_id, tenant_of(request))
-    if stream.source is not None:
-        raise bad_request("stream_is_pulled", f"The stream '{stream_id}' is pulled from its source: push to another.")
-    if stream.state is StreamState.ENDED and (stream.file_id is not None or not stream.becomes_file):
-        raise stream_ended(stream)
-    async with streams.turn(stream_id) as my_turn:
+    streams, tenant = live(request), tenant_of(request)
+    async with streams.turn(tenant, stream_id) as my_turn:  # at once: requests that came later get theirs later
+        stream = await streams.find(stream_id, tenant)
+        if stream.source is not None:
+            message = f"The stream '{stream_id}' is pulled from its source: push to another."
+            raise bad_request("stream_is_pulled", message)
+        if stream.state is StreamState.ENDED and (stream.file_id is not None or not stream.becomes_file):
+            raise stream_ended(stream)
         return await _take(streams, stream, name, request, my_turn)
 
 

@@ -28,19 +28,8 @@ def film(tmp_path_factory):
     ]
     (folder / "list.txt").write_text("".join(f"file '{path}'\n" for path in scenes))
     keys = f"expr:gte(t,n_forced*{SECONDS})"
-    command = [
-        "ffmpeg",
-        "-v",
-        "error",
-        "-f",
-        "concat",
-        "-i",
-        folder / "list.txt",
-        "-force_key_frames",
-        keys,
-        "-bf",
-        "0",
-    ]
+    joined = ["-f", "concat", "-safe", "0", "-i", folder / "list.txt"]
+    command = ["ffmpeg", "-v", "error", *joined, "-c:v", "libx264", "-force_key_frames", keys, "-bf", "0"]
     subprocess.run([*command, folder / "film.ts"], check=True)
     subprocess.run([*hls(folder / "film.ts"), folder / "live.m3u8"], check=True)
     return folder
@@ -145,7 +134,8 @@ def test_each_segment_has_an_answer_for_readers_and_webhook(default_server, film
     server, stream = default_server, begun(default_server, on_end="delete")
     receiver = Receiver(free_port())
     path = f"/streams/{stream['id']}/watches"
-    body = {"question": QUESTION, "webhook_url": f"http://127.0.0.1:{receiver.port}/hook"}
+    asked = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 16, "temperature": 0}
+    body = {"request": asked, "webhook_url": f"http://127.0.0.1:{receiver.port}/hook"}
     watch = server.client.post(path, body=body, cast_to=httpx.Response).json()
     for number in range(3):
         put(server, film, stream, number)
