@@ -7,10 +7,8 @@ request is a JSON object on a line: a header, a `shape` followed by that many by
 from __future__ import annotations
 
 import json
-import math
 import os
 import queue
-import resource
 import signal
 import sys
 import threading
@@ -23,6 +21,7 @@ from f2l_vllm.lifeline import end_with_writer
 from f2l_vllm.video.decode import Timeline, decode_frames, read_stamps, read_timeline, shown
 from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.probe import Limits, check_file
+from f2l_vllm.video.process_limits import allow_cpu, limit_process
 
 
 class _Videos:
@@ -64,15 +63,12 @@ def main(limits_json: str, lifeline: int) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that nothing printed can disturb an answer
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
-    os.nice(limits["nice"])
-    resource.setrlimit(resource.RLIMIT_AS, (limits["memory_bytes"], limits["memory_bytes"]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_process(limits["memory_bytes"], limits["nice"])
     videos = _Videos(limits["output_bytes"])
     _send(answers, {"ready": True}, None)
     while True:
         request = requests.get()
-        _allow_cpu(limits["seconds"])
+        allow_cpu(limits["seconds"])
         body = None
         try:
             answer, body = videos.answer(request)
@@ -93,13 +89,6 @@ def _listen(requests: queue.SimpleQueue[dict[str, Any]]) -> None:
     for line in sys.stdin.buffer:
         requests.put(json.loads(line))
     os._exit(0)
-
-
-def _allow_cpu(seconds: float) -> None:
-    """Allow this many CPU seconds from here on; after that SIGXCPU ends the process."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    end = math.ceil(usage.ru_utime + usage.ru_stime + seconds)
-    resource.setrlimit(resource.RLIMIT_CPU, (end, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 def _send(descriptor: int, answer: dict[str, Any], body: memoryview | None) -> None:

@@ -20,6 +20,8 @@ VideoErrorCode = Literal[
     "invalid_url",
     "url_not_allowed",
     "url_unreachable",
+    "unsupported_address",
+    "unsupported_playlist",
     "invalid_image",
     "image_too_large",
 ]

@@ -15,6 +15,8 @@ const HEADLINES = {
   invalid_url: "This link cannot be used",
   url_not_allowed: "The operator does not allow this host",
   url_unreachable: "The link cannot be reached",
+  unsupported_address: "This kind of live address cannot be read",
+  unsupported_playlist: "This HLS playlist cannot be read",
   adapter_rejected: "The adapter was not sound",
   internalization_failed: "The video could not be read",
   not_enough_memory: "There was not enough memory",
