@@ -164,6 +164,11 @@ class Streams(Database):
                 begins, seconds, received_at, offset=offset, origin=known.origin, head=known.head, known=spans
             )
             origin = found.start if known.origin is None else known.origin
+            if found.start < origin and all(piece.level == 0 for piece in there):  # the first ones came out of order
+                origin = found.start
+                for piece in there:
+                    moved = slot(piece.start, piece.end, origin, known.segment_seconds)
+                    connection.execute(update(pieces).where(pieces.c.number == piece.number).values(slot=moved))
             values = {
                 "stream": stream.id,
                 "level": 0,

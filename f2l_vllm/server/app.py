@@ -41,6 +41,7 @@ from f2l_vllm.server.middleware.traced import Traced  # noqa: E402
 from f2l_vllm.server.routes import router  # noqa: E402
 from f2l_vllm.server.streams import hasty_senders  # noqa: E402
 from f2l_vllm.server.streams.live import LiveStreams  # noqa: E402
+from f2l_vllm.server.streams.pulls import Pulls  # noqa: E402
 from f2l_vllm.server.streams.watches import Watches  # noqa: E402
 from f2l_vllm.server.tenants import Keys  # noqa: E402
 from f2l_vllm.server.videos.service import VideoService  # noqa: E402
@@ -137,7 +138,9 @@ class F2LEndpointPlugin:
         warm = _warm(service, min(settings.warm_adapters, served.limits.host_slots))
         live = self._live = state.f2l_streams = LiveStreams(service)
         watches = Watches(live, self._app, vllm_api.api_keys(args))
-        lasting = (service.maintain(), service.membership.run(), batches.run(), live.run(), watches.run(), warm)
+        pulls = Pulls(live, settings.data_folder / "pulls")
+        streaming = (live.run(), watches.run(), pulls.run())
+        lasting = (service.maintain(), service.membership.run(), batches.run(), *streaming, warm)
         self._background = [asyncio.create_task(work) for work in lasting]
         assembly.answer_from_videos(settings, served, engine_client, state, live, keys)
         self._welcome = asyncio.create_task(_welcome(service, state, vllm_api.url(args)))

@@ -56,6 +56,8 @@ def pieces_for(
     start, end = stretch(stream, span, max(piece.end for piece in here))
     chunks = max((count(piece.adapter) for piece in here if piece.adapter is not None), default=1)
     chosen = pyramid.choose(here, start, end, max(1, most // max(1, chunks)))
+    if not chosen and span is None:  # the newest piece is longer than the window
+        chosen = [min(here, key=lambda piece: (-piece.end, piece.end - piece.start))]
     if not chosen:
         origin = stream.origin or 0.0
         known = ", ".join(f"{piece.start - origin:.0f} to {piece.end - origin:.0f}" for piece in here)

@@ -18,6 +18,7 @@ from f2l_vllm.catalog.streams import joined
 _KEPT = (12, 8, 6)  # pieces of each level that stay beside the coarser ones that hold the same; the last: of all others
 _KEPT_ABOVE = 3
 _BACKLOG = 4  # segments that may wait for a worker before the stream is read more coarsely
+_FRESH = 2  # newest segments that are read singly even then
 _EDGE_SECONDS = 0.25  # segments end on frames, so they do not end where they were meant to
 _LONGEST_SECONDS = 86400.0  # of a piece
 _ARRIVAL_SECONDS = 60.0  # between the placing of a segment and the keeping of its bytes
@@ -53,13 +54,19 @@ def is_behind(pieces: Sequence[PieceRecord]) -> bool:
     return sum(is_waiting(piece) and (piece.level == 0 or piece.end >= newest) for piece in pieces) > _BACKLOG
 
 
+def _fresh(pieces: Sequence[PieceRecord]) -> set[str]:
+    """The newest segments, by their files: they are read singly even when the stream is behind."""
+    segments = sorted((piece for piece in pieces if piece.level == 0), key=lambda piece: piece.end)
+    return {piece.file_id for piece in segments[-_FRESH:]}
+
+
 def to_make(stream: StreamRecord, pieces: Sequence[PieceRecord]) -> list[Node]:
     """The coarser pieces whose time is over and whose parts are here, finest first. One segment's time is left for
     segments that come late, unless the stream has ended or is behind."""
     if stream.origin is None or stream.head is None:
         return []
+    fresh = _fresh(pieces)
     behind = is_behind(pieces)
-    grace = 0.0 if behind or stream.ended_at is not None else stream.segment_seconds
     there = {(piece.level, piece.slot) for piece in pieces}
     groups: dict[tuple[int, int], list[PieceRecord]] = defaultdict(list)
     for piece in pieces:
@@ -67,6 +74,8 @@ def to_make(stream: StreamRecord, pieces: Sequence[PieceRecord]) -> list[Node]:
     found = []
     for (level, slot), parts in sorted(groups.items(), key=lambda group: group[0]):
         seconds = stream.segment_seconds * 2**level
+        in_haste = stream.ended_at is not None or (behind and not any(part.file_id in fresh for part in parts))
+        grace = 0.0 if in_haste else stream.segment_seconds
         over = stream.origin + (slot + 1) * seconds + grace <= stream.head + _EDGE_SECONDS
         if not over or seconds > _LONGEST_SECONDS or (level, slot) in there:
             continue
@@ -81,7 +90,7 @@ def to_make(stream: StreamRecord, pieces: Sequence[PieceRecord]) -> list[Node]:
 def to_drop(stream: StreamRecord, pieces: Sequence[PieceRecord], now: float) -> list[PieceRecord]:
     """The pieces that are not needed any more: a coarser one that is ready holds the same, or, when the stream is
     behind, will. And those that are older than the stream keeps them, and those whose bytes never came."""
-    behind = is_behind(pieces)
+    behind, fresh = is_behind(pieces), _fresh(pieces)
     by_level: dict[int, list[PieceRecord]] = defaultdict(list)
     for piece in pieces:
         by_level[piece.level].append(piece)
@@ -93,7 +102,8 @@ def to_drop(stream: StreamRecord, pieces: Sequence[PieceRecord], now: float) -> 
             above = [other for other in pieces if other.level > level and _holds(other, piece)]
             instead = any(is_ready(other) for other in above)
             too_old = stream.keep_seconds is not None and piece.end < (stream.head or 0.0) - stream.keep_seconds
-            is_skipped = behind and is_waiting(piece) and any(is_in_work(other) or is_ready(other) for other in above)
+            may_be_skipped = behind and is_waiting(piece) and piece.file_id not in fresh
+            is_skipped = may_be_skipped and any(is_in_work(other) or is_ready(other) for other in above)
             failed = not is_ready(piece) and not is_in_work(piece)
             too_old |= piece.file is None and piece.received_at < now - _ARRIVAL_SECONDS
             if too_old or is_skipped or (place >= kept and (instead or failed)):

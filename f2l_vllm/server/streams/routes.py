@@ -25,6 +25,8 @@ from f2l_vllm.server.tenants import tenant_of
 from f2l_vllm.server.videos.part_routes import ExpiresAfter
 from f2l_vllm.server.videos.routes import Events, router
 from f2l_vllm.server.videos.uploads import expiry_of, receive_body, shown_name
+from f2l_vllm.video.errors import VideoError
+from f2l_vllm.video.pull import check_address
 
 __all__ = ["router"]
 
@@ -71,6 +73,11 @@ async def create_stream(given: NewStream, request: Request) -> dict[str, Any]:
     if given.keep_seconds is not None and given.keep_seconds < given.window_seconds:
         message = "keep_seconds must be at least window_seconds: a question is about the whole window."
         raise bad_request("invalid_request", message, "keep_seconds")
+    if given.source is not None:
+        try:
+            check_address(given.source)
+        except VideoError as error:
+            raise bad_request(error.code, error.message, "source") from None
     values = {
         "name": shown_name(given.name) if given.name else "",
         "segment_seconds": given.segment_seconds,

@@ -14,6 +14,7 @@ import pytest
 from f2l_vllm.server_process import free_port
 from f2l_vllm.synthetic.render import write_mp4
 from f2l_vllm.synthetic.world import sample_scenes
+from tests.support.rtsp_source import RtspSource
 
 SECONDS, COUNT = 4, 6
 QUESTION = "What colour is the shape?"
@@ -227,3 +228,27 @@ def test_questions_during_churn_are_answered_from_their_stretch_alone(default_se
         assert end - first <= last + 0.5
         assert (first - origin) % SECONDS == pytest.approx(0, abs=0.1) or (first - origin) % SECONDS > SECONDS - 0.1
     server.client.delete(f"/streams/{stream['id']}", cast_to=httpx.Response)
+
+
+def test_a_source_is_pulled_until_it_says_goodbye(default_server, film):
+    with RtspSource(film / "film.ts") as source:
+        stream = begun(default_server, source=f"rtsp://127.0.0.1:{source.port}/film", window_seconds=60)
+        found = until(lambda: (now := shown(default_server, stream))["status"] == "ended" and now)
+        _, f2l = ask(default_server, stream["id"], last=SECONDS + 1)
+    assert found["f2l"]["segments"] >= COUNT - 1  # the last may end with the connection
+    assert found["f2l"]["source"]["state"] == "connected"
+    ((start, end),) = f2l["covered"]
+    assert SECONDS - 1 <= end - start <= SECONDS + 1.5
+    put_there = httpx.put(f"{default_server.url}/v1/streams/{stream['id']}/push/live0.ts", content=b"x")
+    assert put_there.json()["error"]["code"] == "stream_is_pulled"
+    default_server.client.delete(f"/streams/{stream['id']}", cast_to=httpx.Response)
+
+
+def test_a_source_that_may_not_be_read_ends_the_stream_and_says_why(default_server):
+    stream = begun(default_server, source="rtsp://192.0.2.1/x", on_end="delete")
+    until(lambda: shown(default_server, stream)["status"] == "ended")
+    why = until(lambda: (found := shown(default_server, stream)["f2l"]["source"])["state"] == "failed" and found["why"])
+    assert why.startswith("url_not_allowed")
+    with pytest.raises(openai.BadRequestError):
+        begun(default_server, source="file:///etc/passwd")
+    default_server.client.delete(f"/streams/{stream['id']}", cast_to=httpx.Response)

@@ -133,10 +133,10 @@ def test_a_pool_that_falls_behind_reads_more_coarsely_and_loses_nothing():
     stream = replace(STREAM, head=ORIGIN + 80)
     assert pyramid.is_behind(waiting)
     nodes = pyramid.to_make(stream, waiting)
-    assert [at(node.parts) for node in nodes] == [[(i, i + 10), (i + 10, i + 20)] for i in (0, 20, 40, 60)]
+    assert [at(node.parts) for node in nodes] == [[(i, i + 10), (i + 10, i + 20)] for i in (0, 20, 40)]
     pieces = waiting + [merged(node, VideoState.UPLOADED) for node in nodes]
     dropped = pyramid.to_drop(stream, pieces, ORIGIN)
-    assert sorted(dropped, key=lambda one: one.start) == waiting
+    assert sorted(dropped, key=lambda one: one.start) == waiting[:6]
     left = [one for one in pieces if one not in dropped]
     assert pyramid.covered(left) == [(ORIGIN, ORIGIN + 80)]
 

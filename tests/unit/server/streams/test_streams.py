@@ -121,6 +121,14 @@ def test_segments_are_read_as_they_come_and_their_timestamps_place_them(door, fi
     assert (found["f2l"]["segments"], found["f2l"]["reading"]) == (4, "fine")
 
 
+def test_a_stream_begins_with_its_first_segment_whichever_comes_first(door, film):
+    stream = door.begin()
+    starts = [door.put(stream, film / f"s{number}.ts").json()["start"] for number in (1, 0, 2)]
+    found = door.worked(stream, is_read)
+    assert found["f2l"]["started_at"] == min(starts) == starts[1]
+    assert spans(found) == [[0, 6]]
+
+
 def test_a_segment_that_is_put_again_is_not_read_again(door, film):
     stream = door.begin()
     places = [door.put(stream, film / "s0.ts").json() for _ in range(3)]
