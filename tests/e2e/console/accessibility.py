@@ -64,13 +64,17 @@ def findings(browser: Browser, url: str, key: str, film: str, theme: str) -> lis
     expect(page.get_by_text("Copy ffmpeg")).to_be_visible()
     check("a stream before its first segment")
     stream = page.url.rpartition("/")[2]
+    page.get_by_label("Ask each new segment").fill("What is the background?")
+    page.get_by_role("button", name="Add", exact=True).click()
+    expect(page.locator("[data-watch]")).to_be_visible()
     with tempfile.TemporaryDirectory() as folder:
         push(url, key, stream, segments(Path(folder), 1)[0])
     page.get_by_label("About").select_option("span")
     page.get_by_label("Question", exact=True).fill("What is the background?")
     page.keyboard.press("Enter")
     expect(page.locator("[data-state=done]")).to_have_count(1)
-    check("a stream with an answer")
+    expect(page.locator("[data-watch] ol li")).to_have_count(1)
+    check("a stream with answers")
     page.get_by_role("link", name="Live").click()
     row = page.locator(f"[data-stream='{stream}']")
     expect(row).to_be_visible()

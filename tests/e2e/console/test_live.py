@@ -80,6 +80,24 @@ def test_a_stretch_is_chosen_by_keyboard_too(host, visit, stream, film):
     assert body["f2l"]["end"] < SECONDS
 
 
+def test_standing_questions_are_answered_for_each_segment(host, visit, stream, film):
+    page = visit.page
+    page.get_by_label("Ask each new segment").fill("What is the <i>background</i>?")
+    page.get_by_role("button", name="Add", exact=True).click()
+    watch = page.locator("[data-watch]")
+    expect(watch).to_contain_text("What is the <i>background</i>?")
+    for segment in film[:2]:
+        push(host.url, KEY, stream, segment)
+    answers = watch.locator("ol li")
+    expect(answers).to_have_count(2)
+    expect(answers.first).to_have_text(re.compile(r"^0:02 to 0:04 \w+"))
+    expect(answers.last).to_have_text(re.compile(r"^0:00 to 0:02 \w+"))
+    page.reload()
+    expect(answers).to_have_count(2)
+    watch.get_by_role("button", name="Remove").click()
+    expect(watch).to_have_count(0)
+
+
 def test_a_stream_is_ended_and_deleted_after_a_question(host, visit, stream):
     page = visit.page
     page.get_by_role("link", name="Live").click()

@@ -10,6 +10,7 @@ import { Code } from "./snippets.js";
 import { useStore } from "./store.js";
 import { Stretch } from "./stretch.js";
 import { begin, end, named, remove, useStream, useStreams } from "./streams.js";
+import { Watches } from "./watches.js";
 import { ago, clock, count, span as roughly } from "./format.js";
 
 export function Live({ id }) {
@@ -101,6 +102,7 @@ function One({ id }) {
       <${Form} stream=${stream} stretch=${stretch} setStretch=${setStretch} whole=${[0, length]}
         onAsk=${(text) => ask(text, [file], { [id]: asked }, ["adapter"])} />`}
     ${mine.map((one) => html`<${Question} key=${one.number} one=${one} />`)}
+    <${Watches} stream=${stream} />
     ${stream.push_url && stream.status === "live" && html`<${Sending} stream=${stream} />`}
   </div>`;
 }

@@ -11,15 +11,15 @@ export const end = (id) => call(`${path(id)}/end`, { method: "POST" });
 export const remove = (id) => call(path(id), { method: "DELETE" });
 export const named = (stream) => stream.name || stream.id;
 
-// What `work` shows, which is done again after a while until it is over: while the server is there, and anew for another `id`.
-function useAgain(work, id) {
+// What `work` shows, as fields or as a function of those shown, which is done again after a while until it is over: while the server is there, and anew for another `id`.
+export function useAgain(work, id) {
   const { isAway } = useStore(session);
   const [state, setState] = useState({});
   useEffect(() => {
     if (isAway) return undefined;
     const life = new AbortController();
     let timer;
-    const show = (fields) => life.signal.aborted || setState((now) => ({ ...now, error: null, ...fields }));
+    const show = (fields) => life.signal.aborted || setState((now) => ({ ...now, error: null, ...(typeof fields === "function" ? fields(now) : fields) }));
     const again = async () => {
       const isOver = await work(show, life.signal).catch((error) => {
         show({ error });
