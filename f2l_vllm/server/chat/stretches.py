@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from http import HTTPStatus
 
 from f2l_vllm.catalog.stream_tables import PieceRecord, StreamRecord
 from f2l_vllm.catalog.tables import AdapterRecord
 from f2l_vllm.server.chat.request import Span
-from f2l_vllm.server.errors import APIError, bad_request
+from f2l_vllm.server.errors import bad_request
 from f2l_vllm.server.streams import pyramid
+from f2l_vllm.server.streams.live import stream_is_empty
 
 _WALL_CLOCK = 1e8  # seconds: no stream lasts so long, and no wall clock shows less
 
@@ -51,8 +51,7 @@ def pieces_for(
     if ready_only:
         here = [piece for piece in here if pyramid.is_ready(piece)]
     if not here:
-        message = f"The stream '{stream.id}' has no segment that can be asked about yet: ask again in some seconds."
-        raise APIError(HTTPStatus.CONFLICT, "stream_is_empty", message, headers={"Retry-After": "5"})
+        raise stream_is_empty(stream)
     start, end = stretch(stream, span, max(piece.end for piece in here))
     chunks = max((count(piece.adapter) for piece in here if piece.adapter is not None), default=1)
     chosen = pyramid.choose(here, start, end, max(1, most // max(1, chunks)))

@@ -13,10 +13,11 @@ from fastapi.routing import APIRoute
 from fastapi.sse import EventSourceResponse
 
 from f2l_vllm.catalog.states import IN_WORK, VideoState
-from f2l_vllm.catalog.tables import FileWithAdapter
+from f2l_vllm.catalog.tables import FileRecord
 from f2l_vllm.server.console.pages import ROOT, Pages
 from f2l_vllm.server.console.previews import POSTER, STRIP, Preview, Previews
 from f2l_vllm.server.errors import APIError, shutting_down, video_failed, video_not_found, video_not_ready
+from f2l_vllm.server.streams.live import LiveStreams, stream_is_empty
 from f2l_vllm.server.tenants import tenant_of
 from f2l_vllm.server.videos.routes import file_object, service
 from f2l_vllm.server.videos.service import VideoService
@@ -106,7 +107,7 @@ async def events(reader: Annotated[tuple[VideoService, str], Depends(_reader)]) 
 async def poster(file_id: str, request: Request) -> Response:
     """One frame of a video, small, as WebP."""
     (found,) = await service(request).find([file_id], tenant_of(request))
-    return _picture(await _preview(request, found, POSTER, ()))
+    return _picture(await _preview(request, found.file, POSTER, ()))
 
 
 @router.get("/files/{file_id}/strip")
@@ -118,11 +119,23 @@ async def strip(file_id: str, request: Request) -> Response:
         if found.file.state is VideoState.ERROR:
             raise video_failed(file_id, found.file.error_code, found.file.error_message)
         raise video_not_ready(file_id, found.file.state, 0.0, videos.why_not_ready())
-    return _picture(await _preview(request, found, STRIP, found.adapter.info.timestamps))
+    return _picture(await _preview(request, found.file, STRIP, found.adapter.info.timestamps))
 
 
-async def _preview(request: Request, found: FileWithAdapter, kind: str, timestamps: tuple[float, ...]) -> Preview:
-    videos, record = service(request), found.file
+@router.get("/streams/{stream_id}/picture")
+async def picture(stream_id: str, request: Request) -> Response:
+    """A frame of the newest segment of a stream, small, as WebP."""
+    streams: LiveStreams = request.app.state.f2l_streams
+    stream = await streams.find(stream_id, tenant_of(request))
+    pieces = sorted(await streams.pieces(stream), key=lambda piece: (piece.end, -piece.level))
+    files = [piece.file for piece in pieces if piece.file is not None and piece.file.state is not VideoState.ERROR]
+    if not files:
+        raise stream_is_empty(stream)
+    return _picture(await _preview(request, files[-1], POSTER, ()))
+
+
+async def _preview(request: Request, record: FileRecord, kind: str, timestamps: tuple[float, ...]) -> Preview:
+    videos = service(request)
     previews: Previews = request.app.state.f2l_previews
     try:
         if (known := previews.kept(record.video, kind)) is not None:

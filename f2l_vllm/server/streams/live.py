@@ -344,6 +344,12 @@ class LiveStreams:
         task.add_done_callback(ended)
 
 
+def stream_is_empty(stream: StreamRecord) -> APIError:
+    """409: it has no segment yet."""
+    message = f"The stream '{stream.id}' has no segment that can be asked about yet: ask again in some seconds."
+    return APIError(HTTPStatus.CONFLICT, "stream_is_empty", message, headers={"Retry-After": "5"})
+
+
 def stream_ended(stream: StreamRecord) -> APIError:
     """409: no segment may come any more."""
     message = f"The stream '{stream.id}' has ended and takes no more segments: begin another with POST /v1/streams."

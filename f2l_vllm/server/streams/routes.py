@@ -237,6 +237,7 @@ def stream_object(
             for piece in pieces
             if piece.file is not None and not pyramid.is_ready(piece) and not pyramid.is_in_work(piece)
         ],
+        "timeline": [[piece.level, round(piece.start, 3), round(piece.end, 3), _standing(piece)] for piece in pieces],
         **{name: stream.details[name] for name in ("source", "chapters") if name in stream.details},
     }
     return {
@@ -257,6 +258,10 @@ def stream_object(
         "metadata": stream.details.get("metadata"),
         "f2l": details,
     }
+
+
+def _standing(piece: PieceRecord) -> str:
+    return "ready" if pyramid.is_ready(piece) else "reading" if pyramid.is_in_work(piece) else "failed"
 
 
 async def _keep_init(streams: LiveStreams, stream: StreamRecord, path: Path, size: int) -> None:

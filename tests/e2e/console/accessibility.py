@@ -13,6 +13,7 @@ from typing import Any
 from playwright.sync_api import Browser, expect, sync_playwright
 
 from f2l_vllm.bench import record
+from tests.e2e.console.streaming import push, segments
 from tests.e2e.console.surfing import Visit, chromium
 from tests.support import ROOT
 from tests.support.server import Server
@@ -58,6 +59,29 @@ def findings(browser: Browser, url: str, key: str, film: str, theme: str) -> lis
     expect(page.locator("[data-state=done]")).to_have_count(2)
     page.get_by_text("As code").click()
     check("answers")
+    page.get_by_role("link", name="Live").click()
+    page.get_by_role("button", name="Begin a stream").click()
+    expect(page.get_by_text("Copy ffmpeg")).to_be_visible()
+    check("a stream before its first segment")
+    stream = page.url.rpartition("/")[2]
+    page.get_by_label("Ask each new segment").fill("What is the background?")
+    page.get_by_role("button", name="Add", exact=True).click()
+    expect(page.locator("[data-watch]")).to_be_visible()
+    with tempfile.TemporaryDirectory() as folder:
+        push(url, key, stream, segments(Path(folder), 1)[0])
+    page.get_by_label("About").select_option("span")
+    page.get_by_label("Question", exact=True).fill("What is the background?")
+    page.keyboard.press("Enter")
+    expect(page.locator("[data-state=done]")).to_have_count(1)
+    expect(page.locator("[data-watch] ol li")).to_have_count(1)
+    check("a stream with answers")
+    page.get_by_role("link", name="Live").click()
+    row = page.locator(f"[data-stream='{stream}']")
+    expect(row).to_be_visible()
+    check("live streams")
+    row.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(row).to_have_count(0)
     page.get_by_role("link", name="Server").click()
     expect(page.locator(".plot canvas").first).to_be_visible()
     check("the server")

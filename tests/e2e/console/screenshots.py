@@ -1,6 +1,6 @@
 """`python -m tests.e2e.console.screenshots`: makes the pictures in docs/console, from a server over the shipped model.
 
-Four pages in two themes, and an animation from an upload to both answers. The machine should have the font Inter
+Five pages in two themes, and an animation from an upload to both answers. The machine should have the font Inter
 (Debian: fonts-inter); without it pages are set in the system's own.
 """
 
@@ -16,6 +16,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from f2l_vllm import torch_shims
 from f2l_vllm.server_process import ServerProcess
+from tests.e2e.console.streaming import SECONDS, push, segments
 from tests.e2e.console.surfing import Visit, chromium
 from tests.support import ROOT
 
@@ -30,6 +31,7 @@ _QUALITY = 82
 _QUESTIONS = ("What is the background?", "How many shapes are there?", "Describe the video.")
 _MOST_BYTES = 2 << 20
 _ROWS = 13  # at least so many exist in the window
+_SEGMENTS = 9
 _SMALL = (960, 600)  # pixels of the animation
 
 
@@ -47,7 +49,7 @@ def main() -> None:
     TARGET.mkdir(exist_ok=True)
     expect.set_options(timeout=120_000)
     with tempfile.TemporaryDirectory() as work, sync_playwright() as playwright:
-        server = ServerProcess("f2l-tiny", Path(work) / "home")
+        server = ServerProcess("f2l-tiny", Path(work) / "home", "--max-chunks", "4")
         try:
             made = films(Path(work), 1 + _ROWS, seed=5)
             server.wait_ready()
@@ -55,6 +57,7 @@ def main() -> None:
             for theme in ("light", "dark"):
                 visit = Visit(browser, server.url, None, theme)
                 _pages(visit, theme, made[:-1])
+                _live(visit, theme, Path(work))
                 assert visit.faults == [], visit.faults
                 visit.close()
             _animate(Visit(browser, server.url, None), made[-1])
@@ -90,6 +93,26 @@ def _pages(visit: Visit, theme: str, made: list[Path]) -> None:
     _save(page, f"server-{theme}")
 
 
+def _live(visit: Visit, theme: str, folder: Path) -> None:
+    page = visit.page
+    page.goto(f"{visit.url}/console/#/live")
+    page.get_by_label("Name").fill("Front door")
+    page.get_by_label("Segment in seconds").fill(str(SECONDS))
+    page.get_by_label("Window in seconds").fill(str(3 * SECONDS))
+    page.get_by_role("button", name="Begin a stream").click()
+    expect(page.get_by_text("How to send it")).to_be_visible()
+    stream = page.url.rpartition("/")[2]
+    for place, segment in enumerate(segments(folder, _SEGMENTS)):
+        push(visit.url, "none", stream, segment)
+        expect(page.locator(".lanes .is-fine .is-ready")).to_have_count(place + 1)
+        page.wait_for_timeout(1000 * SECONDS)
+    _ask(page, "What is the background?", 1)
+    page.get_by_label("About").select_option("last")
+    page.get_by_label("Seconds", exact=True).fill(str(4 * SECONDS))
+    _ask(page, "Describe the video.", 1)
+    _save(page, f"live-{theme}")
+
+
 def _load(url: str) -> None:
     """Questions for a while, so that there is something to plot."""
     from openai import OpenAI
@@ -105,10 +128,10 @@ def _load(url: str) -> None:
         )
 
 
-def _ask(page: Page, question: str) -> None:
+def _ask(page: Page, question: str, answers: int = 2) -> None:
     page.get_by_label("Question", exact=True).fill(question)
     page.keyboard.press("Enter")
-    expect(page.locator(".question").first.locator("[data-state=done]")).to_have_count(2)
+    expect(page.locator(".question").first.locator("[data-state=done]")).to_have_count(answers)
     page.wait_for_timeout(300)
 
 

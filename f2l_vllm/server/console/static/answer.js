@@ -5,7 +5,7 @@ import { IconButton } from "./icons.js";
 import { library } from "./library.js";
 import { Problem } from "./notice.js";
 import { Snippets } from "./snippets.js";
-import { dismiss, stop } from "./question.js";
+import { dismiss, isStream, stop } from "./question.js";
 import { bytes, clock, count, duration, ratio } from "./format.js";
 
 const NAMES = { adapter: "From the adapter", frames: "From the frames" };
@@ -27,7 +27,9 @@ export function Question({ one }) {
 }
 
 function named(file, span) {
-  return span ? `${file.filename}, ${clock(span[0])} to ${clock(span[1])}` : file.filename;
+  if (span?.last) return `${file.filename}, last ${span.last} s`;
+  const [start, end] = Array.isArray(span) ? span : [span?.start, span?.end];
+  return span ? `${file.filename}, ${clock(start)} to ${clock(end)}` : file.filename;
 }
 
 function Side({ side }) {
@@ -37,6 +39,7 @@ function Side({ side }) {
     ${side.state === "failed"
       ? html`<${Problem} error=${side.error} />`
       : html`<p class="text" dir="auto" data-state=${side.state} aria-live="polite">${side.text || html`<i>${notes[side.state] ?? "no words"}</i>`}</p>`}
+    ${side.source?.age_seconds !== undefined && html`<p class="hint">Read from ${side.source.videos[0].covered.map((ends) => ends.map((at) => clock(Math.round(at))).join(" to ")).join(", ")}. The newest of it was ${duration(side.source.age_seconds)} old.</p>`}
   </section>`;
 }
 
@@ -56,8 +59,8 @@ function measures(one) {
     ["First token", adapter.first, frames.first, duration],
     ["Prompt tokens", adapter.usage?.prompt_tokens, frames.usage?.prompt_tokens, count],
     ["Visual tokens", adapter.source?.visual_tokens, seen, count],
-    ["Kept for the next question", adapter.source && stored, seen === undefined ? undefined : seen * known, bytes, ["adapter", "KV cache"]],
-  ];
+    !isStream(one) && ["Kept for the next question", adapter.source && stored, seen === undefined ? undefined : seen * known, bytes, ["adapter", "KV cache"]],
+  ].filter(Boolean);
 }
 
 function Costs({ one }) {

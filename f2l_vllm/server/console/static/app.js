@@ -8,11 +8,12 @@ import { Gallery } from "./gallery.js";
 import { html, render, useEffect, useRef, useState } from "./html.js";
 import { IconButton } from "./icons.js";
 import { close, open } from "./library.js";
+import { Live } from "./live.js";
 import { forget } from "./pictures.js";
 import { useStore } from "./store.js";
 import { isDark, switchTheme, theme } from "./theme.js";
 
-const PAGES = [["", "Videos"], ["ask", "Ask"], ["server", "Server"]];
+const PAGES = [["", "Videos"], ["ask", "Ask"], ["live", "Live"], ["server", "Server"]];
 
 function useRoute() {
   const read = () => location.hash.replace(/^#\/?/, "").split("/");
@@ -48,6 +49,7 @@ function App() {
     <main ref=${main} data-scroller tabindex="0">
       ${isRefused ? html`<${KeyForm} />`
         : page === "ask" ? html`<${Ask} ids=${ids} />`
+        : page === "live" ? html`<${Live} id=${ids[0]} />`
         : page === "server" ? html`<${Later} />`
         : html`<${Gallery} />`}
     </main>

@@ -5,14 +5,14 @@ import { html, useEffect, useRef, useState } from "./html.js";
 import { find, hasFailed, isReady, library } from "./library.js";
 import { Problem } from "./notice.js";
 import { Question } from "./answer.js";
-import { ask, questions } from "./question.js";
+import { ask, isStream, questions } from "./question.js";
 import { chosen } from "./selection.js";
 import { useStore } from "./store.js";
 import { Timeline } from "./timeline.js";
 
 export function Ask({ ids }) {
   const { files } = useStore(library);
-  const { list } = useStore(questions);
+  const list = useStore(questions).list.filter((one) => !isStream(one));
   const { isAway } = useStore(session);
   const { max_videos: most = 1 } = useStore(about);
   const [others, setOthers] = useState({}); // files that the list has not read yet, by id; or what was said of them

@@ -10,12 +10,13 @@ export const SIDES = ["adapter", "frames"];
 export const questions = new Store({ list: [] });
 let last = 0;
 
-// The body of a question in OpenAI's shape. `spans`: by file id, `[start, end]` in seconds.
+// The body of a question in OpenAI's shape. `spans`: by file id, `[start, end]` in seconds; by stream id, its `f2l`.
 export function bodyOf(text, files, spans, mode) {
   const options = { max_tokens: MOST_TOKENS, temperature: 0, ...(mode === "adapter" ? {} : { f2l: { mode } }) };
   const cut = mode === "adapter" ? spans : {};
-  if (files.length === 1 && !cut[files[0].id]) {
-    return { model: files[0].id, messages: [{ role: "user", content: text }], ...options };
+  const span = cut[files[0].id];
+  if (files.length === 1 && !Array.isArray(span)) {
+    return { model: files[0].id, messages: [{ role: "user", content: text }], ...options, ...(span && { f2l: span }) };
   }
   const parts = files.map((file) => {
     const span = cut[file.id];
@@ -24,6 +25,8 @@ export function bodyOf(text, files, spans, mode) {
   const messages = [{ role: "user", content: [...parts, { type: "text", text }] }];
   return { model: about.value.model, messages, ...options };
 }
+
+export const isStream = ({ files: [first] }) => first.object === "stream";
 
 export function ask(text, files, spans, modes) {
   last += 1;

@@ -44,7 +44,7 @@ export function Snippets({ one, mode }) {
   </details>`;
 }
 
-function Code({ name, text }) {
+export function Code({ name, text, label = `The question for ${name}` }) {
   const [copied, setCopied] = useState(false);
   const copy = async () => {
     await write(text);
@@ -53,7 +53,7 @@ function Code({ name, text }) {
   };
   return html`<figure>
     <figcaption>${name} <button type="button" class="small" onClick=${copy}>${copied ? "Copied" : `Copy ${name}`}</button></figcaption>
-    <pre tabindex="0" role="group" aria-label=${`The question for ${name}`}>${text}</pre>
+    <pre tabindex="0" role="group" aria-label=${label}>${text}</pre>
   </figure>`;
 }
 

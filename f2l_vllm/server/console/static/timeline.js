@@ -11,9 +11,10 @@ const TICKS = [0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600];
 const MOST_TICKS = 9;
 const [STRIP_FRAMES, WIDEST] = [12, 2.4]; // as `previews.py` makes strips
 
-function ticks(length) {
+export function ticks(length, from = 0) {
   const step = TICKS.find((one) => length / one <= MOST_TICKS) ?? length / MOST_TICKS;
-  return Array.from({ length: Math.floor(length / step) + 1 }, (_, place) => place * step);
+  const first = Math.ceil(from / step);
+  return Array.from({ length: Math.floor((from + length) / step) - first + 1 }, (_, place) => (first + place) * step);
 }
 
 const at = (second, length) => ({ left: `${(100 * second) / length}%` });
@@ -68,14 +69,15 @@ function Film({ file }) {
   return html`<div class="film" style=${{ aspectRatio: String(shape) }}>${found && html`<img draggable=${false} src=${found.url} alt=${`${found.seconds.length} of the frames that were read`} />`}</div>`;
 }
 
-function Range({ file, length, span, onSpan }) {
+// Two sliders, from the second `from` to `length`.
+export function Range({ file, from = 0, length, span, onSpan }) {
   const change = (place) => (event) => {
     const value = Number(event.target.value);
     const next = place ? [span[0], Math.max(value, span[0] + 0.1)] : [Math.min(value, span[1] - 0.1), span[1]];
-    onSpan(next[0] <= 0 && next[1] >= length ? undefined : next);
+    onSpan(next[0] <= from && next[1] >= length ? undefined : next);
   };
   return ["From", "To"].map(
-    (name, place) => html`<input type="range" class="end" min="0" max=${length} step="0.1" value=${span[place]}
+    (name, place) => html`<input type="range" class="end" min=${from} max=${length} step="0.1" value=${span[place]}
       aria-label=${`${name}, ${file.filename}`} aria-valuetext=${clock(span[place])} onInput=${change(place)} />`,
   );
 }

@@ -1,5 +1,6 @@
 """Live streams over a real catalog and store, with a client on the routes; this test is the worker."""
 
+import io
 import subprocess
 import time
 from contextlib import asynccontextmanager
@@ -7,10 +8,13 @@ from contextlib import asynccontextmanager
 import pytest
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from PIL import Image
 from starlette.testclient import TestClient
 
 from f2l_vllm.catalog.catalog import Catalog
 from f2l_vllm.catalog.streams import StreamEnded, TooManyStreams
+from f2l_vllm.server.console import routes as console
+from f2l_vllm.server.console.previews import Previews
 from f2l_vllm.server.errors import APIError, answer, answer_validation
 from f2l_vllm.server.streams import live, segments
 from f2l_vllm.server.streams.routes import router
@@ -48,6 +52,7 @@ class Door:
             service = app.state.f2l = self.bench.service
             service.settings = service.settings.model_copy(update=settings)
             self.streams = app.state.f2l_streams = live.LiveStreams(service)
+            app.state.f2l_previews = Previews(service.settings)
             service.membership.appointed.set()
             yield
             self.streams.close()
@@ -56,6 +61,7 @@ class Door:
         handlers = {APIError: answer, RequestValidationError: answer_validation}
         app = FastAPI(exception_handlers=handlers, lifespan=lifespan)
         app.include_router(router)
+        app.include_router(console.router)
 
         @app.middleware("http")
         async def with_tenant(request, call_next):
@@ -152,6 +158,34 @@ def test_a_gap_stays_a_gap(door, film):
     for number in (0, 3):
         door.put(stream, film / f"s{number}.ts")
     assert spans(door.worked(stream, is_read)) == [[0, 2], [6, 8]]
+
+
+def test_the_timeline_has_the_place_and_the_state_of_each_piece(door, film):
+    stream = door.begin()
+    for number in (0, 1):
+        door.put(stream, film / f"s{number}.ts")
+    read = [[level, round(end - start), state] for level, start, end, state in door.stream(stream)["f2l"]["timeline"]]
+    assert read == [[0, 2, "reading"], [0, 2, "reading"]]
+    found = door.worked(stream, is_read)["f2l"]
+    assert [state for *_, state in found["timeline"]] == ["ready", "ready"]
+    assert [found["timeline"][0][1], found["timeline"][-1][2]] == found["covered"][0]
+
+
+def test_the_picture_is_of_the_newest_segment_and_for_its_tenant(door, film, tmp_path):
+    stream = door.begin()
+    path = f"/console/streams/{stream}/picture"
+    assert door.http.get(path).json()["error"]["code"] == "stream_is_empty"
+    pictures = []
+    for name in ("black.mp4", "white.mp4"):
+        colour = f"color={name.removesuffix('.mp4')}:duration=2:rate=4"
+        command = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", colour, "-pix_fmt", "yuv420p", tmp_path / name]
+        subprocess.run(command, check=True)
+        assert door.put(stream, tmp_path / name).status_code == 201
+        pictures.append(Image.open(io.BytesIO(door.http.get(path).content)).convert("L").getextrema())
+    assert pictures[0][1] < 20
+    assert pictures[1][0] > 235
+    other = door.http.get(path, headers={"authorization": "Bearer b"})
+    assert (other.status_code, other.json()["error"]["code"]) == (404, "stream_not_found")
 
 
 def test_a_stream_that_ends_becomes_a_file_with_its_segments_as_chapters(door, film, monkeypatch):
