@@ -7,6 +7,7 @@ client asks. What is measured:
 - `first_token`: about a stream's last minute and about one uploaded video, in turns.
 - `accuracy`: about the last three segments of a stream, and about a file of the same stretch: is there such a thing?
 - `churn`: questions about stretches while segments come, and pieces are made and dropped: answers from elsewhere.
+- `kills`: a worker, the pool and the server are killed while segments come and a standing question is asked.
 - `day`: a day of one stream, sent faster than it happens: the adapters that are there, and the server's memory.
 """
 
@@ -14,7 +15,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
+import os
 import random
+import signal
 import statistics
 import tempfile
 import time
@@ -29,14 +33,14 @@ from openai import AsyncOpenAI
 
 from f2l_vllm import torch_shims
 from f2l_vllm.bench import record
-from f2l_vllm.server_process import ServerProcess
+from f2l_vllm.server_process import ServerProcess, free_port
 
 torch_shims.install()
 
 from f2l_vllm.synthetic.render import write_mp4  # noqa: E402
 from f2l_vllm.synthetic.world import COLOURS, SHAPES, Scene, sample_scenes  # noqa: E402
 
-SUITES = ("freshness", "first_token", "accuracy", "churn", "day")
+SUITES = ("freshness", "first_token", "accuracy", "churn", "kills", "day")
 _CLOCK = 90_000
 _OUTSIDE_SECONDS = 0.5  # segments end on frames
 
@@ -100,13 +104,20 @@ class Sender:
         self.id = made.json()["id"]
         return self
 
-    async def put(self) -> None:
-        """Put the next segment."""
+    async def put(self, tries: int = 1) -> None:
+        """Put the next segment; a sender tries again while its server is away."""
         scene, number = self._next, len(self.shown)
         segment = self._films.segment(scene, self._seconds, 10.0 + number * self._seconds)
         self._next, self.shown = self._next + 1, [*self.shown, scene]
-        put = await self._http.put(f"/v1/streams/{self.id}/push/{number}.ts", content=segment)
-        put.raise_for_status()
+        for attempt in range(tries):
+            try:
+                put = await self._http.put(f"/v1/streams/{self.id}/push/{number}.ts", content=segment)
+                put.raise_for_status()
+                return
+            except httpx.TransportError:
+                if attempt + 1 == tries:
+                    raise
+            await asyncio.sleep(0.5)
 
     async def object(self) -> dict[str, Any]:
         """The stream as clients see it."""
@@ -265,6 +276,46 @@ async def churn(options: argparse.Namespace, http: httpx.AsyncClient, client: As
     return {"answered": asked, "outside": outside, "failed": len(failed), "first": failed[:3], "segments": segments}
 
 
+async def kills(options: argparse.Namespace, http: httpx.AsyncClient, films: Films, servers: Servers) -> Any:
+    """See the module."""
+    seconds = 4.0
+    sender = await Sender(http, films, seconds).begin()
+    asked = {"messages": [{"role": "user", "content": "What is there?"}], "max_tokens": 8, "temperature": 0}
+    watch = (await http.post(f"/v1/streams/{sender.id}/watches", json={"request": asked})).json()["id"]
+    killed = []
+    for number in range(24):
+        began = time.monotonic()
+        await sender.put(tries=240)
+        if number in (5, 10, 15):
+            what = {5: "f2l_vllm.pool", 10: "ray::", 15: "server"}[number]
+            killed.append({"what": what, "processes": await asyncio.to_thread(servers.kill, what)})
+        await asyncio.sleep(max(0.0, seconds - (time.monotonic() - began)))
+    await asyncio.sleep(1.0)
+    while (found := await sender.object())["f2l"]["in_work"]:
+        await asyncio.sleep(0.5)
+    answers: list[dict[str, Any]] = []
+    for _ in range(60):  # the duty of a server that was killed is its own again when it is back
+        path = f"/v1/streams/{sender.id}/watches/{watch}/answers"
+        answers = [one["data"] for one in (await http.get(path)).json()["data"]]
+        if answers and answers[-1]["end"] >= found["f2l"]["head"] - 0.1:
+            break
+        await asyncio.sleep(1.0)
+    told = sorted((answer["start"], answer["end"]) for answer in answers)
+    doubled = sum(one[1] > other[0] + _OUTSIDE_SECONDS for one, other in itertools.pairwise(told))
+    length = sum(end - start for start, end in told)
+    missed = round((found["f2l"]["head"] - found["f2l"]["started_at"] - length) / seconds)
+    await sender.end()
+    return {
+        "killed": killed,
+        "segments": found["f2l"]["segments"],
+        "stretches": len(found["f2l"]["covered"]),
+        "failed": len(found["f2l"]["failed"]),
+        "answers": len(answers),
+        "answers_missed": missed,
+        "answers_doubled": doubled,
+    }
+
+
 async def day(options: argparse.Namespace, http: httpx.AsyncClient, client: AsyncOpenAI, films: Films, pid: int) -> Any:
     """See the module."""
     seconds = options.day_segment_seconds
@@ -295,6 +346,50 @@ async def day(options: argparse.Namespace, http: httpx.AsyncClient, client: Asyn
     }
 
 
+class Servers:
+    """The server, which can be killed and started again on its port and folder."""
+
+    def __init__(self, model: str, home: Path, max_chunks: int) -> None:
+        self._model, self._home, self._flags = model, home, ("--max-chunks", str(max_chunks))
+        self._port = free_port()
+        self.running = self._start()
+
+    def _start(self) -> ServerProcess:
+        return ServerProcess(self._model, self._home, *self._flags, port=self._port)
+
+    def kill(self, what: str) -> int:
+        """Kill the server and wait until another is ready, or those of its processes with this in their command."""
+        if what == "server":
+            self.running.process.kill()
+            self.running.process.wait()
+            self.running = self._start()
+            self.running.wait_ready()
+            return 1
+        found = [pid for pid in _below(self.running.process.pid) if what in _command(pid)]
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+        return len(found)
+
+
+def _below(pid: int) -> list[int]:
+    """The processes that a process started, and those that these did."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    try:
+        listed = [
+            int(child) for task in children.parent.parent.iterdir() for child in (task / "children").read_text().split()
+        ]
+    except OSError:
+        return []
+    return [found for child in listed for found in [child, *_below(child)]]
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def resident_mib(pid: int) -> float:
     """What a process has in memory now."""
     with open(f"/proc/{pid}/status") as status:
@@ -308,14 +403,17 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": round(statistics.median(ordered), 4), "p95": round(p95, 4), "n": len(ordered)}
 
 
-async def measure(options: argparse.Namespace, server: ServerProcess, films: Films) -> dict[str, Any]:
+async def measure(options: argparse.Namespace, servers: Servers, films: Films) -> dict[str, Any]:
     """Each suite's result."""
+    server = servers.running
     client = AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
     results: dict[str, Any] = {}
     async with httpx.AsyncClient(base_url=server.url, timeout=300) as http, client:
         for suite in options.suites.split(","):
-            if suite == "day":
-                results[suite] = await day(options, http, client, films, server.process.pid)
+            if suite == "kills":
+                results[suite] = await kills(options, http, films, servers)
+            elif suite == "day":
+                results[suite] = await day(options, http, client, films, servers.running.process.pid)
             else:
                 results[suite] = await globals()[suite](options, http, client, films)
             print(suite, results[suite], flush=True)
@@ -340,15 +438,15 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="f2l-streams-") as name:
         folder = Path(name)
-        server = ServerProcess(options.model, folder / "home", "--max-chunks", str(options.max_chunks))
+        servers = Servers(options.model, folder / "home", options.max_chunks)
         try:
             films = Films(folder, 48, (320, 240))
             for scene in range(len(films.scenes)):
                 films.whole(scene, options.segment_seconds)
-            server.wait_ready()
-            results = asyncio.run(measure(options, server, films))
+            servers.running.wait_ready()
+            results = asyncio.run(measure(options, servers, films))
         finally:
-            server.stop()
+            servers.running.stop()
     if options.json is not None:
         record.write(options.json, {key: value for key, value in vars(options).items() if key != "json"}, results)
 

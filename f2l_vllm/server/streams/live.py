@@ -28,7 +28,7 @@ from f2l_vllm.server.streams import pyramid
 from f2l_vllm.server.streams.clips import FRAMES, write_clip
 from f2l_vllm.server.videos.service import VideoService
 from f2l_vllm.server.videos.uploads import inspecting, inspectors
-from f2l_vllm.store.errors import Unavailable
+from f2l_vllm.store.errors import CatalogBusy, Unavailable
 from f2l_vllm.store.store import StoreError
 from f2l_vllm.video.decoder import DecodeLimits, IsolatedDecoder
 from f2l_vllm.video.errors import VideoError
@@ -38,6 +38,7 @@ _DUTY = "streams"
 _ROUND_SECONDS = 2.0
 _READ_SECONDS = 600.0  # a segment is followed until it is read, for so long
 _TURN_SECONDS = 5.0  # that a segment waits for one that began to arrive before and does not end
+_ATTEMPTS, _AGAIN_SECONDS = 5, 0.5  # at entering a segment while the catalog is busy
 _NICE = 10  # coarser clips are nobody's answer yet
 _FILE_FRAMES = 2048  # of the file that a stream becomes
 
@@ -143,6 +144,22 @@ class LiveStreams:
         """
         received_at = self._catalog.now()
         begins, seconds = await self._stamps(temporary)
+        for _ in range(_ATTEMPTS):  # its sender may not hear that it should try again
+            with suppress(CatalogBusy):
+                return await self._enter(stream, name, temporary, (size, sha256), (begins, seconds), received_at)
+            await asyncio.sleep(_AGAIN_SECONDS)
+        return await self._enter(stream, name, temporary, (size, sha256), (begins, seconds), received_at)
+
+    async def _enter(
+        self,
+        stream: StreamRecord,
+        name: str,
+        temporary: Path,
+        content: tuple[int, str],
+        stamps: tuple[float, float],
+        received_at: float,
+    ) -> tuple[PieceRecord, bool]:
+        (size, sha256), (begins, seconds) = content, stamps
         try:
             piece, is_new = await self._service.change(
                 self._catalog.add_segment, stream, name, sha256, begins, seconds, received_at

@@ -17,6 +17,7 @@ from f2l_vllm import tracing
 from f2l_vllm.catalog.catalog import Catalog, QueueFull, QuotaExceeded
 from f2l_vllm.catalog.listener import Listener
 from f2l_vllm.catalog.states import IN_WORK, VideoState
+from f2l_vllm.catalog.stream_tables import STREAM_PREFIX
 from f2l_vllm.catalog.tables import DOCUMENTS, AdapterRecord, FileRecord, FileWithAdapter, Tombstone, Upload
 from f2l_vllm.pool.supervisor import PoolProcess
 from f2l_vllm.server import metrics
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 _MAINTENANCE_SECONDS = 5.0
 _CLEANING_SECONDS = 60.0
 _SWEEP_SECONDS = 3600.0
+_ENDLESS = 1 << 30
 _WRITERS = 4  # threads for catalog writes, so that questions, which only read, never wait for one
 
 
@@ -98,12 +100,13 @@ class VideoService:
                 then.
         """
         is_document = upload.purpose in DOCUMENTS
+        of_stream = upload.tenant.startswith(STREAM_PREFIX)  # it reads more coarsely when it waits, and loses nothing
         add = functools.partial(
             self.catalog.add_file,
             replace(upload, trace=tracing.traceparent()),
             "" if is_document else self._revisions.name(upload.sha256),
-            queue_limit=self.settings.queue_limit,
-            tenant_limit=self.settings.tenant_queue_limit,
+            queue_limit=_ENDLESS if of_stream else self.settings.queue_limit,
+            tenant_limit=None if of_stream else self.settings.tenant_queue_limit,
             # A batch's answers are not lost.
             tenant_bytes=None if upload.purpose == "batch_output" else self.settings.tenant_bytes,
             job_attempts=self.settings.job_attempts,
