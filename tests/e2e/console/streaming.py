@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,7 @@ from f2l_vllm.synthetic.render import write_mp4  # noqa: E402
 from f2l_vllm.synthetic.world import sample_scenes  # noqa: E402
 
 SECONDS = 2  # of a segment
+_TRIES = 10
 
 
 def segments(folder: Path, count: int) -> list[Path]:
@@ -30,7 +32,12 @@ def segments(folder: Path, count: int) -> list[Path]:
 
 
 def push(url: str, key: str, stream: str, segment: Path) -> None:
-    """Put a segment, as senders of HLS do."""
+    """Put a segment, as senders of HLS do; again while the server is busy."""
     address = f"{url}/v1/streams/{stream}/push/{segment.name}"
     headers = {"Authorization": f"Bearer {key}"}
-    httpx.put(address, content=segment.read_bytes(), headers=headers, timeout=60).raise_for_status()
+    for _ in range(_TRIES):
+        answer = httpx.put(address, content=segment.read_bytes(), headers=headers, timeout=60)
+        if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+            break
+        time.sleep(float(answer.headers["Retry-After"]))
+    assert answer.is_success, answer.text

@@ -35,7 +35,7 @@ export function Watches({ stream }) {
       <button type="submit">Add</button>
     </form>`}
     ${problem && html`<${Problem} error=${problem} />`}
-    ${made.secret && html`<div class="snippets"><${Code} name="secret" text=${made.secret} label="The webhook's secret, which is shown once" /></div>`}
+    ${made.secret && html`<div class="snippets"><p class="hint">The secret of the webhook is shown once: keep it.</p><${Code} name="secret" text=${made.secret} label="The webhook's secret" /></div>`}
     <ul class="streams">${list.map((watch) => html`<${Watch} key=${watch.id} watch=${watch} stream=${stream} path=${path} onRemove=${remove(watch.id)} />`)}</ul>
   </section>`;
 }
