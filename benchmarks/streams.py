@@ -244,7 +244,7 @@ async def churn(options: argparse.Namespace, http: httpx.AsyncClient, client: As
             left -= 1
             sender = rng.choice(senders)
             now = await sender.object()
-            origin, head = now["f2l"]["started_at"], now["f2l"]["head"]
+            origin, head = now["f2l"]["started_at"], now["f2l"]["covered"][-1][1]
             if rng.random() < 0.5:
                 length = seconds * rng.randint(1, 12)
                 f2l, low, high = {"last": length}, None, None
@@ -260,9 +260,10 @@ async def churn(options: argparse.Namespace, http: httpx.AsyncClient, client: As
                 continue
             asked += 1
             start, end = covered[0][0], covered[-1][1]
-            if low is None:
-                low, high = max(head, end) - length, end
-            outside += start < low - _OUTSIDE_SECONDS or end > high + _OUTSIDE_SECONDS
+            if low is None or high is None:  # back from what was there when the question came
+                outside += end - start > length + _OUTSIDE_SECONDS or end < head - 2 * seconds - _OUTSIDE_SECONDS
+            else:
+                outside += start < low - _OUTSIDE_SECONDS or end > high + _OUTSIDE_SECONDS
 
     async def send(sender: Sender) -> None:
         while left > 0:

@@ -19,6 +19,7 @@ _KEPT = (12, 8, 6)  # pieces of each level that stay beside the coarser ones tha
 _KEPT_ABOVE = 3
 _BACKLOG = 4  # segments that may wait for a worker before the stream is read more coarsely
 _FRESH = 2  # newest segments that are read singly even then
+_NOTHING_SECONDS = 0.5  # less than this is no stretch of a stream
 _EDGE_SECONDS = 0.25  # segments end on frames, so they do not end where they were meant to
 _LONGEST_SECONDS = 86400.0  # of a piece
 _ARRIVAL_SECONDS = 60.0  # between the placing of a segment and the keeping of its bytes
@@ -151,6 +152,17 @@ def _is_to_be_read_first(piece: PieceRecord, level: int, slot: int, pieces: Sequ
     return lies_in_it and not any(other.level > piece.level and _holds(other, piece) for other in pieces)
 
 
+def _adding(chosen: Sequence[PieceRecord], more: Iterable[PieceRecord]) -> list[PieceRecord]:
+    """Those chosen, and of the others each that holds anything that is not chosen already."""
+    found = list(chosen)
+    for piece in more:
+        known = joined([span for other in found for span in other.spans])
+        held = sum(max(0.0, min(end, b) - max(start, a)) for start, end in piece.spans for a, b in known)
+        if _length(piece) - held > _NOTHING_SECONDS:
+            found.append(piece)
+    return found
+
+
 def _hold(coarse: PieceRecord, parts: Sequence[PieceRecord]) -> bool:
     return all(_holds(coarse, part) for part in parts)
 
@@ -170,15 +182,15 @@ def covered(pieces: Iterable[PieceRecord]) -> list[Span]:
 
 def finest(pieces: Sequence[PieceRecord]) -> list[PieceRecord]:
     """The finest pieces that are ready and hold together all that is known, oldest first."""
-    found = _disjoint([], sorted(filter(is_ready, pieces), key=_length))
+    found = _adding([], sorted(filter(is_ready, pieces), key=_length))
     return sorted(found, key=lambda piece: piece.start)
 
 
 def following(pieces: Sequence[PieceRecord], after: float) -> list[PieceRecord]:
     """The pieces that say what came behind this moment, as fine as they are, oldest first, up to the first that is
     still in work: ready ones, and those that failed."""
-    known = _disjoint(finest(pieces), sorted(filter(is_in_work, pieces), key=_length))
-    known = _disjoint(known, sorted((piece for piece in pieces if piece.file is not None), key=_length))
+    known = _adding(finest(pieces), sorted(filter(is_in_work, pieces), key=_length))
+    known = _adding(known, sorted((piece for piece in pieces if piece.file is not None), key=_length))
     found = []
     for piece in sorted(known, key=lambda piece: piece.start):
         if is_in_work(piece):

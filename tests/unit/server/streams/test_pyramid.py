@@ -155,3 +155,16 @@ def test_a_segment_whose_bytes_never_came_is_forgotten():
     lost = replace(piece(0, 10), file=None, adapter=None)
     assert pyramid.to_drop(STREAM, [lost], ORIGIN + 30) == []
     assert pyramid.to_drop(STREAM, [lost], ORIGIN + 90) == [lost]
+
+
+def test_standing_questions_go_on_in_order_and_miss_nothing():
+    coarse = piece(0, 40, level=2, state=VideoState.UPLOADED)
+    fine = [piece(10, 20), piece(20, 30), piece(30, 40)]
+    assert pyramid.following([coarse, *fine], ORIGIN) == []  # nothing else has the first ten seconds
+    coarse = piece(0, 40, level=2)
+    assert at(pyramid.following([coarse, *fine], ORIGIN))[0] == (0, 40)
+    assert at(pyramid.following(fine, ORIGIN + 20)) == [(20, 30), (30, 40)]
+    failed = piece(40, 50, state=VideoState.ERROR)
+    assert at(pyramid.following([*fine, failed], ORIGIN + 30)) == [(30, 40), (40, 50)]
+    waiting = piece(50, 60, state=VideoState.UPLOADED)
+    assert at(pyramid.following([failed, waiting, piece(60, 70)], ORIGIN + 30)) == [(40, 50)]
