@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, and_, delete, exists, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from f2l_vllm.catalog.database import Database, moment
@@ -34,6 +34,7 @@ from f2l_vllm.catalog.tables import Tombstone, adapters, files
 from f2l_vllm.catalog.transactions import adapter_record, end_file, file_record
 
 _RECENT = 16  # pieces among which a segment that is sent again is known by its name
+_BEHIND = STREAM_PREFIX[:-1] + chr(ord(STREAM_PREFIX[-1]) + 1)  # all ids of streams sort before this
 LATE_SECONDS = 10.0  # for so long after its end a stream's last segments may still be on their way
 _ANSWERS = 1000  # of a watch that are kept
 _OF_PIECE = and_(files.c.id == pieces.c.file_id, files.c.state.in_(LIVE))
@@ -227,6 +228,19 @@ class Streams(Database):
         with self._write(beside=[piece.sha256 for piece in dropped], deletes=True) as connection:
             connection.execute(delete(pieces).where(pieces.c.number.in_([piece.number for piece in dropped])))
             return _end_files(connection, files.c.id.in_([piece.file_id for piece in dropped]))
+
+    def drop_orphans(self) -> list[Tombstone]:
+        """Forget what was entered for a stream while it was deleted; returns what has to be removed from the store."""
+        known = select(streams.c.id)
+        left = and_(files.c.tenant >= STREAM_PREFIX, files.c.tenant < _BEHIND, files.c.tenant.not_in(known))
+        left = and_(left, files.c.state.in_(LIVE))
+        lost = pieces.c.stream.not_in(known)
+        with self._read() as connection:
+            if not connection.scalar(select(or_(exists().where(left), exists().where(lost)))):
+                return []
+        with self._write(deletes=True) as connection:
+            connection.execute(delete(pieces).where(lost))
+            return _end_files(connection, left)
 
     # Watches
 

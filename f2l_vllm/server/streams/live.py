@@ -335,6 +335,7 @@ class LiveStreams:
         if not self.has_duty:
             metrics.STREAMS.set(0)
             return
+        await self._service.change(self._catalog.drop_orphans)
         known = await asyncio.to_thread(self._catalog.open_streams)
         metrics.STREAMS.set(sum(stream.state is StreamState.LIVE for stream in known))
         now = self._catalog.now()

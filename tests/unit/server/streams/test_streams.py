@@ -19,6 +19,7 @@ from f2l_vllm.server.errors import APIError, answer, answer_validation
 from f2l_vllm.server.streams import live, segments
 from f2l_vllm.server.streams.routes import router
 from f2l_vllm.server.streams.segments import Kind
+from tests.support.catalog_steps import add
 from tests.support.videos import write_video
 from tests.unit.server.test_service import Bench
 
@@ -222,6 +223,9 @@ def test_a_deleted_stream_leaves_nothing_in_store_or_catalog(door, film):
     door.worked(stream, lambda one: is_read(one) and one["f2l"]["pieces"] > 5)
     assert door.http.delete(f"/v1/streams/{stream}").json()["deleted"]
     assert door.http.get(f"/v1/streams/{stream}").json()["error"]["code"] == "stream_not_found"
+    until = time.monotonic() + 60  # a longer piece may have been on its way
+    while door.bench.catalog.counts() != ({}, 0, 0) and time.monotonic() < until:
+        door.http.portal.call(door.streams.look)
     assert door.bench.catalog.counts() == ({}, 0, 0)
     home = door.bench.store.home
     assert [path for folder in ("videos", "adapters") for path in (home / folder).rglob("*") if path.is_file()] == []
@@ -356,3 +360,23 @@ def test_a_watch_has_one_answer_of_each_segment(catalog: Catalog):
     assert catalog.watches(stream.id)[0].asked_to == piece.end
     catalog.remove_watch(watch)
     assert catalog.watch_answers(watch.id, 0, 10) == []
+
+
+def test_what_was_entered_for_a_stream_while_it_was_deleted_goes_too(catalog: Catalog):
+    stream = catalog.add_stream("a", VALUES, limit=1)
+    other = catalog.add_stream("b", VALUES, limit=1)
+    for one in (stream, other):
+        piece, _ = catalog.add_segment(one, "0.ts", SHAS[0], 100.0, 2.0, catalog.now())
+    catalog.remove_stream(stream)
+    for one in (stream, other):
+        add(catalog, tenant=one.id)
+    catalog.add_piece(stream, 1, 0, [piece], SHAS[1])
+    add(catalog, tenant="a")
+    catalog.drop_orphans()
+    assert catalog.pieces(stream.id) == []
+    assert len(catalog.pieces(other.id)) == 1
+    listed = {
+        name: catalog.files(name, after=None, limit=9, descending=False)[0] for name in (stream.id, other.id, "a")
+    }
+    assert [len(found) for found in listed.values()] == [0, 1, 1]
+    assert catalog.drop_orphans() == []
