@@ -36,6 +36,7 @@ from f2l_vllm.catalog.transactions import adapter_record, end_file, file_record
 _RECENT = 16  # pieces among which a segment that is sent again is known by its name
 _BEHIND = STREAM_PREFIX[:-1] + chr(ord(STREAM_PREFIX[-1]) + 1)  # all ids of streams sort before this
 LATE_SECONDS = 10.0  # for so long after its end a stream's last segments may still be on their way
+_KEPT_SECONDS = 30 * 86400.0  # how long a stream that has ended is listed
 _ANSWERS = 1000  # of a watch that are kept
 _OF_PIECE = and_(files.c.id == pieces.c.file_id, files.c.state.in_(LIVE))
 _OF_FILE = and_(adapters.c.name == files.c.adapter_name, files.c.state == VideoState.PROCESSED)
@@ -94,6 +95,13 @@ class Streams(Database):
                 query = query.where(streams.c.number < cursor.number)
             rows = connection.execute(query).all()
         return [_record(row) for row in rows[:limit]], len(rows) > limit
+
+    def live_streams(self, tenant: str) -> list[StreamRecord]:
+        """A tenant's streams that are live, newest first."""
+        live = and_(streams.c.tenant == tenant, streams.c.state == StreamState.LIVE)
+        with self._read() as connection:
+            rows = connection.execute(select(streams).where(live).order_by(streams.c.number.desc()))
+            return [_record(row) for row in rows]
 
     def open_streams(self) -> list[StreamRecord]:
         """All tenants' streams that are live, or have ended and still have pieces."""
@@ -228,6 +236,15 @@ class Streams(Database):
         with self._write(beside=[piece.sha256 for piece in dropped], deletes=True) as connection:
             connection.execute(delete(pieces).where(pieces.c.number.in_([piece.number for piece in dropped])))
             return _end_files(connection, files.c.id.in_([piece.file_id for piece in dropped]))
+
+    def purge_streams(self) -> int:
+        """Forget streams that ended long ago, with what was asked of them; returns how many. Their files stay."""
+        with self._write(beside=()) as connection:
+            over = and_(streams.c.state == StreamState.ENDED, streams.c.ended_at < moment(connection) - _KEPT_SECONDS)
+            of_them = select(watches.c.id).where(watches.c.stream.in_(select(streams.c.id).where(over)))
+            connection.execute(delete(watch_answers).where(watch_answers.c.watch.in_(of_them)))
+            connection.execute(delete(watches).where(watches.c.id.in_(of_them)))
+            return connection.execute(delete(streams).where(over)).rowcount
 
     def drop_orphans(self) -> list[Tombstone]:
         """Forget what was entered for a stream while it was deleted; returns what has to be removed from the store."""

@@ -68,6 +68,7 @@ class Janitor:
         await self._write(self._catalog.purge, self._catalog.now() - _GONE_SECONDS)
         await self._write(self._catalog.purge_batches)
         await self._write(self._catalog.purge_uploads)
+        await self._write(self._catalog.purge_streams)
         await self._keeper.bury(await self._write(self._catalog.drop_abandoned))
         await self._write(self._catalog.reopen_late)
         self._cleaned = time.monotonic()

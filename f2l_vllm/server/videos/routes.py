@@ -204,20 +204,27 @@ async def file_adapter(file_id: str, request: Request) -> Response:
 async def list_models(
     request: Request, after: str | None = None, limit: Annotated[int, Query(ge=1, le=_MODELS)] = _MODELS
 ) -> Response:
-    """vLLM's models, and the ready videos of the caller as models of their own, newest first, a page at a time."""
+    """vLLM's models, the caller's live streams, and the caller's ready videos as models of their own, newest first, a
+    page at a time."""
     base = await vllm_api.model_cards(request.app.state)
-    page = functools.partial(_models_page, service(request), tenant_of(request), base)
+    streams = functools.partial(service(request).catalog.live_streams, tenant_of(request))
+    own = [_model_card(base[0], one.id, one.name, one.created_at) for one in await asyncio.to_thread(streams)]
+    page = functools.partial(_models_page, service(request), tenant_of(request), [*base, *own])
     return await _listed(page, after, limit)
 
 
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: str, request: Request) -> JSONResponse:
-    """One model: one of vLLM's by name, or a ready video by its file id."""
+    """One model: one of vLLM's by name, or a ready video or a stream by its id."""
     base = await vllm_api.model_cards(request.app.state)
     for card in base:
         if card["id"] == model:
             return JSONResponse(card)
-    return JSONResponse(_model_card(base[0], (await service(request).ready(model, tenant_of(request), wait=0.0)).file))
+    videos, tenant = service(request), tenant_of(request)
+    if (stream := await asyncio.to_thread(videos.catalog.stream, model, tenant)) is not None:
+        return JSONResponse(_model_card(base[0], stream.id, stream.name, stream.created_at))
+    file = (await videos.ready(model, tenant, wait=0.0)).file
+    return JSONResponse(_model_card(base[0], file.id, file.filename, file.created_at))
 
 
 @router.get("/ready")
@@ -325,15 +332,15 @@ def _models_page(
     state = VideoState.PROCESSED
     records, more = videos.catalog.files(tenant, after=after, limit=limit, descending=True, state=state)
     own = [] if after is not None else [json.dumps(card) for card in base]
-    shown = own + [json.dumps(_model_card(base[0], record)) for record in records]
+    shown = own + [json.dumps(_model_card(base[0], one.id, one.filename, one.created_at)) for one in records]
     return shown, [record.id for record in records], more
 
 
-def _model_card(base: dict[str, Any], record: FileRecord) -> dict[str, Any]:
+def _model_card(base: dict[str, Any], name: str, title: str, created_at: float) -> dict[str, Any]:
     own = {
-        "id": record.id,
-        "name": record.filename,
-        "created": int(record.created_at),
+        "id": name,
+        "name": title,
+        "created": int(created_at),
         "root": base["id"],
         "parent": base["id"],
     }

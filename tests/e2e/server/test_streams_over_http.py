@@ -80,6 +80,8 @@ def ask(server, model, **f2l):
 def test_a_stream_that_ffmpeg_pushes_is_asked_by_its_id(default_server, film):
     server, stream = default_server, begun(default_server)
     pushed(server, film, stream)
+    assert stream["id"] in [model.id for model in server.client.models.list()]
+    assert server.client.models.retrieve(stream["id"]).id == stream["id"]
     # ffmpeg waits for no answer, so that its last segments may still be on their way.
     origin = until(lambda: (now := shown(server, stream))["f2l"]["segments"] == COUNT and now["f2l"]["started_at"])
     for number in range(COUNT - 2, COUNT):

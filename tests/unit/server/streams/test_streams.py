@@ -380,3 +380,17 @@ def test_what_was_entered_for_a_stream_while_it_was_deleted_goes_too(catalog: Ca
     }
     assert [len(found) for found in listed.values()] == [0, 1, 1]
     assert catalog.drop_orphans() == []
+
+
+def test_a_stream_that_ended_long_ago_is_forgotten_with_what_was_asked_of_it(catalog: Catalog):
+    old, new, lives = (catalog.add_stream("a", VALUES, limit=9) for _ in range(3))
+    piece, _ = catalog.add_segment(old, "0.ts", SHAS[0], 100.0, 2.0, catalog.now())
+    watch = catalog.add_watch(old, {"messages": []}, None, None, limit=1)
+    catalog.add_watch_answer(watch, piece, "text")
+    for stream in (old, new):
+        catalog.end_stream(stream)
+    assert [one.id for one in catalog.live_streams("a")] == [lives.id]
+    catalog.note_stream(old, ended_at=catalog.now() - 31 * 86400)
+    assert catalog.purge_streams() == 1
+    assert catalog.watch_answers(watch.id, 0, 9) == catalog.watches(old.id) == []
+    assert [one.id for one in catalog.streams("a", after=None, limit=9)[0]] == [lives.id, new.id]
