@@ -26,6 +26,7 @@ from f2l_vllm.cli.options import (
     Video,
     video_file,
 )
+from f2l_vllm.cli.paper import app as paper_app
 from f2l_vllm.cli.plain import PlainGroup
 from f2l_vllm.video.reading import ReadingOptions
 
@@ -302,6 +303,7 @@ def targets(
 
 
 app.add_typer(manifest_app, name="manifest")
+app.add_typer(paper_app, name="paper")
 app.add_typer(keys_app, name="keys")
 app.add_typer(cluster_app, name="cluster")
 
