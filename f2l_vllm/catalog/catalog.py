@@ -62,6 +62,7 @@ from f2l_vllm.catalog.transactions import (
     standing,
 )
 from f2l_vllm.catalog.uploads import Uploads
+from f2l_vllm.catalog.watches import Watches
 
 __all__ = ["Catalog", "QueueFull", "QuotaExceeded", "Removal"]
 
@@ -96,7 +97,7 @@ class Removal:
         return any(one.is_video for one in self.doomed)
 
 
-class Catalog(Adoption, Batches, Duties, Jobs, Keys, Published, Servers, Streams, Tombstones, Uploads):
+class Catalog(Adoption, Batches, Duties, Jobs, Keys, Published, Servers, Streams, Tombstones, Uploads, Watches):
     """Files, adapters, jobs and keys in one database."""
 
     # Files

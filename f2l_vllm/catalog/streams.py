@@ -24,7 +24,6 @@ from f2l_vllm.catalog.stream_tables import (
     Span,
     StreamRecord,
     StreamState,
-    WatchRecord,
     pieces,
     streams,
     watch_answers,
@@ -37,15 +36,11 @@ _RECENT = 16  # pieces among which a segment that is sent again is known by its 
 _BEHIND = STREAM_PREFIX[:-1] + chr(ord(STREAM_PREFIX[-1]) + 1)  # all ids of streams sort before this
 LATE_SECONDS = 10.0  # for so long after its end a stream's last segments may still be on their way
 _KEPT_SECONDS = 30 * 86400.0  # how long a stream that has ended is listed
-_ANSWERS = 1000  # of a watch that are kept
 _OF_PIECE = and_(files.c.id == pieces.c.file_id, files.c.state.in_(LIVE))
 _OF_FILE = and_(adapters.c.name == files.c.adapter_name, files.c.state == VideoState.PROCESSED)
 _PIECES = select(pieces, files, adapters).outerjoin(files, _OF_PIECE).outerjoin(adapters, _OF_FILE)
 _ENTER = {
-    name: {
-        table: kind.insert(table).on_conflict_do_nothing().returning(table.c.number)
-        for table in (pieces, watch_answers)
-    }
+    name: kind.insert(pieces).on_conflict_do_nothing().returning(pieces.c.number)
     for name, kind in (("sqlite", sqlite), ("postgresql", postgresql))
 }
 
@@ -74,7 +69,7 @@ class Streams(Database):
                 raise TooManyStreams
             name = f"{STREAM_PREFIX}{secrets.token_hex(12)}"
             own = {"id": name, "tenant": tenant, "state": StreamState.LIVE, "created_at": moment(connection)}
-            return _record(connection.execute(insert(streams).returning(streams), {**values, **own}).one())
+            return stream_record(connection.execute(insert(streams).returning(streams), {**values, **own}).one())
 
     def stream(self, stream_id: str, tenant: str) -> StreamRecord | None:
         """A tenant's stream; None if there is no such stream."""
@@ -94,21 +89,21 @@ class Streams(Database):
                     raise KeyError(after)
                 query = query.where(streams.c.number < cursor.number)
             rows = connection.execute(query).all()
-        return [_record(row) for row in rows[:limit]], len(rows) > limit
+        return [stream_record(row) for row in rows[:limit]], len(rows) > limit
 
     def live_streams(self, tenant: str) -> list[StreamRecord]:
         """A tenant's streams that are live, newest first."""
         live = and_(streams.c.tenant == tenant, streams.c.state == StreamState.LIVE)
         with self._read() as connection:
             rows = connection.execute(select(streams).where(live).order_by(streams.c.number.desc()))
-            return [_record(row) for row in rows]
+            return [stream_record(row) for row in rows]
 
     def open_streams(self) -> list[StreamRecord]:
         """All tenants' streams that are live, or have ended and still have pieces."""
         has_pieces = select(pieces.c.stream).where(pieces.c.stream == streams.c.id).exists()
         query = select(streams).where((streams.c.state == StreamState.LIVE) | has_pieces).order_by(streams.c.number)
         with self._read() as connection:
-            return [_record(row) for row in connection.execute(query)]
+            return [stream_record(row) for row in connection.execute(query)]
 
     def note_stream(self, stream: StreamRecord, **values: Any) -> None:
         """Set some columns of a stream."""
@@ -220,7 +215,7 @@ class Streams(Database):
             "received_at": max(part.received_at for part in parts),
         }
         with self._write(beside=()) as connection:
-            connection.execute(_ENTER[connection.dialect.name][pieces], values)
+            connection.execute(_ENTER[connection.dialect.name], values)
             row = connection.execute(_PIECES.where(pieces.c.file_id == file_id)).one()
             return _piece(row)
 
@@ -259,91 +254,6 @@ class Streams(Database):
             connection.execute(delete(pieces).where(lost))
             return _end_files(connection, left)
 
-    # Watches
-
-    def add_watch(
-        self, stream: StreamRecord, question: dict[str, Any], webhook: str | None, secret: str | None, *, limit: int
-    ) -> WatchRecord:
-        """Ask this of each segment that ends from here on.
-
-        Raises:
-            TooManyStreams: the stream has `limit` watches.
-        """
-        self._check_room()
-        there = select(func.count()).where(watches.c.stream == stream.id)
-        with self._write() as connection:
-            if (connection.scalar(there) or 0) >= limit:
-                raise TooManyStreams
-            now = moment(connection)
-            values = {
-                "id": f"watch_{secrets.token_hex(12)}",
-                "stream": stream.id,
-                "created_at": now,
-                "question": question,
-                "webhook": webhook,
-                "secret": secret,
-                "asked_to": stream.head or 0.0,
-            }
-            return WatchRecord(**connection.execute(insert(watches).returning(watches), values).one()._mapping)
-
-    def watches(self, stream_id: str) -> list[WatchRecord]:
-        """A stream's watches, oldest first."""
-        query = select(watches).where(watches.c.stream == stream_id).order_by(watches.c.number)
-        with self._read() as connection:
-            return [WatchRecord(**row._mapping) for row in connection.execute(query)]
-
-    def open_watches(self) -> list[tuple[StreamRecord, WatchRecord]]:
-        """All watches, each with its stream."""
-        query = select(streams, watches).join(watches, watches.c.stream == streams.c.id).order_by(watches.c.number)
-        own = len(streams.c)
-        with self._read() as connection:
-            found = []
-            for row in connection.execute(query):
-                stream = dict(zip(streams.c.keys(), row[:own], strict=True))
-                watch = dict(zip(watches.c.keys(), row[own:], strict=True))
-                found.append((StreamRecord(**{**stream, "state": StreamState(stream["state"])}), WatchRecord(**watch)))
-            return found
-
-    def remove_watch(self, watch: WatchRecord) -> None:
-        """Ask it no more."""
-        with self._write(beside=()) as connection:
-            connection.execute(delete(watch_answers).where(watch_answers.c.watch == watch.id))
-            connection.execute(delete(watches).where(watches.c.number == watch.number))
-
-    def add_watch_answer(self, watch: WatchRecord, piece: PieceRecord, text: str) -> None:
-        """Keep the answer about a segment, unless there is one."""
-        with self._write(beside=()) as connection:
-            known = connection.execute(
-                select(watches).where(watches.c.number == watch.number).with_for_update()
-            ).first()
-            if known is None:
-                return
-            values = {"watch": watch.id, "file_id": piece.file_id, "created_at": moment(connection), "text": text}
-            number = connection.scalar(_ENTER[connection.dialect.name][watch_answers], values)
-            newer = update(watches).where(watches.c.number == watch.number, watches.c.asked_to < piece.end)
-            connection.execute(newer.values(asked_to=piece.end))
-            if number is not None:
-                of_watch = watch_answers.c.watch == watch.id
-                newest = select(watch_answers.c.number).where(of_watch).order_by(watch_answers.c.number.desc())
-                connection.execute(
-                    delete(watch_answers).where(
-                        of_watch, watch_answers.c.number <= newest.limit(1).offset(_ANSWERS).scalar_subquery()
-                    )
-                )
-
-    def watch_answers(self, watch_id: str, after: int, limit: int) -> list[tuple[int, str]]:
-        """At most `limit` answers behind this number, each with its number, in their order."""
-        query = select(watch_answers.c.number, watch_answers.c.text)
-        query = query.where(watch_answers.c.watch == watch_id, watch_answers.c.number > after)
-        with self._read() as connection:
-            found = connection.execute(query.order_by(watch_answers.c.number).limit(limit))
-            return [(row.number, row.text) for row in found]
-
-    def note_sent(self, watch: WatchRecord, number: int) -> None:
-        """Note that a webhook has every answer up to this one."""
-        with self._write(beside=()) as connection:
-            connection.execute(update(watches).where(watches.c.number == watch.number).values(sent_to=number))
-
 
 def file_of_parts(stream: StreamRecord, parts: Sequence[PieceRecord]) -> str:
     """The id of the file that holds these pieces of a stream, whoever makes it."""
@@ -370,11 +280,13 @@ def joined(spans: Sequence[Span], gap: float = 0.5) -> list[Span]:
 def _find(connection: Connection, stream_id: str, tenant: str, *, hold: bool = False) -> StreamRecord | None:
     query: Select[Any] = select(streams).where(streams.c.id == stream_id, streams.c.tenant == tenant)
     row = connection.execute(query.with_for_update() if hold else query).first()
-    return None if row is None else _record(row)
+    return None if row is None else stream_record(row)
 
 
-def _record(row: Any) -> StreamRecord:
-    return StreamRecord(**{**row._mapping, "state": StreamState(row.state)})
+def stream_record(row: Sequence[Any]) -> StreamRecord:
+    """A row of `streams`, its columns in the table's order."""
+    values = dict(zip(streams.c.keys(), row, strict=True))
+    return StreamRecord(**{**values, "state": StreamState(values["state"])})
 
 
 def _pieces(connection: Connection, stream_id: str) -> list[PieceRecord]:
