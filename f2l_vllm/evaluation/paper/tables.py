@@ -52,7 +52,7 @@ class Report:
     def title(self) -> str:
         """What the table shows."""
         name = "Judge, divided by 5" if self.metric == published.JUDGE else "Token F1"
-        return f"{name}; the paper's figures are SmolVLM2-{self.size.upper()}'s"
+        return f"{name}; the paper's figures are {published.MODELS[self.size]}'s"
 
 
 def read(folders: Sequence[Path], metric: str, size: str) -> Report:
