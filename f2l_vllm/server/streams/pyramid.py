@@ -18,6 +18,7 @@ from f2l_vllm.catalog.streams import joined
 _KEPT = (12, 8, 6)  # pieces of each level that stay beside the coarser ones that hold the same; the last: of all others
 _KEPT_ABOVE = 3
 _BACKLOG = 4  # segments that may wait for a worker before the stream is read more coarsely
+_COARSE_BACKLOG = 8  # coarser pieces that may wait before they are read as soon as segments, and fewer are made
 _FRESH = 2  # newest segments that are read singly even then
 _NOTHING_SECONDS = 0.5  # less than this is no stretch of a stream
 _EDGE_SECONDS = 0.25  # segments end on frames, so they do not end where they were meant to
@@ -50,9 +51,10 @@ def is_waiting(piece: PieceRecord) -> bool:
 
 
 def is_behind(pieces: Sequence[PieceRecord]) -> bool:
-    """Whether segments arrive faster than they are read."""
-    newest = max((piece.end for piece in pieces), default=0.0)
-    return sum(is_waiting(piece) and (piece.level == 0 or piece.end >= newest) for piece in pieces) > _BACKLOG
+    """Whether segments arrive faster than they, or the coarser pieces of them, are read."""
+    segments = [piece for piece in pieces if piece.level == 0]
+    coarse = sum(is_waiting(piece) and piece.level > 0 for piece in pieces)
+    return sum(map(is_waiting, segments)) > _BACKLOG or coarse > _COARSE_BACKLOG or len(segments) > 2 * _KEPT[0]
 
 
 def _fresh(pieces: Sequence[PieceRecord]) -> set[str]:
@@ -75,8 +77,8 @@ def to_make(stream: StreamRecord, pieces: Sequence[PieceRecord]) -> list[Node]:
     found = []
     for (level, slot), parts in sorted(groups.items(), key=lambda group: group[0]):
         seconds = stream.segment_seconds * 2**level
-        in_haste = stream.ended_at is not None or (behind and not any(part.file_id in fresh for part in parts))
-        grace = 0.0 if in_haste else stream.segment_seconds
+        instead = behind and all(is_waiting(part) and part.file_id not in fresh for part in parts)
+        grace = 0.0 if instead or stream.ended_at is not None else stream.segment_seconds
         over = stream.origin + (slot + 1) * seconds + grace <= stream.head + _EDGE_SECONDS
         if not over or seconds > _LONGEST_SECONDS or (level, slot) in there:
             continue
@@ -90,7 +92,8 @@ def to_make(stream: StreamRecord, pieces: Sequence[PieceRecord]) -> list[Node]:
 
 def to_drop(stream: StreamRecord, pieces: Sequence[PieceRecord], now: float) -> list[PieceRecord]:
     """The pieces that are not needed any more: a coarser one that is ready holds the same, or, when the stream is
-    behind, will. And those that are older than the stream keeps them, and those whose bytes never came."""
+    behind and nothing of what that one holds is begun, will. And those that are older than the stream keeps them, and
+    those whose bytes never came."""
     behind, fresh = is_behind(pieces), _fresh(pieces)
     by_level: dict[int, list[PieceRecord]] = defaultdict(list)
     for piece in pieces:
@@ -104,7 +107,7 @@ def to_drop(stream: StreamRecord, pieces: Sequence[PieceRecord], now: float) -> 
             instead = any(is_ready(other) for other in above)
             too_old = stream.keep_seconds is not None and piece.end < (stream.head or 0.0) - stream.keep_seconds
             may_be_skipped = behind and is_waiting(piece) and piece.file_id not in fresh
-            is_skipped = may_be_skipped and any(is_in_work(other) or is_ready(other) for other in above)
+            is_skipped = may_be_skipped and any(_stands_for(other, piece, pieces) for other in above)
             failed = not is_ready(piece) and not is_in_work(piece)
             too_old |= piece.file is None and piece.received_at < now - _ARRIVAL_SECONDS
             if too_old or is_skipped or (place >= kept and (instead or failed)):
@@ -163,6 +166,16 @@ def _adding(chosen: Sequence[PieceRecord], more: Iterable[PieceRecord]) -> list[
     return found
 
 
+def _stands_for(coarse: PieceRecord, fine: PieceRecord, pieces: Sequence[PieceRecord]) -> bool:
+    """Whether a coarse piece makes this one that it holds needless: nothing of what it holds is begun, or still finer
+    pieces have what is in this one. Otherwise, who follows the stream has had a part of it, and needs the rest alone.
+    """
+    finer = [piece for piece in pieces if piece.level < coarse.level and _holds(coarse, piece)]
+    known = joined([span for piece in finer if is_ready(piece) and piece.level < fine.level for span in piece.spans])
+    is_known = all(overlaps(start, end, known) for start, end in fine.spans)
+    return (is_in_work(coarse) or is_ready(coarse)) and (is_known or all(map(is_waiting, finer)))
+
+
 def _hold(coarse: PieceRecord, parts: Sequence[PieceRecord]) -> bool:
     return all(_holds(coarse, part) for part in parts)
 
@@ -187,14 +200,18 @@ def finest(pieces: Sequence[PieceRecord]) -> list[PieceRecord]:
 
 
 def following(pieces: Sequence[PieceRecord], after: float) -> list[PieceRecord]:
-    """The pieces that say what came behind this moment, as fine as they are, oldest first, up to the first that is
-    still in work: ready ones, and those that failed."""
-    known = _adding(finest(pieces), sorted(filter(is_in_work, pieces), key=_length))
-    known = _adding(known, sorted((piece for piece in pieces if piece.file is not None), key=_length))
-    found = []
-    for piece in sorted(known, key=lambda piece: piece.start):
-        if is_in_work(piece):
-            break
-        if piece.end > after + _EDGE_SECONDS:
-            found.append(piece)
+    """The pieces that say what came behind this moment, one behind the other, as fine as they are, up to the first
+    that is still in work: ready ones, and those that failed."""
+    found: list[PieceRecord] = []
+    while (piece := _next(pieces, after)) is not None and not is_in_work(piece):
+        found.append(piece)
+        after = piece.end
     return found
+
+
+def _next(pieces: Sequence[PieceRecord], after: float) -> PieceRecord | None:
+    """The finest piece that has what comes first behind this moment, and nothing before it if there is such a one."""
+    behind = [(start, piece) for piece in pieces for start, end in piece.spans if end > after + _EDGE_SECONDS]
+    first = min((max(start, after) for start, _ in behind), default=0.0)
+    there = [piece for start, piece in behind if start <= first + _EDGE_SECONDS]
+    return min(there, key=lambda piece: (piece.start < after - _EDGE_SECONDS, _length(piece)), default=None)
