@@ -103,6 +103,8 @@ class HotSet:
         """
         target, work = self._folder / name, self._folder / f".{uuid.uuid4().hex}"
         with self._lock:
+            if (made := self.sound_path(name)) is not None:  # by another thread, meanwhile
+                return made
             try:
                 size = _bytes(source)
                 self._folder.mkdir(mode=0o700, exist_ok=True)

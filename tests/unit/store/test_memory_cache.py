@@ -1,5 +1,6 @@
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -164,6 +165,15 @@ def test_an_adapter_removed_while_it_is_copied_leaves_no_copy(store, tmp_path):
     store._hot._copier.submit(int).result()
     assert [path for folder in (tmp_path / "memory").iterdir() for path in folder.iterdir()] == []
     assert not store._manifests._sound
+
+
+def test_an_adapter_that_two_threads_copy_is_copied_once(store, caplog):
+    publish(store, "f2l-1")
+    source = store.adapter_path("f2l-1")
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda _: store._hot.put("f2l-1", source), range(4)))
+    assert made == [store._hot.path("f2l-1")] * 4
+    assert caplog.records == []
 
 
 def test_without_a_memory_file_system_everything_works_from_disk(tmp_path):
