@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from f2l_vllm import __version__
-from f2l_vllm.cli import measuring, serving, training
+from f2l_vllm.cli import hub, measuring, serving, training
 from f2l_vllm.cli.cluster import app as cluster_app
 from f2l_vllm.cli.files import Overwrite, keep
 from f2l_vllm.cli.keys import app as keys_app
@@ -269,6 +269,8 @@ app.command()(measuring.bench)
 app.command()(measuring.plan)
 app.command()(training.train)
 app.command("make-model")(training.make_model)
+app.command()(hub.push)
+app.command()(hub.pull)
 
 
 @app.command()

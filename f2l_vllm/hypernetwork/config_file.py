@@ -9,6 +9,7 @@ from f2l_vllm.hypernetwork.config import HypernetworkConfig
 from f2l_vllm.hypernetwork.locate import locate
 
 CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
 FORMAT = "f2l-hypernetwork-1"
 
 

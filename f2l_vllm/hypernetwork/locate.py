@@ -20,7 +20,7 @@ def locate(ref: str | Path, base_model: str | None = None) -> Path:
         return path
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir())
-        return path / _choose(names, str(ref), base_model)
+        return path / choose(names, str(ref), base_model)
     if _HUB_REF.fullmatch(str(ref)):
         return _download(str(ref), base_model)
     raise ValueError(
@@ -29,8 +29,8 @@ def locate(ref: str | Path, base_model: str | None = None) -> Path:
     )
 
 
-def _choose(names: list[str], ref: str, base_model: str | None) -> str:
-    """Name of the `.pt` file to read, or '' for the directory itself."""
+def choose(names: list[str], ref: str, base_model: str | None) -> str:
+    """Name of the `.pt` file to read, or '' for the directory itself. Raises ValueError if there is no single one."""
     if "config.json" in names and "model.safetensors" in names:
         return ""
     checkpoints = [name for name in names if name.endswith(".pt")]
@@ -51,12 +51,13 @@ def _download(ref: str, base_model: str | None) -> Path:
     owner, name, *rest = ref.split("/", 2)
     repo_id = f"{owner}/{name}"
     try:
-        chosen = rest[0] if rest else _choose(_names(repo_id), ref, base_model)
+        chosen = rest[0] if rest else choose(_names(repo_id), ref, base_model)
         patterns = [chosen] if chosen else ["config.json", "model.safetensors"]
         return Path(snapshot_download(repo_id, allow_patterns=patterns)) / chosen
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ValueError(
-            f"No file or directory {ref!r} here, and the Hugging Face repository could not be read: {error}"
+            f"No file or directory {ref!r} here, and the Hugging Face repository could not be read: "
+            + " ".join(str(error).split())
         ) from error
 
 

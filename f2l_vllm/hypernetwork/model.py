@@ -22,11 +22,9 @@ from torch import Tensor, nn
 from f2l_vllm.files import atomic_directory
 from f2l_vllm.hypernetwork.adapter import Adapter, Factors
 from f2l_vllm.hypernetwork.config import HypernetworkConfig
-from f2l_vllm.hypernetwork.config_file import CONFIG_FILE, FORMAT, damaged, read_directory_config
+from f2l_vllm.hypernetwork.config_file import CONFIG_FILE, FORMAT, WEIGHTS_FILE, damaged, read_directory_config
 from f2l_vllm.hypernetwork.perceiver import EXPANSION, LayerReader, Perceiver
 from f2l_vllm.hypernetwork.weights import digest, write_weights
-
-WEIGHTS_FILE = "model.safetensors"
 
 
 class ResidualMLP(nn.Module):
