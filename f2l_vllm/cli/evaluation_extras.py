@@ -61,7 +61,7 @@ class Extras:
         """
         if swept and setup.base_url is not None:
             raise ValueError("--sweep starts a server for each number of frames: leave out --base-url")
-        grid = Grid(_numbers("--sweep-frames", frames), _numbers("--sweep-resolutions", resolutions)) if swept else None
+        grid = Grid(numbers("--sweep-frames", frames), numbers("--sweep-resolutions", resolutions)) if swept else None
         return cls(grid, diagnostics, plots, browse)
 
     def measure(
@@ -126,7 +126,12 @@ def _sweep(
     return sweep(filmed, edge_of, setup, grid, work, progress)
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers by comma.
+
+    Raises:
+        ValueError: the text holds something else; the message names the option.
+    """
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError:

@@ -166,7 +166,8 @@ def evaluate(
     ] = None,
     split: Annotated[str | None, typer.Option(help="Only this split of the manifest.")] = None,
     arms: Annotated[str, typer.Option(help="Ways of answering, by comma.")] = "adapter,frames,none,wrong-video",
-    composition: Annotated[bool, typer.Option("--composition", help="Also the video in 1, 2 and 4 chunks.")] = False,
+    composition: Annotated[bool, typer.Option("--composition", help="Also the video in several chunks.")] = False,
+    chunks: Annotated[str, typer.Option(help="In how many, by comma; the first is 1.")] = "1,2,4",
     model: Model = DEFAULT_MODEL,
     hypernetwork: Hypernetwork = None,
     through: Annotated[str, typer.Option(help="Who answers: server or transformers.")] = "server",
@@ -205,7 +206,7 @@ def evaluate(
     import os
 
     from f2l_vllm.cli.evaluate import QuestionSource, run
-    from f2l_vllm.cli.evaluation_extras import Extras
+    from f2l_vllm.cli.evaluation_extras import Extras, numbers
     from f2l_vllm.evaluation.setup import JudgeSetup, Setup
 
     if (judge_base_url is None) != (judge_model is None):
@@ -219,7 +220,7 @@ def evaluate(
             model=model,
             hypernetwork=hypernetwork,
             arms=tuple(arm.strip() for arm in arms.split(",")),
-            composition=composition,
+            composition=numbers("--chunks", chunks) if composition else (),
             through=through,
             base_url=base_url,
             api_key=api_key,

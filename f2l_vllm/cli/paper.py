@@ -1,4 +1,4 @@
-"""`f2l-vllm paper`: the paper's data sets asked here, and our tables beside its own."""
+"""`f2l-vllm paper`: the paper's data sets asked here, our tables beside its own, and its figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from f2l_vllm.cli.files import Overwrite, keep
 from f2l_vllm.cli.options import DEFAULT_MODEL, Hypernetwork, Model
 
-app = typer.Typer(no_args_is_help=True, help="The tables of the Frames2LoRA paper.")
+app = typer.Typer(no_args_is_help=True, help="The tables and figures of the Frames2LoRA paper.")
 _Set = Annotated[str, typer.Argument(metavar="SET", help="A set, as 'f2l-vllm paper list' names it.")]
 _Folders = Annotated[list[Path], typer.Argument(exists=True, file_okay=False, help="Folders that 'prepare' made.")]
 
@@ -140,3 +140,38 @@ def report(
     ):
         if path is not None:
             write_whole(path, text)
+
+
+@app.command()
+def figures(context: typer.Context) -> None:
+    """The paper's figures: what each measures, by which command and options, and what the paper found."""
+    from f2l_vllm.cli.paper_figures import tell
+
+    tell(context.find_root())
+
+
+@app.command()
+def figure(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A figure, as 'f2l-vllm paper figures' names it.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Shipped model, directory, or hub id.")] = DEFAULT_MODEL,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder for results, plots and work; default: NAME.", file_okay=False),
+    ] = None,
+    hypernetwork: Hypernetwork = None,
+    small: Annotated[bool, typer.Option("--small", help="A small variant: f2l-tiny takes under a minute.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any option of the figure's command: key=value, the value as YAML."),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure a figure with the paper's settings. Repeat the command to go on where it was stopped (a benchmark: with
+    --set resume=true)."""
+    from f2l_vllm.cli.paper_figures import run as measure
+
+    try:
+        measure(context.find_root(), name, model, hypernetwork, small, set_ or [], output or Path(name), overwrite)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from f2l_vllm.evaluation.answers import ANSWERS_FILE, AnswerRecord
-from f2l_vllm.evaluation.questions import ADAPTER, ARMS, COMPOSITION_ARMS, FRAMES, NONE, WRONG_VIDEO
+from f2l_vllm.evaluation.questions import ADAPTER, ARMS, FRAMES, NONE, WRONG_VIDEO, chunks_of
 from f2l_vllm.files import atomic_directory
 from f2l_vllm.train.data.manifest import write_jsonl
 
@@ -33,7 +33,6 @@ _ARM_MEANS = {
     FRAMES: "the frames in the prompt",
     NONE: "the question alone",
     WRONG_VIDEO: "the question alone, under another video's adapter",
-    **{arm: f"the question alone, under the adapter of the video in {arm}" for arm in COMPOSITION_ARMS},
 }
 
 
@@ -100,7 +99,7 @@ def write_page(answers: Sequence[AnswerRecord], videos: Path, output: Path, *, m
 
 
 def _render(answers: Sequence[AnswerRecord], sources: dict[str, str], metric: str, title: str) -> str:
-    arms = {name: _Arm(name, _ARM_MEANS.get(name, "")) for name in _in_order({answer.arm for answer in answers})}
+    arms = {name: _Arm(name, _meaning(name)) for name in _in_order({answer.arm for answer in answers})}
     videos = {video: _Video(Path(video).name, source) for video, source in sources.items()}
     for answer in answers:
         right = answer.exact_match if metric == "exact_match" else answer.f1 >= RIGHT_F1
@@ -133,9 +132,15 @@ def _render(answers: Sequence[AnswerRecord], sources: dict[str, str], metric: st
 
 
 def _in_order(arms: set[str]) -> list[str]:
-    """The known arms first, in their order."""
-    known = (*ARMS, *COMPOSITION_ARMS)
-    return [*(arm for arm in known if arm in arms), *sorted(arms - set(known))]
+    """The known arms first, in their order, then the video in more and more chunks."""
+    rest = sorted(arms - set(ARMS), key=lambda arm: (chunks_of(arm) or 0, arm))
+    return [*(arm for arm in ARMS if arm in arms), *rest]
+
+
+def _meaning(arm: str) -> str:
+    if chunks_of(arm) is not None:
+        return f"the question alone, under the adapter of the video in {arm}"
+    return _ARM_MEANS.get(arm, "")
 
 
 def _notes(answer: AnswerRecord) -> list[str]:

@@ -78,7 +78,9 @@ class TransformersAnswers:
                         adapter = adapter or self.internalizer.internalize(clip.path)
                         replies = self.replies(some, adapter)
                     else:
-                        replies = self.replies(some, self._compose(clip, chunks_of(arm)))
+                        count = chunks_of(arm)
+                        assert count is not None  # `plan` knows no other arm
+                        replies = self.replies(some, self._compose(clip, count))
                 except VideoError as error:
                     on_skip(Skipped(clip.id, f"{error.code}: {error.message}", arm))
                     continue

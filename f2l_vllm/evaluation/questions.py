@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ADAPTER, FRAMES, NONE, WRONG_VIDEO = ARMS = ("adapter", "frames", "none", "wrong-video")
-_CHUNKED = {f"{count} chunk{'s' * (count > 1)}": count for count in (1, 2, 4)}
-COMPOSITION_ARMS = tuple(_CHUNKED)
+CHUNKS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,15 @@ class Reply:
     seconds: float
 
 
-def chunks_of(arm: str) -> int:
-    """The number of chunks in which one of `COMPOSITION_ARMS` internalizes the video."""
-    return _CHUNKED[arm]
+def chunk_arm(count: int) -> str:
+    """The arm that answers under the adapter of the video in `count` chunks: `1 chunk`, `2 chunks`."""
+    return f"{count} chunk{'s' * (count > 1)}"
+
+
+def chunks_of(arm: str) -> int | None:
+    """The number of chunks in which an arm internalizes the video; None: the arm is no `chunk_arm`."""
+    count = re.fullmatch(r"([1-9]\d*) chunks?", arm)
+    return None if count is None or chunk_arm(int(count[1])) != arm else int(count[1])
 
 
 def plan(clips: Sequence[Clip], arms: Sequence[str]) -> list[Ask]:
@@ -111,9 +117,8 @@ def plan(clips: Sequence[Clip], arms: Sequence[str]) -> list[Ask]:
     Raises:
         ValueError: an unknown arm, or `wrong-video` with a single video.
     """
-    known = (*ARMS, *COMPOSITION_ARMS)
     for arm in arms:
-        if arm not in known:
+        if arm not in ARMS and chunks_of(arm) is None:
             raise ValueError(f"unknown arm {arm!r}: choose from {', '.join(ARMS)}")
     asks = []
     for index, clip in enumerate(clips):

@@ -12,7 +12,7 @@ from f2l_vllm import models
 from f2l_vllm.evaluation import environment
 from f2l_vllm.evaluation.answers import AnswerLog, AnswerRecord
 from f2l_vllm.evaluation.judge import Judge
-from f2l_vllm.evaluation.questions import ADAPTER, COMPOSITION_ARMS, Ask, QuestionSet, Reply, Skipped, plan
+from f2l_vllm.evaluation.questions import ADAPTER, Ask, QuestionSet, Reply, Skipped, chunk_arm, chunks_of, plan
 from f2l_vllm.evaluation.scores import F1, JUDGE, MARGINS, Scores
 from f2l_vllm.evaluation.server import ServerAnswers, started_server
 from f2l_vllm.evaluation.setup import TRANSFORMERS, Setup
@@ -37,7 +37,7 @@ def evaluate(questions: QuestionSet, setup: Setup, work: Path, on_progress: Prog
         openai.APIError: the server or the judge stopped answering; the answers so far are kept.
     """
     report = on_progress or (lambda stage, done, total: None)
-    asks = plan(questions.clips, (*setup.arms, *(COMPOSITION_ARMS if setup.composition else ())))
+    asks = plan(questions.clips, (*setup.arms, *map(chunk_arm, setup.composition)))
     skipped = list(questions.skipped)
     identity = _identity(questions, setup)
     with AnswerLog(work, identity) as log:
@@ -73,7 +73,7 @@ def evaluate(questions: QuestionSet, setup: Setup, work: Path, on_progress: Prog
         "versions": environment.versions(),
     }
     if setup.composition:
-        result["composition"] = scores.composition()
+        result["composition"] = scores.composition(setup.composition)
     report("scoring", 1, 1)
     return result
 
@@ -111,8 +111,8 @@ def _name_sources(asks: list[Ask], log: AnswerLog) -> None:
 def _answer(asks: list[Ask], setup: Setup, log: AnswerLog, skipped: list[Skipped], report: Progress) -> None:
     """Ask the questions whose answers the log does not hold."""
     left = [ask for ask in asks if (ask.arm, ask.question.id) not in log.answers]
-    in_process = [ask for ask in left if setup.through == TRANSFORMERS or ask.arm in COMPOSITION_ARMS]
-    of_server = [ask for ask in left if setup.through != TRANSFORMERS and ask.arm not in COMPOSITION_ARMS]
+    in_process = [ask for ask in left if setup.through == TRANSFORMERS or chunks_of(ask.arm)]
+    of_server = [ask for ask in left if setup.through != TRANSFORMERS and not chunks_of(ask.arm)]
     done = len(asks) - len(left)
 
     def on_reply(ask: Ask, reply: Reply) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from f2l_vllm.evaluation import statistics
 from f2l_vllm.evaluation.answers import AnswerRecord
-from f2l_vllm.evaluation.questions import ADAPTER, COMPOSITION_ARMS, FRAMES
+from f2l_vllm.evaluation.questions import ADAPTER, CHUNKS, FRAMES, chunk_arm
 from f2l_vllm.evaluation.statistics import Estimate, Values
 
 EXACT_MATCH, F1, JUDGE = METRICS = ("exact_match", "f1", "judge")
@@ -109,11 +109,11 @@ class Scores:
         others = {metric: self._compare(ours, theirs, metric) for metric in self.metrics if metric != self.metric}
         return {"metric": self.metric, **self._compare(ours, theirs, self.metric), "other_metrics": others}
 
-    def composition(self) -> dict[str, Any]:
-        """The video in one, two and four chunks, and the ratio to the single adapter's score, as JSON."""
+    def composition(self, chunks: Sequence[int] = CHUNKS) -> dict[str, Any]:
+        """The video in these numbers of chunks, and the ratio to the first number's score, as JSON."""
         table: dict[str, Any] = {}
-        single = COMPOSITION_ARMS[0]
-        for arm in COMPOSITION_ARMS:
+        single, *_ = arms = [chunk_arm(count) for count in chunks]
+        for arm in arms:
             table[arm] = self.arm(arm)
             del table[arm]["cost"]
             table[arm]["ratio"] = self._ratio(arm, single, self.metric)

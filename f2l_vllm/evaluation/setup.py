@@ -30,7 +30,7 @@ class Setup:
         model: what `f2l-vllm serve` takes.
         hypernetwork: the model's own when None.
         arms: some of `questions.ARMS`.
-        composition: also ask under adapters of the video in 1, 2 and 4 chunks, in process.
+        composition: also ask under adapters of the video in these numbers of chunks, in process; the first is 1.
         through: `server` or `transformers`.
         base_url: a running server (ending in `/v1`) instead of one started for the evaluation.
         serve_flags: more flags for the server that is started.
@@ -48,7 +48,7 @@ class Setup:
     model: str = models.DEFAULT_MODEL
     hypernetwork: str | None = None
     arms: tuple[str, ...] = ARMS
-    composition: bool = False
+    composition: tuple[int, ...] = ()
     through: str = SERVER
     base_url: str | None = None
     api_key: str = field(default="none", repr=False)
@@ -73,6 +73,9 @@ class Setup:
             raise ValueError(
                 "a running server has its flags, frames and rate of merging: leave them out, or the address"
             )
+        counts = self.composition
+        if counts and (counts[0] != 1 or min(counts) < 1 or len(set(counts)) < len(counts)):
+            raise ValueError(f"numbers of chunks are different ones, the first of them 1, as 1,2,4; got {counts}")
         check_rate(self.merge_rate)
         if self.metric is not None and self.metric not in METRICS:
             raise ValueError(f"unknown metric {self.metric!r}: choose one of {', '.join(METRICS)}")

@@ -72,7 +72,7 @@ def sweep(
         report = _prefixed(on_progress, f"{count} frames: ")
         folder = work / f"{count}-frames"
         at_count = replace(
-            setup, arms=ARMS_SWEPT, max_frames=count, concurrency=1, composition=False, judge=None, metric=None
+            setup, arms=ARMS_SWEPT, max_frames=count, concurrency=1, composition=(), judge=None, metric=None
         )
         found = evaluate(questions, at_count, folder, report)
         skipped += [{"frames": count, **one} for one in found["skipped"]]

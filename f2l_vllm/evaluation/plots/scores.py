@@ -62,7 +62,7 @@ def _by_type(result: dict[str, Any], path: Path) -> Path:
 def _composition(result: dict[str, Any], path: Path) -> Path:
     metric = result["configuration"]["metric"]
     parts = result["composition"]
-    of = style.figure(7.5, 4.5)
+    of = style.figure(max(7.5, 1.4 * len(parts)), 4.5)
     at = of.subplots()
     heights, errors = style.bars_of(list(parts.values()))
     drawn = at.bar(

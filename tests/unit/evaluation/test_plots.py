@@ -13,7 +13,7 @@ from PIL import Image
 
 from f2l_vllm.evaluation.diagnostics.ablation import layer_curves, rank_curves
 from f2l_vllm.evaluation.plots import plot_diagnostics, plot_scores, plot_sweep, plot_training, style
-from f2l_vllm.evaluation.questions import ARMS, COMPOSITION_ARMS
+from f2l_vllm.evaluation.questions import ARMS, CHUNKS, chunk_arm
 from f2l_vllm.evaluation.scores import Scores
 from tests.support.records import answer
 
@@ -43,7 +43,7 @@ def result() -> dict[str, Any]:
     """As `evaluate` returns it, scored from answers of which some are wrong."""
     answers = [
         answer(f"{video}.mp4", kind, arm, right=(video + place + number) % (place + 2) != 0)
-        for place, arm in enumerate((*ARMS, *COMPOSITION_ARMS))
+        for place, arm in enumerate((*ARMS, *map(chunk_arm, CHUNKS)))
         for video in range(12)
         for number, kind in enumerate((*KINDS, "caption"))
     ]
@@ -125,7 +125,7 @@ def test_scores_have_a_bar_with_its_interval_for_every_type_and_arm(
     ends = {round(float(x), 4) for line in at.collections for path in line.get_paths() for x in path.vertices[:, 0]}
     assert set(result["table"][0]["arms"]["adapter"]["ci95"]) <= ends
     chunks = drawn["composition.png"].axes[0]
-    assert [label.get_text() for label in chunks.get_xticklabels()] == list(COMPOSITION_ARMS)
+    assert [label.get_text() for label in chunks.get_xticklabels()] == ["1 chunk", "2 chunks", "4 chunks"]
     assert f"{result['composition']['2 chunks']['score']:.3f}" in chunks.texts[1].get_text()
 
 
