@@ -1,4 +1,4 @@
-"""The share of a video's visual tokens that merging saves."""
+"""The share of a video's visual tokens that merging saves, and the share that dropping keeps."""
 
 from __future__ import annotations
 
@@ -14,3 +14,14 @@ def check_rate(rate: float) -> float:
             f"a merging rate is the part of a video's visual tokens to save, from 0 (none) to less than 1; got {rate}"
         )
     return rate
+
+
+def check_keep_rate(keep: float) -> float:
+    """Check and return the part of a video's visual tokens that is not dropped.
+
+    Raises:
+        ValueError: it is not in (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"a keep rate is the part of a video's visual tokens to keep, above 0 and up to 1; got {keep}")
+    return keep

@@ -178,6 +178,9 @@ def evaluate(
     merge_rate: Annotated[
         float, typer.Option(help="Part of the visual tokens to merge away, in context and in internalization.")
     ] = 0.0,
+    keep_rate: Annotated[
+        float, typer.Option(help="Part of the visual tokens that the arms frames-evs and frames-v2drop keep.")
+    ] = 0.5,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; default: 64, manifests 256.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Questions in work at a time.")] = 8,
     metric: Annotated[
@@ -227,6 +230,7 @@ def evaluate(
             serve_flags=serve_flags,
             max_frames=max_frames,
             merge_rate=merge_rate,
+            keep_rate=keep_rate,
             max_tokens=max_tokens or (64 if manifest is None else 256),
             concurrency=concurrency,
             judge=judge,

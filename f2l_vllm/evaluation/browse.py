@@ -15,7 +15,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from f2l_vllm.evaluation.answers import ANSWERS_FILE, AnswerRecord
-from f2l_vllm.evaluation.questions import ADAPTER, ARMS, FRAMES, NONE, WRONG_VIDEO, chunks_of
+from f2l_vllm.evaluation.questions import (
+    ADAPTER,
+    ARMS,
+    DROPPING_ARMS,
+    EVS,
+    FRAMES,
+    NONE,
+    V2DROP,
+    WRONG_VIDEO,
+    chunks_of,
+)
 from f2l_vllm.files import atomic_directory
 from f2l_vllm.train.data.manifest import write_jsonl
 
@@ -32,6 +42,8 @@ _ARM_MEANS = {
     ADAPTER: "the question alone, under the video's adapter",
     FRAMES: "the frames in the prompt",
     NONE: "the question alone",
+    EVS: "the frames in the prompt, without the tokens that resemble the frame before",
+    V2DROP: "the frames in the prompt; between layers, the tokens that change least are dropped",
     WRONG_VIDEO: "the question alone, under another video's adapter",
 }
 
@@ -133,8 +145,9 @@ def _render(answers: Sequence[AnswerRecord], sources: dict[str, str], metric: st
 
 def _in_order(arms: set[str]) -> list[str]:
     """The known arms first, in their order, then the video in more and more chunks."""
-    rest = sorted(arms - set(ARMS), key=lambda arm: (chunks_of(arm) or 0, arm))
-    return [*(arm for arm in ARMS if arm in arms), *rest]
+    known = (*ARMS, *DROPPING_ARMS)
+    rest = sorted(arms - set(known), key=lambda arm: (chunks_of(arm) or 0, arm))
+    return [*(arm for arm in known if arm in arms), *rest]
 
 
 def _meaning(arm: str) -> str:

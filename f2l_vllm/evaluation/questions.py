@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ADAPTER, FRAMES, NONE, WRONG_VIDEO = ARMS = ("adapter", "frames", "none", "wrong-video")
+EVS, V2DROP = DROPPING_ARMS = ("frames-evs", "frames-v2drop")  # the frames in context, with fewer tokens
 CHUNKS = (1, 2, 4)
 
 
@@ -118,8 +119,8 @@ def plan(clips: Sequence[Clip], arms: Sequence[str]) -> list[Ask]:
         ValueError: an unknown arm, or `wrong-video` with a single video.
     """
     for arm in arms:
-        if arm not in ARMS and chunks_of(arm) is None:
-            raise ValueError(f"unknown arm {arm!r}: choose from {', '.join(ARMS)}")
+        if arm not in (*ARMS, *DROPPING_ARMS) and chunks_of(arm) is None:
+            raise ValueError(f"unknown arm {arm!r}: choose from {', '.join((*ARMS, *DROPPING_ARMS))}")
     asks = []
     for index, clip in enumerate(clips):
         for arm in arms:

@@ -12,7 +12,17 @@ from f2l_vllm import models
 from f2l_vllm.evaluation import environment
 from f2l_vllm.evaluation.answers import AnswerLog, AnswerRecord
 from f2l_vllm.evaluation.judge import Judge
-from f2l_vllm.evaluation.questions import ADAPTER, Ask, QuestionSet, Reply, Skipped, chunk_arm, chunks_of, plan
+from f2l_vllm.evaluation.questions import (
+    ADAPTER,
+    DROPPING_ARMS,
+    Ask,
+    QuestionSet,
+    Reply,
+    Skipped,
+    chunk_arm,
+    chunks_of,
+    plan,
+)
 from f2l_vllm.evaluation.scores import F1, JUDGE, MARGINS, Scores
 from f2l_vllm.evaluation.server import ServerAnswers, started_server
 from f2l_vllm.evaluation.setup import TRANSFORMERS, Setup
@@ -88,7 +98,7 @@ def _identity(questions: QuestionSet, setup: Setup) -> dict[str, Any]:
     }
     if setup.base_url is not None:
         identity["served_model"] = _server_answers(setup, setup.base_url).base_model()
-    if setup.base_url is None or setup.composition:
+    if setup.needs_models:
         identity["model"] = setup.model
         identity["model_revision"] = fingerprint(models.resolve(setup.model))
         weights = models.resolve_hypernetwork(setup.model, setup.hypernetwork)
@@ -97,6 +107,8 @@ def _identity(questions: QuestionSet, setup: Setup) -> dict[str, Any]:
         identity["serve_flags"] = setup.serve_flags
     if setup.merge_rate:
         identity["merge_rate"] = setup.merge_rate
+    if setup.drops:
+        identity["keep_rate"] = setup.keep_rate
     return identity
 
 
@@ -111,8 +123,9 @@ def _name_sources(asks: list[Ask], log: AnswerLog) -> None:
 def _answer(asks: list[Ask], setup: Setup, log: AnswerLog, skipped: list[Skipped], report: Progress) -> None:
     """Ask the questions whose answers the log does not hold."""
     left = [ask for ask in asks if (ask.arm, ask.question.id) not in log.answers]
-    in_process = [ask for ask in left if setup.through == TRANSFORMERS or chunks_of(ask.arm)]
-    of_server = [ask for ask in left if setup.through != TRANSFORMERS and not chunks_of(ask.arm)]
+    local = [setup.through == TRANSFORMERS or ask.arm in DROPPING_ARMS or bool(chunks_of(ask.arm)) for ask in left]
+    in_process = [ask for ask, here in zip(left, local, strict=True) if here]
+    of_server = [ask for ask, here in zip(left, local, strict=True) if not here]
     done = len(asks) - len(left)
 
     def on_reply(ask: Ask, reply: Reply) -> None:
@@ -134,7 +147,13 @@ def _answer(asks: list[Ask], setup: Setup, log: AnswerLog, skipped: list[Skipped
     if in_process:
         from f2l_vllm.evaluation.in_process import TransformersAnswers
 
-        answerer = TransformersAnswers(setup.model, setup.hypernetwork, setup.reading, max_tokens=setup.max_tokens)
+        answerer = TransformersAnswers(
+            setup.model,
+            setup.hypernetwork,
+            setup.reading,
+            max_tokens=setup.max_tokens,
+            keep_rate=setup.keep_rate,
+        )
         answerer.answer(in_process, on_reply, skipped.append)
 
 

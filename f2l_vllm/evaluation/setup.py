@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from f2l_vllm import models
-from f2l_vllm.base_models.rate import check_rate
-from f2l_vllm.evaluation.questions import ARMS
+from f2l_vllm.base_models.rate import check_keep_rate, check_rate
+from f2l_vllm.evaluation.questions import ARMS, DROPPING_ARMS
 from f2l_vllm.evaluation.scores import JUDGE, METRICS
 from f2l_vllm.video.reading import ReadingOptions
 
@@ -29,13 +29,14 @@ class Setup:
     Attributes:
         model: what `f2l-vllm serve` takes.
         hypernetwork: the model's own when None.
-        arms: some of `questions.ARMS`.
+        arms: some of `questions.ARMS` and `questions.DROPPING_ARMS`; the latter are answered in process.
         composition: also ask under adapters of the video in these numbers of chunks, in process; the first is 1.
         through: `server` or `transformers`.
         base_url: a running server (ending in `/v1`) instead of one started for the evaluation.
         serve_flags: more flags for the server that is started.
         max_frames: frames read of a video, in every arm; as the hypernetwork was trained when None.
         merge_rate: part of the visual tokens to save, in context and in internalization.
+        keep_rate: part of the visual tokens that the dropping arms keep.
         max_tokens: limit of an answer.
         concurrency: questions in work at a time.
         metric: the metric of the headline; the question set's own when None.
@@ -55,6 +56,7 @@ class Setup:
     serve_flags: str = ""
     max_frames: int | None = None
     merge_rate: float = 0.0
+    keep_rate: float = 0.5
     max_tokens: int = 64
     concurrency: int = 8
     judge: JudgeSetup | None = None
@@ -63,8 +65,9 @@ class Setup:
     equivalence_margin: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.arms or set(self.arms) - set(ARMS) or len(set(self.arms)) < len(self.arms):
-            raise ValueError(f"arms are some of {', '.join(ARMS)}, each once; got {', '.join(self.arms) or 'none'}")
+        known = (*ARMS, *DROPPING_ARMS)
+        if not self.arms or set(self.arms) - set(known) or len(set(self.arms)) < len(self.arms):
+            raise ValueError(f"arms are some of {', '.join(known)}, each once; got {', '.join(self.arms) or 'none'}")
         if self.through not in WAYS:
             raise ValueError(f"questions are answered through {' or '.join(WAYS)}, not {self.through!r}")
         if self.through == TRANSFORMERS and (self.base_url or self.serve_flags):
@@ -77,12 +80,25 @@ class Setup:
         if counts and (counts[0] != 1 or min(counts) < 1 or len(set(counts)) < len(counts)):
             raise ValueError(f"numbers of chunks are different ones, the first of them 1, as 1,2,4; got {counts}")
         check_rate(self.merge_rate)
+        check_keep_rate(self.keep_rate)
+        if self.merge_rate and self.drops:
+            raise ValueError("tokens are merged or dropped: leave out --merge-rate, or the arms that drop them")
         if self.metric is not None and self.metric not in METRICS:
             raise ValueError(f"unknown metric {self.metric!r}: choose one of {', '.join(METRICS)}")
         if self.metric == JUDGE and self.judge is None:
             raise ValueError("the metric 'judge' needs a judge: name its endpoint and model")
         if any(margin is not None and not margin > 0 for margin in (self.margin, self.equivalence_margin)):
             raise ValueError("a margin is the largest difference that counts as none: it must be positive")
+
+    @property
+    def drops(self) -> bool:
+        """Whether an arm drops visual tokens."""
+        return bool(set(self.arms) & set(DROPPING_ARMS))
+
+    @property
+    def needs_models(self) -> bool:
+        """Whether some questions are answered in process, whoever answers the others."""
+        return self.base_url is None or self.drops or bool(self.composition)
 
     @property
     def reading(self) -> ReadingOptions:

@@ -15,7 +15,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
-from f2l_vllm.evaluation.questions import ADAPTER, FRAMES, NONE, WRONG_VIDEO
+from f2l_vllm.evaluation.questions import ADAPTER, EVS, FRAMES, NONE, V2DROP, WRONG_VIDEO
 from f2l_vllm.files import atomic_path
 
 # Okabe and Ito's palette works for any colour vision; markers and hatches say the same without colour.
@@ -29,6 +29,8 @@ COLOUR_MAP = "cividis"
 ARM_NAMES = {
     ADAPTER: "adapter (no visual token)",
     FRAMES: "frames in context",
+    EVS: "frames, dropped as by EVS",
+    V2DROP: "frames, dropped as by V2Drop",
     NONE: "question alone",
     WRONG_VIDEO: "another video's adapter",
 }
