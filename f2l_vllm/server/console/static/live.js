@@ -44,12 +44,13 @@ function Begin() {
   const [error, setError] = useState(null);
   const submit = (event) => {
     event.preventDefault();
-    const { name, segment, window, on_end } = Object.fromEntries(new FormData(event.target));
-    const given = { name, segment_seconds: Number(segment), window_seconds: Number(window), on_end };
+    const { name, source, segment, window, on_end } = Object.fromEntries(new FormData(event.target));
+    const given = { name, segment_seconds: Number(segment), window_seconds: Number(window), on_end, ...(source && { source }) };
     begin(given).then(({ id }) => (location.hash = `#/live/${id}`), setError);
   };
   return html`<form class="begin" onSubmit=${submit}>
     <label>Name <input type="text" name="name" maxlength="256" dir="auto" autocomplete="off" /></label>
+    <label>Source <input type="text" name="source" maxlength="2048" autocomplete="off" placeholder="rtsp://…, or empty to push" /></label>
     <label>Segment in seconds <input type="number" name="segment" required min="1" max="600" step="any" value="10" /></label>
     <label>Window in seconds <input type="number" name="window" required min="1" max="86400" step="any" value="60" /></label>
     <label>At its end <select name="on_end"><option value="file">it becomes a video</option><option value="delete">nothing stays</option></select></label>
@@ -114,8 +115,9 @@ function Freshness({ stream, at }) {
     const timer = setInterval(tick, 1000);
     return () => clearInterval(timer);
   }, []);
-  const { age_seconds: age, behind_seconds: behind, reading, in_work: inWork } = stream.f2l;
+  const { age_seconds: age, behind_seconds: behind, reading, in_work: inWork, source } = stream.f2l;
   const now = [
+    source && `source ${source.state}${source.state === "connected" ? "" : `: ${source.why}`}`,
     age !== null && `newest read is ${roughly(age + (Date.now() - at) / 1000)} old`,
     behind > 0 && `${roughly(behind)} behind`,
     inWork > 0 && `${count(inWork)} in work`,
