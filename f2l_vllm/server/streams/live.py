@@ -39,6 +39,7 @@ _ROUND_SECONDS = 2.0
 _READ_SECONDS = 600.0  # a segment is followed until it is read, for so long
 _TURN_SECONDS = 5.0  # that a segment waits for one that began to arrive before and does not end
 _ATTEMPTS, _AGAIN_SECONDS = 5, 0.5  # at entering a segment while the catalog is busy
+_MADE_AT_ONCE = 4  # coarser clips, until it is looked again at what has come
 _NICE = 10  # coarser clips are nobody's answer yet
 _FILE_FRAMES = 2048  # of the file that a stream becomes
 
@@ -229,7 +230,7 @@ class LiveStreams:
 
     async def _tend(self, stream: StreamRecord) -> None:
         pieces = await self.pieces(stream)
-        made = pyramid.to_make(stream, pieces)
+        made = pyramid.to_make(stream, pieces)[:_MADE_AT_ONCE]
         behind = pyramid.is_behind(pieces)
         for node in made:
             if len(node.parts) == 1:
@@ -239,6 +240,8 @@ class LiveStreams:
         if made:
             self._tending[stream.id] = True
             pieces = await self.pieces(stream)
+        for name in pyramid.to_hurry(pieces):
+            await self._service.change(self._catalog.hurry_job, name)
         if dropped := pyramid.to_drop(stream, pieces, self._catalog.now()):
             await self._service.change(self._catalog.drop_pieces, dropped)
             pieces = await self.pieces(stream)

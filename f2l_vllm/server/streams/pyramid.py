@@ -19,6 +19,8 @@ _KEPT = (12, 8, 6)  # pieces of each level that stay beside the coarser ones tha
 _KEPT_ABOVE = 3
 _BACKLOG = 4  # segments that may wait for a worker before the stream is read more coarsely
 _COARSE_BACKLOG = 8  # coarser pieces that may wait before they are read as soon as segments, and fewer are made
+_MOST_SEGMENTS = 20  # beyond them, segments are read again in leaps of several levels
+_LEAP = 3
 _FRESH = 2  # newest segments that are read singly even then
 _NOTHING_SECONDS = 0.5  # less than this is no stretch of a stream
 _EDGE_SECONDS = 0.25  # segments end on frames, so they do not end where they were meant to
@@ -54,7 +56,12 @@ def is_behind(pieces: Sequence[PieceRecord]) -> bool:
     """Whether segments arrive faster than they, or the coarser pieces of them, are read."""
     segments = [piece for piece in pieces if piece.level == 0]
     coarse = sum(is_waiting(piece) and piece.level > 0 for piece in pieces)
-    return sum(map(is_waiting, segments)) > _BACKLOG or coarse > _COARSE_BACKLOG or len(segments) > 2 * _KEPT[0]
+    return sum(map(is_waiting, segments)) > _BACKLOG or coarse > _COARSE_BACKLOG or _is_crowded(pieces)
+
+
+def _is_crowded(pieces: Sequence[PieceRecord]) -> bool:
+    """Whether coarser pieces are made, or read, too slowly to stand for what is old."""
+    return sum(piece.level == 0 for piece in pieces) > _MOST_SEGMENTS
 
 
 def _fresh(pieces: Sequence[PieceRecord]) -> set[str]:
@@ -65,24 +72,28 @@ def _fresh(pieces: Sequence[PieceRecord]) -> set[str]:
 
 def to_make(stream: StreamRecord, pieces: Sequence[PieceRecord]) -> list[Node]:
     """The coarser pieces whose time is over and whose parts are here, finest first. One segment's time is left for
-    segments that come late, unless the stream has ended or is behind."""
+    segments that come late, unless the stream has ended or is behind. Where there are too many segments, eight of them
+    become one piece at once."""
     if stream.origin is None or stream.head is None:
         return []
     fresh = _fresh(pieces)
     behind = is_behind(pieces)
     there = {(piece.level, piece.slot) for piece in pieces}
     groups: dict[tuple[int, int], list[PieceRecord]] = defaultdict(list)
+    lowest = _LEAP if _is_crowded(pieces) else 1
     for piece in pieces:
-        groups[piece.level + 1, piece.slot // 2].append(piece)
+        level = max(piece.level + 1, lowest)
+        groups[level, piece.slot >> (level - piece.level)].append(piece)
     found = []
-    for (level, slot), parts in sorted(groups.items(), key=lambda group: group[0]):
+    for (level, slot), inside in sorted(groups.items(), key=lambda group: group[0]):
+        parts = [part for part in inside if not any(one.level > part.level and _holds(one, part) for one in inside)]
         seconds = stream.segment_seconds * 2**level
         instead = behind and all(is_waiting(part) and part.file_id not in fresh for part in parts)
         grace = 0.0 if instead or stream.ended_at is not None else stream.segment_seconds
         over = stream.origin + (slot + 1) * seconds + grace <= stream.head + _EDGE_SECONDS
         if not over or seconds > _LONGEST_SECONDS or (level, slot) in there:
             continue
-        if any(_is_to_be_read_first(piece, level, slot, pieces) for piece in pieces):
+        if any(_is_to_be_read_first(piece, level, slot, pieces) for piece in pieces if level > lowest):
             continue
         sound = [part for part in parts if part.file is not None and (is_ready(part) or is_in_work(part))]
         if sound and not any(other.level >= level and _hold(other, sound) for other in pieces):
@@ -113,6 +124,13 @@ def to_drop(stream: StreamRecord, pieces: Sequence[PieceRecord], now: float) -> 
             if too_old or is_skipped or (place >= kept and (instead or failed)):
                 dropped.append(piece)
     return dropped
+
+
+def to_hurry(pieces: Sequence[PieceRecord]) -> list[str]:
+    """The adapters of coarser pieces that are no work for idle times: when the stream is behind, they may stand for
+    segments."""
+    waiting = [piece.file for piece in pieces if piece.level > 0 and is_waiting(piece)] if is_behind(pieces) else []
+    return [file.adapter_name for file in waiting if file is not None]
 
 
 def choose(pieces: Sequence[PieceRecord], start: float, end: float, most: int) -> list[PieceRecord]:

@@ -117,13 +117,13 @@ function Freshness({ stream, at }) {
   }, []);
   const { age_seconds: age, behind_seconds: behind, reading, in_work: inWork, source } = stream.f2l;
   const now = [
-    source && `source ${source.state}${source.state === "connected" ? "" : `: ${source.why}`}`,
     age !== null && `newest read is ${roughly(age + (Date.now() - at) / 1000)} old`,
     behind > 0 && `${roughly(behind)} behind`,
     inWork > 0 && `${count(inWork)} in work`,
     `reading ${reading}`,
   ].filter(Boolean);
-  return html`<span class="facts">${[...facts(stream), ...(stream.status === "live" ? now : [])].map((fact) => html`<span>${fact}</span>`)}</span>`;
+  const from = source ? [`source ${source.state}${source.state === "connected" ? "" : `: ${source.why}`}`] : [];
+  return html`<span class="facts">${[...facts(stream), ...from, ...(stream.status === "live" ? now : [])].map((fact) => html`<span>${fact}</span>`)}</span>`;
 }
 
 // The picture before stays until the next one is here.

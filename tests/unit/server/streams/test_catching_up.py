@@ -62,15 +62,19 @@ class Simulation:
     def die(self):
         self.become(RUNS, WAITS, "any")
 
-    def tend(self):
+    def tend(self, most=None):
         stream = replace(STREAM, head=ORIGIN + self.arrived * SECONDS)
         behind = pyramid.is_behind(self.pieces)
-        for node in pyramid.to_make(stream, self.pieces):
+        for node in pyramid.to_make(stream, self.pieces)[:most]:
             if len(node.parts) == 1:
                 self.pieces.remove(node.parts[0])
                 self.pieces.append(replace(node.parts[0], level=node.level, slot=node.slot))
             else:
                 self.enter(merged(node, WAITS), background=not behind)
+        hurried = pyramid.to_hurry(self.pieces)
+        for one in self.pieces:
+            if one.file.adapter_name in hurried:
+                self.entered[one.file_id] = (False, self.entered[one.file_id][1])
         for dropped in pyramid.to_drop(stream, self.pieces, ORIGIN):
             self.pieces.remove(dropped)
 
@@ -110,4 +114,19 @@ def test_a_stream_whose_pool_is_too_slow_stays_few_pieces(reads):
             simulation.end()
             simulation.tend()
             allowed -= 1
+        assert len(simulation.pieces) <= 64
+
+
+@pytest.mark.parametrize("clips", [0.4, 0.7])  # for each segment that comes; one is enough for all pieces
+def test_a_stream_whose_coarser_clips_are_made_too_slowly_stays_few_pieces(clips):
+    simulation, allowed = Simulation(0, asks=0), 0.0
+    for _ in range(160):
+        simulation.arrive()
+        allowed += clips
+        simulation.tend(most=int(allowed))
+        allowed %= 1
+        for _ in range(3):
+            simulation.claim()
+            simulation.end()
+        simulation.tend(most=0)
         assert len(simulation.pieces) <= 64
