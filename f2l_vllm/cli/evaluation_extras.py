@@ -15,7 +15,7 @@ from f2l_vllm.evaluation.sweep import Grid, sweep
 from f2l_vllm.synthetic.world import Scene
 
 Progress = Callable[[str, int, int], None]
-SWEEP_FOLDER = "sweep"
+SWEEP_FOLDER, EFFICIENCY_FOLDER = "sweep", "efficiency"
 _FILMS_FOLDER = "videos"
 
 
@@ -33,6 +33,7 @@ class Extras:
 
     sweep: Grid | None = None
     diagnostics: bool = False
+    efficiency: bool = False
     plots: Path | None = None
     browse: Path | None = None
 
@@ -50,6 +51,7 @@ class Extras:
         frames: str,
         resolutions: str,
         diagnostics: bool,
+        efficiency: bool,
         plots: Path | None,
         browse: Path | None,
         setup: Setup,
@@ -62,12 +64,14 @@ class Extras:
         if swept and setup.base_url is not None:
             raise ValueError("--sweep starts a server for each number of frames: leave out --base-url")
         grid = Grid(numbers("--sweep-frames", frames), numbers("--sweep-resolutions", resolutions)) if swept else None
-        return cls(grid, diagnostics, plots, browse)
+        if efficiency and setup.keep_rate == 1:
+            raise ValueError("--efficiency compares ways to read fewer tokens: give --keep-rate below 1")
+        return cls(grid, diagnostics, efficiency, plots, browse)
 
     def measure(
         self, questions: QuestionSet, scenes: list[Scene] | None, setup: Setup, work: Path, progress: Progress
     ) -> dict[str, Any]:
-        """`sweep` and `diagnostics`, if wanted, as JSON.
+        """`sweep`, `efficiency` and `diagnostics`, if wanted, as JSON.
 
         Args:
             scenes: of the world, in the order of the clips; None for the files of a manifest.
@@ -75,6 +79,10 @@ class Extras:
         found: dict[str, Any] = {}
         if self.sweep is not None:
             found["sweep"] = _sweep(questions, scenes, setup, self.sweep, work / SWEEP_FOLDER, progress)
+        if self.efficiency:
+            from f2l_vllm.evaluation.efficiency import efficiency
+
+            found["efficiency"] = efficiency(questions, setup, work / EFFICIENCY_FOLDER, progress)
         if self.diagnostics:
             from f2l_vllm.evaluation.diagnostics.measure import diagnose
             from f2l_vllm.evaluation.in_process import TransformersAnswers
@@ -98,6 +106,8 @@ class Extras:
             written += plots.plot_scores(result, self.plots)
             if "sweep" in result:
                 written += plots.plot_sweep(result["sweep"], self.plots)
+            if "efficiency" in result:
+                written += plots.plot_efficiency(result["efficiency"], self.plots)
             if "diagnostics" in result:
                 written += plots.plot_diagnostics(result["diagnostics"], self.plots)
         if self.browse is not None:

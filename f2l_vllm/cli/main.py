@@ -200,6 +200,9 @@ def evaluate(
     sweep: Annotated[bool, typer.Option("--sweep", help="Also over frames and resolution.")] = False,
     sweep_frames: Annotated[str, typer.Option(help="Numbers of frames, by comma.")] = "4,8,16,32,64",
     sweep_resolutions: Annotated[str, typer.Option(help="Longest edges of the file, by comma.")] = "160,320,640",
+    efficiency: Annotated[
+        bool, typer.Option("--efficiency", help="Also accuracy over cost, of every way to read fewer tokens.")
+    ] = False,
     diagnostics: Annotated[bool, typer.Option("--diagnostics", help="Also where in an adapter answers are.")] = False,
     plots: Annotated[Path | None, typer.Option(help="Folder for plots of all that was measured.")] = None,
     browse: Annotated[Path | None, typer.Option(help="Folder for a page of videos and answers; must be new.")] = None,
@@ -238,7 +241,7 @@ def evaluate(
             margin=margin,
             equivalence_margin=equivalence_margin,
         )
-        extras = Extras.of(sweep, sweep_frames, sweep_resolutions, diagnostics, plots, browse, setup)
+        extras = Extras.of(sweep, sweep_frames, sweep_resolutions, diagnostics, efficiency, plots, browse, setup)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     keep(json_to, markdown_to, plots, overwrite=overwrite)

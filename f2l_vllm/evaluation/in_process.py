@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from transformers import BatchFeature
+from torch import Tensor
+from transformers import BatchFeature, StoppingCriteria
 
 from f2l_vllm import models
 from f2l_vllm.base_models.dropping import evs_mask, mean_tokens, variation_dropping
@@ -16,6 +19,7 @@ from f2l_vllm.base_models.merging import tokens_of_frames, without_merged
 from f2l_vllm.base_models.text_layers import check_length, text_layers_of
 from f2l_vllm.evaluation.questions import (
     ADAPTER,
+    CACHED,
     DROPPING_ARMS,
     EVS,
     FRAMES,
@@ -40,6 +44,19 @@ from f2l_vllm.video.sample import SampledVideo, Sampling, open_source, sample_vi
 _AT_ONCE = 12  # questions of one video answered together
 
 
+class _FirstToken(StoppingCriteria):
+    """Notes when the first token is there, and stops nothing. `started`: when the question was asked, in seconds."""
+
+    def __init__(self, started: float) -> None:
+        self.started = started
+        self.milliseconds: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        if self.milliseconds is None:
+            self.milliseconds = (time.perf_counter() - self.started) * 1e3
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 class TransformersAnswers:
     """Gives greedy answers, to all questions about a video together.
 
@@ -47,13 +64,22 @@ class TransformersAnswers:
         reading: how videos are read, in context and in internalization.
         max_tokens: limit of an answer.
         keep_rate: part of the visual tokens that the arms which drop some keep.
+        one_by_one: answer each question alone and time its first token. With the frames in context that includes
+            decoding the video; with the adapter, or the frames' keys and values, these are there before.
 
     Raises:
         ValueError: no such model or hypernetwork, the two do not fit together, or the rate is outside [0, 1).
     """
 
     def __init__(
-        self, model: str, hypernetwork: str | None, reading: ReadingOptions, *, max_tokens: int, keep_rate: float = 1.0
+        self,
+        model: str,
+        hypernetwork: str | None,
+        reading: ReadingOptions,
+        *,
+        max_tokens: int,
+        keep_rate: float = 1.0,
+        one_by_one: bool = False,
     ) -> None:
         directory, weights = models.resolve(model), models.resolve_hypernetwork(model, hypernetwork)
         in_fp32 = model in models.shipped() and not torch.cuda.is_available()  # as the server runs it
@@ -62,7 +88,7 @@ class TransformersAnswers:
         self._model = cast(Any, self.internalizer.model)  # transformers leaves `generate` untyped
         self._processor = self.internalizer.processor
         self._processor.tokenizer.padding_side = "left"
-        self._max_tokens, self._keep_rate = max_tokens, keep_rate
+        self._max_tokens, self._keep_rate, self._one_by_one = max_tokens, keep_rate, one_by_one
 
     @torch.no_grad()
     def answer(self, asks: Sequence[Ask], on_reply: OnReply, on_skip: OnSkip) -> None:
@@ -80,7 +106,9 @@ class TransformersAnswers:
                     if arm == NONE:
                         replies = self.replies(some)
                     elif arm in (FRAMES, *DROPPING_ARMS):
-                        replies = self.replies(some, video=self._sample(clip), drop=arm)
+                        replies = self._from_frames(clip, some, arm)
+                    elif arm == CACHED:
+                        replies = self._from_cache(clip, some)
                     elif arm in (ADAPTER, WRONG_VIDEO):
                         adapter = adapter or self.internalizer.internalize(clip.path)
                         replies = self.replies(some, adapter)
@@ -101,19 +129,49 @@ class TransformersAnswers:
         adapter: Adapter | None = None,
         video: SampledVideo | None = None,
         drop: str = FRAMES,
+        started: float | None = None,
     ) -> list[Reply]:
         """Answer all questions in one way: with an adapter, with a video's frames in context, or with neither.
 
         Args:
             drop: one of `DROPPING_ARMS`: which of the video's tokens are left out.
+            started: when the question was asked, by `time.perf_counter`; now when None.
 
         Raises:
             VideoError: `video_too_long`: the frames do not fit into the model's context.
         """
         found: list[Reply] = []
-        at_once = 1 if drop == V2DROP else _AT_ONCE  # other questions' tokens are dropped elsewhere
+        at_once = 1 if self._one_by_one or drop == V2DROP else _AT_ONCE  # other questions' tokens are dropped elsewhere
         for first in range(0, len(asks), at_once):
-            found += self._together(asks[first : first + at_once], adapter, video, drop)
+            found += self._together(asks[first : first + at_once], adapter, video, drop, started)
+        return found
+
+    def _from_frames(self, clip: Clip, asks: Sequence[Ask], drop: str) -> list[Reply]:
+        if not self._one_by_one:
+            return self.replies(asks, video=self._sample(clip), drop=drop)
+        found: list[Reply] = []
+        for ask in asks:
+            started = time.perf_counter()
+            found += self.replies([ask], video=self._sample(clip), drop=drop, started=started)
+        return found
+
+    def _from_cache(self, clip: Clip, asks: Sequence[Ask]) -> list[Reply]:
+        """Answer from the frames in context, up to whose end keys and values are there before each question."""
+        video, prompts = self._sample(clip), []
+        for ask in asks:
+            inputs = self._inputs([ask], video).to(self._model.device)
+            self._check_length(inputs["input_ids"].shape[1], video)
+            prompts.append(inputs)
+        (visual_V,) = (prompts[0]["input_ids"][0] == self._model.config.image_token_id).nonzero(as_tuple=True)
+        until = int(visual_V[-1]) + 1
+        pixels = prompts[0]["pixel_values"].to(self._model.dtype)
+        whole = self._model(input_ids=prompts[0]["input_ids"][:, :until], pixel_values=pixels, use_cache=True)
+        found: list[Reply] = []
+        for inputs in prompts:
+            kept = copy.deepcopy(whole.past_key_values)
+            clock = _FirstToken(time.perf_counter())
+            text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            found += self._generate({**text, "past_key_values": kept}, clock)
         return found
 
     def _sample(self, clip: Clip) -> SampledVideo:
@@ -127,22 +185,15 @@ class TransformersAnswers:
         return self.internalizer.internalize(clip.path, chunking=chunking)
 
     def _together(
-        self, asks: Sequence[Ask], adapter: Adapter | None, video: SampledVideo | None, drop: str
+        self,
+        asks: Sequence[Ask],
+        adapter: Adapter | None,
+        video: SampledVideo | None,
+        drop: str,
+        started: float | None = None,
     ) -> list[Reply]:
-        started = time.perf_counter()
-        texts = [self._prompt(ask.question.text, with_video=video is not None) for ask in asks]
-        if video is None:
-            inputs = self._processor.tokenizer(texts, return_tensors="pt", padding=True)
-        else:
-            inputs = self._processor(
-                text=texts,
-                videos=[[video.frames]] * len(texts),
-                video_metadata=[[video.metadata]] * len(texts),
-                do_sample_frames=False,
-                return_tensors="pt",
-                padding=True,
-            )
-        inputs = inputs.to(self._model.device)
+        clock = _FirstToken(time.perf_counter() if started is None else started)
+        inputs = self._inputs(asks, video).to(self._model.device)
         if video is not None and (self.internalizer.encoder.merge_rate or drop == EVS):
             inputs = self._fewer(inputs, video, drop)
         if "pixel_values" in inputs:
@@ -154,19 +205,42 @@ class TransformersAnswers:
             if drop == V2DROP:
                 visual_T = inputs["input_ids"][0] == self._model.config.image_token_id
                 stack.enter_context(variation_dropping(self._model, visual_T, self._keep_rate))
-            output = self._model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
+            replies = self._generate(dict(inputs), clock)
+        return [self._as_read(reply) for reply in replies] if drop == V2DROP else replies
+
+    def _inputs(self, asks: Sequence[Ask], video: SampledVideo | None) -> BatchFeature:
+        texts = [self._prompt(ask.question.text, with_video=video is not None) for ask in asks]
+        if video is None:
+            return self._processor.tokenizer(texts, return_tensors="pt", padding=True)
+        return self._processor(
+            text=texts,
+            videos=[[video.frames]] * len(texts),
+            video_metadata=[[video.metadata]] * len(texts),
+            do_sample_frames=False,
+            return_tensors="pt",
+            padding=True,
+        )
+
+    def _generate(self, inputs: dict[str, Any], clock: _FirstToken) -> list[Reply]:
+        """The answers to prompts that fit."""
+        output = self._model.generate(
+            **inputs, max_new_tokens=self._max_tokens, do_sample=False, stopping_criteria=[clock]
+        )
         answers = self._processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        seconds = (time.perf_counter() - started) / len(asks)
+        seconds = (time.perf_counter() - clock.started) / len(answers)
         visual = (inputs["input_ids"] == self._model.config.image_token_id).sum(1).tolist()
         prompt = inputs["attention_mask"].sum(1).tolist()
-        if drop == V2DROP:  # a prompt of as many tokens as a layer reads
-            read = [round(mean_tokens(len(text_layers_of(self._model)), seen, self._keep_rate)) for seen in visual]
-            prompt = [tokens - seen + less for tokens, seen, less in zip(prompt, visual, read, strict=True)]
-            visual = read
+        ttft = clock.milliseconds if self._one_by_one else None
         return [
-            Reply(text.strip(), tokens, seen, None, seconds)
+            Reply(text.strip(), tokens, seen, ttft, seconds)
             for text, tokens, seen in zip(answers, prompt, visual, strict=True)
         ]
+
+    def _as_read(self, reply: Reply) -> Reply:
+        """An answer by V2Drop, with as many tokens as a layer reads."""
+        seen = reply.visual_tokens or 0
+        read = round(mean_tokens(len(text_layers_of(self._model)), seen, self._keep_rate))
+        return replace(reply, prompt_tokens=reply.prompt_tokens - seen + read, visual_tokens=read)
 
     def _check_length(self, tokens: int, video: SampledVideo | None) -> None:
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 ADAPTER, FRAMES, NONE, WRONG_VIDEO = ARMS = ("adapter", "frames", "none", "wrong-video")
 EVS, V2DROP = DROPPING_ARMS = ("frames-evs", "frames-v2drop")  # the frames in context, with fewer tokens
+CACHED = "frames-cached"  # the frames in context, whose keys and values are kept from a question before
 CHUNKS = (1, 2, 4)
 
 

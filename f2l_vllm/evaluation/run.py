@@ -49,7 +49,7 @@ def evaluate(questions: QuestionSet, setup: Setup, work: Path, on_progress: Prog
     report = on_progress or (lambda stage, done, total: None)
     asks = plan(questions.clips, (*setup.arms, *map(chunk_arm, setup.composition)))
     skipped = list(questions.skipped)
-    identity = _identity(questions, setup)
+    identity = identity_of(questions, setup)
     with AnswerLog(work, identity) as log:
         _name_sources(asks, log)
         _answer(asks, setup, log, skipped, report)
@@ -88,8 +88,8 @@ def evaluate(questions: QuestionSet, setup: Setup, work: Path, on_progress: Prog
     return result
 
 
-def _identity(questions: QuestionSet, setup: Setup) -> dict[str, Any]:
-    """What answers depend on."""
+def identity_of(questions: QuestionSet, setup: Setup) -> dict[str, Any]:
+    """What answers depend on, as JSON."""
     identity: dict[str, Any] = {
         **questions.identity,
         "through": setup.through,

@@ -40,7 +40,7 @@ def test_a_figures_options_are_those_of_its_command(name, small):
     elif recipe.command == "eval":
         setup = Setup(arms=tuple(given["arms"].split(",")), through=given["through"])
         sweep = given["sweep_frames"], given["sweep_resolutions"]
-        assert Extras.of(given["sweep"], *sweep, given["diagnostics"], None, None, setup)
+        assert Extras.of(given["sweep"], *sweep, given["diagnostics"], given["efficiency"], None, None, setup)
 
 
 def test_the_papers_settings_are_in_the_recipes():
