@@ -1,7 +1,7 @@
 """Accuracy over cost: every way to answer about the same videos, with its score, its prompt's tokens and first token.
 
-All in this process, one question at a time, so that nothing but the way differs. The times compare ways on one machine;
-a server's are measured by `f2l-vllm bench`.
+All in this process, one question at a time, and the ways take turns at every video: nothing but the way differs. The
+times compare ways on one machine; a server's are measured by `f2l-vllm bench`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 
 from f2l_vllm.evaluation.answers import AnswerLog, AnswerRecord
 from f2l_vllm.evaluation.in_process import TransformersAnswers
-from f2l_vllm.evaluation.questions import ADAPTER, CACHED, EVS, FRAMES, V2DROP, Ask, QuestionSet, Reply, Skipped
+from f2l_vllm.evaluation.questions import ADAPTER, CACHED, EVS, FRAMES, V2DROP, Ask, Clip, QuestionSet, Skipped
 from f2l_vllm.evaluation.run import Progress, identity_of
 from f2l_vllm.evaluation.scores import Scores
 from f2l_vllm.evaluation.setup import TRANSFORMERS, Setup
 
 WHOLE = {name: name for name in (FRAMES, EVS, V2DROP, CACHED, ADAPTER)}  # name here -> arm that answers
 MERGED = {"frames-merged": FRAMES, "adapter-merged": ADAPTER}
-WAYS = (*WHOLE, *MERGED)
+WAYS = {**WHOLE, **MERGED}
 
 
 def efficiency(questions: QuestionSet, setup: Setup, work: Path, on_progress: Progress | None = None) -> dict[str, Any]:
@@ -50,37 +50,16 @@ def efficiency(questions: QuestionSet, setup: Setup, work: Path, on_progress: Pr
     setup = replace(setup, arms=(FRAMES, EVS, V2DROP, ADAPTER), **alone)
     report = on_progress or (lambda stage, done, total: None)
     skipped: list[Skipped] = []
-    done, total = 0, len(WAYS) * sum(len(clip.questions) for clip in questions.clips)
+    total = len(WAYS) * sum(len(clip.questions) for clip in questions.clips)
     with AnswerLog(work, identity_of(questions, setup) | {"one_by_one": True}) as log:
-        for ways, rate in ((WHOLE, 0.0), (MERGED, 1 - setup.keep_rate)):
-            left = [ask for ask in _asks(questions, ways) if (ask.arm, ask.question.id) not in log.answers]
-            done += len(ways) * total // len(WAYS) - len(left)
-            report("efficiency", done, total)
-            if not left:
-                continue
-            reading = replace(setup.reading, merge_rate=rate)
-            answers = TransformersAnswers(
-                setup.model,
-                setup.hypernetwork,
-                reading,
-                max_tokens=setup.max_tokens,
-                keep_rate=setup.keep_rate,
-                one_by_one=True,
-            )
-            for name, arm in ways.items():
-                some = [replace(ask, arm=arm) for ask in left if ask.arm == name]
-
-                def on_reply(ask: Ask, reply: Reply, name: str = name) -> None:
-                    nonlocal done
-                    log.append(AnswerRecord.of(replace(ask, arm=name), reply))
-                    done += 1
-                    report("efficiency", done, total)
-
-                def on_skip(one: Skipped, name: str = name) -> None:
-                    skipped.append(replace(one, arm=name))
-
-                answers.answer(some[:1], lambda ask, reply: None, lambda one: None)  # the first takes longer
-                answers.answer(some, on_reply, on_skip)
+        report("efficiency", len(log.answers), total)
+        left = [ask for ask in _asks(questions) if (ask.arm, ask.question.id) not in log.answers]
+        answers = _Ways(setup) if left else None
+        for clip, name in _turns(questions):
+            some = [ask for ask in left if (ask.clip.id, ask.arm) == (clip.id, name)]
+            if answers is not None and some:
+                skipped += answers.answer(name, some, log)
+                report("efficiency", len(log.answers), total)
         everything = list(log.answers.values())
     scores = Scores(everything, questions.metric, apart=questions.apart)
     rows = [_row(name, scores, everything) for name in WAYS]
@@ -92,8 +71,49 @@ def efficiency(questions: QuestionSet, setup: Setup, work: Path, on_progress: Pr
     }
 
 
-def _asks(questions: QuestionSet, ways: dict[str, str]) -> list[Ask]:
-    return [Ask(clip, question, name, clip) for name in ways for clip in questions.clips for question in clip.questions]
+class _Ways:
+    """One model that answers in every way; each is asked once before it counts, for the first time takes longer."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._merge_rate = 1 - setup.keep_rate
+        self._warm: set[str] = set()
+        self._answers = TransformersAnswers(
+            setup.model,
+            setup.hypernetwork,
+            setup.reading,
+            max_tokens=setup.max_tokens,
+            keep_rate=setup.keep_rate,
+            one_by_one=True,
+        )
+
+    def answer(self, name: str, asks: list[Ask], log: AnswerLog) -> list[Skipped]:
+        """Answer questions about one video; returns what could not be asked."""
+        skipped: list[Skipped] = []
+        self._answers.internalizer.encoder.merge_rate = self._merge_rate if name in MERGED else 0.0
+        some = [replace(ask, arm=WAYS[name]) for ask in asks]
+        if name not in self._warm:
+            self._answers.answer(some[:1], lambda ask, reply: None, lambda one: None)
+            self._warm.add(name)
+        self._answers.answer(
+            some,
+            lambda ask, reply: log.append(AnswerRecord.of(replace(ask, arm=name), reply)),
+            lambda one: skipped.append(replace(one, arm=name)),
+        )
+        return skipped
+
+
+def _asks(questions: QuestionSet) -> list[Ask]:
+    return [Ask(clip, question, name, clip) for name in WAYS for clip in questions.clips for question in clip.questions]
+
+
+def _turns(questions: QuestionSet) -> list[tuple[Clip, str]]:
+    """The ways take turns at every video, with another one first each time."""
+    names = list(WAYS)
+    return [
+        (clip, name)
+        for number, clip in enumerate(questions.clips)
+        for name in names[number % len(names) :] + names[: number % len(names)]
+    ]
 
 
 def _row(name: str, scores: Scores, answers: list[AnswerRecord]) -> dict[str, Any]:

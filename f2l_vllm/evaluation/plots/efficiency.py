@@ -38,7 +38,8 @@ def plot_efficiency(result: dict[str, Any], folder: Path) -> list[Path]:
         style.plain_ticks(at.xaxis)
         style.axis(at, x=name, y=style.METRIC_NAMES[metric] if at is left else "")
         at.grid(alpha=0.3)
-    left.set_ylim(*style.METRIC_RANGES[metric])
+    low, high = style.METRIC_RANGES[metric]
+    left.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))  # room for whole markers
     style.legend(of, left)
     first = result["rows"][0]
     style.title(
