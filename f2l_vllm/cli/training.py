@@ -18,6 +18,7 @@ from f2l_vllm.cli.progress import EVERY_SECONDS, progress, say
 
 if TYPE_CHECKING:
     from f2l_vllm.train.estimate import Memory
+    from f2l_vllm.train.forecast import Forecast
     from f2l_vllm.train.trackers import Trackers
 
 console = Console()
@@ -151,6 +152,7 @@ def train(
     from f2l_vllm.evaluation.plots import plot_training
     from f2l_vllm.hypernetwork.config import HypernetworkConfig
     from f2l_vllm.hypernetwork.model import Hypernetwork
+    from f2l_vllm.train.forecast import forecast
     from f2l_vllm.train.loader import default_workers
     from f2l_vllm.train.loop import Loop
     from f2l_vllm.train.options import TrainingOptions
@@ -215,6 +217,7 @@ def train(
             trainer = Trainer(base, processor, hyper, loop)
             if loop.is_main:
                 say(console, _needed(trainer.memory(examples, options)))
+                say(console, _lasting(forecast(trainer, examples, options, workers)))
             report = train_to(output, trainer, examples, options, held_out, workers)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
@@ -291,6 +294,15 @@ def _needed(memory: Memory) -> str:
     }
     words = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
     return f"A process needs about {memory.total / 2**30:.1f} GiB for a step, beside what its libraries take: {words}."
+
+
+def _lasting(forecast: Forecast) -> str:
+    hours = forecast.seconds / 3600
+    return (
+        f"A step takes about {forecast.step_seconds:.3g} s, {forecast.steps:,} steps about {hours:.3g} hours in all, "
+        f"without validations: {forecast.operations / 1e12:.3g} TFLOP a step and process, at the "
+        f"{forecast.rate / 1e12:.3g} TFLOP/s at which one video was computed here."
+    )
 
 
 def _numbers(text: str) -> tuple[int, ...]:

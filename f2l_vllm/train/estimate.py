@@ -27,6 +27,7 @@ class Part:
         tokens: T of a chunk's message.
         text: S tokens of a row of questions and answers.
         answers: tokens of all rows' answers, which have logits.
+        frames: of each video.
     """
 
     videos: int
@@ -34,6 +35,7 @@ class Part:
     tokens: int
     text: int
     answers: int
+    frames: int
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -74,3 +75,7 @@ class TrainingOptions:
             raise ValueError("frames and chunks are numbers of frames and chunks: give positive ones.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
+
+    def steps_of(self, videos: int) -> int:
+        """How many steps a run over so many videos takes."""
+        return self.steps or max(1, math.ceil(self.epochs * videos / self.videos))

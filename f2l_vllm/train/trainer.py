@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -118,7 +117,7 @@ class Trainer:
         held_out = lessons_of(validation, seed=0) if validation else None
         if options.validate_every and held_out is None:
             raise ValueError("validate_every needs validation examples: name their manifest with --validation.")
-        steps = options.steps or max(1, math.ceil(options.epochs * len(lessons) / options.videos))
+        steps = options.steps_of(len(lessons))
         named = self.hyper.named_parameters()
         optimizer = MuonAdamW(
             named,
@@ -264,7 +263,7 @@ class Trainer:
         prefix, turns = self.conversations.turns([lesson.asked for lesson in lessons])
         batch = pack([prefix] * len(lessons), turns, shared=len(prefix), pad_token_id=self._pad)
         answers = int((batch.labels != IGNORED).sum())
-        return Part(len(lessons), len(chunks), tokens, batch.input_ids.shape[1], answers)
+        return Part(len(lessons), len(chunks), tokens, batch.input_ids.shape[1], answers, len(lessons[0].whole.frames))
 
     @torch.no_grad()
     def features(self, videos: Sequence[SampledVideo]) -> tuple[Tensor, Tensor]:
