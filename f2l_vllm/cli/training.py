@@ -45,7 +45,9 @@ def _set_defaults(context: typer.Context, name: str | None) -> str | None:
 def train(
     context: typer.Context,
     output: Annotated[Path, typer.Argument(help="Folder for the hypernetwork; an unfinished run in it goes on.")],
-    manifest: Annotated[list[Path], typer.Option(help="JSONL manifest; may be given several times.")],
+    manifest: Annotated[
+        list[str], typer.Option(help="JSONL manifest, or tar files: shards-{000..099}.tar; may be given several times.")
+    ],
     preset: Annotated[
         str | None,
         typer.Option(
@@ -56,7 +58,7 @@ def train(
     ] = None,
     model: Annotated[str, typer.Option(help="Base model: shipped model, directory, or hub id.")] = "f2l-tiny",
     split: Annotated[str | None, typer.Option(help="Only the manifests' examples of this split.")] = None,
-    validation: Annotated[Path | None, typer.Option(help="Manifest whose loss is taken before and after.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Manifest whose loss is taken before and after.")] = None,
     validate_every: Annotated[
         int | None, typer.Option(min=1, help="Take it after every so many steps, too, and keep the best hypernetwork.")
     ] = None,
@@ -111,7 +113,7 @@ def train(
     from f2l_vllm import models
     from f2l_vllm.base_models.registry import check_module
     from f2l_vllm.train import folder
-    from f2l_vllm.train.data.manifest import read_manifest
+    from f2l_vllm.train.data.shards import read_examples
     from f2l_vllm.train.trackers import Trackers, check_trackers
 
     if hypernetwork is not None and extend:
@@ -133,8 +135,8 @@ def train(
     try:  # first the checks without torch, which takes seconds to load
         folder.check(output, _FINISHED, overwrite=overwrite, extend=extend)
         check_trackers(log_with or ())
-        examples = [example for path in manifest for example in read_manifest(path, split)]
-        held_out = [] if validation is None else read_manifest(validation)
+        examples = [example for name in manifest for example in read_examples(name, split)]
+        held_out = [] if validation is None else read_examples(validation)
         directory = models.resolve(model)
         weights = None if hypernetwork is None else models.resolve_hypernetwork(model, hypernetwork)
         module_names = [name.strip() for name in modules.split(",")]

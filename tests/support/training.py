@@ -50,10 +50,10 @@ def new_hypernetwork(model: torch.nn.Module, seed: int = 0) -> Hypernetwork:
     return Hypernetwork(config)
 
 
-def train_words(folder: Path, manifest: Path, steps: str = STEPS) -> list[str]:
+def train_words(folder: Path, manifest: Path | str, steps: str = STEPS) -> list[str]:
     options = ["--rank", "4", "--latent-size", "32", "--blocks", "1", *steps.split(" ")]
     return ["train", str(folder), "--manifest", str(manifest), *options]
 
 
-def train_command(folder: Path, manifest: Path, *launch: str, steps: str = STEPS) -> list[str]:
+def train_command(folder: Path, manifest: Path | str, *launch: str, steps: str = STEPS) -> list[str]:
     return [sys.executable, *launch, "-m", "f2l_vllm.cli", *train_words(folder, manifest, steps)]

@@ -20,6 +20,7 @@ import numpy as np
 
 from f2l_vllm.files import atomic_path
 from f2l_vllm.train.data.manifest import Example
+from f2l_vllm.train.data.shards import video_file
 from f2l_vllm.video.decode import TOLERATED_MISSING
 from f2l_vllm.video.errors import VideoError
 from f2l_vllm.video.probe import Limits, VideoInfo
@@ -51,12 +52,13 @@ def open_example(example: Example, processor: Any, sampling: Sampling | None = N
 
     Raises:
         UnusableVideoError: the file is missing or not a usable video, or the span does not lie inside it.
+        ValueError: the tar file that holds the video cannot be read.
     """
-    with unusable(example.video_path):
+    with video_file(example) as path, unusable(example.video_path):
         if example.span is None:
-            return sample_video(example.video_path, processor, sampling=sampling)
+            return sample_video(path, processor, sampling=sampling)
         sampling = sampling or Sampling()
-        source = open_source(example.video_path, Limits())
+        source = open_source(path, Limits())
         first, end = frames_of(example.span, source.info)
         indices = source.indices(processor, sampling, first, end)
         whole = source.take(indices, sampling)

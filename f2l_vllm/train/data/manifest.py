@@ -83,12 +83,17 @@ def read_manifest(path: str | Path, split: str | None = None) -> list[Example]:
     examples = list(parse_lines(path))
     if not examples:
         raise ValueError(f"{path} holds no example; write one JSON object a line.")
+    return of_split(examples, split, path)
+
+
+def of_split(examples: list[Example], split: str | None, where: str | Path) -> list[Example]:
+    """The examples of a split, or all of them. Raises ValueError if there are none."""
     if split is None:
         return examples
     chosen = [example for example in examples if example.split == split]
     if not chosen:
         splits = ", ".join(sorted({example.split for example in examples}))
-        raise ValueError(f"{path} has no example of split {split!r}; choose one of {splits}.")
+        raise ValueError(f"{where} has no example of split {split!r}; choose one of {splits}.")
     return chosen
 
 
@@ -114,6 +119,15 @@ def parse_lines(path: Path) -> Iterator[Example]:
                 raise ValueError(f"{path}, line {number}: {error}") from error
             seen[example.id] = number
             yield replace(example, video_path=Path(os.path.normpath(folder / example.video_path)))
+
+
+def check_ids(examples: Iterable[Example], where: str | Path) -> None:
+    """Raise ValueError if an id is repeated."""
+    seen = set[str]()
+    for example in examples:
+        if example.id in seen:
+            raise ValueError(f"{where}: two examples have the id {example.id!r}; give every example its own.")
+        seen.add(example.id)
 
 
 def write_manifest(path: str | Path, examples: Iterable[Example]) -> None:
@@ -155,6 +169,11 @@ def _parse(line: bytes) -> Example:
         raise ValueError(f"not JSON ({error}); write one JSON object a line, in UTF-8.") from error
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}, not an object with the fields {', '.join(_FIELDS)}.")
+    return parse_row(row)
+
+
+def parse_row(row: dict[str, Any]) -> Example:
+    """The example of a JSON object, which is emptied. Raises ValueError that names the field."""
     metadata = row.pop("metadata", None) or {}
     if not isinstance(metadata, dict):
         raise ValueError(f"field metadata: {metadata!r} is not an object; write {{}} where there is nothing to say.")

@@ -19,6 +19,7 @@ from f2l_vllm.train.data.manifest import Example, write_manifest
 from f2l_vllm.train.loop import LOG_FILE
 from f2l_vllm.train.pace import MEASURED
 from f2l_vllm.train.trainer import REPORT_FILE
+from tests.support.tars import running_site, write_shards
 from tests.support.training import filmed_examples, train_command, train_words
 
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
@@ -43,26 +44,30 @@ def is_running(pid: str) -> bool:
 
 
 def test_the_command_goes_on_after_a_kill_as_if_there_had_been_none(examples, tmp_path):
-    """The videos are decoded in the process, then by four others, then by one, and no bit is different."""
+    """The videos are decoded in the process, from files; then by four others, and by one, from tar files of a web
+    server. No bit is different."""
     manifest = tmp_path / "manifest.jsonl"
     write_manifest(manifest, examples)
+    pattern = write_shards(tmp_path, examples, 2)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     assert CliRunner().invoke(app, train_words(unbroken, manifest)).exit_code == 0
-    process = subprocess.Popen([*train_command(killed, manifest), "--loader-workers", "4"], env=environment)
-    log = killed / ".run" / LOG_FILE
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and not (log.exists() and log.stat().st_size):
-        time.sleep(0.02)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(workers) >= 4
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    while any(is_running(worker) for worker in workers):
-        assert time.monotonic() < deadline, "they end with their trainer"
-        time.sleep(0.02)
-    assert not (killed / "hypernetwork").exists(), "killed before the end"
-    assert CliRunner().invoke(app, [*train_words(killed, manifest), "--loader-workers", "1"]).exit_code == 0
+    with running_site(tmp_path) as site:
+        shards = f"{site.url}/{pattern}"
+        process = subprocess.Popen([*train_command(killed, shards), "--loader-workers", "4"], env=environment)
+        log = killed / ".run" / LOG_FILE
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None and not (log.exists() and log.stat().st_size):
+            time.sleep(0.02)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(workers) >= 4
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        while any(is_running(worker) for worker in workers):
+            assert time.monotonic() < deadline, "they end with their trainer"
+            time.sleep(0.02)
+        assert not (killed / "hypernetwork").exists(), "killed before the end"
+        assert CliRunner().invoke(app, [*train_words(killed, shards), "--loader-workers", "1"]).exit_code == 0
     assert curve(killed) == curve(unbroken)
     assert not (killed / ".run").exists()
     for name in ("config.json", "model.safetensors"):
