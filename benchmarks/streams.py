@@ -326,8 +326,9 @@ async def day(options: argparse.Namespace, http: httpx.AsyncClient, client: Asyn
     began = time.monotonic()
     for number in range(count):
         await sender.put()
-        if number % 10 == 9:  # as fast as it is read
+        if number % 10 == 9:  # as fast as it is read, longer pieces too
             await ask(client, sender.id, "What is there?", tokens=1, last=seconds)
+            await sender.read()
         if number % max(1, count // 24) == 0:
             pieces.append((await sender.object())["f2l"]["pieces"])
             memory.append(resident_mib(pid))
