@@ -25,6 +25,7 @@ from f2l_vllm.hypernetwork.weights import digest
 from f2l_vllm.train.folder import LOG_FILE
 from f2l_vllm.train.optimizer import MuonAdamW
 from f2l_vllm.train.pace import MEASURED, Pace
+from f2l_vllm.train.sharing import Sharing
 from f2l_vllm.train.steps import Losses, Progress, Randomness, report
 from f2l_vllm.train.validation import Validation
 
@@ -184,10 +185,11 @@ class Loop:
         stage.module.train()
         started, saved = time.process_time() - cpu_seconds, time.monotonic()
         pace = Pace(self.device, first)
+        sharing = Sharing(stage.optimizer.parameters) if self.processes > 1 else None
         for step in range(first, stage.steps):
-            sums, figures = self._losses(stage, step)
+            sums, figures = self._losses(stage, step, sharing)
             late = path is not None and self.is_main and time.monotonic() - saved > self._save_seconds
-            total, late, tokens = self._average(stage.optimizer, sums, late)
+            total, late, tokens = self._average(stage.optimizer, sums, late, sharing)
             pace.add(tokens)
             to_keep = late or step == stage.steps - 1
             if to_keep:
@@ -223,7 +225,7 @@ class Loop:
             result = broadcast_object_list([result])[0]
         return result
 
-    def _losses(self, stage: Stage, step: int) -> tuple[_Sums, dict[str, float]]:
+    def _losses(self, stage: Stage, step: int, sharing: Sharing | None) -> tuple[_Sums, dict[str, float]]:
         """Add up the gradients of a step's parts; this process's sums, and the last figures."""
         sums, figures = _Sums(), dict[str, float]()
         stage.optimizer.zero_grad()
@@ -231,36 +233,32 @@ class Loop:
             randomness = Randomness.of_part(stage.name, step, part, stage.accumulate, self.seed, self.process)
             loss = stage.step_loss(randomness, step)
             share = loss.weight if stage.accumulate * self.processes > 1 else 1.0  # a single mean needs no weight
+            if sharing is not None and part == stage.accumulate - 1:
+                sharing.begin()
             (loss.mean * share).backward()
             sums = _Sums(sums.loss + loss.mean.item() * share, sums.weight + share, sums.tokens + loss.tokens)
             figures = loss.figures
         return sums, figures
 
-    def _average(self, optimizer: MuonAdamW, own: _Sums, late: bool) -> tuple[float, bool, float]:
+    def _average(
+        self, optimizer: MuonAdamW, own: _Sums, late: bool, sharing: Sharing | None
+    ) -> tuple[float, bool, float]:
         """Turn the sums over all processes into weighted means: the gradients in place, the loss returned.
 
         Args:
             own: this process's sums.
             late: whether it is time for a checkpoint by this process's clock.
+            sharing: with the other processes; its last backward pass has begun to sum the gradients.
 
         Returns:
             The mean loss, whether it is time for a checkpoint by any process's clock, and the tokens of all.
         """
-        if self.processes > 1:
-            for parameter in optimizer.parameters:
-                if parameter.grad is None:  # this process's videos did not need it; another's may
-                    parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in optimizer.parameters if parameter.grad is not None]
         total, weight, tokens = own
-        if self.processes > 1:
-            sums = torch.tensor([*own, late], device=gradients[0].device)
-            flat = reduce(torch.cat([*(gradient.flatten() for gradient in gradients), sums]), reduction="sum")
-            *parts, sums = flat.split([*(gradient.numel() for gradient in gradients), len(sums)])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
-            total, weight, tokens, late = sums.tolist()
-        for gradient in gradients:
-            gradient.div_(weight)
+        if sharing is not None:
+            total, weight, tokens, late = sharing.finish(torch.tensor([*own, late], device=self.device)).tolist()
+        for parameter in optimizer.parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(weight)
         return total / weight, bool(late), tokens
 
     def _gather(self, notes: dict[str, str]) -> None:
