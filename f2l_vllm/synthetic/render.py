@@ -26,9 +26,19 @@ def write_mp4(
 ) -> Path:
     """Write a scene as an H.264 file.
 
+    Args, raises: as `write_film`, of one scene.
+    """
+    return write_film([scene], path, size, fps, seconds)
+
+
+def write_film(
+    scenes: Sequence[Scene], path: str | Path, size: tuple[int, int], fps: float, seconds_each: float
+) -> Path:
+    """Write scenes that follow each other as an H.264 file.
+
     Args:
         size: (width, height) in pixels, both even.
-        fps: frames per second; `seconds * fps` frames are written, at least one.
+        fps: frames per second; of each scene `seconds_each * fps` frames are written, at least one.
 
     Raises:
         ValueError: for an odd width or height, which H.264's chroma planes cannot hold.
@@ -36,15 +46,16 @@ def write_mp4(
     width, height = size
     if width % 2 or height % 2:
         raise ValueError(f"an mp4's width and height must be even, not {width} x {height}")
-    total = max(1, round(seconds * fps))
+    total = max(1, round(seconds_each * fps))
     times_T = (torch.arange(total) + 0.5) / total
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=_rate(fps), options={"crf": "18", "preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.thread_count = 1
-        for start in range(0, total, 4):  # more at a time and every tensor is memory that the system has to clear first
-            for image_HWC in draw(scene, times_T[start : start + 4], height, width):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image_HWC, format="rgb24")))
+        for scene in scenes:
+            for start in range(0, total, 4):  # more at a time, and every tensor is memory for the system to clear first
+                for image_HWC in draw(scene, times_T[start : start + 4], height, width):
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(image_HWC, format="rgb24")))
         container.mux(stream.encode())
     return Path(path)
 
