@@ -191,6 +191,9 @@ def evaluate(
     judge_base_url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint that judges answers.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="Its model.")] = None,
     judge_api_key_env: Annotated[str, typer.Option(help="Variable that holds its API key.")] = "OPENAI_API_KEY",
+    judge_rubric: Annotated[
+        str, typer.Option(help="What it is told: answer, paper-caption or paper-question.")
+    ] = "answer",
     work: Annotated[
         Path | None,
         typer.Option(help="Folder for videos and answers, to resume in; default: temporary.", file_okay=False),
@@ -218,9 +221,10 @@ def evaluate(
     if (judge_base_url is None) != (judge_model is None):
         raise typer.BadParameter("a judge is an endpoint and a model: give --judge-base-url and --judge-model")
     judge = None
-    if judge_base_url is not None and judge_model is not None:
-        judge = JudgeSetup(judge_base_url, judge_model, os.environ.get(judge_api_key_env, "none"))
     try:
+        if judge_base_url is not None and judge_model is not None:
+            key = os.environ.get(judge_api_key_env, "none")
+            judge = JudgeSetup(judge_base_url, judge_model, key, judge_rubric)
         source = QuestionSource(world, videos, seed, phrasing, manifest, split)
         setup = Setup(
             model=model,

@@ -71,22 +71,23 @@ def run(
     from f2l_vllm.cli.evaluate import QuestionSource
     from f2l_vllm.cli.evaluate import run as evaluate
     from f2l_vllm.cli.evaluation_extras import Extras
-    from f2l_vllm.evaluation.paper.preparing import MANIFEST
+    from f2l_vllm.evaluation.paper.preparing import MANIFEST, prepared_set
     from f2l_vllm.evaluation.paper.published import F1, JUDGE
     from f2l_vllm.evaluation.paper.sets import FRAMES
     from f2l_vllm.evaluation.paper.sets import JUDGE as PAPERS_JUDGE
     from f2l_vllm.evaluation.paper.tables import result_file
     from f2l_vllm.evaluation.setup import JudgeSetup, Setup
 
-    judge = None
-    if judge_base_url is not None:
-        judge = JudgeSetup(judge_base_url, judge_model or PAPERS_JUDGE, os.environ.get(judge_api_key_env, "none"))
-    elif judge_model is not None:
+    if judge_base_url is None and judge_model is not None:
         raise typer.BadParameter("a judge is an endpoint and a model: give --judge-base-url")
     for folder in folders:
         if not (folder / MANIFEST).is_file():
             raise typer.BadParameter(f"{folder} has no {MANIFEST}: prepare the set first")
     for folder in folders:
+        judge = None
+        if judge_base_url is not None:
+            key = os.environ.get(judge_api_key_env, "none")
+            judge = JudgeSetup(judge_base_url, judge_model or PAPERS_JUDGE, key, prepared_set(folder).rubric)
         for metric in (F1, JUDGE) if judge is not None else (F1,):
             setup = Setup(
                 model=model,

@@ -1,8 +1,8 @@
 """A language model as judge of answers, behind any OpenAI-compatible endpoint.
 
-Scores are whole numbers from 0 to 5; `judge_prompt.txt` is all the judge is told. Judgements are kept on disk under a
-hash of everything that shapes them, so that nothing is judged twice. A reply without a score is asked for again, then
-reported: it never becomes a number.
+Scores are whole numbers from 0 to 5; a rubric, a file of `rubrics/`, is all the judge is told. Judgements are kept on
+disk under a hash of everything that shapes them, so that nothing is judged twice. A reply without a score is asked for
+again, then reported: it never becomes a number.
 """
 
 from __future__ import annotations
@@ -20,15 +20,11 @@ from typing import Any
 from openai import AsyncOpenAI
 
 from f2l_vllm.evaluation.answers import AnswerRecord
+from f2l_vllm.evaluation.rubrics import ANSWER, RUBRICS, SCALE
 from f2l_vllm.evaluation.server import together
 from f2l_vllm.files import write_whole
 
-SCALE = (0, 5)
-PROMPT_FILE = Path(__file__).with_name("judge_prompt.txt")
 _ATTEMPTS = 3
-_REMINDER = 'That holds no score. Reply with {"score": N} alone, N a whole number from 0 to 5.'
-_SCORE = re.compile(r'"score"\s*:\s*(-?\d+(?:\.\d+)?)\s*[,}]')
-_MAX_TOKENS = 512  # room for a judge that thinks aloud
 
 
 @dataclass(frozen=True)
@@ -48,17 +44,27 @@ class Judge:
         api_key: sent with every request.
         cache: folder in which judgements are kept.
         concurrency: requests at a time.
+        rubric: one of `RUBRICS`.
     """
 
-    def __init__(self, base_url: str, model: str, api_key: str, cache: Path, concurrency: int = 8) -> None:
+    def __init__(
+        self, base_url: str, model: str, api_key: str, cache: Path, concurrency: int = 8, rubric: str = ANSWER
+    ) -> None:
         self._url, self._model, self._key = base_url, model, api_key
         self._cache, self._concurrency = cache, concurrency
-        self._prompt = Template(PROMPT_FILE.read_text(encoding="utf-8"))
+        self._rubric = RUBRICS[rubric]
+        self._prompt = Template(self._rubric.text)
 
     def configuration(self) -> dict[str, Any]:
         """What the judge's scores depend on, and their scale."""
         digest = hashlib.sha256(self._prompt.template.encode()).hexdigest()
-        return {"model": self._model, "base_url": self._url, "prompt_sha256": digest, "scale": list(SCALE)}
+        return {
+            "model": self._model,
+            "base_url": self._url,
+            "rubric": self._rubric.name,
+            "prompt_sha256": digest,
+            "scale": list(SCALE),
+        }
 
     def score(
         self, answers: Sequence[AnswerRecord], on_progress: Callable[[int, int], None] | None = None
@@ -98,15 +104,18 @@ class Judge:
         reply = ""
         for _ in range(_ATTEMPTS):
             completion = await client.chat.completions.create(
-                model=self._model, messages=messages, temperature=0, max_tokens=_MAX_TOKENS
+                model=self._model, messages=messages, temperature=0, max_tokens=self._rubric.max_tokens
             )
             reply = completion.choices[0].message.content or ""
-            score = parse_score(reply)
+            score = parse_score(reply, self._rubric.field)
             if score is not None:
                 judgement = Judgement(score, reply)
                 write_whole(kept, json.dumps(asdict(judgement)) + "\n")
                 return judgement
-            messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": _REMINDER}]
+            messages += [
+                {"role": "assistant", "content": reply},
+                {"role": "user", "content": _reminder(self._rubric.field)},
+            ]
         return Judgement(None, reply)
 
     def _file(self, prompt: str) -> Path:
@@ -114,8 +123,12 @@ class Judge:
         return self._cache / digest[:2] / f"{digest}.json"
 
 
-def parse_score(reply: str) -> int | None:
-    """The last score that a reply gives as JSON; None if it gives none, or one that is off the scale."""
-    found = _SCORE.findall(reply)
+def parse_score(reply: str, field: str = "score") -> int | None:
+    """The last score that a reply gives as JSON in this field; None if it gives none, or one that is off the scale."""
+    found = re.findall(rf'"{re.escape(field)}"\s*:\s*(-?\d+(?:\.\d+)?)\s*[,}}]', reply)
     score = float(found[-1]) if found else -1.0
     return int(score) if score.is_integer() and SCALE[0] <= score <= SCALE[1] else None
+
+
+def _reminder(field: str) -> str:
+    return f'That holds no score. Reply with {{"{field}": N}} alone, N a whole number from 0 to 5.'

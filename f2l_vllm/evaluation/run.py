@@ -172,9 +172,8 @@ def _judge(
     """Judge these answers and put the scores into the log; returns the judge's configuration."""
     if setup.judge is None:
         return None
-    judge = Judge(
-        setup.judge.base_url, setup.judge.model, setup.judge.api_key, work / JUDGEMENTS_FOLDER, setup.concurrency
-    )
+    by = setup.judge
+    judge = Judge(by.base_url, by.model, by.api_key, work / JUDGEMENTS_FOLDER, setup.concurrency, by.rubric)
     answers = [log.answers[key] for key in keys if key in log.answers]
     judgements = judge.score(answers, lambda done, total: report("judging", done, total))
     log.replace(replace(answer, judge=judgements[answer.key].score) for answer in answers)

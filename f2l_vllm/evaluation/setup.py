@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from f2l_vllm import models
 from f2l_vllm.base_models.rate import check_keep_rate, check_rate
 from f2l_vllm.evaluation.questions import ARMS, DROPPING_ARMS
+from f2l_vllm.evaluation.rubrics import ANSWER, RUBRICS
 from f2l_vllm.evaluation.scores import JUDGE, METRICS
 from f2l_vllm.video.reading import ReadingOptions
 
@@ -15,11 +16,20 @@ SERVER, TRANSFORMERS = WAYS = ("server", "transformers")
 
 @dataclass(frozen=True)
 class JudgeSetup:
-    """An OpenAI-compatible endpoint that judges."""
+    """An OpenAI-compatible endpoint that judges, by one of `rubrics.RUBRICS`.
+
+    Raises:
+        ValueError: there is no such rubric; the message lists them.
+    """
 
     base_url: str
     model: str
     api_key: str = field(repr=False)
+    rubric: str = ANSWER
+
+    def __post_init__(self) -> None:
+        if self.rubric not in RUBRICS:
+            raise ValueError(f"no rubric {self.rubric!r} for a judge: choose one of {', '.join(RUBRICS)}")
 
 
 @dataclass(frozen=True)

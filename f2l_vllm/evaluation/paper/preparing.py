@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from f2l_vllm.evaluation.paper.readers import Item
-from f2l_vllm.evaluation.paper.sets import FRAMES, LONGEST_EDGE, PaperSet
+from f2l_vllm.evaluation.paper.sets import FRAMES, LONGEST_EDGE, PaperSet, find
 from f2l_vllm.files import write_whole
 from f2l_vllm.train.data.manifest import Example, write_manifest
 
@@ -87,6 +87,11 @@ def prepare(
     }
     write_whole(out / ABOUT, json.dumps(about, indent=1) + "\n")
     return Prepared(out / MANIFEST, len(examples), missing)
+
+
+def prepared_set(folder: Path) -> PaperSet:
+    """The set that was prepared in a folder."""
+    return find(json.loads((folder / ABOUT).read_text(encoding="utf-8"))["set"])
 
 
 def draw(one: PaperSet, items: Sequence[Item], sample: int, seed: int) -> list[Item]:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 from f2l_vllm.evaluation.paper import readers
 from f2l_vllm.evaluation.paper.readers import Item
+from f2l_vllm.evaluation.rubrics import PAPER_CAPTION, PAPER_QUESTION
 
 FRAMES, LONGEST_EDGE = 12, 384
 JUDGE = "Qwen/Qwen3-VL-30B-A3B-Thinking-FP8"
 SHORT = "Answer only the question, in one sentence."
+_ASKED = "question"  # the type of an example that brings its own question
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class PaperSet:
     read: Callable[[Path], list[Item]]
     sample: int = 500
     by_video: bool = False
+
+    @property
+    def rubric(self) -> str:
+        """By which a judge scores its answers."""
+        return PAPER_QUESTION if _ASKED in self.prompts else PAPER_CAPTION
 
     def ask(self, item: Item) -> str:
         """What is asked about an example."""
@@ -65,7 +72,7 @@ _CARE = {
     "temporal": "Describe the temporal progression in as much useful detail as possible. Explain what happens over "
     "time, the order of visible actions, and how the scene or subjects change from the beginning to the end.",
 }
-_QUESTION = {"question": "{question}\n\n" + SHORT}
+_QUESTION = {_ASKED: "{question}\n\n" + SHORT}
 _UNKNOWN = "not found"
 
 SETS = {

@@ -17,7 +17,12 @@ CLIPS = 8
 
 @pytest.fixture
 def judge() -> Iterator[str]:
-    endpoint = Endpoint(lambda _messages: '{"score": 3}')
+    def three(messages: list[dict[str, str]]) -> str:
+        caption = "coverage_score" in messages[0]["content"]
+        assert ("Instruction: " in messages[0]["content"]) == caption
+        return '{"coverage_score": 3}' if caption else '{"extracted_answer": "it", "score": 3}'
+
+    endpoint = Endpoint(three)
     yield endpoint.url
     endpoint.close()
 

@@ -6,6 +6,7 @@ import openai
 import pytest
 
 from f2l_vllm.evaluation.judge import Judge, parse_score
+from f2l_vllm.evaluation.setup import JudgeSetup
 from tests.support.endpoint import Endpoint, Reply
 from tests.support.records import answer
 
@@ -37,6 +38,25 @@ def test_each_answer_gets_the_judges_score(endpoint, tmp_path):
     for part in ("What colour?", "Reference answer: Red.", "from 0 to 5"):
         assert part in prompt
     assert {(request["model"], request["temperature"]) for request in served.requests} == {("grader", 0)}
+
+
+@pytest.mark.parametrize(("name", "field"), [("paper-caption", "coverage_score"), ("paper-question", "score")])
+def test_the_papers_rubrics_have_fields_of_their_own(endpoint, tmp_path, name, field):
+    wrong, right = ("score", "coverage_score") if field == "coverage_score" else ("coverage_score", "score")
+    served = endpoint(lambda messages: f'{{"{wrong if len(messages) == 1 else right}": 2}}')
+    one = answer("a", "colour")
+    judge = Judge(served.url, "grader", "none", tmp_path, rubric=name)
+    assert judge.score([one])[one.key].score == 2
+    assert f'"{field}": N' in served.requests[1]["messages"][2]["content"]
+    assert {request["max_tokens"] for request in served.requests} == {1024}
+    prompt = served.requests[0]["messages"][0]["content"]
+    assert {"Red.", "What colour?"} <= {part.strip() for line in prompt.splitlines() for part in line.split(": ")}
+    assert judge.configuration()["rubric"] == name
+
+
+def test_an_unknown_rubric_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="choose one of answer, paper-caption, paper-question"):
+        JudgeSetup("http://judge/v1", "grader", "none", "kind")
 
 
 def test_nothing_is_judged_twice(endpoint, tmp_path):
