@@ -126,7 +126,7 @@ class Sender:
     async def read(self) -> None:
         """Return when everything is read."""
         while (await self.object())["f2l"]["in_work"]:
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.05)
 
     async def end(self) -> None:
         """Delete the stream."""
@@ -326,9 +326,9 @@ async def day(options: argparse.Namespace, http: httpx.AsyncClient, client: Asyn
     began = time.monotonic()
     for number in range(count):
         await sender.put()
-        if number % 10 == 9:  # as fast as it is read, longer pieces too
+        await sender.read()  # as in real time, in which longer pieces are read long before the next segment comes
+        if number % 10 == 9:
             await ask(client, sender.id, "What is there?", tokens=1, last=seconds)
-            await sender.read()
         if number % max(1, count // 24) == 0:
             pieces.append((await sender.object())["f2l"]["pieces"])
             memory.append(resident_mib(pid))

@@ -148,11 +148,11 @@ class TransformersAnswers:
 
     def _from_frames(self, clip: Clip, asks: Sequence[Ask], drop: str) -> list[Reply]:
         if not self._one_by_one:
-            return self.replies(asks, video=self._sample(clip), drop=drop)
+            return self.replies(asks, video=self._sample(clip, drop), drop=drop)
         found: list[Reply] = []
         for ask in asks:
             started = time.perf_counter()
-            found += self.replies([ask], video=self._sample(clip), drop=drop, started=started)
+            found += self.replies([ask], video=self._sample(clip, drop), drop=drop, started=started)
         return found
 
     def _from_cache(self, clip: Clip, asks: Sequence[Ask]) -> list[Reply]:
@@ -174,9 +174,12 @@ class TransformersAnswers:
             found += self._generate({**text, "past_key_values": kept}, clock)
         return found
 
-    def _sample(self, clip: Clip) -> SampledVideo:
+    def _sample(self, clip: Clip, drop: str = "") -> SampledVideo:
         sampling = Sampling(self.internalizer.sampling.max_frames)
-        return sample_video(clip.path, self._processor, self.internalizer.limits, sampling)
+        video = sample_video(clip.path, self._processor, self.internalizer.limits, sampling)
+        if drop != EVS:  # which says what it keeps only when it has seen the frames
+            self.internalizer.tokens(video)  # refuses what cannot fit before pixels are made of an hour's frames
+        return video
 
     def _compose(self, clip: Clip, chunks: int) -> Adapter:
         """The adapter of a video cut into `chunks` chunks of equal length."""

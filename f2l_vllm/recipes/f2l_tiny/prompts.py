@@ -63,7 +63,8 @@ class Prompts:
         while True:
             fps = rng.choice(_FRAME_RATES)
             shortest = num_frames / video_processor.fps
-            seconds = rng.uniform(shortest, 10) if rng.random() < 0.8 and shortest < 10 else rng.uniform(shortest, 60)
+            short = rng.random() < 0.8 and shortest < 10
+            seconds = rng.uniform(shortest, 10 if short else max(60, 1.5 * shortest))
             total = round(seconds * fps)
             metadata = VideoMetadata(total_num_frames=total, fps=fps, duration=total / fps)
             indices = video_processor.sample_frames(metadata, num_frames=num_frames)
