@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -198,6 +200,11 @@ class Settings(BaseSettings):
         from f2l_vllm.video.probe import Limits
 
         return Limits(self.max_upload_bytes, self.max_video_seconds, self.max_video_pixels)
+
+    @property
+    def kept_video_limits(self) -> Limits:
+        """Limits on a video of the store. Uploads were checked when they came; what a stream becomes may be longer."""
+        return replace(self.video_limits, max_duration_s=math.inf)
 
     @property
     def fetch_policy(self) -> FetchPolicy:

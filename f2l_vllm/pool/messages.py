@@ -42,7 +42,7 @@ class WorkerSpec:
             reserve_bytes=settings.reserve_bytes,
             base_name=model.name,
             max_rank=max_rank,
-            limits=settings.video_limits,
+            limits=settings.kept_video_limits,
             threads=max(1, int(settings.worker_cpus)),
             # The bias uses as much rank as one chunk.
             reading=replace(settings.reading, max_chunks=max_rank // rank - 1),

@@ -64,20 +64,26 @@ class SampledVideoLoader(VideoLoader):
         with tempfile.NamedTemporaryFile(prefix="f2l-video-") as file:
             file.write(data)
             file.flush()
-            return cls.load_path(Path(file.name), max_frames=max_frames, fps=fps, **kwargs)
+            return cls._load(Path(file.name), current().video_limits, max_frames, fps)
 
     @classmethod
     def load_path(
         cls, path: Path, *, max_frames: int | None = None, fps: float | None = None, **kwargs: Any
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """As `load_bytes`, but reads the file in place. Also raises FileNotFoundError."""
+        """As `load_bytes`, but reads a file of the store in place. Also raises FileNotFoundError."""
+        return cls._load(path, current().kept_video_limits, max_frames, fps)
+
+    @classmethod
+    def _load(
+        cls, path: Path, limits: Limits, max_frames: int | None, fps: float | None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         if cls._processor is None:
             raise ValueError("This server's model does not take videos: serve one that does.")
         sampling = Sampling(max_frames=max_frames, fps=fps)
         try:
             with _decoders().lend() as isolated:
                 decoder = _Shrinking(isolated, cls._resize)
-                video = sample_video(path, cls._processor(), current().video_limits, sampling, decoder)
+                video = sample_video(path, cls._processor(), limits, sampling, decoder)
         except VideoError as error:
             raise ValueError(error.message) from error
         metadata = dict(video.metadata)

@@ -51,7 +51,7 @@ class Previews:
     def __init__(self, settings: Settings) -> None:
         seconds = min(_SECONDS, settings.decode_seconds)
         limits = DecodeLimits(settings.decode_memory_bytes, seconds, settings.max_decoded_bytes, _NICE)
-        self._limits = settings.video_limits
+        self._limits = settings.kept_video_limits
         self._decoders = Decoders(1, limits)
         self._turns = Turns(1)
         self._thread = ThreadPoolExecutor(1, "f2l-previews")

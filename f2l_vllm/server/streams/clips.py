@@ -39,7 +39,9 @@ def write_clip(
         FileNotFoundError: a part is gone.
     """
     seconds = sum(end - start for _, start, end in parts)
-    with av.open(str(target), "w", format="mp4") as container:
+    # The muxer counts in 32 bits from frame to frame: in its own finer units, days between two frames are too many.
+    options = {"video_track_timescale": str(_TIME_BASE.denominator)}
+    with av.open(str(target), "w", format="mp4", container_options=options) as container:
         stream = container.add_stream("libx264", rate=1000, options={"crf": "20", "preset": "veryfast", "g": "16"})
         stream.pix_fmt, stream.thread_count = "yuv420p", 1
         stream.time_base = stream.codec_context.time_base = _TIME_BASE

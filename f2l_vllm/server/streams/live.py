@@ -54,7 +54,7 @@ class LiveStreams:
 
     def __init__(self, service: VideoService) -> None:
         self._service, self._catalog = service, service.catalog
-        self._limits = service.settings.video_limits
+        self._limits, self._kept = service.settings.video_limits, service.settings.kept_video_limits
         self._decoder = IsolatedDecoder(DecodeLimits(seconds=service.settings.decode_seconds, nice=_NICE))
         self._clips = ThreadPoolExecutor(1, "f2l-clips")
         self._tending: dict[str, bool] = {}  # by stream; whether it has to be tended once more
@@ -76,8 +76,14 @@ class LiveStreams:
         """Enter a live stream.
 
         Raises:
-            APIError: `too_many_streams`.
+            APIError: `too_many_streams`; or this server cuts videos into chunks.
         """
+        if self._service.settings.reading.is_chunked:
+            message = (
+                "This server cuts videos into chunks, and a stream's longer pieces are read in one pass: start it "
+                "without --chunk-seconds and --chunk-frames."
+            )
+            raise APIError(HTTPStatus.BAD_REQUEST, "streams_need_one_pass", message)
         limit = self._service.settings.max_streams
         try:
             stream: StreamRecord = await self._service.change(self._catalog.add_stream, tenant, values, limit=limit)
@@ -286,7 +292,7 @@ class LiveStreams:
         files = [part.file for part in parts]
         paths = [self._service.fetch_video(file) for file in files if file is not None]
         placed = [(path, part.start - start, part.end - start) for path, part in zip(paths, parts, strict=True)]
-        write_clip(placed, target, self._decoder, self._limits, frames)
+        write_clip(placed, target, self._decoder, self._kept, frames)
         data = target.read_bytes()
         return hashlib.sha256(data).hexdigest(), len(data)
 
@@ -306,7 +312,7 @@ class LiveStreams:
             stream = replace(stream, file_id=file_id)
         if stream.file_id is not None:
             state = (await asyncio.to_thread(self._catalog.states, [stream.file_id])).get(stream.file_id)
-            if state in IN_WORK:
+            if state in IN_WORK or state is VideoState.ERROR:  # what could not become a file stays as it is
                 return
         if pieces:
             await self._service.change(self._catalog.drop_pieces, pieces)

@@ -24,7 +24,7 @@ _LEAP = 3
 _FRESH = 2  # newest segments that are read singly even then
 _NOTHING_SECONDS = 0.5  # less than this is no stretch of a stream
 _EDGE_SECONDS = 0.25  # segments end on frames, so they do not end where they were meant to
-_LONGEST_SECONDS = 86400.0  # of a piece
+_LONGEST_SECONDS = 128 * 86400.0  # of a piece; an mp4 of so few frames holds not much more
 _ARRIVAL_SECONDS = 60.0  # between the placing of a segment and the keeping of its bytes
 
 

@@ -283,6 +283,30 @@ def test_a_stream_that_makes_no_sense_is_refused(door, given):
     assert door.http.get("/v1/streams").json()["data"] == []
 
 
+@pytest.mark.parametrize("cut", [{"chunk_seconds": 4.0}, {"chunk_frames": 4}])
+def test_a_server_that_cuts_videos_into_chunks_takes_no_stream(tmp_path, cut):
+    with Door(tmp_path, **cut) as door:
+        found = door.http.post("/v1/streams", json={})
+        assert (found.status_code, found.json()["error"]["code"]) == (400, "streams_need_one_pass")
+        assert door.http.get("/v1/streams").json()["data"] == []
+
+
+def test_a_stream_whose_file_cannot_be_read_stays(door, film, monkeypatch):
+    monkeypatch.setattr(live, "LATE_SECONDS", 0.0)
+    stream = door.begin()
+    door.put(stream, film / "s0.ts")
+    door.worked(stream, is_read)
+    door.http.post(f"/v1/streams/{stream}/end")
+    until = time.monotonic() + 60
+    while not (found := door.bench.catalog.claim_jobs(1)) and time.monotonic() < until:
+        door.http.portal.call(door.streams.look)
+    door.bench.catalog.fail_job(found[0].adapter_name, "decode_failed", "no", token=found[0].token)
+    for _ in range(3):
+        door.http.portal.call(door.streams.look)
+    kept = door.stream(stream)
+    assert (kept["status"], kept["f2l"]["pieces"], spans(kept)) == ("ended", 1, [[0, 2]])
+
+
 def test_a_tenant_has_so_many_live_streams(tmp_path):
     with Door(tmp_path, max_streams=1) as door:
         stream = door.begin()
