@@ -1,16 +1,15 @@
-"""Stages 4 and 5: the hypernetwork learns to turn what the frozen model saw into an adapter that answers blindly.
+"""Stage 4: the hypernetwork learns to turn what the frozen model saw into an adapter that answers without seeing.
 
 Besides whole videos it learns the two ways in which adapters are composed: one video cut into several pieces in time,
 and two videos, each with one of the shapes that are asked about. Without these lessons, concatenated adapters count
-everything twice. In stage 5 videos are long: up to 1,024 frames at once, and up to 8 pieces.
+everything twice.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,31 +31,9 @@ from f2l_vllm.train.optimizer import MuonAdamW, warm_constant_linear
 from f2l_vllm.train.packing import PackedBatch, Turn, answer_loss, pack
 from f2l_vllm.train.steps import Randomness
 
+NAME = "hypernetwork"
 _CUT_SHARE = 0.15  # of the steps, one video in 2 to 4 pieces
 _PAIR_SHARE = 0.15  # of the steps, two videos
-_LONG_SHARE, _LONG_CUT_SHARE = 0.45, 0.25  # of the steps of stage 5: many frames at once, many pieces
-_LONG = (96, 128, 192, 256, 384, 512, 768, 1024)
-_FRAMES_A_STEP = 1024  # of long videos, so that steps cost about the same
-
-Pieces = list[tuple[list[Scene], list[Clip]]]
-Lesson = tuple[list[Scene], Pieces]
-
-
-@dataclass(frozen=True, slots=True)
-class Course:
-    """How one of the two stages teaches.
-
-    Attributes:
-        lesson: draws the scenes that questions are about, and the videos (pieces of each adapter) that show them, given
-            how much of the stage is done.
-        decay_from: from this part of the stage on, the learning rates fall.
-    """
-
-    name: str
-    muon_lr: float
-    adamw_lr: float
-    lesson: Callable[[Prompts, Randomness, Loop, float], Lesson]
-    decay_from: float
 
 
 def build_hypernetwork(model: SmolVLMForConditionalGeneration, base_model: str, *, seed: int) -> Hypernetwork:
@@ -91,9 +68,8 @@ def train_hypernetwork(
     loop: Loop,
     *,
     steps: int,
-    course: Course | None = None,
 ) -> dict[str, float]:
-    """Train the hypernetwork in place, by `FIRST` or another course; the model stays as it is.
+    """Train the hypernetwork in place; the model stays as it is.
 
     Returns:
         As `Loop.run`.
@@ -101,11 +77,10 @@ def train_hypernetwork(
     torch.manual_seed(loop.seed)
     model.eval().requires_grad_(False)
     prompts = Prompts(processor)
-    course = course or FIRST
-    optimizer = MuonAdamW(hypernetwork.named_parameters(), muon_lr=course.muon_lr, adamw_lr=course.adamw_lr)
+    optimizer = MuonAdamW(hypernetwork.named_parameters(), muon_lr=0.01, adamw_lr=2e-3)
 
     def step_loss(randomness: Randomness, step: int) -> Loss:
-        scenes, pieces = course.lesson(prompts, randomness, loop, step / steps)
+        scenes, pieces = _lesson(prompts, randomness, loop, mixed=step > steps * 0.3)
         size = filming.draw_size(randomness.rng)
         chunks = []
         for piece_scenes, clips in pieces:
@@ -122,8 +97,7 @@ def train_hypernetwork(
             return Loss(answer_loss(hidden, batch, model.lm_head))
 
     with precision.attention_in_fp32(model):
-        schedule = partial(warm_constant_linear, decay_from=course.decay_from)
-        return loop.run(Stage(course.name, hypernetwork, optimizer, step_loss, steps, schedule))
+        return loop.run(Stage(NAME, hypernetwork, optimizer, step_loss, steps, warm_constant_linear))
 
 
 @torch.no_grad()
@@ -160,9 +134,11 @@ def adapted_hidden(
     return output.last_hidden_state
 
 
-def _lesson(prompts: Prompts, randomness: Randomness, loop: Loop, done: float) -> Lesson:
-    """A video of 8 frames, after a while of 4 to 64 or in pieces; or two videos."""
-    mixed = done > 0.3
+Pieces = list[tuple[list[Scene], list[Clip]]]
+
+
+def _lesson(prompts: Prompts, randomness: Randomness, loop: Loop, *, mixed: bool) -> tuple[list[Scene], Pieces]:
+    """The scenes that questions are about, and the videos (chunks of each adapter) that show them."""
     shared, rng = randomness.shared, randomness.rng
     kind = shared.random()
     if mixed and kind < _CUT_SHARE:
@@ -172,35 +148,13 @@ def _lesson(prompts: Prompts, randomness: Randomness, loop: Loop, done: float) -
     if kind < _CUT_SHARE + _PAIR_SHARE:
         return pairs(prompts, rng, loop.share(BATCH), 8 if not mixed else shared.choice((4, 8)))
     num_frames = frame_count(shared) if mixed else 8
-    return _whole(prompts, rng, num_frames, loop.share(batch_size(num_frames)))
-
-
-def _long_lesson(prompts: Prompts, randomness: Randomness, loop: Loop, _: float) -> Lesson:
-    """A long video at once or in up to 8 pieces; or what `_lesson` ends with."""
-    shared, rng = randomness.shared, randomness.rng
-    kind = shared.random()
-    if kind < _LONG_SHARE:
-        num_frames = shared.choice(_LONG)
-        return _whole(prompts, rng, num_frames, loop.share(_FRAMES_A_STEP // num_frames))
-    if kind < _LONG_SHARE + _LONG_CUT_SHARE:
-        count, num_frames = shared.choice((3, 4, 6, 8)), shared.choice((4, 8, 16))
-        rows = min(BATCH // 2, _FRAMES_A_STEP // (2 * count * num_frames))
-        return cut_in_time(prompts, rng, count, num_frames, loop.share(rows))
-    return _lesson(prompts, randomness, loop, 1.0)
-
-
-def _whole(prompts: Prompts, rng: random.Random, num_frames: int, rows: int) -> Lesson:
-    scenes = [draw_scene(rng) for _ in range(rows)]
+    scenes = [draw_scene(rng) for _ in range(loop.share(batch_size(num_frames)))]
     return scenes, [(scenes, [prompts.draw_clip(num_frames, rng) for _ in scenes])]
-
-
-FIRST = Course("hypernetwork", 0.01, 2e-3, _lesson, decay_from=0.5)
-LENGTH = Course("length", 0.004, 8e-4, _long_lesson, decay_from=0.3)
 
 
 def cut_in_time(
     prompts: Prompts, rng: random.Random, count: int, num_frames: int, rows: int, split: str = "train"
-) -> Lesson:
+) -> tuple[list[Scene], Pieces]:
     """Scenes filmed once, the frames cut into `count` consecutive pieces of `num_frames`."""
     scenes = [draw_scene(rng, split) for _ in range(rows)]
     clips = [prompts.draw_clip(count * num_frames, rng) for _ in scenes]
@@ -211,7 +165,9 @@ def cut_in_time(
     return scenes, pieces
 
 
-def pairs(prompts: Prompts, rng: random.Random, rows: int, num_frames: int, split: str = "train") -> Lesson:
+def pairs(
+    prompts: Prompts, rng: random.Random, rows: int, num_frames: int, split: str = "train"
+) -> tuple[list[Scene], Pieces]:
     """Scenes of two shapes, seen as two videos with one of the shapes each, in either order."""
     scenes: list[Scene] = []
     while len(scenes) < rows:

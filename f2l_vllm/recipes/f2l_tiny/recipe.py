@@ -23,14 +23,7 @@ from f2l_vllm.train.loop import Loop
 from f2l_vllm.train.steps import Progress, one_thread
 
 MODEL_NAME = "f2l-tiny"
-HYPERNETWORK = (hypernetwork_stage.FIRST, hypernetwork_stage.LENGTH)
-STEPS = {
-    vision_stage.NAME: 800,
-    FIRST.name: 1500,
-    REFINEMENT.name: 500,
-    hypernetwork_stage.FIRST.name: 1200,
-    hypernetwork_stage.LENGTH.name: 300,
-}
+STEPS = {vision_stage.NAME: 800, FIRST.name: 1500, REFINEMENT.name: 500, hypernetwork_stage.NAME: 1200}
 FULL_MINUTES = 37.0  # of one quiet core, for STEPS
 _STAGES_FOLDER = ".stages"
 
@@ -91,10 +84,9 @@ def make_model(
         else:
             load_weights(model, Path(base) / "model.safetensors")
         hypernetwork = hypernetwork_stage.build_hypernetwork(model, MODEL_NAME, seed=seed)
-        for lessons in HYPERNETWORK:
-            results[lessons.name] = hypernetwork_stage.train_hypernetwork(
-                hypernetwork, model, processor, loop, steps=steps[lessons.name], course=lessons
-            )
+        results[hypernetwork_stage.NAME] = hypernetwork_stage.train_hypernetwork(
+            hypernetwork, model, processor, loop, steps=steps[hypernetwork_stage.NAME]
+        )
         report: dict[str, Any] = {"seed": seed, "processes": loop.processes, "stages": results}
         if loop.is_main:
             save_checkpoint(output_dir, processor, model)

@@ -9,7 +9,7 @@ from f2l_vllm import models
 from f2l_vllm.evaluation.in_process import TransformersAnswers
 from f2l_vllm.evaluation.questions import ADAPTER, ARMS, FRAMES, NONE, WRONG_VIDEO, Ask, Reply, plan
 from f2l_vllm.evaluation.sources import world_questions
-from f2l_vllm.recipes.f2l_tiny import hypernetwork_stage, score, vlm_stage
+from f2l_vllm.recipes.f2l_tiny import hypernetwork_stage, vlm_stage
 from f2l_vllm.recipes.f2l_tiny.recipe import make_model
 from f2l_vllm.recipes.f2l_tiny.score import Scorer
 from f2l_vllm.synthetic.world import sample_scenes
@@ -42,9 +42,6 @@ def test_drawn_frames_give_the_same_picture():
 def test_a_short_training_learns_to_answer_from_adapters(tmp_path, monkeypatch):
     for stage in (vlm_stage, hypernetwork_stage):
         monkeypatch.setattr(stage, "BATCH", 12)
-    monkeypatch.setattr(hypernetwork_stage, "_LONG", (72,))
-    monkeypatch.setattr(hypernetwork_stage, "_FRAMES_A_STEP", 144)
-    monkeypatch.setattr(score, "_LONG_COUNTS", (72,))
     report = make_model(tmp_path, base=models.resolve(models.DEFAULT_MODEL), scale=0.04, score_scenes=32)
     stage = report["stages"]["hypernetwork"]
     assert stage["loss"] < 0.7 * stage["first_loss"]
@@ -58,4 +55,4 @@ def test_the_report_belongs_to_the_files():
     for name, size in report["bytes"].items():
         assert (directory / name).stat().st_size == size, name
     assert sum(report["bytes"].values()) < 12e6
-    assert set(report["stages"]) == {"vision", "vlm", "refinement", "hypernetwork", "length"}
+    assert set(report["stages"]) == {"vision", "vlm", "refinement", "hypernetwork"}

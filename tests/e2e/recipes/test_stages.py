@@ -21,7 +21,6 @@ from f2l_vllm.recipes.f2l_tiny.checkpoint import build_model, build_processor
 from f2l_vllm.train.loop import LOG_FILE, Loop
 from f2l_vllm.train.optimizer import MuonAdamW, warm_constant_linear, warm_cosine
 from f2l_vllm.train.pace import MEASURED
-from f2l_vllm.train.steps import Randomness
 from tests.support import ROOT
 
 
@@ -56,19 +55,6 @@ def test_a_few_steps_of_the_hypernetwork_reduce_its_loss_and_leave_the_model_alo
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_long_videos_and_many_pieces_are_lessons_whose_steps_cost_about_the_same(processor):
-    prompts, frames = hypernetwork_stage.Prompts(processor), set()
-    for step in range(60):
-        randomness = Randomness.of("lesson", step)
-        scenes, pieces = hypernetwork_stage.LENGTH.lesson(prompts, randomness, Loop(), 0.0)
-        assert all(len(clips) == len(scenes) == len(shown) for shown, clips in pieces)
-        each = [len(clips[0].indices) for _, clips in pieces]
-        frames.add((len(pieces), sum(each)))
-        assert len(scenes) * sum(each) <= 1024
-    assert {frames_at_once for count, frames_at_once in frames if count == 1} >= {128, 384, 1024}
-    assert {count for count, _ in frames} >= {1, 2, 3, 4, 6, 8}
-
-
 def test_an_untrained_hypernetwork_changes_nothing(processor):
     model = build_model(processor)
     hypernetwork = hypernetwork_stage.build_hypernetwork(model, "tiny", seed=0)
@@ -100,7 +86,7 @@ def end(stage, part):
 
 recipe.make_model(Path(sys.argv[1]), score_scenes=0, on_progress=end)
 """
-STEPS = {"vision": 3, "vlm": 8, "refinement": 2, "hypernetwork": 2, "length": 3}
+STEPS = {"vision": 3, "vlm": 8, "refinement": 2, "hypernetwork": 2}
 
 
 def shortened(patch: Callable[[Any, str, object], None]) -> None:
@@ -112,8 +98,6 @@ def shortened(patch: Callable[[Any, str, object], None]) -> None:
         (vision_stage, "_SCENES", 4),
         (vlm_stage, "BATCH", 2),
         (hypernetwork_stage, "BATCH", 2),
-        (hypernetwork_stage, "_LONG", (72,)),
-        (hypernetwork_stage, "_FRAMES_A_STEP", 144),
     ):
         patch(module, name, value)
 
