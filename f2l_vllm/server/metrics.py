@@ -32,6 +32,7 @@ STREAM_FRESHNESS = Histogram(
     "f2l_stream_freshness_seconds", "From a segment's arrival to being answerable.", buckets=_SECONDS
 )
 STREAM_SEGMENTS = Counter("f2l_stream_segments", "Segments of streams, by what became of them.", ["outcome"])
+STREAM_SOURCES = Counter("f2l_stream_sources", "What became of connections to sources that are pulled.", ["state"])
 COMPOSED = Counter("f2l_composed", "Adapters composed of several videos, or of some chunks of one.")
 
 # Shown as 0 before they happen first: Prometheus takes no growth from a series that was not there.
@@ -39,6 +40,8 @@ for _outcome in ("published", "failed"):
     INTERNALIZED.labels(_outcome)
 for _become in ("read", "coarser", "repeated", "failed"):
     STREAM_SEGMENTS.labels(_become)
+for _state in ("connected", "reconnecting", "failed"):
+    STREAM_SOURCES.labels(_state)
 for _reused in ("true", "false"):
     UPLOADS.labels(_reused)
 

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from f2l_vllm.catalog.stream_tables import StreamRecord, StreamState
+from f2l_vllm.server import metrics
 from f2l_vllm.server.errors import APIError
 from f2l_vllm.server.streams.live import LiveStreams
 from f2l_vllm.store.errors import Unavailable
@@ -72,7 +73,13 @@ class Pulls:
         telling = asyncio.create_task(self._tell(stream, states))
         policy = self._live.service.settings.fetch_policy
 
+        said = ""
+
         def on_state(state: str, why: str | None) -> None:
+            nonlocal said
+            if state not in (said, "connecting"):
+                metrics.STREAM_SOURCES.labels(state).inc()
+            said = state
             states.put_nowait((state, why))
 
         puller = Puller(stream.source or "", stream.segment_seconds, policy, folder, on_state=on_state)
@@ -82,7 +89,7 @@ class Pulls:
             await self._live.end(stream)
         except VideoError as error:
             logger.warning("%s is pulled no more: %s", stream.id, error)
-            states.put_nowait(("failed", f"{error.code}: {error.message}"))
+            on_state("failed", f"{error.code}: {error.message}")
             await self._live.end(stream)
         except APIError as error:
             logger.info("%s is pulled no more: %s", stream.id, error)

@@ -232,13 +232,21 @@ def test_questions_during_churn_are_answered_from_their_stretch_alone(default_se
     server.client.delete(f"/streams/{stream['id']}", cast_to=httpx.Response)
 
 
+def sources(server, state):
+    name = f'f2l_stream_sources_total{{state="{state}"}} '
+    (line,) = (line for line in httpx.get(f"{server.url}/metrics").text.splitlines() if line.startswith(name))
+    return float(line.removeprefix(name))
+
+
 def test_a_source_is_pulled_until_it_says_goodbye(default_server, film):
+    before = sources(default_server, "connected")
     with RtspSource(film / "film.ts") as source:
         stream = begun(default_server, source=f"rtsp://127.0.0.1:{source.port}/film", window_seconds=60)
         found = until(lambda: (now := shown(default_server, stream))["status"] == "ended" and now)
         _, f2l = ask(default_server, stream["id"], last=SECONDS + 1)
     assert found["f2l"]["segments"] >= COUNT - 1  # the last may end with the connection
     assert found["f2l"]["source"]["state"] == "connected"
+    assert sources(default_server, "connected") == before + 1
     ((start, end),) = f2l["covered"]
     assert SECONDS - 1 <= end - start <= SECONDS + 1.5
     put_there = httpx.put(f"{default_server.url}/v1/streams/{stream['id']}/push/live0.ts", content=b"x")
@@ -251,6 +259,7 @@ def test_a_source_that_may_not_be_read_ends_the_stream_and_says_why(default_serv
     until(lambda: shown(default_server, stream)["status"] == "ended")
     why = until(lambda: (found := shown(default_server, stream)["f2l"]["source"])["state"] == "failed" and found["why"])
     assert why.startswith("url_not_allowed")
+    assert sources(default_server, "failed") >= 1
     with pytest.raises(openai.BadRequestError):
         begun(default_server, source="file:///etc/passwd")
     default_server.client.delete(f"/streams/{stream['id']}", cast_to=httpx.Response)
