@@ -76,14 +76,8 @@ class LiveStreams:
         """Enter a live stream.
 
         Raises:
-            APIError: `too_many_streams`; or this server cuts videos into chunks.
+            APIError: `too_many_streams`.
         """
-        if self._service.settings.reading.is_chunked:
-            message = (
-                "This server cuts videos into chunks, and a stream's longer pieces are read in one pass: start it "
-                "without --chunk-seconds and --chunk-frames."
-            )
-            raise APIError(HTTPStatus.BAD_REQUEST, "streams_need_one_pass", message)
         limit = self._service.settings.max_streams
         try:
             stream: StreamRecord = await self._service.change(self._catalog.add_stream, tenant, values, limit=limit)
@@ -107,6 +101,18 @@ class LiveStreams:
     async def pieces(self, stream: StreamRecord) -> list[PieceRecord]:
         """What there is of a stream, oldest first."""
         return await asyncio.to_thread(self._catalog.pieces, stream.id)
+
+    def to_make(self, stream: StreamRecord, pieces: Sequence[PieceRecord]) -> list[pyramid.Node]:
+        """The coarser pieces whose time has come, none longer than this server's workers read."""
+        reading = self._service.settings.reading
+        longest = pyramid.LONGEST_SECONDS
+        if reading.chunk_seconds is not None:
+            longest = reading.max_chunks * reading.chunk_seconds
+        elif (
+            reading.chunk_frames is not None
+        ):  # at the model's own rate, if none is set, which this process cannot know
+            longest = reading.max_chunks * reading.chunk_frames / reading.fps if reading.fps else 0.0
+        return pyramid.to_make(stream, pieces, longest)
 
     async def end(self, stream: StreamRecord) -> StreamRecord:
         """Take no more segments. It becomes a file when those that are here are read, if it was meant to."""
@@ -236,7 +242,7 @@ class LiveStreams:
 
     async def _tend(self, stream: StreamRecord) -> None:
         pieces = await self.pieces(stream)
-        made = pyramid.to_make(stream, pieces)[:_MADE_AT_ONCE]
+        made = self.to_make(stream, pieces)[:_MADE_AT_ONCE]
         behind = pyramid.is_behind(pieces)
         for node in made:
             if len(node.parts) == 1:

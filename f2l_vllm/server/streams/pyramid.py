@@ -24,7 +24,7 @@ _LEAP = 3
 _FRESH = 2  # newest segments that are read singly even then
 _NOTHING_SECONDS = 0.5  # less than this is no stretch of a stream
 _EDGE_SECONDS = 0.25  # segments end on frames, so they do not end where they were meant to
-_LONGEST_SECONDS = 128 * 86400.0  # of a piece; an mp4 of so few frames holds not much more
+LONGEST_SECONDS = 128 * 86400.0  # of a piece; an mp4 of so few frames holds not much more
 _ARRIVAL_SECONDS = 60.0  # between the placing of a segment and the keeping of its bytes
 
 
@@ -70,7 +70,7 @@ def _fresh(pieces: Sequence[PieceRecord]) -> set[str]:
     return {piece.file_id for piece in segments[-_FRESH:]}
 
 
-def to_make(stream: StreamRecord, pieces: Sequence[PieceRecord]) -> list[Node]:
+def to_make(stream: StreamRecord, pieces: Sequence[PieceRecord], longest: float = LONGEST_SECONDS) -> list[Node]:
     """The coarser pieces whose time is over and whose parts are here, finest first. One segment's time is left for
     segments that come late, unless the stream has ended or is behind. Where there are too many segments, eight of them
     become one piece at once."""
@@ -91,7 +91,7 @@ def to_make(stream: StreamRecord, pieces: Sequence[PieceRecord]) -> list[Node]:
         instead = behind and all(is_waiting(part) and part.file_id not in fresh for part in parts)
         grace = 0.0 if instead or stream.ended_at is not None else stream.segment_seconds
         over = stream.origin + (slot + 1) * seconds + grace <= stream.head + _EDGE_SECONDS
-        if not over or seconds > _LONGEST_SECONDS or (level, slot) in there:
+        if not over or seconds > longest + _EDGE_SECONDS or (level, slot) in there:
             continue
         if any(_is_to_be_read_first(piece, level, slot, pieces) for piece in pieces if level > lowest):
             continue

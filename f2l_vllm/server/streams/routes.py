@@ -231,7 +231,7 @@ def stream_object(
         "behind_seconds": 0.0 if newest is None or stream.head is None else round(stream.head - newest, 3),
         "reading": "coarse" if pyramid.is_behind(pieces) else "fine",
         "pieces": len(pieces),
-        "in_work": sum(pyramid.is_in_work(piece) for piece in pieces) + len(pyramid.to_make(stream, pieces)),
+        "in_work": sum(pyramid.is_in_work(piece) for piece in pieces) + len(streams.to_make(stream, pieces)),
         "failed": [
             {"start": piece.start, "end": piece.end, "code": piece.file.error_code, "message": piece.file.error_message}
             for piece in pieces

@@ -67,7 +67,6 @@ const HEADLINES = {
   stream_ended: "The stream has ended",
   stream_is_empty: "The stream is still empty",
   stream_is_pulled: "The stream is pulled",
-  streams_need_one_pass: "This server takes no streams",
   init_segment_missing: "The stream's header is missing",
   too_many_streams: "Too many of your streams are live",
   response_not_found: "This response is not stored",

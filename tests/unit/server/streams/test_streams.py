@@ -283,12 +283,21 @@ def test_a_stream_that_makes_no_sense_is_refused(door, given):
     assert door.http.get("/v1/streams").json()["data"] == []
 
 
-@pytest.mark.parametrize("cut", [{"chunk_seconds": 4.0}, {"chunk_frames": 4}])
-def test_a_server_that_cuts_videos_into_chunks_takes_no_stream(tmp_path, cut):
+@pytest.mark.parametrize(
+    ("cut", "longest"),
+    [
+        ({"chunk_seconds": 2.0, "max_chunks": 2}, 4),
+        ({"chunk_frames": 8, "max_chunks": 1, "fps": 2.0}, 4),
+        ({"chunk_frames": 8, "max_chunks": 9}, 2),
+    ],
+)
+def test_no_piece_is_longer_than_workers_that_cut_videos_into_chunks_read(tmp_path, film, cut, longest):
     with Door(tmp_path, **cut) as door:
-        found = door.http.post("/v1/streams", json={})
-        assert (found.status_code, found.json()["error"]["code"]) == (400, "streams_need_one_pass")
-        assert door.http.get("/v1/streams").json()["data"] == []
+        stream = door.begin()
+        for number in range(5):
+            door.put(stream, film / f"s{number}.ts")
+        found = door.worked(stream, is_read)
+        assert max(round(end - start) for _, start, end, _ in found["f2l"]["timeline"]) == longest
 
 
 def test_a_stream_whose_file_cannot_be_read_stays(door, film, monkeypatch):
