@@ -16,6 +16,7 @@ last compared.
 from __future__ import annotations
 
 import hashlib
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -40,8 +41,10 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.engine.interfaces import ExceptionContext
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from f2l_vllm.catalog import schema
 from f2l_vllm.store.errors import CatalogBusy, StoreUnavailable, Unavailable
@@ -262,17 +265,32 @@ def _engine(url: str, busy_seconds: float) -> Engine:
         message = f"no driver for {parsed.drivername}: install it, for PostgreSQL with pip install 'psycopg[binary]'"
         raise ValueError(message) from error
 
+    # SQLite opens a file that it may not write for reading alone, and such a connection never writes again.
+    def is_read_only() -> bool:
+        return not os.access(parsed.database or "", os.W_OK)
+
     @event.listens_for(engine, "connect")
-    def _configure(connection: Any, _record: Any) -> None:
+    def _configure(connection: Any, record: ConnectionPoolEntry) -> None:
         connection.isolation_level = None  # transactions begin only in `_begin`
         _enter_wal(connection, busy_seconds)
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute(f"PRAGMA wal_autocheckpoint={_JOURNAL_PAGES}")
+        record.info["read_only"] = is_read_only()
+
+    @event.listens_for(engine, "checkout")
+    def _check(_connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
+        if record.info["read_only"] and not is_read_only():
+            raise DisconnectionError  # the pool opens another one
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
         read = connection.get_execution_options().get("read", False)
         connection.exec_driver_sql("BEGIN" if read else "BEGIN IMMEDIATE")
+
+    @event.listens_for(engine, "handle_error")
+    def _open_again(context: ExceptionContext) -> None:
+        if getattr(context.original_exception, "sqlite_errorname", "").startswith("SQLITE_READONLY"):
+            context.is_disconnect = True
 
     return engine
 

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from sqlalchemy import create_engine, event, insert, make_url, text
@@ -22,6 +23,7 @@ from f2l_vllm.store.adapter_info import AdapterInfo
 from f2l_vllm.store.errors import CatalogBusy, StoreUnavailable
 from tests.support import ROOT
 from tests.support.catalog_steps import add, claim, publish
+from tests.support.disk import LimitedDisk
 from tests.support.stages import alive, ends_within
 
 _SPAWN = multiprocessing.get_context("spawn")
@@ -345,6 +347,39 @@ def test_a_read_only_catalog_says_so_and_is_read(tmp_path):
         add(catalog)
     assert catalog.file(record.id, "t") == record
     catalog.close()
+
+
+READ_ONLY_FOR_A_WHILE = """
+import sys
+from pathlib import Path
+from f2l_vllm.catalog.catalog import Catalog
+from f2l_vllm.store.errors import StoreUnavailable
+from tests.support.catalog_steps import add
+folder = Path(sys.argv[1])
+first = Catalog(f"sqlite:///{folder / 'catalog.sqlite3'}")
+files = list(folder.iterdir())
+for path in files:
+    path.chmod(0o444)
+second = Catalog(f"sqlite:///{folder / 'catalog.sqlite3'}")  # opens a file that may not be written
+for tries in range(2):
+    try:
+        add(second)
+    except StoreUnavailable as error:
+        print(error)
+    assert not second.counts()[0]  # is read, by a connection opened just now
+for path in files:
+    path.chmod(0o644)
+assert first.file(add(second).id, "t")
+"""
+
+
+def test_a_catalog_that_could_not_be_written_for_a_while_is_written_afterwards(tmp_path):
+    disk = LimitedDisk(tmp_path / "disk")
+    command = [sys.executable, "-c", READ_ONLY_FOR_A_WHILE, disk.folder]
+    said = disk.run(partial(subprocess.run, command, cwd=ROOT, capture_output=True, text=True))
+    disk.close()
+    assert said.stdout.count("readonly") == 2
+    assert said.returncode == 0, said.stderr
 
 
 def test_a_killed_test_run_leaves_no_postgres(postgres, tmp_path):
