@@ -24,7 +24,7 @@ _STOP_SECONDS = 4.0  # from the end of standard input to the end of this process
 
 
 def main(spec_json: str) -> int:
-    """Run the pool; the exit code is 0 unless workers can no longer be started."""
+    """Run the pool; the exit code is 0 unless workers cannot be started, or no longer."""
     told, orphaned = threading.Event(), threading.Event()
     words: list[str] = []
     threading.Thread(target=_listen, args=(told, orphaned, words), daemon=True).start()
@@ -60,7 +60,11 @@ def main(spec_json: str) -> int:
 
     config = PoolConfig.of(settings)
     actors = Actors(config, spec)
-    actors.start_ahead()
+    try:
+        actors.start_ahead()
+    except Exception as error:  # of Ray, which a busy machine may start more slowly than Ray waits for
+        say(why=f"Ray cannot be used: {error}")
+        return 1
     told.wait()
     if orphaned.is_set():
         actors.disconnect()

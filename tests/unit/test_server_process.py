@@ -10,9 +10,10 @@ import pytest
 from f2l_vllm.server_process import ServerProcess, free_port, url_of
 
 STAND_IN = """
-import http.server, socket, sys
+import http.server, socket, socketserver, sys
 class Server(http.server.HTTPServer):
     address_family = socket.AF_INET6
+    server_bind = socketserver.TCPServer.server_bind  # without asking for the address's name, which may take a minute
 Server((sys.argv[2], int(sys.argv[4])), http.server.SimpleHTTPRequestHandler).serve_forever()
 """
 

@@ -1,11 +1,16 @@
 """The pool as a process of its own: its workers and it are replaced when they die."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import ray
+from pydantic import TypeAdapter
 
 from f2l_vllm.catalog.states import VideoState
 from f2l_vllm.pool.actors import Actors
@@ -142,6 +147,17 @@ def test_the_server_hears_why_no_worker_is_ready(tmp_path):
     assert pool.why == "a worker needs 0.3 GPU"
     pool._hear('{"workers": 1}\n')
     assert pool.workers == 1
+
+
+def test_a_pool_that_cannot_use_ray_says_why_in_a_line_and_ends(tmp_path):
+    spec = WorkerSpec(model=tmp_path, hypernetwork=tmp_path, home=tmp_path, base_name="base", max_rank=64, threads=1)
+    command = [sys.executable, "-m", "f2l_vllm.pool", TypeAdapter(WorkerSpec).dump_json(spec).decode()]
+    environment = {**os.environ, "F2L_HOME": str(tmp_path), "F2L_RAY_ADDRESS": "nothing-here"}
+    with subprocess.Popen(command, env=environment, text=True, stdin=PIPE, stdout=PIPE, stderr=PIPE) as ended:
+        said = json.loads(ended.stdout.readline())
+        assert said["why"].startswith("Ray cannot be used: Invalid address format")
+        assert ended.wait(60) == 1
+        assert "Traceback" not in ended.stderr.read()
 
 
 def test_a_worker_that_no_node_has_room_for_is_waited_for_and_said(tmp_path, monkeypatch):
